@@ -1,0 +1,48 @@
+"""dta-plugin: exact prefix-tree training for TRL. Shared tokens of a micro-batch are computed once, both ways.
+
+    import dta_plugin
+    dta_plugin.enable()          # every TRL GRPO / RLOO trainer in this process now uses the tree
+
+or, without touching the script: ``python -m dta_plugin.run train.py --use_dta true``. Importing this package imports
+torch, but none of transformers, TRL, PEFT or Triton.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dta_plugin.activation import disable, enable
+    from dta_plugin.api import sequence_logprobs, tree_attention_scope
+    from dta_plugin.attention import TreeMask, tree_attention
+    from dta_plugin.config import TreeConfig
+    from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+    from dta_plugin.execution.packed import model_inputs
+    from dta_plugin.tree import PrefixTree, TreeLayout, TreeReport
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "InvalidInputError": "dta_plugin.errors",
+    "PrefixTree": "dta_plugin.tree",
+    "TreeConfig": "dta_plugin.config",
+    "TreeLayout": "dta_plugin.tree",
+    "TreeMask": "dta_plugin.attention",
+    "TreeReport": "dta_plugin.tree",
+    "UnsupportedModelError": "dta_plugin.errors",
+    "disable": "dta_plugin.activation",
+    "enable": "dta_plugin.activation",
+    "model_inputs": "dta_plugin.execution.packed",
+    "sequence_logprobs": "dta_plugin.api",
+    "tree_attention": "dta_plugin.attention",
+    "tree_attention_scope": "dta_plugin.api",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dta_plugin' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return getattr(import_module(_HOME[name]), name)

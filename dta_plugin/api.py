@@ -1,0 +1,61 @@
+"""The functions behind `import dta_plugin`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from dta_plugin.attention.hf import install
+from dta_plugin.config import TreeConfig
+from dta_plugin.execution.auto import SequenceLogProbs, prepare, run_dense, run_tree
+from dta_plugin.execution.model import causal_lm
+from dta_plugin.tree.layout import Scored
+from dta_plugin.tree.trie import TokenSequence
+
+
+def sequence_logprobs(
+    model: nn.Module,
+    sequences: Sequence[TokenSequence],
+    config: TreeConfig | None = None,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    scored: Scored | None = None,
+) -> SequenceLogProbs:
+    """Log-probs of every token of every sequence, shared prefixes computed once, forward and backward.
+
+    model: a Hugging Face causal LM, possibly inside PEFT, DDP or FSDP2; training mode and gradients as usual.
+    sequences: lists of ints or 1-D int tensors, unpadded; prompt and completion in one row.
+    temperature: logits are divided by it. return_entropy: also the entropy of each next-token distribution.
+    scored: per sequence a bool mask over its tokens, or an int b >= 1 meaning "tokens b.. are scored". The LM head runs
+        only there and the other entries are exactly 0. None: all tokens but the first.
+
+    Returns SequenceLogProbs: ``logprobs[s][i] = log p(seq[i + 1] | seq[:i + 1])``, float32 (float64 for float64 models),
+    differentiable; ``report`` says what was shared and which path ran.
+
+    Raises InvalidInputError for an empty batch or sequence, a mask of the wrong length, or NaN in the model's output;
+    UnsupportedModelError where the tree would not be exact (unless ``config.on_unsupported == "dense"``).
+    """
+    config = config or TreeConfig()
+    batch = prepare(model, sequences, scored, config)
+    if not batch.use_tree:
+        return run_dense(model, batch, temperature=temperature, return_entropy=return_entropy)
+    if config.verify != "off":
+        from dta_plugin.verify import check_logprobs
+
+        check_logprobs(model, batch, config, temperature)
+    return run_tree(model, batch, config, temperature=temperature, return_entropy=return_entropy)
+
+
+@contextmanager
+def tree_attention_scope(model: nn.Module) -> Iterator[nn.Module]:
+    """Calls of the model inside take a tree: ``model(**dta_plugin.model_inputs(layout, mask))``.
+
+    Low level: the logits come back in layout order [1, T, V], and nothing checks that every layer used the tree
+    (``mask.layers_seen`` says which did). The attention dispatcher stays on the model after the scope, because a
+    checkpointed layer of a graph made inside may be recomputed later; without tree metadata it is bit-identical to
+    the model's own attention.
+    """
+    install(causal_lm(model))
+    yield model

@@ -1,0 +1,63 @@
+"""Tree attention on GPUs through torch's FlexAttention, until the Triton kernels arrive.
+
+The interval test ``j <= i < exit[j]`` is the mask function; sinks come in afterwards through the log-sum-exp.
+Compiled with dynamic shapes, so that a new length does not recompile. FlexAttention has no CPU backward.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from dta_plugin.attention.mask import TreeMask
+
+
+def flex_tree_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: TreeMask,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Arguments and result as in `tree_attention`."""
+    block_mask = mask.cached(("flex", window), lambda: _block_mask(mask, window))
+
+    def capped(score, _batch, _head, _query, _key):
+        return softcap * torch.tanh(score / softcap)
+
+    run = _compiled(flex_attention) if q.is_cuda else flex_attention
+    out, lse = run(
+        q,
+        k,
+        v,
+        score_mod=None if softcap is None else capped,
+        block_mask=block_mask,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+        return_lse=True,
+    )
+    if sinks is None:
+        return out
+    kept = torch.sigmoid(lse - sinks.to(lse.dtype)[None, :, None])  # exp(lse) / (exp(lse) + exp(sink))
+    return (out * kept[..., None]).to(q.dtype)
+
+
+@cache
+def _compiled(function):
+    return torch.compile(function, dynamic=True)
+
+
+def _block_mask(mask: TreeMask, window: int | None) -> BlockMask:
+    exit_, depth = mask.exit, mask.depth
+
+    def visible(_batch, _head, query, key):
+        seen = (key <= query) & (query < exit_[key])
+        return seen if window is None else seen & (depth[query] - depth[key] < window)
+
+    build = _compiled(create_block_mask) if exit_.is_cuda else create_block_mask
+    return build(visible, None, None, len(mask), len(mask), device=exit_.device)

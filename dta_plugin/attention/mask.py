@@ -1,0 +1,53 @@
+"""TreeMask: the O(T) metadata that says which keys a query sees, and that travels to every attention layer.
+
+It is passed as the keyword argument `dta_tree` of the model's forward: gradient checkpointing captures it there and
+PEFT, DDP and FSDP forward it unchanged. It is a plain class because FSDP1 rebuilds dataclasses and dicts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dta_plugin.tree.layout import TreeLayout
+
+
+class TreeMask:
+    """Tree-causal visibility of one packed row of T tokens.
+
+    Key j is visible to query i iff ``j <= i < exit[j]`` and, in a layer with a sliding window,
+    ``depth[i] - depth[j] < window``.
+
+    exit: int64 [T]. depth: int64 [T]. backend: who computes attention ("cpu", "flex", "sdpa", "reference").
+    layers_seen: indices of the attention layers that have used this mask, for the check that none was bypassed.
+    """
+
+    def __init__(self, exit: torch.Tensor, depth: torch.Tensor, backend: str = "auto") -> None:
+        self.exit = exit
+        self.depth = depth
+        self.backend = backend
+        self.layers_seen: set[int] = set()
+        self._plans: dict[object, Any] = {}
+
+    @classmethod
+    def from_layout(cls, layout: TreeLayout, backend: str = "auto") -> TreeMask:
+        return cls(layout.exit, layout.depth, backend)
+
+    def __len__(self) -> int:
+        return self.exit.shape[0]
+
+    def visible(self, window: int | None = None) -> torch.Tensor:
+        """The mask written out: bool [T, T], True where query (row) sees key (column)."""
+        index = torch.arange(len(self), device=self.exit.device)
+        visible = (index[None, :] <= index[:, None]) & (index[:, None] < self.exit[None, :])
+        if window is not None:
+            visible &= self.depth[:, None] - self.depth[None, :] < window
+        return visible
+
+    def cached(self, key: object, build: Callable[[], Any]) -> Any:
+        """A backend's plan for this tree, built once and shared by all layers and passes."""
+        if key not in self._plans:
+            self._plans[key] = build()
+        return self._plans[key]

@@ -1,0 +1,86 @@
+"""TreeConfig: every knob of the plugin, validated when constructed.
+
+The same fields appear as `--dta_<name>` on the command line, as `dta_<name>` in trainer configs and YAML recipes, and
+as keyword arguments of `dta_plugin.enable`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields
+
+from dta_plugin.errors import InvalidInputError
+
+BACKENDS = ("auto", "cpu", "flex", "reference", "triton")
+_EXECUTORS = ("auto", "packed", "streamed")
+_ON_UNSUPPORTED = ("error", "dense")
+
+
+def _option(default: object, help: str) -> object:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TreeConfig:
+    """How prefix-tree execution runs. Raises InvalidInputError for a value that is not one of those described."""
+
+    backend: str = _option(
+        "auto",
+        "Who computes attention: auto (native path on CPUs, FlexAttention on GPUs), cpu, flex, or reference (dense "
+        "mask, slow, for checking).",
+    )
+    executor: str = _option("auto", "Who calls the model: auto or packed (the whole tree in one call).")
+    max_tree_tokens_per_chunk: int | None = _option(
+        None,
+        "Most tree tokens in one model call. A larger micro-batch runs as several trees, cut along its sorted order; a "
+        "sequence that is longer by itself runs alone. Bounds the memory of passes without gradient. None: no limit.",
+    )
+    min_saving: float = _option(
+        0.0,
+        "Share of dense FLOPs that the tree must avoid, in [0, 1); below it the dense path runs. 0: always the tree, "
+        "which without sharing is plain padding-free packing.",
+    )
+    verify: str = _option(
+        "off",
+        "Compare the tree's log-probs with the dense path: off, first (first call only), or every:N (every N-th call).",
+    )
+    on_unsupported: str = _option(
+        "error", "What to do where the tree would not be exact: error, or dense (run the dense path, say so once)."
+    )
+
+    def __post_init__(self) -> None:
+        _choice("backend", self.backend, BACKENDS)
+        _choice("executor", self.executor, _EXECUTORS)
+        _choice("on_unsupported", self.on_unsupported, _ON_UNSUPPORTED)
+        if self.executor == "streamed":
+            raise InvalidInputError("executor='streamed' is not part of this version. Use 'auto' or 'packed'.")
+        if self.backend == "triton":
+            raise InvalidInputError("backend='triton' is not part of this version. Use 'auto'.")
+        if self.max_tree_tokens_per_chunk is not None and self.max_tree_tokens_per_chunk < 1:
+            raise InvalidInputError(
+                f"max_tree_tokens_per_chunk={self.max_tree_tokens_per_chunk}. Expected None or at least 1."
+            )
+        if not 0.0 <= self.min_saving < 1.0:
+            raise InvalidInputError(f"min_saving={self.min_saving}. Expected a share of FLOPs in [0, 1).")
+        if not re.fullmatch(r"off|first|every:[1-9]\d*", self.verify):
+            raise InvalidInputError(f"verify={self.verify!r}. Expected 'off', 'first' or 'every:N' with N >= 1.")
+
+    @classmethod
+    def from_options(cls, options: dict[str, object]) -> TreeConfig:
+        """Build from a dict. Raises InvalidInputError that names unknown options and lists the known ones."""
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise InvalidInputError(f"Unknown option(s) {', '.join(unknown)}. Expected among: {', '.join(known)}.")
+        return cls(**options)
+
+    def verifies(self, call: int) -> bool:
+        """Whether the call with this 0-based number is to be compared with the dense path."""
+        if self.verify == "off":
+            return False
+        return call == 0 if self.verify == "first" else call % int(self.verify.removeprefix("every:")) == 0
+
+
+def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InvalidInputError(f"{name}={value!r}. Expected one of {', '.join(allowed)}.")

@@ -1,0 +1,31 @@
+"""Dense execution: the unmodified model on one unpadded sequence at a time. The oracle, and the fallback.
+
+Nothing of the tree path is used here: the model's own forward gives logits, torch's log-softmax the log-probs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+
+def dense_logprobs(
+    model: nn.Module,
+    sequences: Sequence[torch.Tensor],
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+    """Log-probs (and entropies in nats) of tokens 1.. of each sequence, [len - 1] each, in float32 or float64.
+
+    sequences: int64 [len] on the model's device.
+    """
+    logprobs, entropies = [], []
+    for sequence in sequences:
+        logits = model(input_ids=sequence[None], use_cache=False).logits[0, :-1]
+        log_p = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(dim=-1)
+        logprobs.append(log_p.gather(1, sequence[1:, None])[:, 0])
+        if return_entropy:
+            entropies.append(-(log_p.exp() * log_p).sum(dim=-1))
+    return logprobs, entropies if return_entropy else None

@@ -1,0 +1,102 @@
+"""What the executors need to know of a Hugging Face causal LM, and the one place that reaches inside it.
+
+`tree_forward` makes a call of the *wrapped* model (DDP, FSDP, PEFT, accelerate's autocast) run the decoder and our
+LM head instead of the model's own logits. The model's `forward` is replaced for the duration of that call only:
+decoder layers are all that checkpointing recomputes, and those are left alone.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.logprobs import LMHead
+from dta_plugin.tree.cost import ModelCost
+
+
+def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
+    """The Hugging Face model inside DDP, FSDP, DeepSpeed, torch.compile and PEFT wrappers."""
+    seen = model
+    while not isinstance(seen, PreTrainedModel):
+        inner = getattr(seen, "module", None) or getattr(seen, "_orig_mod", None)
+        if inner is None and hasattr(seen, "get_base_model"):
+            inner = seen.get_base_model()
+        if inner is None:
+            raise UnsupportedModelError(
+                f"Got a {type(model).__name__}. Expected a Hugging Face causal LM (PreTrainedModel), possibly inside "
+                "PEFT, DDP or FSDP; load it with AutoModelForCausalLM."
+            )
+        seen = inner
+    return seen
+
+
+def lm_head(model: PreTrainedModel, dtype: torch.dtype | None = None) -> LMHead:
+    """The output embedding with the model's logit scale and soft-cap. dtype: projection dtype, None for the model's."""
+    module = model.get_output_embeddings()
+    if module is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no output embedding. Expected a causal LM; load it with AutoModelForCausalLM."
+        )
+    config = model.config.get_text_config()
+    return LMHead(module, _logit_scale(config), getattr(config, "final_logit_softcapping", None), dtype)
+
+
+def _logit_scale(config: Any) -> float:
+    for multiplier in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        value = getattr(config, multiplier, None)
+        if value is not None:
+            return float(value)
+    divisor = getattr(config, "logits_scaling", None)
+    if divisor is None:
+        return 1.0
+    return float(divisor) if config.model_type == "hyperclovax" else 1.0 / float(divisor)
+
+
+@contextmanager
+def tree_forward(model: PreTrainedModel, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the context, calls of `model` run ``forward(model, **kwargs)``."""
+    own = model.__dict__.get("forward")
+    model.forward = types.MethodType(forward, model)
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own
+
+
+def layer_types(config: Any) -> list[str]:
+    """Per decoder layer: "full_attention", "sliding_attention", or another kind of layer."""
+    types_ = getattr(config, "layer_types", None)
+    return list(types_) if types_ else ["full_attention"] * config.num_hidden_layers
+
+
+def model_cost(model: PreTrainedModel) -> ModelCost:
+    """Forward FLOPs of the model's parts, two per multiply-add; experts count as far as they are active."""
+    config = model.config.get_text_config()
+    decoder_matrices = {id(p): (name, p) for name, p in model.named_parameters() if p.ndim >= 2}
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+    for embedding in embeddings:
+        decoder_matrices.pop(id(getattr(embedding, "weight", None)), None)
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0
+    active = (getattr(config, "num_experts_per_tok", None) or experts) / experts if experts else 1.0
+    parameters = sum(p.numel() * (active if ".experts." in name else 1.0) for name, p in decoder_matrices.values())
+
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_pair = 4.0 * config.num_attention_heads * head_dim
+    kinds = layer_types(config)
+    window = getattr(config, "sliding_window", None)
+    windowed = sum(kind == "sliding_attention" for kind in kinds) if window else 0
+    return ModelCost(
+        per_token=2.0 * parameters,
+        per_pair=per_pair * (len(kinds) - windowed),
+        per_scored=2.0 * config.hidden_size * config.vocab_size,
+        per_window_pair=((int(window), per_pair * windowed),) if windowed else (),
+    )

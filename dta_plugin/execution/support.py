@@ -1,0 +1,77 @@
+"""Where prefix-tree execution would not be exact, and why.
+
+`unsupported_reason` looks at the model alone; what only a framework knows (image inputs, fused losses) is checked by
+its adapter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.execution.model import causal_lm, layer_types
+
+_TREE_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def unsupported_reason(model: nn.Module) -> str | None:
+    """Why this model cannot run as a tree ("what; remedy"), or None if it can."""
+    try:
+        base = causal_lm(model)
+    except UnsupportedModelError as error:
+        return str(error)
+    config = base.config.get_text_config()
+    return (
+        _attention_reason(base, config)
+        or _position_reason(base, config)
+        or _dropout_reason(base)
+        or _adapter_reason(model)
+    )
+
+
+def _attention_reason(model: PreTrainedModel, config: Any) -> str | None:
+    other = sorted(set(layer_types(config)) - _TREE_LAYERS)
+    if other:
+        return (
+            f"{type(model).__name__} has {', '.join(other)} layers, whose state would run across branches of the tree; "
+            "use a model with full or sliding-window attention only"
+        )
+    if getattr(config, "use_bidirectional_attention", False):
+        return f"{type(model).__name__} attends in both directions; use a causal model"
+    if not model._can_set_attn_implementation():
+        return (
+            f"{type(model).__name__} does not call attention through transformers' AttentionInterface; use a current "
+            "transformers implementation of the model"
+        )
+    return None
+
+
+def _position_reason(model: PreTrainedModel, config: Any) -> str | None:
+    if getattr(config, "rope_parameters", None) is None and getattr(config, "rope_theta", None) is None:
+        return (
+            f"{type(model).__name__} has no rotary positions: with absolute positions, left padding changes the dense "
+            "path's own result; use a rotary model"
+        )
+    return None
+
+
+def _dropout_reason(model: PreTrainedModel) -> str | None:
+    rate = getattr(model.config.get_text_config(), "attention_dropout", 0.0)
+    if model.training and rate:
+        return (
+            f"attention_dropout is {rate}: shared tokens would share one dropout mask; set attention_dropout=0 in the "
+            "model config"
+        )
+    return None
+
+
+def _adapter_reason(model: nn.Module) -> str | None:
+    while not hasattr(model, "active_peft_config") and hasattr(model, "module"):
+        model = model.module
+    peft = getattr(model, "active_peft_config", None)
+    if peft is not None and peft.is_prompt_learning:
+        return f"{peft.peft_type} adds virtual tokens to every row of a batch; use LoRA or full fine-tuning"
+    return None

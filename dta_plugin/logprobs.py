@@ -1,0 +1,220 @@
+"""Hidden states -> edge log-probs and row entropies, without holding [rows, vocabulary] logits of a large batch.
+
+`edge_logprobs` runs the LM head on the given rows only, tile by tile over rows and vocabulary, with an online
+log-sum-exp in float32 (float64 for float64 models). One row can carry several edges: a fork's last token is one
+softmax with one target per child. Up to `KEEP_BYTES` of logits are kept for the backward pass, which then costs no
+more matrix products than the naive form; beyond that the backward pass recomputes them tile by tile.
+
+With z the scaled logits of a row, p = softmax(z), L = logsumexp(z) and H = L - sum(p z):
+d log p_t / dz = onehot_t - p and dH/dz = -p (z - L + H).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+KEEP_BYTES = 512 * 2**20
+_TILE_ROWS = 1024
+_TILE_VOCAB = 32768
+
+
+@dataclass(frozen=True, slots=True)
+class LMHead:
+    """How a model turns hidden states into logits.
+
+    module: the output embedding. logits = module(hidden) * scale, then ``softcap * tanh(logits / softcap)``.
+    dtype: dtype of the projection, or None for the hidden states' own (autocast's where that is on).
+    """
+
+    module: torch.nn.Module
+    scale: float = 1.0
+    softcap: float | None = None
+    dtype: torch.dtype | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """True if the module is a weight and a bias, nothing more (no adapter, no quantisation)."""
+        return type(self.module) is torch.nn.Linear and not self.module._forward_hooks
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Unfused logits [..., V] in float32 (float64 for float64 models): what the model's own forward returns."""
+        raw = self.module(hidden if self.dtype is None else hidden.to(self.dtype))
+        raw = raw.to(torch.promote_types(raw.dtype, torch.float32)) * self.scale
+        return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
+
+
+def edge_logprobs(
+    hidden: torch.Tensor,
+    head: LMHead,
+    targets: torch.Tensor,
+    row_of_edge: torch.Tensor,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probs of edges and entropies of rows; both differentiable in hidden, weight and bias.
+
+    hidden: [R, d] hidden states of the rows. targets: int64 [E] token ids. row_of_edge: int64 [E] indices into rows.
+    temperature: logits are divided by it, after scale and soft-cap.
+
+    Returns (logprobs [E], entropies [R] in nats or None), float32 (float64 for float64 hidden states).
+    """
+    if not head.is_plain:
+        return _through_module(hidden, head, targets, row_of_edge, temperature, return_entropy)
+    weight, bias = head.module.weight, head.module.bias
+    dtype = head.dtype or _autocast_dtype(hidden)
+    weight, bias = (None if x is None else x.to(dtype) for x in (weight, bias))
+    scores = _Scores(head.scale, head.softcap, temperature)
+    logprobs, entropies = _EdgeLogProbs.apply(
+        hidden.to(dtype), weight, bias, targets, row_of_edge, scores, return_entropy
+    )
+    return logprobs, entropies if return_entropy else None
+
+
+def _autocast_dtype(hidden: torch.Tensor) -> torch.dtype:
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """Raw logits y -> scaled logits z, and the slope dz/dy."""
+
+    scale: float
+    softcap: float | None
+    temperature: float
+
+    def apply_(self, y: torch.Tensor) -> torch.Tensor:
+        """y -> z, in place."""
+        if self.softcap is None:
+            factor = self.scale / self.temperature
+            return y if factor == 1.0 else y.mul_(factor)
+        return y.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
+
+    def slope(self, z: torch.Tensor) -> torch.Tensor | float:
+        """dz/dy at z."""
+        factor = self.scale / self.temperature
+        return factor if self.softcap is None else factor * (1 - (z * (self.temperature / self.softcap)) ** 2)
+
+
+class _EdgeLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, row_of_edge, scores: _Scores, want_entropy: bool):
+        accumulate = torch.promote_types(hidden.dtype, torch.float32)
+        rows, vocab = hidden.shape[0], weight.shape[0]
+        keep = any(ctx.needs_input_grad) and rows * vocab * accumulate.itemsize <= KEEP_BYTES
+        kept: dict[tuple[int, int], torch.Tensor] = {}
+
+        lse = hidden.new_full((rows,), float("-inf"), dtype=accumulate)
+        mean_logit = hidden.new_zeros(rows, dtype=accumulate)  # sum of p * z
+        chosen = hidden.new_zeros(targets.shape[0], dtype=accumulate)
+        for r, c in _tiles(rows, vocab):
+            z = scores.apply_(_raw_logits(hidden, weight, bias, r, c, accumulate))
+            top = z.amax(dim=-1, keepdim=True)
+            exp = torch.exp(z - top)
+            total = exp.sum(dim=-1)
+            tile_lse = top[:, 0] + total.log()
+            new_lse = torch.logaddexp(lse[r], tile_lse)
+            if want_entropy:
+                tile_mean = torch.linalg.vecdot(exp, z) / total
+                mean_logit[r] = mean_logit[r] * torch.exp(lse[r] - new_lse) + tile_mean * torch.exp(tile_lse - new_lse)
+            lse[r] = new_lse
+            edges, in_row, in_col = _edges_in_tile(targets, row_of_edge, r, c)
+            chosen[edges] = z[in_row, in_col]
+            if keep:
+                kept[r.start, c.start] = z
+
+        entropy = lse - mean_logit
+        ctx.save_for_backward(hidden, weight, bias, targets, row_of_edge, lse, entropy)
+        ctx.scores, ctx.kept = scores, kept
+        ctx.set_materialize_grads(False)
+        return chosen - lse[row_of_edge], entropy
+
+    @staticmethod
+    def backward(ctx, grad_logprobs, grad_entropy):
+        hidden, weight, bias, targets, row_of_edge, lse, entropy = ctx.saved_tensors
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        accumulate = lse.dtype
+        grad_hidden = torch.zeros_like(hidden, dtype=accumulate) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=accumulate) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=accumulate) if wants_bias and bias is not None else None
+        if grad_logprobs is None:
+            grad_logprobs = lse.new_zeros(targets.shape[0])
+        row_grad = torch.zeros_like(lse).index_add_(0, row_of_edge, grad_logprobs)
+
+        kept, ctx.kept = ctx.kept, {}  # consumed in place below; a second backward pass recomputes
+        for r, c in _tiles(hidden.shape[0], weight.shape[0]):
+            z = kept.pop((r.start, c.start), None)
+            if z is None:
+                z = ctx.scores.apply_(_raw_logits(hidden, weight, bias, r, c, accumulate))
+            slope = ctx.scores.slope(z)
+            log_p = z.sub_(lse[r, None])
+            factor = -row_grad[r, None]
+            if grad_entropy is not None:
+                factor = factor - grad_entropy[r, None] * (log_p + entropy[r, None])
+            grad = log_p.exp_().mul_(factor)
+            edges, in_row, in_col = _edges_in_tile(targets, row_of_edge, r, c)
+            grad.index_put_((in_row, in_col), grad_logprobs[edges], accumulate=True)
+            grad = grad.mul_(slope).to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[r] += grad @ weight[c]
+            if grad_weight is not None:
+                grad_weight[c] += grad.mT @ hidden[r]
+            if grad_bias is not None:
+                grad_bias[c] += grad.sum(dim=0, dtype=accumulate)
+        grads = (None if g is None else g.to(hidden.dtype) for g in (grad_hidden, grad_weight, grad_bias))
+        return *grads, None, None, None, None
+
+
+def _tiles(rows: int, vocab: int) -> Iterator[tuple[slice, slice]]:
+    for r in range(0, rows, _TILE_ROWS):
+        for c in range(0, vocab, _TILE_VOCAB):
+            yield slice(r, min(r + _TILE_ROWS, rows)), slice(c, min(c + _TILE_VOCAB, vocab))
+
+
+def _raw_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, r: slice, c: slice, dtype: torch.dtype
+) -> torch.Tensor:
+    """A fresh [rows, columns] tile of unscaled logits."""
+    return torch.nn.functional.linear(hidden[r], weight[c], None if bias is None else bias[c]).to(dtype)
+
+
+def _edges_in_tile(
+    targets: torch.Tensor, row_of_edge: torch.Tensor, r: slice, c: slice
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """-> edges whose row and target lie in the tile, and where: (edges, row in tile, column in tile)."""
+    inside = (row_of_edge >= r.start) & (row_of_edge < r.stop) & (targets >= c.start) & (targets < c.stop)
+    edges = inside.nonzero()[:, 0]
+    return edges, row_of_edge[edges] - r.start, targets[edges] - c.start
+
+
+def _through_module(
+    hidden: torch.Tensor,
+    head: LMHead,
+    targets: torch.Tensor,
+    row_of_edge: torch.Tensor,
+    temperature: float,
+    return_entropy: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """For heads that are more than a weight (an adapter, quantisation): call the module, recompute rows in backward."""
+
+    def log_softmax(rows: torch.Tensor) -> torch.Tensor:
+        return (head.logits(rows) / temperature).log_softmax(dim=-1)
+
+    def tile(rows: torch.Tensor, tokens: torch.Tensor, in_row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logp = log_softmax(rows)
+        return logp[in_row, tokens], -(logp.exp() * logp).sum(dim=-1)
+
+    logprobs, entropies = [], []
+    edge_order = torch.argsort(row_of_edge, stable=True)
+    for start in range(0, max(len(hidden), 1), _TILE_ROWS):
+        rows = hidden[start : start + _TILE_ROWS]
+        in_tile = edge_order[(row_of_edge[edge_order] >= start) & (row_of_edge[edge_order] < start + _TILE_ROWS)]
+        chosen, entropy = checkpoint(tile, rows, targets[in_tile], row_of_edge[in_tile] - start, use_reentrant=False)
+        logprobs.append(chosen)
+        entropies.append(entropy)
+    back = torch.argsort(edge_order)
+    return torch.cat(logprobs)[back], torch.cat(entropies) if return_entropy else None
