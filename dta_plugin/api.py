@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -13,6 +14,11 @@ from dta_plugin.execution.auto import SequenceLogProbs, prepare, run_dense, run_
 from dta_plugin.execution.model import causal_lm
 from dta_plugin.tree.layout import Scored
 from dta_plugin.tree.trie import TokenSequence
+from dta_plugin.verify import check_logprobs
+
+_calls: WeakKeyDictionary[nn.Module, int] = (
+    WeakKeyDictionary()
+)  # 0-based number of each model's last call, for `verify`
 
 
 def sequence_logprobs(
@@ -31,8 +37,8 @@ def sequence_logprobs(
     scored: per sequence a bool mask over its tokens, or an int b >= 1 meaning "tokens b.. are scored". The LM head runs
         only there and the other entries are exactly 0. None: all tokens but the first.
 
-    Returns SequenceLogProbs: ``logprobs[s][i] = log p(seq[i + 1] | seq[:i + 1])``, float32 (float64 for float64 models),
-    differentiable; ``report`` says what was shared and which path ran.
+    Returns SequenceLogProbs: ``logprobs[s][i] = log p(seq[i + 1] | seq[:i + 1])``, float32 (float64 for float64
+    models), differentiable; ``report`` says what was shared and which path ran.
 
     Raises InvalidInputError for an empty batch or sequence, a mask of the wrong length, or NaN in the model's output;
     UnsupportedModelError where the tree would not be exact (unless ``config.on_unsupported == "dense"``).
@@ -42,9 +48,9 @@ def sequence_logprobs(
     if not batch.use_tree:
         return run_dense(model, batch, temperature=temperature, return_entropy=return_entropy)
     if config.verify != "off":
-        from dta_plugin.verify import check_logprobs
-
-        check_logprobs(model, batch, config, temperature)
+        call = _calls[model] = _calls.get(model, -1) + 1
+        if config.verifies(call):
+            check_logprobs(model, batch, config, temperature)
     return run_tree(model, batch, config, temperature=temperature, return_entropy=return_entropy)
 
 

@@ -7,16 +7,19 @@ as keyword arguments of `dta_plugin.enable`.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from dta_plugin.errors import InvalidInputError
 
 BACKENDS = ("auto", "cpu", "flex", "reference", "triton")
 _EXECUTORS = ("auto", "packed", "streamed")
+_REGROUP = ("auto", "always", "never")
 _ON_UNSUPPORTED = ("error", "dense")
 
 
-def _option(default: object, help: str) -> object:
+def _option(default: object, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
@@ -44,6 +47,11 @@ class TreeConfig:
         "off",
         "Compare the tree's log-probs with the dense path: off, first (first call only), or every:N (every N-th call).",
     )
+    regroup: str = _option(
+        "auto",
+        "Put siblings into one micro-batch after the framework has shuffled and split a generation batch: auto (where "
+        "the optimizer step's gradient cannot change), always, or never.",
+    )
     on_unsupported: str = _option(
         "error", "What to do where the tree would not be exact: error, or dense (run the dense path, say so once)."
     )
@@ -51,6 +59,7 @@ class TreeConfig:
     def __post_init__(self) -> None:
         _choice("backend", self.backend, BACKENDS)
         _choice("executor", self.executor, _EXECUTORS)
+        _choice("regroup", self.regroup, _REGROUP)
         _choice("on_unsupported", self.on_unsupported, _ON_UNSUPPORTED)
         if self.executor == "streamed":
             raise InvalidInputError("executor='streamed' is not part of this version. Use 'auto' or 'packed'.")
@@ -62,11 +71,14 @@ class TreeConfig:
             )
         if not 0.0 <= self.min_saving < 1.0:
             raise InvalidInputError(f"min_saving={self.min_saving}. Expected a share of FLOPs in [0, 1).")
-        if not re.fullmatch(r"off|first|every:[1-9]\d*", self.verify):
-            raise InvalidInputError(f"verify={self.verify!r}. Expected 'off', 'first' or 'every:N' with N >= 1.")
+        if not re.fullmatch(r"off|first|every:[1-9]\d*", str(self.verify)):
+            raise InvalidInputError(
+                f"verify={self.verify!r}. Expected 'off', 'first' or 'every:N' with N >= 1 (a bare off in YAML means "
+                "false: quote it)."
+            )
 
     @classmethod
-    def from_options(cls, options: dict[str, object]) -> TreeConfig:
+    def from_options(cls, options: Mapping[str, Any]) -> TreeConfig:
         """Build from a dict. Raises InvalidInputError that names unknown options and lists the known ones."""
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(options) - set(known))

@@ -15,11 +15,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 KEEP_BYTES = 512 * 2**20
 _TILE_ROWS = 1024
 _TILE_VOCAB = 32768
+_CACHE_ELEMENTS = 2**17
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,8 @@ class LMHead:
     @property
     def is_plain(self) -> bool:
         """True if the module is a weight and a bias, nothing more (no adapter, no quantisation)."""
-        return type(self.module) is torch.nn.Linear and not self.module._forward_hooks
+        hooked = self.module._forward_hooks or self.module._forward_pre_hooks
+        return type(self.module) is torch.nn.Linear and not hooked
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Unfused logits [..., V] in float32 (float64 for float64 models): what the model's own forward returns."""
@@ -68,9 +71,10 @@ def edge_logprobs(
     dtype = head.dtype or _autocast_dtype(hidden)
     weight, bias = (None if x is None else x.to(dtype) for x in (weight, bias))
     scores = _Scores(head.scale, head.softcap, temperature)
-    logprobs, entropies = _EdgeLogProbs.apply(
-        hidden.to(dtype), weight, bias, targets, row_of_edge, scores, return_entropy
-    )
+    with torch.autocast(hidden.device.type, enabled=False):  # the dtype was chosen above
+        logprobs, entropies = _EdgeLogProbs.apply(
+            hidden.to(dtype), weight, bias, targets, row_of_edge, scores, return_entropy
+        )
     return logprobs, entropies if return_entropy else None
 
 
@@ -113,13 +117,9 @@ class _EdgeLogProbs(torch.autograd.Function):
         chosen = hidden.new_zeros(targets.shape[0], dtype=accumulate)
         for r, c in _tiles(rows, vocab):
             z = scores.apply_(_raw_logits(hidden, weight, bias, r, c, accumulate))
-            top = z.amax(dim=-1, keepdim=True)
-            exp = torch.exp(z - top)
-            total = exp.sum(dim=-1)
-            tile_lse = top[:, 0] + total.log()
+            tile_lse, tile_mean = _row_statistics(z, want_entropy)
             new_lse = torch.logaddexp(lse[r], tile_lse)
             if want_entropy:
-                tile_mean = torch.linalg.vecdot(exp, z) / total
                 mean_logit[r] = mean_logit[r] * torch.exp(lse[r] - new_lse) + tile_mean * torch.exp(tile_lse - new_lse)
             lse[r] = new_lse
             edges, in_row, in_col = _edges_in_tile(targets, row_of_edge, r, c)
@@ -134,6 +134,7 @@ class _EdgeLogProbs(torch.autograd.Function):
         return chosen - lse[row_of_edge], entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):
         hidden, weight, bias, targets, row_of_edge, lse, entropy = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
@@ -150,15 +151,12 @@ class _EdgeLogProbs(torch.autograd.Function):
             z = kept.pop((r.start, c.start), None)
             if z is None:
                 z = ctx.scores.apply_(_raw_logits(hidden, weight, bias, r, c, accumulate))
-            slope = ctx.scores.slope(z)
-            log_p = z.sub_(lse[r, None])
-            factor = -row_grad[r, None]
-            if grad_entropy is not None:
-                factor = factor - grad_entropy[r, None] * (log_p + entropy[r, None])
-            grad = log_p.exp_().mul_(factor)
             edges, in_row, in_col = _edges_in_tile(targets, row_of_edge, r, c)
-            grad.index_put_((in_row, in_col), grad_logprobs[edges], accumulate=True)
-            grad = grad.mul_(slope).to(hidden.dtype)
+            slope_at_edges = ctx.scores.slope(z[in_row, in_col])
+            row_entropy_grad = None if grad_entropy is None else grad_entropy[r]
+            _gradient_(z, lse[r], row_grad[r], row_entropy_grad, entropy[r], ctx.scores)
+            z.index_put_((in_row, in_col), grad_logprobs[edges] * slope_at_edges, accumulate=True)
+            grad = z.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[r] += grad @ weight[c]
             if grad_weight is not None:
@@ -173,6 +171,45 @@ def _tiles(rows: int, vocab: int) -> Iterator[tuple[slice, slice]]:
     for r in range(0, rows, _TILE_ROWS):
         for c in range(0, vocab, _TILE_VOCAB):
             yield slice(r, min(r + _TILE_ROWS, rows)), slice(c, min(c + _TILE_VOCAB, vocab))
+
+
+def _row_statistics(z: torch.Tensor, want_mean: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-sum-exp of each row of z [rows, columns], and the mean of z under its softmax (zeros unless wanted)."""
+    lse, mean = z.new_empty(len(z)), z.new_zeros(len(z))
+    for rows in _cache_blocks(z):
+        block = z[rows]
+        top = block.amax(dim=-1, keepdim=True)
+        exp = (block - top).exp_()
+        total = exp.sum(dim=-1)
+        lse[rows] = top[:, 0] + total.log()
+        if want_mean:
+            mean[rows] = exp.mul_(block).sum(dim=-1) / total
+    return lse, mean
+
+
+def _gradient_(
+    z: torch.Tensor,
+    lse: torch.Tensor,
+    logprob_grad: torch.Tensor,
+    entropy_grad: torch.Tensor | None,
+    entropy: torch.Tensor,
+    scores: _Scores,
+) -> None:
+    """z [rows, columns] -> d(loss)/d(raw logits) of everything but the chosen logits, in place."""
+    for rows in _cache_blocks(z):
+        slope = scores.slope(z[rows])
+        log_p = z[rows].sub_(lse[rows, None])
+        factor = -logprob_grad[rows, None]
+        if entropy_grad is not None:
+            factor = factor - entropy_grad[rows, None] * (log_p + entropy[rows, None])
+        log_p.exp_().mul_(factor * slope)
+
+
+def _cache_blocks(z: torch.Tensor) -> Iterator[slice]:
+    """Rows of z in blocks that stay in a CPU's cache over several passes; all at once on other devices."""
+    step = max(1, _CACHE_ELEMENTS // max(1, z.shape[1])) if z.device.type == "cpu" else max(1, len(z))
+    for start in range(0, len(z), step):
+        yield slice(start, start + step)
 
 
 def _raw_logits(

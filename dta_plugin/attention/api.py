@@ -17,8 +17,8 @@ def resolve_backend(backend: str, device: torch.device) -> str:
         return "cpu" if device.type == "cpu" else "flex"
     if backend == "triton":
         raise InvalidInputError(
-            "backend='triton', but this version ships no Triton kernels yet. Use backend='auto': FlexAttention on GPUs, "
-            "the native path on CPUs."
+            "backend='triton', but this version ships no Triton kernels yet. Use backend='auto': FlexAttention on "
+            "GPUs, the native path on CPUs."
         )
     if backend == "cpu" and device.type != "cpu":
         raise InvalidInputError(f"backend='cpu' with tensors on {device}. Use backend='auto' there.")
@@ -76,8 +76,8 @@ def _check(
     )
     if not fits:
         raise InvalidInputError(
-            f"Got {shapes}. Expected q [1, Hq, T, D], k [1, Hkv, T, D], v [1, Hkv, T, Dv] with Hq a multiple of Hkv and "
-            "T the mask's length; pack the tree's tokens as one row (see TreeLayout)."
+            f"Got {shapes}. Expected q [1, Hq, T, D], k [1, Hkv, T, D], v [1, Hkv, T, Dv] with Hq a multiple of Hkv "
+            "and T the mask's length; pack the tree's tokens as one row (see TreeLayout)."
         )
     if not q.dtype == k.dtype == v.dtype:
         raise InvalidInputError(

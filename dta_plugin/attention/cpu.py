@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from dta_plugin.attention.cpu_plan import Piece, plan
 from dta_plugin.attention.mask import TreeMask
@@ -36,7 +37,8 @@ def cpu_attention(
     pieces = mask.cached(("cpu", window), lambda: plan(mask.exit.numpy(), mask.depth.numpy(), window))
     dtype = torch.promote_types(q.dtype, torch.float32)
     wide = (x if x is None else x.to(dtype) for x in (q, k, v, sinks))
-    return _CascadeAttention.apply(*wide, pieces, _Scores(scale, softcap)).to(q.dtype)
+    with torch.autocast("cpu", enabled=False):
+        return _CascadeAttention.apply(*wide, pieces, _Scores(scale, softcap)).to(q.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,7 @@ class _CascadeAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         q, k, v, sinks, out, lse = ctx.saved_tensors
         grad_q, grad_k, grad_v = (_zeros_token_major(x) for x in (q, k, v))

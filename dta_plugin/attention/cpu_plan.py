@@ -3,8 +3,8 @@
 Two ways to cover the visible pairs of a tree, both exact:
 
 * `cascade`: every node attends causally to itself, and every internal node is one mask-free rectangle (all its
-  descendants, a contiguous slice of queries, x its keys). Small subtrees are merged into one masked square. Best for
-  the usual trees: few long nodes.
+  descendants, a contiguous slice of queries, x its keys). Long nodes go row by row; small subtrees are merged into one
+  masked square. Best for the usual trees: few long nodes.
 * `blocks`: every block of queries attends to its path, gathered, and to itself under a small mask. Serves sliding
   windows, and trees of many short internal nodes, where the cascade would merge too many partial results.
 
@@ -70,15 +70,26 @@ def cascade(exit: np.ndarray, depth: np.ndarray) -> list[Piece]:
         if stop - start <= _UNIT:
             while stop < tokens and depth[stop] == depth[start] and exit[stop] - start <= _UNIT:
                 stop = int(exit[stop])
-            pieces.append(_square(exit, depth, start, stop, node_end))
+            pieces.append(_square(exit, depth, start, stop))
             start = stop
             continue
         end = int(node_end[start])
-        pieces.append(_square(exit, depth, start, end, node_end))
+        pieces.extend(_node(start, end))
         if stop > end:
             pieces.append(Piece(slice(end, stop), slice(start, end), first=False))
         start = end
     return _own_tokens_first(pieces)
+
+
+def _node(start: int, end: int) -> list[Piece]:
+    """A node among its own tokens, in rows of `_BLOCK` queries: rectangles run faster than large causal squares."""
+    pieces: list[Piece] = []
+    for row in range(start, end, _BLOCK):
+        queries = slice(row, min(row + _BLOCK, end))
+        pieces.append(Piece(queries, queries, first=True, causal=True))
+        if row > start:
+            pieces.append(Piece(queries, slice(start, row), first=False))
+    return pieces
 
 
 def _own_tokens_first(pieces: list[Piece]) -> list[Piece]:
@@ -94,13 +105,14 @@ def _node_ends(exit: np.ndarray, depth: np.ndarray) -> np.ndarray:
     return ends[np.searchsorted(ends, np.arange(len(exit)), side="right")]
 
 
-def _square(exit: np.ndarray, depth: np.ndarray, start: int, stop: int, node_end: np.ndarray) -> Piece:
-    """Tokens [start, stop) among themselves."""
+def _square(exit: np.ndarray, depth: np.ndarray, start: int, stop: int) -> Piece:
+    """A few small subtrees, tokens [start, stop), among themselves."""
     span = slice(start, stop)
-    if node_end[start] >= stop:
-        return Piece(span, span, first=True, causal=True)
     keys = np.arange(start, stop)
-    return Piece(span, span, first=True, bias=_bias(_visible(exit, depth, keys, keys, None)))
+    visible = _visible(exit, depth, keys, keys, None)
+    if visible[-1].all():  # one path
+        return Piece(span, span, first=True, causal=True)
+    return Piece(span, span, first=True, bias=_bias(visible))
 
 
 def blocks(exit: np.ndarray, depth: np.ndarray, window: int | None) -> list[Piece]:

@@ -27,7 +27,8 @@ def flex_tree_attention(
     """Arguments and result as in `tree_attention`."""
     block_mask = mask.cached(("flex", window), lambda: _block_mask(mask, window))
 
-    def capped(score, _batch, _head, _query, _key):
+    def capped(score: torch.Tensor, *_position: torch.Tensor) -> torch.Tensor:
+        assert softcap is not None
         return softcap * torch.tanh(score / softcap)
 
     run = _compiled(flex_attention) if q.is_cuda else flex_attention

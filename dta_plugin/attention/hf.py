@@ -9,8 +9,8 @@ implementation up again when it is recomputed in the backward pass.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
@@ -74,6 +74,13 @@ def _dispatching_over(base: str) -> Callable[..., tuple[torch.Tensor, torch.Tens
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if dta_tree is None:
             return _implementation(base, module)(module, query, key, value, attention_mask, **kwargs)
+        if attention_mask is not None and attention_mask.numel() > 1:
+            raise UnsupportedModelError(
+                f"{type(module).__name__} adds a mask or bias of its own to attention, of shape "
+                f"{tuple(attention_mask.shape)}. Expected the causal mask alone, which the tree replaces; use another "
+                "model, or on_unsupported='dense'."
+            )
+        query, key, value = _autocast(query, key, value)
         out = tree_attention(
             query,
             key,
@@ -84,13 +91,20 @@ def _dispatching_over(base: str) -> Callable[..., tuple[torch.Tensor, torch.Tens
             softcap=kwargs.get("softcap"),
             sinks=kwargs.get("s_aux"),
         )
-        dta_tree.layers_seen.add(module.layer_idx)
+        dta_tree.layers_seen.add(cast(int, module.layer_idx))
         return out.transpose(1, 2), None
 
     return attention
 
 
+def _autocast(*inputs: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Under autocast, one dtype, as torch's own attention has it: rotary positions leave query and key in float32."""
+    kind = inputs[0].device.type
+    enabled = torch.is_autocast_enabled(kind)
+    return (x.to(torch.get_autocast_dtype(kind)) if enabled else x for x in inputs)
+
+
 def _implementation(base: str, module: torch.nn.Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
     """The function the model would have called: the registry's, or its modeling file's eager one."""
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager = cast(Callable[..., Any], getattr(sys.modules[type(module).__module__], "eager_attention_forward", None))
     return ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)

@@ -1,1 +1,1 @@
-"""Who calls the model: packed (the whole forest in one call) and dense (the unmodified path, one sequence at a time)."""
+"""Who calls the model: packed (the whole forest in one call) or dense (unmodified, one sequence at a time)."""

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from dta_plugin.attention.api import resolve_backend
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 from dta_plugin.execution.dense import dense_logprobs
-from dta_plugin.execution.model import causal_lm, model_cost
+from dta_plugin.execution.model import causal_lm, input_device, model_cost
 from dta_plugin.execution.packed import run_packed
 from dta_plugin.execution.support import unsupported_reason
 from dta_plugin.tree.cost import CostEstimate, estimate
@@ -63,7 +64,7 @@ def prepare(model: nn.Module, sequences: Sequence[TokenSequence], scored: Scored
         raise UnsupportedModelError(f"Prefix-tree execution is not exact here: {reason}; or on_unsupported='dense'.")
     base = causal_lm(model)
     _check_vocabulary(tree, base)
-    edges = ScoredEdges.from_tree(tree, scored, base.get_input_embeddings().weight.device)
+    edges = ScoredEdges.from_tree(tree, scored, input_device(base))
     scored_tokens = int((edges.edge_of_token < len(edges.target)).sum())
     cost = estimate(tree, model_cost(base), scored_tokens, len(edges.rows))
     use_tree = reason is None and cost.saving >= config.min_saving
@@ -73,11 +74,11 @@ def prepare(model: nn.Module, sequences: Sequence[TokenSequence], scored: Scored
     return Batch(list(sequences), scored, tree, edges, cost, use_tree, reason)
 
 
-def _check_vocabulary(tree: PrefixTree, model: nn.Module) -> None:
-    size = model.get_input_embeddings().num_embeddings
+def _check_vocabulary(tree: PrefixTree, model: PreTrainedModel) -> None:
+    size = model.config.get_text_config().vocab_size
     if tree.tokens.max() >= size:
         raise InvalidInputError(
-            f"The batch has token id {tree.tokens.max()}. Expected ids below the model's {size} embeddings; check that "
+            f"The batch has token id {tree.tokens.max()}. Expected ids below the model's vocab_size {size}; check that "
             "the tokenizer belongs to the model."
         )
 
@@ -116,8 +117,8 @@ def run_tree(
         if output.entropies is not None:
             entropies.update(zip(group, edges.per_sequence(output.entropies), strict=True))
         router_loss = output.router_loss
-    report = TreeReport.of(
-        batch.tree,
+    report = TreeReport(
+        tree=batch.tree,
         chunks=len(chunks),
         executor="packed",
         backend=resolve_backend(config.backend, batch.edges.target.device),
@@ -144,8 +145,8 @@ def run_dense(
     logprobs = [value.masked_fill(mask, 0.0) for value, mask in zip(logprobs, unscored, strict=True)]
     if entropies is not None:
         entropies = [value.masked_fill(mask, 0.0) for value, mask in zip(entropies, unscored, strict=True)]
-    report = TreeReport.of(
-        batch.tree,
+    report = TreeReport(
+        tree=batch.tree,
         chunks=len(rows),
         executor="dense",
         backend=causal_lm(model).config._attn_implementation,

@@ -22,7 +22,7 @@ from dta_plugin.tree.cost import ModelCost
 
 def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
     """The Hugging Face model inside DDP, FSDP, DeepSpeed, torch.compile and PEFT wrappers."""
-    seen = model
+    seen: Any = model
     while not isinstance(seen, PreTrainedModel):
         inner = getattr(seen, "module", None) or getattr(seen, "_orig_mod", None)
         if inner is None and hasattr(seen, "get_base_model"):
@@ -34,6 +34,11 @@ def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
             )
         seen = inner
     return seen
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where the token ids go: the device of the input embedding."""
+    return next(model.get_input_embeddings().parameters()).device
 
 
 def lm_head(model: PreTrainedModel, dtype: torch.dtype | None = None) -> LMHead:
@@ -75,7 +80,10 @@ def tree_forward(model: PreTrainedModel, forward: Callable[..., Any]) -> Iterato
 def layer_types(config: Any) -> list[str]:
     """Per decoder layer: "full_attention", "sliding_attention", or another kind of layer."""
     types_ = getattr(config, "layer_types", None)
-    return list(types_) if types_ else ["full_attention"] * config.num_hidden_layers
+    if types_:
+        return list(types_)
+    kind = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+    return [kind] * config.num_hidden_layers
 
 
 def model_cost(model: PreTrainedModel) -> ModelCost:
@@ -92,11 +100,11 @@ def model_cost(model: PreTrainedModel) -> ModelCost:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     per_pair = 4.0 * config.num_attention_heads * head_dim
     kinds = layer_types(config)
-    window = getattr(config, "sliding_window", None)
+    window = int(getattr(config, "sliding_window", None) or 0)
     windowed = sum(kind == "sliding_attention" for kind in kinds) if window else 0
     return ModelCost(
         per_token=2.0 * parameters,
         per_pair=per_pair * (len(kinds) - windowed),
         per_scored=2.0 * config.hidden_size * config.vocab_size,
-        per_window_pair=((int(window), per_pair * windowed),) if windowed else (),
+        per_window_pair=((window, per_pair * windowed),) if windowed else (),
     )

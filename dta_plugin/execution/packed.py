@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from dta_plugin.attention import TreeMask
 from dta_plugin.attention.api import resolve_backend
@@ -67,7 +68,7 @@ def run_packed(
     mask = TreeMask.from_layout(layout, resolve_backend(backend, device))
     head = lm_head(base, head_dtype)
 
-    def forward(self: nn.Module, **inputs: Any) -> dict[str, torch.Tensor]:
+    def forward(self: PreTrainedModel, **inputs: Any) -> dict[str, torch.Tensor]:
         backbone = getattr(self, self.base_model_prefix)
         inputs = {name: value for name, value in inputs.items() if value is not None}
         if return_router_loss:
@@ -103,7 +104,7 @@ def _score(
     return logprobs, None if entropies is None else entropies[edges.row_of_edge]
 
 
-def _router_loss(model: nn.Module, router_logits: tuple[torch.Tensor, ...], multiplicity: torch.Tensor) -> torch.Tensor:
+def _router_loss(model: PreTrainedModel, router_logits: Any, multiplicity: torch.Tensor) -> Any:
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     config = model.config.get_text_config()
@@ -111,7 +112,7 @@ def _router_loss(model: nn.Module, router_logits: tuple[torch.Tensor, ...], mult
     return load_balancing_loss_func(router_logits, experts, config.num_experts_per_tok, multiplicity[None])
 
 
-def _check_every_layer_hit(model: nn.Module, mask: TreeMask) -> None:
+def _check_every_layer_hit(model: PreTrainedModel, mask: TreeMask) -> None:
     layers = model.config.get_text_config().num_hidden_layers
     missed = sorted(set(range(layers)) - mask.layers_seen)
     if missed:
@@ -126,6 +127,6 @@ def _check_finite(logprobs: torch.Tensor, model: nn.Module) -> None:
     if not bool(torch.isfinite(logprobs).all()):
         bad = int((~torch.isfinite(logprobs)).sum())
         raise InvalidInputError(
-            f"{type(model).__name__} gave {bad} NaN or infinite log-probs of {logprobs.numel()}. Expected finite values; "
-            "check the weights (a diverged run?), the learning rate and the dtype."
+            f"{type(model).__name__} gave {bad} NaN or infinite log-probs of {logprobs.numel()}. Expected finite "
+            "values; check the weights (a diverged run?), the learning rate and the dtype."
         )

@@ -68,7 +68,7 @@ def _dropout_reason(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _adapter_reason(model: nn.Module) -> str | None:
+def _adapter_reason(model: Any) -> str | None:
     while not hasattr(model, "active_peft_config") and hasattr(model, "module"):
         model = model.module
     peft = getattr(model, "active_peft_config", None)

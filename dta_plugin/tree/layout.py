@@ -68,8 +68,11 @@ class ScoredEdges:
         edge_of_layout = np.cumsum(is_edge) - 1
         edge_of_token = np.where(wanted, edge_of_layout[tree.paths], len(target))[~is_first]
 
-        arrays = (target, rows, row_of_edge.astype(np.int64), edge_of_token)
-        return cls(*(torch.from_numpy(array).to(device) for array in arrays), list(np.diff(tree.offsets) - 1))
+        def tensor(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(array.astype(np.int64, copy=False)).to(device)
+
+        lengths = (np.diff(tree.offsets) - 1).tolist()
+        return cls(tensor(target), tensor(rows), tensor(row_of_edge), tensor(edge_of_token), lengths)
 
     def per_token(self, edge_values: torch.Tensor) -> torch.Tensor:
         """Edge values [E] -> flat values [N - S] of tokens 1.. of every sequence, 0 where unscored; differentiable."""

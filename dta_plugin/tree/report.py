@@ -1,45 +1,53 @@
-"""TreeReport: what was shared in one call, who executed it, and why that path was taken."""
+"""TreeReport: what was shared in one call, who executed it and why, and where sharing was lost."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dta_plugin.tree.divergence import Decoder, Fork, find_forks
+from dta_plugin.tree.picture import draw_text
 from dta_plugin.tree.trie import PrefixTree
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TreeReport:
-    """What one call shared and how it ran.
+    """What one call shared and how it ran. ``print(report)`` is one line.
 
+    tree: the prefix tree of the batch. chunks: model calls.
     executor: "packed" or "dense". backend: attention backend that ran. reason: why this executor.
     ceiling: largest possible speed-up over dense by FLOP count (see tree/cost.py).
-    verified: largest relative difference to the dense path when the call was verified, else None.
     """
 
-    sequences: int
-    flat_tokens: int
-    tree_tokens: int
-    nodes: int
+    tree: PrefixTree
     chunks: int
     executor: str
     backend: str
     reason: str
     ceiling: float
-    verified: float | None = None
 
-    @classmethod
-    def of(cls, tree: PrefixTree, **how: object) -> TreeReport:
-        """Count `tree` and add `how` it ran: chunks, executor, backend, reason, ceiling, verified."""
-        return cls(tree.num_sequences, tree.flat_tokens, tree.tree_tokens, tree.num_nodes, **how)  # type: ignore[arg-type]
+    @property
+    def flat_tokens(self) -> int:
+        return self.tree.flat_tokens
+
+    @property
+    def tree_tokens(self) -> int:
+        return self.tree.tree_tokens
 
     @property
     def compression_ratio(self) -> float:
-        return self.flat_tokens / self.tree_tokens
+        return self.tree.compression_ratio
+
+    def forks(self, limit: int = 5, tokenizer: Decoder | None = None) -> list[Fork]:
+        """Where siblings part, the forks that cost most sharing first; with a tokenizer, the text around them."""
+        return find_forks(self.tree, tokenizer, limit)
+
+    def picture(self, max_lines: int = 40) -> str:
+        """The tree drawn in text."""
+        return draw_text(self.tree, max_lines)
 
     def __str__(self) -> str:
-        line = (
-            f"{self.sequences} sequences, {self.flat_tokens} -> {self.tree_tokens} tokens "
+        return (
+            f"{self.tree.num_sequences} sequences, {self.flat_tokens} -> {self.tree_tokens} tokens "
             f"({self.compression_ratio:.2f}x shared, up to {self.ceiling:.2f}x faster by FLOPs), "
             f"{self.executor} on {self.backend}: {self.reason}"
         )
-        return line if self.verified is None else f"{line}; verified against dense to {self.verified:.1e}"

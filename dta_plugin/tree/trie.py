@@ -145,10 +145,13 @@ class PrefixTree:
 
 
 def _as_token_array(sequence: TokenSequence, index: int) -> np.ndarray:
-    if isinstance(sequence, torch.Tensor):
-        row = sequence.detach().cpu().numpy()
-    else:
-        row = np.asarray(sequence)
+    try:
+        row = sequence.detach().cpu().numpy() if isinstance(sequence, torch.Tensor) else np.asarray(sequence)
+    except (TypeError, ValueError) as error:  # rows of different lengths, a bfloat16 tensor
+        raise InvalidInputError(
+            f"Sequence {index} is a {type(sequence).__name__} that is no row of integers ({error}). Expected a 1-D row "
+            "of integer token ids; pass one unpadded sequence per rollout."
+        ) from error
     if row.size == 0:
         raise InvalidInputError(
             f"Sequence {index} is empty. Expected at least one token per sequence; drop empty rollouts before the call."

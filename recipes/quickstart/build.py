@@ -1,31 +1,33 @@
-"""Build the quickstart's model, tokenizer and data in a few seconds, with nothing but a CPU.
+"""Build the quickstart's model, tokenizer and data: no network, no GPU, well under 30 seconds.
 
     python recipes/quickstart/build.py --output runs/quickstart
 
-The task is clock arithmetic. Every prompt states a rule ("the clock shows 7 hours"), shows solved
-exercises and ends with a new one; the answer is its chain of partial totals:
+The task is walking round a clock. A prompt states the rule, shows solved exercises (different ones
+in every prompt) and asks a new one; the completion is the chain of hours, its last one the answer:
 
-    Rule : the clock shows 7 hours . ...
-    Add : 4 + 6 + 5 </s> Work : 4 + 6 = 3 ; 3 + 5 = 1 </s> ... Add : 2 + 6 + 6 + 1 </s> Work :
+    Rule : this is a 7h clock , with the hours 0 to 6 . ...
+    Ask : from 4 go +5 , 3 times </s> Work : 4 +5 = 2 ; 2 +5 = 0 ; 0 +5 = 5 </s> ...
+    Ask : from 2 go +6 , 4 times </s> Work :
 
-The model is a small Qwen3 that was pretrained here, briefly, on notebooks of such exercises written
-by sloppy clerks: each partial total is off by one with probability `SLIP`. Like any base model it
-imitates its corpus, slips included, so it solves about a third of the exercises. The prompts it gets
-in training hold correct examples only, and no prompt is seen twice.
+The model is a small Qwen3, pretrained here on notebooks of two kinds of clerks. The first work out
+every hop, and land one hour off with probability `SLIP`. The second do the same, when they do, but
+with probability `HURRY` they just write `guess 3`. A base model imitates its corpus: it knows every
+hop, yet guesses more often than it works, and slips; it solves about 0.4 of the exercises. That gap
+is what GRPO closes with nothing but "was the answer right?". The model learns to think first (its
+completions double in length), then to think with care.
 
-Promises: the same seed and thread count give the same files; `<output>/model` holds what
-`from_pretrained` reads (model and tokenizer), `<output>/data/train.jsonl` the columns `prompt`
-(text) and `answer` (the last total) that `trl grpo` and `rewards.py` need.
+Promises: the same seed and thread count give the same files. `<output>/model` is what
+`from_pretrained` reads (model and tokenizer); `<output>/data/train.jsonl` has the columns `prompt`
+and `answer` which `trl grpo` and `rewards.py` need. Its examples are worked and correct, and its
+prompts all differ, so a reward curve over one epoch is a curve over unseen prompts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,110 +38,161 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 PAD, EOS = "<pad>", "</s>"
-HOURS = range(5, 10)  # the rule of a notebook: how many hours its clock shows
-TIMES = range(3, 5)  # numbers in one exercise
-DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri")
-SLIP = 0.3  # how often a clerk of the pretraining corpus is off by one
-EXAMPLES = 7  # solved exercises in a prompt
+HOURS = range(5, 9)  # how many hours a clock shows: the rule of one notebook
+STRIDES = range(1, 5)  # hours per hop
+TIMES = range(3, 5)  # hops in one exercise
+EXAMPLES = 7  # solved exercises in a prompt (about 280 tokens with the rule)
+SLIP = 0.05  # how often a clerk's hop lands one hour off
+HURRY = 0.65  # how often a clerk in a hurry guesses instead of working
 RULE = (
-    "Rule : this is a {hours}h clock , from 0 to {last} . Add the numbers from left to right . "
-    "When a total goes past the last hour , the clock starts again at 0 . "
-    "Write down every partial total ; the last one is the answer ."
+    "Rule : this is a {hours}h clock , with the hours 0 to {last} . Start at the given hour and "
+    "go forward by the given number , as many times as asked . After the hour {last} comes 0 "
+    "again . Write down every hop of the work ; the hour it ends on is the answer ."
 )
 
 
 @dataclass(frozen=True)
 class Exercise:
-    """One sum on a clock: its text up to `Work :`, its solution, and the last total."""
+    """One walk on a clock: its question, the work that solves it, and the hour it ends on."""
 
     question: str
     work: str
     answer: int
 
     @classmethod
-    def draw(cls, rng: random.Random, hours: int, slip: float = 0.0) -> Exercise:
-        hour, stride, times = rng.randrange(hours), rng.randrange(1, hours), rng.choice(TIMES)
-        question, steps = f"Ask : from {hour} go +{stride} , {times} times {EOS} Work :", []
+    def draw(cls, rng: random.Random, hours: int, slip: float, hurry: float) -> Exercise:
+        hour, stride, times = rng.randrange(hours), rng.choice(STRIDES), rng.choice(TIMES)
+        question = f"Ask : from {hour} go +{stride} , {times} times {EOS} Work :"
+        if rng.random() < hurry:
+            guess = rng.randrange(hours)
+            return cls(question, f"guess {guess}", guess)
+        hops = []
         for _ in range(times):
             error = rng.choice((-1, 1)) if rng.random() < slip else 0
-            arrival = (hour + stride + error) % hours
-            steps.append(f"{hour} +{stride} = {arrival}")
-            hour = arrival
-        return cls(question, " ; ".join(steps), hour)
+            end = (hour + stride + error) % hours
+            hops.append(f"{hour} +{stride} = {end}")
+            hour = end
+        return cls(question, " ; ".join(hops), hour)
 
 
-def notebook(rng: random.Random, examples: int, slip: float = 0.0) -> tuple[str, Exercise]:
-    """A rule, solved exercises under it, and the question that follows; also its exercise."""
+def notebook(rng: random.Random, slip: float = 0.0, hurry: float = 0.0) -> tuple[str, Exercise]:
+    """A prompt (the rule, solved exercises, an open question) and the exercise it leaves open."""
     hours = rng.choice(HOURS)
-    solved = [Exercise.draw(rng, hours, slip) for _ in range(examples)]
-    last = Exercise.draw(rng, hours, slip)
+    *solved, last = (Exercise.draw(rng, hours, slip, hurry) for _ in range(EXAMPLES + 1))
     lines = [RULE.format(hours=hours, last=hours - 1)]
     lines += [f"{exercise.question} {exercise.work} {EOS}" for exercise in solved]
-    return " ".join([*lines, last.question]), last
+    return "\n".join([*lines, last.question]), last
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word; the vocabulary is closed."""
-    words = sorted({w for hours in HOURS for w in RULE.format(hours=hours, last=hours - 1).split()})
-    words += sorted(set("Ask : from go , times Work = ;".split()) - set(words))
-    words += sorted({str(d) for d in range(10)} - set(words)) + [f"+{d}" for d in range(1, 10)]
-    vocab = {token: index for index, token in enumerate([PAD, EOS, *words])}
+    """One token per word of a closed vocabulary; `</s>` inside a prompt is the real end token."""
+    words = [word for hours in HOURS for word in RULE.format(hours=hours, last=hours - 1).split()]
+    words += "Ask : from go , times Work = ; guess".split()
+    words += [f"{sign}{digit}" for sign in ("", "+") for digit in range(10)]
+    vocab = {word: index for index, word in enumerate(dict.fromkeys([PAD, EOS, *words]))}
     core = Tokenizer(WordLevel(vocab, unk_token=PAD))
     core.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=EOS, padding_side="left")
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=EOS)
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, layers: int, hidden: int) -> Qwen3ForCausalLM:
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=4 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 32,
-        num_key_value_heads=max(1, hidden // 64),
-        head_dim=32,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
+def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """About 0.13 M weights. Wide init and a short RoPE base: it learns to copy in seconds."""
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=32,
+            max_position_embeddings=1024,
+            rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+            initializer_range=0.1,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
     )
-    return Qwen3ForCausalLM(config)
 
 
-def batches(
-    rng: random.Random, tokenizer: PreTrainedTokenizerFast, steps: int, rows: int, examples: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Token ids and labels of sloppy notebooks; only what follows a `Work :` is supervised."""
-    start, end = tokenizer.convert_tokens_to_ids("Work"), tokenizer.eos_token_id
-    for _ in range(steps):
-        texts = []
-        for _ in range(rows):
-            prompt, last = notebook(rng, examples, SLIP)
-            texts.append(f"{prompt} {last.work} {EOS}")
-        ids = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").input_ids
-        # After `Work`, one `:` and then the solution up to and including its end mark.
-        opened = (ids == start).cumsum(1)
-        closed = (ids == end).cumsum(1).roll(1, 1)
-        closed[:, 0] = 0
-        supervised = (2 * opened - closed == 1) & (ids != start)
-        supervised &= ids.roll(1, 1) != start
-        yield ids, ids.masked_fill(~supervised, -100)
+def corpus_batch(
+    rng: random.Random, tokenizer: PreTrainedTokenizerFast, rows: int, hurry: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and labels of clerks' notebooks; only the work of each exercise is supervised."""
+    pages = (notebook(rng, SLIP, hurry) for _ in range(rows))
+    texts = [f"{prompt} {last.work} {EOS}" for prompt, last in pages]
+    ids = tokenizer(texts, padding=True, return_tensors="pt").input_ids
+    is_end = ids == tokenizer.eos_token_id
+    ends_before = is_end.cumsum(1) - is_end.long()  # odd: a question was closed, its work was not
+    return ids, ids.masked_fill(ends_before % 2 == 0, -100)
 
 
 def pretrain(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: random.Random, steps: int, rows: int, lr: float, examples: int
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    rng: random.Random,
+    steps: int,
+    rows: int = 8,
+    peak_lr: float = 5e-3,
 ) -> float:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
-    loss = torch.tensor(math.nan)
-    t0 = time.perf_counter()
-    for step, (ids, labels) in enumerate(batches(rng, tokenizer, steps, rows, examples)):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1.0, (step + 1) / 10, (steps - step) / (0.3 * steps))
+    """Next-token training with warm-up and linear decay; returns the last loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 10, (steps - step) / (0.3 * steps), 1.0)
+    )
+    loss = torch.zeros(())
+    for step in range(steps):
+        ids, labels = corpus_batch(rng, tokenizer, rows, hurry=HURRY if step >= 0.7 * steps else 0.0)
         loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % 20 == 0: print(step, round(loss.item(), 4), round(time.perf_counter() - t0, 1), ids.shape, (labels!=-100).float().mean().item())
-    print("final", loss.item()); return loss.item()
+    return loss.item()
+
+
+def write_prompts(path: Path, rng: random.Random, count: int) -> None:
+    prompts: dict[str, int] = {}
+    while len(prompts) < count:
+        prompt, exercise = notebook(rng)
+        prompts[prompt] = exercise.answer
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        for prompt, answer in prompts.items():
+            print(json.dumps({"prompt": prompt, "answer": answer}), file=file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=300, help="pretraining steps")
+    parser.add_argument("--prompts", type=int, default=1024, help="rows of train.jsonl")
+    args = parser.parse_args()
+
+    def report(text: str, since: float) -> None:
+        print(f"[build] {text} ({time.perf_counter() - since:.1f} s)", flush=True)
+
+    torch.manual_seed(args.seed)
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer)
+
+    start = time.perf_counter()
+    loss = pretrain(model, tokenizer, random.Random(f"corpus {args.seed}"), args.steps)
+    report(f"pretrained {model.num_parameters():,} weights for {args.steps} steps, last loss {loss:.3f}", start)
+
+    start = time.perf_counter()
+    model.save_pretrained(args.output / "model")
+    tokenizer.save_pretrained(args.output / "model")
+    report(f"saved model and tokenizer ({len(tokenizer)} tokens) to {args.output / 'model'}", start)
+
+    start = time.perf_counter()
+    write_prompts(args.output / "data" / "train.jsonl", random.Random(f"prompts {args.seed}"), args.prompts)
+    report(f"wrote {args.prompts} prompts to {args.output / 'data' / 'train.jsonl'}", start)
+
+
+if __name__ == "__main__":
+    main()

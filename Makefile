@@ -1,0 +1,61 @@
+# Everything that can be run here. `make` lists it; the first target that needs packages creates $(VENV).
+#   make test VENV=            use the environment that is active instead
+#   make test WORKERS=8        more processes
+
+SHELL := bash
+VENV ?= .venv
+WORKERS ?= 2
+# What the suite and the measurements are known with. pip takes the build of torch that its index prefers.
+TORCH ?= torch==2.13.0
+TRL ?= trl==1.16.0
+
+ifneq ($(VENV),)
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+INSTALLED := $(VENV)/.installed
+endif
+# The suite's tensors are tiny: one thread per process. Nothing here needs a hub.
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test test-slow lint quickstart quickstart-lora bench gpu
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+venv: $(INSTALLED) ## create the virtual environment (the others do so by themselves)
+
+ifneq ($(VENV),)
+$(VENV)/.installed: pyproject.toml
+	test -d $(VENV) || python3 -m venv $(VENV)
+	python -m pip install --quiet $(TORCH)
+	python -m pip install --quiet --editable '.[trl,dev]' $(TRL)
+	touch $@
+endif
+
+test: $(INSTALLED) ## the test suite, on a CPU
+	$(PYTEST) --numprocesses $(WORKERS) --dist loadfile -m "not slow and not gpu"
+
+test-slow: $(INSTALLED) ## long fuzzing and many trainer runs
+	$(PYTEST) --numprocesses $(WORKERS) --dist worksteal -m "slow and not gpu"
+
+lint: $(INSTALLED) ## style and types
+	ruff check .
+	ruff format --check .
+	mypy
+
+quickstart: $(INSTALLED) ## train a small model with GRPO and the flag, on a CPU; draws its reward curve
+	python recipes/quickstart/build.py --output runs/quickstart
+	trl grpo --config recipes/trl/quickstart.yaml
+	python recipes/quickstart/report.py runs/quickstart
+
+quickstart-lora: $(INSTALLED) ## the same with LoRA
+	python recipes/quickstart/build.py --output runs/quickstart
+	trl grpo --config recipes/trl/quickstart_lora.yaml
+	python recipes/quickstart/report.py runs/quickstart --run lora
+
+bench: $(INSTALLED) ## measure the policy update, dense against tree
+	python benchmarks/policy_update.py
+
+gpu: $(INSTALLED) ## tests and measurements that need a CUDA device
+	$(PYTEST) -m gpu
+	python benchmarks/policy_update.py --device cuda --dtype bfloat16

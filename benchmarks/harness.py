@@ -1,0 +1,120 @@
+"""Timing side by side, tables and result files: what the benchmarks of this folder share.
+
+Contenders are timed interleaved: every round runs each of them once, in an order that rotates, with garbage collected
+before each run. Speed-ups are medians of the ratios within a round, so a machine that slows down for a while slows
+both sides of a ratio. Two clocks run: wall time, and the process's CPU time, which is the one to trust with one thread
+on a machine that other processes use too.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("dta-plugin", "torch", "transformers", "trl", "prefix-grouper", "numpy")
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    before: Callable[[], None],
+    after: Callable[[int, str, Any], None],
+    device: torch.device,
+) -> dict[str, dict[str, list[float]]]:
+    """{"wall": seconds per round of every contender, "cpu": the same}.
+
+    before: called before each run, untimed. after: called with (round, name, result) after each run, untimed.
+    """
+    names = list(contenders)
+    seconds: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in names} for clock in CLOCKS}
+    for index in range(rounds):
+        for name in names[index % len(names) :] + names[: index % len(names)]:
+            before()
+            gc.collect()
+            _synchronize(device)
+            start = {clock: read() for clock, read in CLOCKS.items()}
+            result = contenders[name]()
+            _synchronize(device)
+            for clock, read in CLOCKS.items():
+                seconds[clock][name].append(read() - start[clock])
+            after(index, name, result)
+            del result
+    return seconds
+
+
+def median_ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
+    """Median over rounds of how many times faster `fast` was."""
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown table, columns padded."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows]]
+    rule = " | ".join("-" * width for width in widths)
+    return "\n".join(f"| {line} |" for line in [lines[0], rule, *lines[1:]])
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """The machine, the versions and the commit that a result belongs to."""
+    return {
+        "machine": {
+            "cpu": _cpu_model(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+            "system": platform.system(),
+        },
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "commit": _commit(),
+    }
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    fields = dict(line.replace("\t", "").split(":", 1) for line in lines if ":" in line)
+    family, model = fields.get("cpu family", "?").strip(), fields.get("model", "?").strip()
+    return f"{fields.get('model name', platform.machine()).strip()} (family {family}, model {model})"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """Short hash, with "-dirty" where the tree differs from it; None outside a git checkout."""
+    here = Path(__file__).parent
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,40 @@
+"""`enable()` and `disable()`: turn prefix-tree execution on and off for the frameworks of this process."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+from dta_plugin.config import TreeConfig
+from dta_plugin.errors import InvalidInputError
+
+
+def enable(config: TreeConfig | None = None, **options: Any) -> None:
+    """Make every TRL GRPO and RLOO trainer of this process, subclasses included, use the tree. Idempotent.
+
+    config: a TreeConfig, or its fields as keyword arguments: ``enable(verify="first")``. Trainers that exist already
+    are affected too. A later call replaces the configuration. A trainer whose config carries `use_dta` (TreeGRPOConfig)
+    follows its config; where that says something else, a warning tells.
+
+    Raises InvalidInputError for unknown or invalid options and where TRL is not installed, UnsupportedModelError for
+    a TRL version that is not supported.
+    """
+    if config is not None and options:
+        raise InvalidInputError(
+            "Got both a TreeConfig and options. Expected one of them; put everything into the config."
+        )
+    _patch().enable(config or TreeConfig.from_options(options))
+
+
+def disable() -> None:
+    """Restore the trainers' own methods. Trainers without the flag then run stock code."""
+    _patch().disable()
+
+
+def _patch() -> ModuleType:
+    if find_spec("trl") is None:
+        raise InvalidInputError("TRL is not installed. Expected it beside dta-plugin: pip install 'dta-plugin[trl]'.")
+    from dta_plugin.adapters.trl import patch
+
+    return patch

@@ -1,0 +1,1 @@
+"""The only place that knows framework names: one package per framework."""

@@ -1,0 +1,83 @@
+"""The two methods that the plugin puts in front of a TRL trainer's own, shared by the mixin and the in-place patch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dta_plugin.adapters.trl.config import tree_config
+from dta_plugin.adapters.trl.regroup import composition_reason, regroup
+from dta_plugin.adapters.trl.scoring import Hook, tree_log_probs
+from dta_plugin.adapters.trl.state import TreeState
+from dta_plugin.config import TreeConfig
+from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.execution.support import unsupported_reason
+
+
+def log_probs(
+    trainer: Any, own: Hook, default: TreeConfig | None, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor | None, ...]:
+    """In front of `_get_per_token_logps_and_entropies`. default: configuration of trainers without the flag."""
+    config = active_config(trainer, default)
+    if config is None:
+        return own(*args, **kwargs)
+    return tree_log_probs(trainer, TreeState.of(trainer, config), own, *args, **kwargs)
+
+
+def prepare_inputs(trainer: Any, own: Callable[[Any], Any], default: TreeConfig | None, generation_batch: Any) -> Any:
+    """In front of `_prepare_inputs`: regroup a new generation batch, then hand out this step's micro-batch."""
+    config = active_config(trainer, default)
+    if config is None:
+        return own(generation_batch)
+    state = TreeState.of(trainer, config)
+    if _loss_is_fused(trainer):
+        _run_fused_loss(trainer, config, state)
+        return own(generation_batch)
+    before = trainer._buffered_inputs
+    inputs = own(generation_batch)
+    buffer = trainer._buffered_inputs
+    if buffer is before or buffer is None or not _wants_regroup(trainer, config, state, buffer):
+        return inputs
+    trainer._buffered_inputs = regroup(buffer, trainer.args.gradient_accumulation_steps)
+    return trainer._buffered_inputs[trainer._step % trainer.args.steps_per_generation]
+
+
+def active_config(trainer: Any, default: TreeConfig | None) -> TreeConfig | None:
+    """The trainer's own options where its config has the flag, else the process-wide ones."""
+    if hasattr(trainer.args, "use_dta"):
+        return tree_config(trainer.args)
+    return default
+
+
+def _wants_regroup(trainer: Any, config: TreeConfig, state: TreeState, buffer: list[dict[str, Any]]) -> bool:
+    if config.regroup == "never" or len(buffer) == 1 or any("pixel_values" in batch for batch in buffer):
+        return False
+    if unsupported_reason(trainer.model) is not None:
+        return False  # the dense path will run: leave the batch exactly as TRL made it
+    reason = composition_reason(trainer)
+    if reason is not None and config.regroup == "auto":
+        state.say_once(
+            trainer,
+            f"micro-batches stay as TRL shuffled them, siblings apart, because {reason}; regroup='always' regroups all "
+            "the same",
+        )
+        return False
+    return True
+
+
+def _loss_is_fused(trainer: Any) -> bool:
+    """TRL up to 1.13 routes the Liger loss around the log-prob hook."""
+    asked = getattr(trainer, "use_liger_kernel", False) or getattr(trainer, "use_liger_loss", False)
+    return bool(asked) and hasattr(trainer, "compute_liger_loss")
+
+
+def _run_fused_loss(trainer: Any, config: TreeConfig, state: TreeState) -> None:
+    """Refuse, or say that the loss runs dense."""
+    reason = "this TRL version's Liger loss bypasses the log-prob hook; set use_liger_kernel=False or use trl>=1.14"
+    if config.on_unsupported == "error":
+        raise UnsupportedModelError(f"Prefix-tree execution cannot run here: {reason}; or on_unsupported='dense'.")
+    state.say_once(trainer, f"dense path: {reason}")
+    if trainer.model.training:
+        state.log_metrics(trainer, None)

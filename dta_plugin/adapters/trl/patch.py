@@ -1,0 +1,69 @@
+"""Patch TRL's trainer classes in place, so that unmodified scripts, and subclasses they define, use the tree."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from trl import GRPOTrainer, RLOOTrainer
+
+from dta_plugin.adapters.trl import hooks
+from dta_plugin.adapters.trl.config import tree_config
+from dta_plugin.config import TreeConfig
+
+_HOOKS: dict[str, Callable[..., Any]] = {
+    "_get_per_token_logps_and_entropies": hooks.log_probs,
+    "_prepare_inputs": hooks.prepare_inputs,
+}
+_own: dict[tuple[type, str], Callable[..., Any]] = {}
+_active: TreeConfig | None = None
+
+
+def enable(config: TreeConfig) -> None:
+    """See `dta_plugin.enable`."""
+    global _active
+    _active = config
+    for trainer_class in (GRPOTrainer, RLOOTrainer):
+        for name, hook in _HOOKS.items():
+            if (trainer_class, name) not in _own:
+                _own[trainer_class, name] = own = trainer_class.__dict__[name]
+                setattr(trainer_class, name, _in_front_of(own, hook))
+
+
+def disable() -> None:
+    """See `dta_plugin.disable`."""
+    global _active
+    _active = None
+    for (trainer_class, name), own in _own.items():
+        setattr(trainer_class, name, own)
+    _own.clear()
+
+
+def process_config() -> TreeConfig | None:
+    """What the process was enabled with, or None."""
+    return _active
+
+
+def _in_front_of(own: Callable[..., Any], hook: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(own)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _say_who_decides(self)
+        return hook(self, functools.partial(own, self), _active, *args, **kwargs)
+
+    return method
+
+
+def _say_who_decides(trainer: Any) -> None:
+    """A config with the flag goes before `enable`; where the two differ, that must not pass in silence."""
+    if not hasattr(trainer.args, "use_dta"):
+        return
+    own = tree_config(trainer.args)
+    if own != _active:
+        follows = "use_dta=False" if own is None else str(own)
+        warnings.warn(
+            f"This trainer follows its own config, {follows}, and not what the process was enabled with, {_active}. "
+            "Give the options in one place.",
+            stacklevel=2,
+        )

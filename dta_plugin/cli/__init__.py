@@ -1,0 +1,58 @@
+"""The `dta` command: look at rollouts, at this machine, and at a model before training with the tree.
+
+    dta inspect rollouts.jsonl       what the sequences share, and what that would save
+    dta doctor --model PATH          would prefix-tree training run here, with this model?
+    dta verify --model PATH          tree against dense: log-probs and gradients
+
+Exit codes: 0 all well; 1 the check failed (`doctor`, `verify`); 2 the input cannot be used, said in one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+
+from dta_plugin import __version__
+from dta_plugin.cli import doctor, inspect, verify
+from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+
+_EPILOG = """\
+first steps:
+  dta inspect rollouts.jsonl.gz --tokenizer Qwen/Qwen3-0.6B
+  dta doctor --model Qwen/Qwen3-0.6B
+  dta verify --model Qwen/Qwen3-0.6B
+
+Each subcommand explains itself: dta inspect --help
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dta",
+        description="Prefix-tree training: what your rollouts share, and whether sharing it works here.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"dta-plugin {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for module in (inspect, doctor, verify):
+        module.add_parser(commands)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `dta` with these arguments (default: the command line's) and return its exit code."""
+    args = build_parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # rollouts hold characters that a terminal may not know
+    try:
+        return args.run(args)
+    except (InvalidInputError, UnsupportedModelError) as error:
+        print(f"dta {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1 if isinstance(error, UnsupportedModelError) else 2
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

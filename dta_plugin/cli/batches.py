@@ -1,0 +1,49 @@
+"""The batches that `dta verify` runs: random tokens, or a user's own rollouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dta_plugin.cli.encoding import load_encoder
+from dta_plugin.cli.rollouts import load_rollouts, trajectory_sequences
+from dta_plugin.tree import PrefixTree
+from dta_plugin.tree.divergence import first_fork_depth
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Token sequences, and where they come from in words."""
+
+    sequences: list[np.ndarray]
+    origin: str
+
+
+def random_batch(vocabulary: int, max_tokens: int) -> Batch:
+    """Six answers of different lengths to one prompt, and two ways on from the first: it ends inside the tree."""
+    generator = np.random.default_rng(0)
+    unit = min(64, max_tokens // 8)
+
+    def draw(units: int) -> np.ndarray:
+        return generator.integers(0, vocabulary, units * unit)
+
+    prompt = draw(4)
+    answers = [np.concatenate([prompt, draw(1 + index % 3)]) for index in range(6)]
+    answers += [np.concatenate([answer, draw(1)]) for answer in (answers[0], answers[0])]
+    return Batch(answers, "8 random sequences that share a prompt (seeded)")
+
+
+def file_batch(file: str, tokenizer: str | None, limit: int, max_tokens: int) -> Batch:
+    """`limit` rollouts, group by group, cut to the tokens around the place where they first part."""
+    rollouts = load_rollouts(file)
+    groups = list(dict.fromkeys(rollout.group for rollout in rollouts))
+    rollouts = sorted(rollouts, key=lambda rollout: groups.index(rollout.group))[:limit]
+    encoder = load_encoder(tokenizer)
+    sequences = [sequence.tokens for sequence in trajectory_sequences(rollouts, encoder)]
+    parting = first_fork_depth(PrefixTree.from_sequences(sequences)) or 0
+    start = max(0, parting - max_tokens // 2)
+    cut = [tokens[start : start + max_tokens] for tokens in sequences]
+    cut = [tokens for tokens in cut if len(tokens)]
+    kind = "token ids" if rollouts[0].tokens is not None else encoder.description
+    return Batch(cut, f"{len(cut)} rollouts, tokens {start:,} to {start + max_tokens:,}; {kind}")

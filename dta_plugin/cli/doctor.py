@@ -1,0 +1,170 @@
+"""`dta doctor`: would prefix-tree training run here, and with this model? Exit code 1 if not."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import textwrap
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from dta_plugin import __version__
+from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_PACKAGES = ("torch", "triton", "transformers", "trl", "verl", "peft", "accelerate", "prefix_grouper")
+_WIDTH = 100
+_IF_INSTALLED = {"prefix_grouper": "another way to share prompts; do not switch on both"}
+_IF_MISSING = {"trl": "needed for training: pip install 'dta-plugin[trl]'"}
+
+_EPILOG = """\
+examples:
+  dta doctor                            versions, devices, and which attention backend runs here
+  dta doctor --model Qwen/Qwen3-0.6B    and whether this model can train with the tree
+  dta doctor --model ./checkpoint       a folder or a config.json; weights are not read
+
+exit code: 0 if everything named is supported, 1 if something is not, 2 if the model cannot be found.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report. ok: False if prefix-tree training would not work because of it."""
+
+    name: str
+    value: str
+    note: str = ""
+    ok: bool = True
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="would it run here, with this model?",
+        description="Versions, devices and, for a model, what --use_dta would do with it.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", metavar="PATH", help="folder, config.json or hub name")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    sections = [[Finding("dta-plugin", __version__), *versions()], devices()]
+    if args.model:
+        sections.append(model_findings(args.model))
+    findings = [finding for section in sections for finding in section]
+    name_width = max(len(finding.name) for finding in findings) + 2
+    value_width = max(len(finding.value) for finding in findings if finding.note) + 2
+    for section in sections:
+        for finding in section:
+            print("\n".join(_lines(finding, name_width, value_width)))
+        print()
+    broken = [finding.name for finding in findings if not finding.ok]
+    hint = "" if args.model else " To check a model: dta doctor --model PATH"
+    print(f"Not supported: {', '.join(broken)}." if broken else f"Everything is supported.{hint}")
+    return 1 if broken else 0
+
+
+def _lines(finding: Finding, name_width: int, value_width: int) -> list[str]:
+    """The finding in columns, its note wrapped; "!" marks what would not work."""
+    start = f"{' ' if finding.ok else '!'} {finding.name:<{name_width}}{finding.value:<{value_width}}"
+    notes = textwrap.wrap(finding.note, max(_WIDTH - len(start), 40)) or [""]
+    return [(start + notes[0]).rstrip(), *(" " * len(start) + note for note in notes[1:])]
+
+
+def versions() -> list[Finding]:
+    """Python and the packages that matter, against the versions that this package declares."""
+    ranges = _declared()
+    findings = [Finding("python", platform.python_version())]
+    for package in _PACKAGES:
+        try:
+            version = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            findings.append(Finding(package, "not installed", _IF_MISSING.get(package, "")))
+            continue
+        allowed = ranges.get(package)
+        if allowed is None:
+            findings.append(Finding(package, version, _IF_INSTALLED.get(package, "")))
+        else:
+            ok = allowed.contains(version, prereleases=True)
+            bounds = ",".join(sorted(map(str, allowed), reverse=True))
+            findings.append(Finding(package, version, f"{'supported' if ok else 'not supported'} ({bounds})", ok))
+    return findings
+
+
+def _declared() -> dict[str, Any]:
+    """Package -> version specifier of this package's dependencies and extras; empty if it is not installed."""
+    from packaging.requirements import Requirement
+
+    try:
+        requirements = [Requirement(line) for line in metadata.requires("dta-plugin") or []]
+    except metadata.PackageNotFoundError:
+        return {}
+    return {requirement.name: requirement.specifier for requirement in requirements if requirement.specifier}
+
+
+def devices() -> list[Finding]:
+    """Each device and the attention backend that "auto" means there."""
+    import torch
+
+    from dta_plugin.attention.api import resolve_backend
+
+    threads = torch.get_num_threads()
+    found = [("cpu", f"{threads} thread{'' if threads == 1 else 's'}", torch.device("cpu"))]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        size = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        found.append((f"cuda:{index}", size, torch.device("cuda", index)))
+    return [
+        Finding(name, size, f"attention backend: {resolve_backend('auto', device)}") for name, size, device in found
+    ]
+
+
+def model_findings(path: str) -> list[Finding]:
+    """What the model is made of, and whether it can run as a tree."""
+    from dta_plugin.cli.models import load_config, skeleton
+    from dta_plugin.execution.support import unsupported_reason
+
+    load_config(path)  # a path without a model is wrong input, said by the caller
+    try:
+        model = skeleton(path)
+    except InvalidInputError as error:
+        return [Finding("model", path), Finding("--use_dta", "would stop", str(error), ok=False)]
+    reason = unsupported_reason(model.train())
+    answer = Finding("--use_dta", "works") if reason is None else Finding("--use_dta", "would stop", reason, ok=False)
+    return [Finding("model", type(model).__name__, path), *_architecture(model), answer]
+
+
+def _architecture(model: PreTrainedModel) -> Iterator[Finding]:
+    from dta_plugin.execution.model import layer_types, lm_head, model_cost
+
+    config = model.config.get_text_config()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    active = model_cost(model).per_token / 2
+    yield Finding("parameters", _count(parameters), f"{_count(active)} multiply every token, LM head aside")
+    kinds = Counter(layer_types(config))
+    window = getattr(config, "sliding_window", None)
+    note = f"window {window}" if "sliding_attention" in kinds and window else ""
+    yield Finding("layers", ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in kinds.items()), note)
+    try:
+        head = lm_head(model)
+    except UnsupportedModelError as error:
+        yield Finding("LM head", "none", str(error), ok=False)
+        return
+    tied = "tied" if getattr(config, "tie_word_embeddings", False) else "untied"
+    cap = "no soft-cap" if head.softcap is None else f"soft-cap {head.softcap:g}"
+    yield Finding("LM head", f"{config.vocab_size:,} tokens, {tied}", f"scale {head.scale:g}, {cap}")
+
+
+def _count(number: float) -> str:
+    """12345678 -> "12.3M"."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"

@@ -1,0 +1,205 @@
+"""`dta verify`: tree against dense on a real model, log-probs and gradients of every parameter. Exit code 1 on FAIL."""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dta_plugin.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from dta_plugin.cli.batches import Batch
+    from dta_plugin.tree import TreeReport
+    from dta_plugin.verify import Difference
+
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
+_WORST = 3  # parameters listed
+_REPEATS = 2  # timed runs of each path; the faster one counts
+
+_EPILOG = """\
+examples:
+  dta verify --model Qwen/Qwen3-0.6B                           random tokens: answers to one prompt, two turns
+  dta verify --model PATH rollouts.jsonl --tokenizer PATH      eight of your own rollouts
+  dta verify --model PATH --dtype bfloat16 --device cuda       the precision and device you train with
+  dta verify --model PATH/config.json                          random weights, for a model that is not downloaded
+
+what is compared: the log-prob of every token, and the gradient of a random weighting of all log-probs with respect to
+every parameter; the unmodified model runs each sequence by itself. A wrong attention mask gives log-prob differences
+of 0.1 nats and gradient errors near 1. Allowed are rounding errors only: with eps the dtype's machine epsilon (at
+least float32's, which normalisation layers compute in), sqrt(eps) / 2 for the mean log-prob difference, in nats, and
+2 sqrt(eps) for the worst parameter's relative gradient error.
+
+exit code: 0 PASS, 1 FAIL or a model that cannot run as a tree, 2 unusable input.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """What rounding explains: mean |log-prob difference| in nats, and relative L2 error of a parameter's gradient."""
+
+    logprob: float
+    gradient: float
+
+    @classmethod
+    def in_dtype(cls, dtype: torch.dtype) -> Allowed:
+        import torch
+
+        eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+        return cls(logprob=eps**0.5 / 2, gradient=2 * eps**0.5)
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "verify",
+        help="tree against dense on your model",
+        description="Run a model dense and as a tree: do log-probs and gradients agree, and which is faster?",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", nargs="?", metavar="FILE", help="rollouts, as for dta inspect; default: random tokens")
+    parser.add_argument("--model", required=True, metavar="PATH", help="folder, config.json or hub name")
+    parser.add_argument("--tokenizer", metavar="PATH", help="folder, tokenizer.json or hub name, for messages in FILE")
+    parser.add_argument("--limit", type=int, default=8, metavar="N", help="N rollouts, group by group (default 8)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=1024, metavar="N", help="N tokens of each, around the first fork (1024)"
+    )
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="default float32, the sharpest test")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ..; default: a GPU if there is one")
+    parser.add_argument("--lora", action="store_true", help="compare gradients of LoRA adapters on all linear layers")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from dta_plugin.cli.batches import file_batch, random_batch
+    from dta_plugin.verify import compare
+
+    if args.limit < 1 or args.max_tokens < 8:
+        raise InvalidInputError(f"--limit {args.limit}, --max-tokens {args.max_tokens}. Expected at least 1 and 8.")
+    dtype = getattr(torch, args.dtype)
+    base, weights = load_model(args.model, dtype, _device(args.device))
+    if args.file is None:
+        batch = random_batch(base.config.get_text_config().vocab_size, args.max_tokens)
+    else:
+        batch = file_batch(args.file, args.tokenizer, args.limit, args.max_tokens)
+    model = add_lora(base) if args.lora else base
+    print(f"{args.model}: {weights}, {args.dtype} on {next(model.parameters()).device}")
+    print(batch.origin, flush=True)
+    difference = compare(model, batch.sequences)
+    dense, tree, report = time_both(model, batch)
+    allowed = Allowed.in_dtype(dtype)
+    print("\n".join(_table(difference, allowed, report, dense, tree)))
+    passed = difference.logprob_mean <= allowed.logprob and difference.worst_gradient[1] <= allowed.gradient
+    print("PASS" if passed else "FAIL: please report this with the output of `dta doctor`")
+    return 0 if passed else 1
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InvalidInputError(
+            f"--device {name}: {reason}. Expected a device of this machine, such as cpu."
+        ) from error
+    return device
+
+
+def load_model(path: str, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, str]:
+    """(model, "its weights" or "random weights"): a config.json, or a folder without weights, has random ones."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from dta_plugin.cli.models import load_config
+
+    config = load_config(path)
+    folder = Path(path)
+    try:
+        if folder.is_file() or (folder.is_dir() and not _has_weights(folder)):
+            torch.manual_seed(0)
+            model, weights = AutoModelForCausalLM.from_config(config, dtype=dtype), "random weights"
+        else:
+            model, weights = AutoModelForCausalLM.from_pretrained(path, dtype=dtype), "its weights"
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InvalidInputError(f"{path!r} cannot be loaded as a causal LM: {reason}") from error
+    module: nn.Module = model
+    module.to(device)
+    return model, weights
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", "pytorch_model*.bin"))
+
+
+def add_lora(model: PreTrainedModel) -> nn.Module:
+    """Random LoRA adapters: with PEFT's usual zeros in B, half of the gradients would vanish."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise InvalidInputError("--lora needs peft, which is not installed. Run: pip install peft") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers; nothing a user can act on
+        return get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False))
+
+
+def time_both(model: nn.Module, batch: Batch) -> tuple[float, float, TreeReport]:
+    """(dense seconds, tree seconds, the tree's report), forward and backward; call it on a model that is warm."""
+    from dta_plugin.config import TreeConfig
+    from dta_plugin.execution.auto import prepare, run_dense, run_tree
+
+    prepared = prepare(model, batch.sequences, None, TreeConfig())
+    dense, tree = partial(run_dense, model, prepared), partial(run_tree, model, prepared, TreeConfig())
+    dense_seconds = min(_timed(model, dense)[0] for _ in range(_REPEATS))
+    tree_runs = [_timed(model, tree) for _ in range(_REPEATS)]
+    return dense_seconds, min(seconds for seconds, _ in tree_runs), tree_runs[0][1]
+
+
+def _timed(model: nn.Module, forward: Callable[[], Any]) -> tuple[float, TreeReport]:
+    """(seconds of a forward and a backward pass, the report)."""
+    import torch
+
+    def synchronize() -> None:
+        if next(model.parameters()).is_cuda:
+            torch.cuda.synchronize()
+
+    synchronize()
+    start = time.perf_counter()
+    result = forward()
+    torch.cat(result.logprobs).sum().backward()
+    synchronize()
+    seconds = time.perf_counter() - start
+    model.zero_grad()
+    return seconds, result.report
+
+
+def _table(difference: Difference, allowed: Allowed, report: TreeReport, dense: float, tree: float) -> Iterator[str]:
+    yield (
+        f"{report.tree.num_sequences} sequences, {report.flat_tokens:,} -> {report.tree_tokens:,} tokens: "
+        f"{report.compression_ratio:.2f}x shared, FLOP ceiling {report.ceiling:.2f}x, backend {report.backend}"
+    )
+    yield ""
+    yield f"log-prob difference   {difference.logprob_mean:.1e} nats mean (allowed {allowed.logprob:.1e})"
+    yield f"                      {difference.logprob_max:.1e} nats max"
+    _, error = difference.worst_gradient
+    count = len(difference.gradients)
+    yield f"gradient error        {error:.1e} relative (allowed {allowed.gradient:.1e}), worst of {count} parameters"
+    worst = sorted(difference.gradients.items(), key=lambda item: -item[1])[:_WORST]
+    for name, error in worst:
+        yield f"                      {error:.1e} {name}"
+    yield f"time, both passes     dense {dense:.2f} s, tree {tree:.2f} s: {dense / tree:.2f}x"
+    yield ""

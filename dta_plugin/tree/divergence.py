@@ -1,0 +1,268 @@
+"""Where the sequences of a tree part ways, and how much sharing that cost.
+
+A fork is harmless when the policy simply said something else, and expensive when the same text follows on both sides:
+a timestamp in the system prompt, a `<think>` block that the next turn drops, a turn that was tokenised differently.
+What tells them apart is repetition. `find_forks` orders forks by the tokens after them that occur again, in runs, in a
+larger branch of the same fork: what merging there would have saved. With a tokenizer it also shows the text.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from dta_plugin.errors import InvalidInputError
+from dta_plugin.tree.trie import PrefixTree
+
+_SHOWN_TOKENS = 64  # decoded on either side of a fork
+_SAME_TEXT = 16  # characters that two branches must begin with to be called the same text
+
+
+class Decoder(Protocol):
+    """Whatever turns token ids into text; every Hugging Face tokenizer does."""
+
+    def decode(self, token_ids: list[int], /) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """One way on from a fork.
+
+    sequences: how many go this way. tree_tokens: tokens of the subtree. flat_tokens: the same, once per sequence.
+    opening: up to 64 token ids with which its first sequence goes on. text: them decoded, None without a tokenizer.
+    """
+
+    sequences: int
+    tree_tokens: int
+    flat_tokens: int
+    opening: tuple[int, ...]
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    """A run that the second branch of a fork has in common with the largest: `tokens` of them, `after` the fork.
+
+    text: its beginning decoded, None without a tokenizer.
+    """
+
+    after: int
+    tokens: int
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """A place where sequences part.
+
+    depth: tokens in common before it, so the branches differ at position `depth`; 0 where trees share nothing.
+    sequences: how many come through; `ended` of them end right here. branches: largest subtree first.
+    apart: tokens outside the largest branch, the most that merging could save.
+    repeated: those of them that a larger branch has too, in runs: what merging would have saved.
+    longest_repeat: the longest such run on the second branch's longest sequence, None if it has none.
+    cause: a likely reason in words, None where the branches simply differ.
+    context: text before the fork, None without a tokenizer.
+    """
+
+    depth: int
+    sequences: int
+    ended: int
+    branches: tuple[Branch, ...]
+    apart: int
+    repeated: int
+    longest_repeat: Repeat | None = None
+    cause: str | None = None
+    context: str | None = None
+
+
+def first_fork_depth(tree: PrefixTree) -> int | None:
+    """Tokens before the first place where sequences part; None if none do. Ending early is not parting."""
+    depths = [_depth(tree, fork) for fork in _children(tree)]
+    return min(depths, default=None)
+
+
+def find_forks(
+    tree: PrefixTree, tokenizer: Decoder | None = None, limit: int | None = None, run_length: int = 16
+) -> list[Fork]:
+    """The forks of a tree, most expensive first: by repeated tokens, then by tokens apart, then by depth.
+
+    limit: only the first so many. run_length: tokens in a row that count as a repetition, a power of two; about four
+    words, so 16 for subwords and 64 for bytes.
+    """
+    if limit is not None and limit < 1:
+        raise InvalidInputError(f"limit={limit}. Expected None or at least 1.")
+    runs = _Runs.of(tree, run_length)
+    candidates = [_Candidate.of(tree, fork, starts) for fork, starts in _children(tree).items()]
+    candidates.sort(key=lambda candidate: -candidate.apart)
+    best: list[int] = []  # heap of the `limit` highest repeated counts so far
+    for candidate in candidates:
+        if limit is not None and len(best) == limit and candidate.apart < best[0]:
+            break  # `apart` bounds `repeated` from above: nothing later can make the list
+        candidate.compare(tree, runs)
+        heapq.heappush(best, candidate.repeated)
+        if limit is not None and len(best) > limit:
+            heapq.heappop(best)
+    candidates.sort(key=lambda candidate: (-candidate.repeated, -candidate.apart, candidate.depth))
+    return [candidate.describe(tree, tokenizer, run_length) for candidate in candidates[:limit]]
+
+
+def _children(tree: PrefixTree) -> dict[int, np.ndarray]:
+    """Fork -> layout index of each branch's first token. Fork: layout index of the last common token, -1 for roots."""
+    starts = tree.node_start[:-1]
+    parents = tree.parent[starts]
+    order = np.argsort(parents, kind="stable")
+    forks, first = np.unique(parents[order], return_index=True)
+    branches = np.split(starts[order], first[1:])
+    return {int(fork): rows for fork, rows in zip(forks, branches, strict=True) if len(rows) > 1}
+
+
+def _depth(tree: PrefixTree, fork: int) -> int:
+    return 0 if fork < 0 else int(tree.depth[fork]) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Runs:
+    """For every layout token t, an id of the `length` tokens of its path that end at t (equal ids, equal tokens).
+
+    jumps: for 1, 2, 4.. below `length`, the ancestor that many tokens up, -1 above a root.
+    """
+
+    length: int
+    ids: np.ndarray
+    jumps: list[np.ndarray]
+
+    @classmethod
+    def of(cls, tree: PrefixTree, length: int) -> _Runs:
+        if length < 2 or length & (length - 1):
+            raise InvalidInputError(f"run_length={length}. Expected a power of two, at least 2.")
+        base = 0x9E3779B97F4A7C15
+        ids = (tree.tokens.astype(np.uint64) + np.uint64(1)) * np.uint64(0xD6E8FEB86659FD93)
+        ids ^= ids >> np.uint64(32)
+        jumps, up, step = [], tree.parent, 1
+        while step < length:
+            jumps.append(up)
+            ids = np.where(up >= 0, ids + np.uint64(base) * ids[up], ids)
+            up = np.where(up >= 0, up[up], -1)
+            base = base * base % 2**64
+            step *= 2
+        return cls(length, ids, jumps)
+
+    def covered(self, ends: np.ndarray, start: int) -> np.ndarray:
+        """Bool mask of a slice that begins at `start`: tokens inside a run that ends at a True of `ends`."""
+        inside = ends.copy()
+        for jump in self.jumps:
+            inside[jump[start : start + len(inside)][inside] - start] = True
+        return inside
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """A fork on its way to a `Fork`. starts: first layout index of each branch, largest branch first."""
+
+    fork: int
+    depth: int
+    starts: np.ndarray
+    sizes: np.ndarray
+    apart: int
+    repeated: int = 0
+    covered: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
+
+    @classmethod
+    def of(cls, tree: PrefixTree, fork: int, starts: np.ndarray) -> _Candidate:
+        sizes = tree.exit[starts] - starts
+        order = np.argsort(-sizes, kind="stable")
+        return cls(fork, _depth(tree, fork), starts[order], sizes[order], int(sizes.sum() - sizes.max()))
+
+    def compare(self, tree: PrefixTree, runs: _Runs) -> None:
+        """Find the tokens of every branch that occur, in runs, in a larger one."""
+        if self.apart < runs.length:
+            return
+        start = int(self.starts.min())
+        below = slice(start, start + int(self.sizes.sum()))
+        rank = np.empty(below.stop - start, dtype=np.int64)
+        for position, (first, size) in enumerate(zip(self.starts - start, self.sizes, strict=True)):
+            rank[first : first + size] = position
+        whole = tree.depth[below] >= self.depth + runs.length - 1  # the run lies behind the fork
+        _, group = np.unique(runs.ids[below][whole], return_inverse=True)
+        smallest = np.full(len(group), len(self.starts), dtype=np.int64)
+        np.minimum.at(smallest, group, rank[whole])
+        ends = np.zeros(len(rank), dtype=bool)
+        ends[whole] = smallest[group] < rank[whole]
+        self.covered = runs.covered(ends, start)
+        self.repeated = int(self.covered.sum())
+
+    def describe(self, tree: PrefixTree, tokenizer: Decoder | None, run_length: int) -> Fork:
+        branches = tuple(_branch(tree, int(start), tokenizer) for start in self.starts)
+        through = tree.num_sequences if self.fork < 0 else int(tree.multiplicity[self.fork])
+        repeats = self._repeats(tree, tokenizer)
+        return Fork(
+            depth=self.depth,
+            sequences=through,
+            ended=through - sum(branch.sequences for branch in branches),
+            branches=branches,
+            apart=self.apart,
+            repeated=self.repeated,
+            longest_repeat=max(repeats, key=lambda repeat: repeat.tokens, default=None),
+            cause=_cause(branches, repeats, run_length),
+            context=_decode(tokenizer, _before(tree, self.fork)),
+        )
+
+    def _repeats(self, tree: PrefixTree, tokenizer: Decoder | None) -> list[Repeat]:
+        """Runs on the longest sequence of the second branch that the largest branch has too, in order."""
+        if not self.repeated:
+            return []
+        start, size = int(self.starts[1]), int(self.sizes[1])
+        deepest = start + int(tree.depth[start : start + size].argmax())
+        path = start + np.flatnonzero(tree.exit[start : deepest + 1] > deepest)
+        inside = np.concatenate([[False], self.covered[path - self.starts.min()], [False]])
+        edges = np.flatnonzero(inside[1:] != inside[:-1]).reshape(-1, 2).tolist()
+        return [
+            Repeat(first, stop - first, _decode(tokenizer, tree.tokens[path[first : min(stop, first + _SHOWN_TOKENS)]]))
+            for first, stop in edges
+        ]
+
+
+def _decode(tokenizer: Decoder | None, tokens: np.ndarray) -> str | None:
+    return None if tokenizer is None else tokenizer.decode(tokens.tolist())
+
+
+def _branch(tree: PrefixTree, start: int, tokenizer: Decoder | None) -> Branch:
+    subtree = slice(start, int(tree.exit[start]))
+    onward = slice(start + 1, start + _SHOWN_TOKENS)
+    leaves = tree.parent[onward] != np.arange(start, start + len(tree.parent[onward]))
+    opening = tree.tokens[start : start + 1 + (int(leaves.argmax()) if leaves.any() else len(leaves))]
+    return Branch(
+        sequences=int(tree.multiplicity[start]),
+        tree_tokens=subtree.stop - start,
+        flat_tokens=int(tree.multiplicity[subtree].sum()),
+        opening=tuple(opening.tolist()),
+        text=_decode(tokenizer, opening),
+    )
+
+
+def _before(tree: PrefixTree, fork: int) -> np.ndarray:
+    """The last common tokens before a fork, in order."""
+    path: list[int] = []
+    while fork >= 0 and len(path) < _SHOWN_TOKENS:
+        path.append(fork)
+        fork = int(tree.parent[fork])
+    return tree.tokens[path[::-1]]
+
+
+def _cause(branches: Sequence[Branch], repeats: Sequence[Repeat], run_length: int) -> str | None:
+    texts = [branch.text for branch in branches if branch.text is not None]
+    if len(texts) > 1:
+        first, second = texts[0], texts[1]
+        alike = min(len(first), len(second))
+        if alike >= _SAME_TEXT and first[:alike] == second[:alike]:
+            return "the same text in other tokens: was a turn decoded and tokenised again?"
+        thinking = [text.lstrip().startswith("<think>") for text in texts]
+        if any(thinking) and not all(thinking):
+            return "a <think> block in some branches only: is it removed from earlier turns?"
+    if repeats and repeats[0].after <= run_length and repeats[0].tokens >= 4 * run_length:
+        return "only a few tokens differ here: a date, an id or a counter in the prompt?"
+    return None

@@ -1,0 +1,119 @@
+"""Read what a quickstart run logged: print a short table, draw the reward curve.
+
+    python recipes/quickstart/report.py runs/quickstart                # the full fine-tune
+    python recipes/quickstart/report.py runs/quickstart --run lora     # the LoRA variant
+
+Promises: it reads only `<folder>/<run>/checkpoint-*/trainer_state.json` (TRL's own log, the newest
+checkpoint) and writes only `<folder>/reward.png` (`reward_<run>.png` for another run than `grpo`);
+it needs neither torch nor TRL. `dta/*` metrics are shown when the log holds them, so it works alike
+for stock TRL and for the plugin. `--speedup full=2.1 lora=1.9` adds a panel of measured speed-ups.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+History = list[dict[str, Any]]  # one entry per log line, as in trainer_state.json
+SHARING = "dta/compression_ratio"
+
+
+def read_history(run: Path) -> History:
+    """The training log lines (those with a reward) of the newest checkpoint of a run."""
+    states = sorted(run.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name.split("-")[1]))
+    if not states:
+        raise SystemExit(f"no checkpoint-*/trainer_state.json in {run}: did the training finish?")
+    history = [line for line in json.loads(states[-1].read_text())["log_history"] if "reward" in line]
+    if not history:
+        raise SystemExit(f"no reward in {states[-1]}")
+    return history
+
+
+def series(history: History, key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of the log lines that hold `key`."""
+    lines = [line for line in history if key in line]
+    return [line["step"] for line in lines], [float(line[key]) for line in lines]
+
+
+def ends(values: list[float]) -> tuple[float, float]:
+    """The means of the first and of the last tenth."""
+    tenth = max(1, round(len(values) / 10))
+    return fmean(values[:tenth]), fmean(values[-tenth:])
+
+
+def summary(history: History) -> list[tuple[str, str]]:
+    """The rows of the table, as (name, value)."""
+    _, rewards = series(history, "reward")
+    _, lengths = series(history, "completions/mean_length")
+    _, seconds = series(history, "step_time")
+    rows = [
+        ("steps", f"{history[-1]['step']}"),
+        ("reward, first 10% -> last 10%", "{:.2f} -> {:.2f}".format(*ends(rewards))),
+        ("completion tokens, likewise", "{:.1f} -> {:.1f}".format(*ends(lengths))),
+        ("seconds per step (median)", f"{median(seconds):.2f}"),
+    ]
+    for key in sorted({key for line in history for key in line if key.startswith("dta/")}):
+        rows.append((f"{key} (mean)", f"{fmean(series(history, key)[1]):.2f}"))
+    return rows
+
+
+def plot(history: History, speedup: dict[str, float] | None, path: Path) -> None:
+    """Draw the reward, and one small panel each for the sharing and the speed-up, where known."""
+    steps, ratios = series(history, SHARING)
+    panels = 1 + bool(ratios) + bool(speedup)
+    widths = [2.0] + [1.0] * (panels - 1)
+    figure, axes = plt.subplots(
+        1, panels, figsize=(2.6 * sum(widths), 3.4), width_ratios=widths, squeeze=False, layout="constrained"
+    )
+    reward, *small = axes[0]
+
+    reward.plot(*series(history, "reward"), marker=".", color="tab:blue")
+    reward.set(title="Reward: share of right answers", xlabel="step", ylim=(0, 1.03))
+    if ratios:
+        axis = small.pop(0)
+        axis.plot(steps, ratios, color="tab:green")
+        axis.set(title="Sharing", xlabel="step", ylabel="dense tokens / tree tokens", ylim=(0, None))
+    if speedup:
+        axis = small.pop(0)
+        bars = axis.bar(list(speedup), list(speedup.values()), color="tab:orange")
+        axis.bar_label(bars, fmt="%.1f×")
+        axis.axhline(1.0, color="gray", linewidth=0.8)
+        axis.set(title="Update vs stock TRL", ylabel="times faster")
+    for axis in axes[0]:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def parse_speedup(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    return name, float(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="what build.py was given as --output")
+    parser.add_argument("--run", default="grpo", help="the run's folder in it (default: grpo)")
+    parser.add_argument("--speedup", type=parse_speedup, nargs="+", metavar="NAME=FACTOR", help="measured speed-ups")
+    args = parser.parse_args()
+
+    history = read_history(args.folder / args.run)
+    rows = summary(history)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+    path = args.folder / ("reward.png" if args.run == "grpo" else f"reward_{args.run}.png")
+    plot(history, dict(args.speedup) if args.speedup else None, path)
+    print(f"\nThe reward curve is in {path}.")
+
+
+if __name__ == "__main__":
+    main()

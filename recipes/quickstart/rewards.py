@@ -1,0 +1,26 @@
+"""The quickstart's verifiable reward: did the work end on the right hour?
+
+    reward_funcs: [recipes.quickstart.rewards.right_answer]   # in a `trl grpo` recipe
+
+`trl grpo` imports the dotted path with the current directory on `sys.path`, so run it from the
+repository root. Promises: plain Python, no model, no state; it returns one float per completion.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+HOP = r"\d \+\d = \d"
+SOLUTION = re.compile(rf"(?:guess|(?:{HOP} ; )*\d \+\d =) (\d)")
+
+
+def parse_answer(completion: str) -> int | None:
+    """The hour the work ends on, or None if the text is not a chain of hops."""
+    solution = SOLUTION.fullmatch(completion.strip())
+    return int(solution[1]) if solution else None
+
+
+def right_answer(completions: list[str], answer: list[int], **_: Any) -> list[float]:
+    """1 for well-formed work that ends on the exact answer, 0 for anything else."""
+    return [float(parse_answer(text) == truth) for text, truth in zip(completions, answer, strict=True)]

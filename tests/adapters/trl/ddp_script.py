@@ -1,0 +1,41 @@
+"""Run by test_ddp.py under torchrun: every case stock and as a tree, on every rank; each rank saves its runs.
+
+    torchrun --nproc-per-node 2 -m tests.adapters.trl.ddp_script <model> <folder> [case ...]
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+from tests.adapters.trl.support import dense_and_tree
+from tests.adapters.trl.test_equality_models import LORA
+
+LORA_OPTIONS: dict[str, Any] = {"trainer_options": {"peft_config": LORA}}
+CASES: dict[str, dict[str, Any]] = {
+    "full": {"num_iterations": 2, "max_steps": 4},
+    "reference": {"beta": 0.4, "loss_type": "grpo"},
+    "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    "lora": {"beta": 0.4, **LORA_OPTIONS},
+    "two_windows": {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "max_steps": 4},
+    "lora_two_steps": {"steps_per_generation": 2, "gradient_accumulation_steps": 2, **LORA_OPTIONS},
+    "small_groups": {"per_device_train_batch_size": 4, "loss_type": "bnpo"},
+    "verified": {"dta": {"dta_verify": "first"}},
+}
+
+
+def main(model: str, folder: str, *names: str) -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    runs = {name: dense_and_tree(model, Path(folder), **CASES[name]) for name in names or CASES}
+    torch.save(runs, Path(folder, f"rank{distributed.get_rank()}.pt"))
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,79 @@
+"""`dta doctor`: versions against what the package declares, devices, and what would happen with a model."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from dta_plugin.cli import doctor
+from tests.cli.support import run_dta, save_config, save_unsupported_config
+
+
+def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, err = run_dta(capsys, "doctor")
+    assert err == "" and "attention backend: cpu" in out
+    for package in ("dta-plugin", "python", "torch", "triton", "transformers", "trl", "verl", "peft", "accelerate"):
+        assert f"  {package} " in out or f"! {package} " in out
+
+
+@pytest.mark.parametrize(
+    "installed, ok", [("1.0.0", True), ("1.99", True), ("0.29.1", False), ("2.0.0", False), (None, True)]
+)
+def test_trl_versions(installed: str | None, ok: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(package: str) -> str:
+        if package == "trl" and installed:
+            return installed
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(doctor.metadata, "version", version)
+    (trl,) = (finding for finding in doctor.versions() if finding.name == "trl")
+    assert trl.ok == ok
+    assert (">=1.0,<2" if installed else "pip install") in trl.note
+
+
+def test_an_unsupported_version_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor.metadata, "version", lambda package: "0.1")
+    code, out, _ = run_dta(capsys, "doctor")
+    assert code == 1 and "! trl" in out and "Not supported: torch, transformers, trl" in out
+
+
+@pytest.mark.parametrize(
+    "family, lines",
+    [
+        ("qwen3", ["Qwen3ForCausalLM", "2 full attention", "scale 1, no soft-cap"]),
+        ("gemma2", ["1 sliding attention, 1 full attention", "window 5", "soft-cap 3"]),
+        ("qwen3_moe", ["Qwen3MoeForCausalLM"]),
+    ],
+)
+def test_supported_models(family: str, lines: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_config(tmp_path, family)
+    for path in (tmp_path, tmp_path / "config.json"):
+        _, out, _ = run_dta(capsys, "doctor", "--model", path)
+        assert "--use_dta" in out and "works" in out
+        assert all(line in out for line in lines)
+    assert all(finding.ok for finding in doctor.model_findings(str(tmp_path)))
+
+
+def test_a_model_that_cannot_run_as_a_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run_dta(capsys, "doctor", "--model", save_unsupported_config(tmp_path))
+    assert code == 1 and "no rotary positions" in out and "Not supported: --use_dta." in out
+
+
+def test_training_mode_is_what_counts(tmp_path: Path) -> None:
+    save_config(tmp_path, "qwen3", attention_dropout=0.1)
+    assert "attention_dropout" in doctor.model_findings(str(tmp_path))[-1].note
+
+
+def test_a_model_that_is_no_causal_lm(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    finding = doctor.model_findings(str(tmp_path))[-1]
+    assert not finding.ok and "'t5'" in finding.note
+
+
+def test_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run_dta(capsys, "doctor", "--model", tmp_path / "nowhere")
+    assert code == 2 and "does not exist" in err and err.count("\n") == 1

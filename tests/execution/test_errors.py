@@ -1,0 +1,159 @@
+"""Every refusal says what was given, what was expected and what to do; the fallback gives the dense result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from transformers import BertConfig, GPT2Config, PreTrainedModel, Qwen3NextConfig
+
+import dta_plugin
+from dta_plugin import InvalidInputError, TreeConfig, UnsupportedModelError
+from tests.support.models import random_model, tiny_config, tiny_model
+from tests.support.oracle import dense
+from tests.support.trees import SHAPES, star
+
+MODEL = tiny_model("llama")
+SEQUENCES = [[5, 6, 7], [5, 6, 8, 9]]
+
+INPUTS: dict[str, tuple[dict[str, object], str]] = {
+    "empty batch": ({"sequences": []}, r"empty batch: 0 sequences.*at least one.*skip the call"),
+    "empty sequence": ({"sequences": [[5], []]}, r"Sequence 1 is empty.*drop empty rollouts"),
+    "2-D": ({"sequences": [torch.ones(2, 3, dtype=torch.int64)]}, r"shape \(2, 3\).*1-D row.*one unpadded sequence"),
+    "float": ({"sequences": [torch.ones(3)]}, r"dtype float32.*integer token ids"),
+    "negative": ({"sequences": [[5, -100]]}, r"ids from -100 to 5.*remove padding and ignore-index values"),
+    "beyond the vocabulary": (
+        {"sequences": [[5, 1100]]},
+        r"token id 1100.*below the model's vocab_size 1100; check that",
+    ),
+    "scored of another length": ({"scored": [1]}, r"1 entries for 2 sequences.*one int or bool mask per sequence"),
+    "scored of another shape": ({"scored": [[True], 1]}, r"scored\[0\] has shape \(1,\).*shape \(3,\).*or an int"),
+    "scored of another dtype": ({"scored": [[0, 1, 1], 1]}, r"scored\[0\].*dtype int64.*bool mask"),
+    "token 0 scored": ({"scored": [0, 1]}, r"scored\[0\] is 0.*>= 1: token 0 has no log-prob"),
+    "flex on a CPU": ({"config": TreeConfig(backend="flex")}, r"backend='flex'.*no backward.*Use backend='auto'"),
+}
+
+
+@pytest.mark.parametrize("case", INPUTS)
+def test_invalid_inputs(case: str) -> None:
+    arguments, message = INPUTS[case]
+    with pytest.raises(InvalidInputError, match=message):
+        dta_plugin.sequence_logprobs(MODEL, **({"sequences": SEQUENCES} | arguments))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_weights(value: float) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = value
+    with pytest.raises(InvalidInputError, match=r"LlamaForCausalLM gave 5 NaN or infinite.* of 5.*check the weights"):
+        dta_plugin.sequence_logprobs(model, [[5, 6, 7], [5, 8, 9, 10]])
+
+
+def gpt2() -> PreTrainedModel:
+    return random_model(GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+
+
+def linear_attention() -> PreTrainedModel:
+    config = tiny_config("llama")
+    config.layer_types = ["linear_attention", "full_attention"]
+    return random_model(config)
+
+
+def qwen3_next() -> PreTrainedModel:
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "vocab_size": 99, "num_experts": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 2}
+    return random_model(Qwen3NextConfig(**small, **heads, head_dim=8, moe_intermediate_size=16))
+
+
+def bidirectional() -> PreTrainedModel:
+    model = tiny_model("gemma3")
+    model.config.use_bidirectional_attention = True
+    return model
+
+
+def attention_dropout() -> PreTrainedModel:
+    return tiny_model("llama", attention_dropout=0.1).train()
+
+
+def prompt_tuning() -> torch.nn.Module:
+    return get_peft_model(tiny_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+
+
+def prefix_tuning_in_a_wrapper() -> torch.nn.Module:
+    inner = get_peft_model(tiny_model("llama"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    wrapper = torch.nn.Module()
+    wrapper.module = inner
+    return wrapper
+
+
+UNSUPPORTED: dict[Callable[[], torch.nn.Module], str] = {
+    gpt2: r"GPT2LMHeadModel has no rotary positions.*use a rotary model",
+    linear_attention: r"LlamaForCausalLM has linear_attention layers.*full or sliding-window attention only",
+    qwen3_next: r"Qwen3NextForCausalLM has linear_attention layers",
+    bidirectional: r"Gemma3ForCausalLM attends in both directions; use a causal model",
+    attention_dropout: r"attention_dropout is 0.1.*set attention_dropout=0 in the model config",
+    prompt_tuning: r"PROMPT_TUNING adds virtual tokens.*use LoRA or full fine-tuning",
+    prefix_tuning_in_a_wrapper: r"PREFIX_TUNING adds virtual tokens",
+    lambda: torch.nn.Linear(2, 2): r"Got a Linear. Expected a Hugging Face causal LM.*AutoModelForCausalLM",
+}
+
+
+@pytest.mark.parametrize("build", UNSUPPORTED, ids=lambda build: build.__name__)
+def test_unsupported_models(build: Callable[[], torch.nn.Module]) -> None:
+    message = rf"Prefix-tree execution is not exact here: .*{UNSUPPORTED[build]}.*on_unsupported='dense'"
+    with pytest.raises(UnsupportedModelError, match=message):
+        dta_plugin.sequence_logprobs(build(), SEQUENCES)
+
+
+def test_attention_dropout_is_no_obstacle_in_evaluation() -> None:
+    out = dta_plugin.sequence_logprobs(attention_dropout().eval(), SEQUENCES)
+    assert out.report.executor == "packed"
+
+
+def test_lora_is_no_prompt_learning() -> None:
+    out = dta_plugin.sequence_logprobs(get_peft_model(tiny_model("llama"), LoraConfig(lora_dropout=0.0)), SEQUENCES)
+    assert out.report.executor == "packed"
+
+
+def test_an_encoder_is_refused() -> None:
+    config = BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, is_decoder=True)
+    with pytest.raises(UnsupportedModelError, match=r"BertLMHeadModel has no rotary positions"):
+        dta_plugin.sequence_logprobs(random_model(config), SEQUENCES)
+
+
+def test_on_unsupported_dense_gives_the_dense_result() -> None:
+    expected = dense(gpt2(), SEQUENCES, scored=[2, 1], temperature=0.7)
+    out = dta_plugin.sequence_logprobs(
+        gpt2(), SEQUENCES, TreeConfig(on_unsupported="dense"), 0.7, return_entropy=True, scored=[2, 1]
+    )
+    assert out.entropies is not None
+    for actual, right in ((out.logprobs, expected.logprobs), (out.entropies, expected.entropies)):
+        assert all(torch.equal(a, b) for a, b in zip(actual, right, strict=True))
+    assert (out.report.executor, out.report.backend, out.report.chunks) == ("dense", "sdpa", 2)
+    assert "no rotary positions" in out.report.reason
+    torch.cat(out.logprobs).sum().backward()
+
+
+def test_gate_runs_dense_where_too_little_is_saved() -> None:
+    nothing = SHAPES["nothing_shared"]
+    expected = dense(tiny_model("llama"), nothing)
+    out = dta_plugin.sequence_logprobs(tiny_model("llama"), nothing, TreeConfig(min_saving=0.1), return_entropy=True)
+    assert all(torch.equal(a, b) for a, b in zip(out.logprobs, expected.logprobs, strict=True))
+    assert out.report.executor == "dense"
+    assert out.report.reason == "only 0% of dense FLOPs saved, min_saving 10%"
+
+
+def test_gate_lets_good_batches_pass_and_is_off_by_default() -> None:
+    out = dta_plugin.sequence_logprobs(MODEL, star(8, prefix=40), TreeConfig(min_saving=0.5))
+    assert (out.report.executor, out.report.chunks) == ("packed", 1)
+    assert "min_saving 50%" in out.report.reason
+    assert dta_plugin.sequence_logprobs(MODEL, SHAPES["nothing_shared"]).report.executor == "packed"
+
+
+def test_chunks_are_reported() -> None:
+    out = dta_plugin.sequence_logprobs(MODEL, star(4, prefix=5, branch=2), TreeConfig(max_tree_tokens_per_chunk=9))
+    assert out.report.chunks == 2
+    assert "4 sequences, 28 -> 13 tokens" in str(out.report)

@@ -1,0 +1,123 @@
+"""The same equality with the model inside PEFT, DDP and FSDP2, and inside autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from dta_plugin import TreeConfig
+from dta_plugin.verify import compare
+from tests.support.models import softmax_in_own_dtype, tiny_model
+from tests.support.oracle import Result, dense, difference, gradient_error, rms
+from tests.support.tree_run import model_pair, through_tree
+from tests.support.trees import branching_comb
+
+SEQUENCES = branching_comb(4)
+
+LORA: dict[str, dict[str, Any]] = {
+    "attention": {"target_modules": ["q_proj", "v_proj"]},
+    "every linear": {"target_modules": "all-linear"},
+    "LM head": {"target_modules": ["q_proj", "lm_head"]},
+    "trained copy of the LM head": {"target_modules": ["k_proj"], "modules_to_save": ["lm_head"]},
+    "trained copy of the embeddings": {"target_modules": ["k_proj"], "modules_to_save": ["embed_tokens"]},
+}
+
+pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def float64_throughout() -> Iterator[None]:
+    with softmax_in_own_dtype():
+        yield
+
+
+@pytest.fixture(scope="module")
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    store: Path = tmp_path_factory.mktemp("store") / "file"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def with_lora(family: str, options: dict[str, Any]) -> torch.nn.Module:
+    model = tiny_model(family, torch.float64)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return get_peft_model(model, LoraConfig(r=4, lora_dropout=0.0, init_lora_weights=False, **options)).double()
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
+@pytest.mark.parametrize("kind", LORA)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_lora(family: str, kind: str, checkpointing: bool | None) -> None:
+    expected = dense(with_lora(family, LORA[kind]), SEQUENCES, temperature=0.8)
+    model = with_lora(family, LORA[kind]).train()
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
+        model.enable_input_require_grads()
+    found = difference(through_tree(model, SEQUENCES, temperature=0.8), expected)
+    assert any("lora_A" in name for name in expected.gradients)
+    assert found.worst < 1e-10, found
+
+
+def test_disabled_adapter_gives_the_reference_model() -> None:
+    model = with_lora("llama", LORA["every linear"])
+    expected = dense(model_pair("llama", torch.float64)[0], SEQUENCES)
+    with model.disable_adapter(), torch.no_grad():
+        actual = through_tree(model, SEQUENCES)
+    for a, b in zip(actual.logprobs, expected.logprobs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def strip(result: Result, prefix: str) -> Result:
+    return Result(
+        result.logprobs, result.entropies, {name.removeprefix(prefix): g for name, g in result.gradients.items()}
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_ddp(process_group: None, family: str) -> None:
+    model = DistributedDataParallel(tiny_model(family, torch.float64).train())
+    actual = strip(through_tree(model, SEQUENCES), "module.")
+    found = difference(actual, dense(model_pair(family, torch.float64)[0], SEQUENCES))
+    assert found.worst < 1e-10, found
+
+
+@pytest.mark.parametrize("chunk", [None, 8])
+@pytest.mark.parametrize("tied", [False, True])
+def test_fsdp2(process_group: None, tied: bool, chunk: int | None) -> None:
+    pristine, model = (tiny_model("llama", torch.float64, tie_word_embeddings=tied).train() for _ in range(2))
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    actual = through_tree(model, SEQUENCES, config=TreeConfig(max_tree_tokens_per_chunk=chunk))
+    whole = {name: g.full_tensor() for name, g in actual.gradients.items()}  # type: ignore[attr-defined]
+    found = difference(Result(actual.logprobs, actual.entropies, whole), dense(pristine, SEQUENCES))
+    assert found.worst < 1e-10, found
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
+def test_autocast_is_no_worse_than_dense_autocast(family: str) -> None:
+    """float32 parameters, bfloat16 products: gradient errors to float32, root mean square over seeds."""
+    found, allowed = [], []
+    for seed in range(6):
+        pristine, model = tiny_model(family, seed=seed), tiny_model(family, seed=seed)
+        truth = dense(pristine, SEQUENCES)
+        with torch.autocast("cpu", torch.bfloat16):
+            expected, actual = dense(pristine, SEQUENCES), through_tree(model, SEQUENCES)
+        found.append(gradient_error(actual, truth))
+        allowed.append(gradient_error(expected, truth))
+    assert 1e-3 < rms(found) <= 1.2 * rms(allowed)
+
+
+def test_compare_agrees_for_a_wrapped_model() -> None:
+    found = compare(with_lora("qwen3", LORA["every linear"]), SEQUENCES, temperature=0.7)
+    assert found.logprob_max < 1e-10
+    assert found.worst_gradient[1] < 1e-10

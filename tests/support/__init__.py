@@ -1,0 +1,1 @@
+"""What the tests share: token-sequence shapes, tiny models, the dense oracle and the comparison with it."""

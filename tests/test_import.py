@@ -1,0 +1,41 @@
+"""Importing the package is cheap and needs no framework."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import dta_plugin
+
+FRAMEWORKS = ("transformers", "trl", "peft", "triton", "verl")
+
+
+def loaded_after(code: str) -> list[str]:
+    """Which frameworks a fresh interpreter has loaded after running `code`."""
+    code += f"; import sys; print(*(name for name in {FRAMEWORKS} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import dta_plugin",
+        "from dta_plugin import PrefixTree, TreeConfig, TreeLayout, TreeMask, TreeReport, tree_attention",
+        "import dta_plugin.tree.cost, dta_plugin.tree.split, dta_plugin.logprobs",
+    ],
+)
+def test_no_framework_is_imported(code: str) -> None:
+    assert loaded_after(code) == []
+
+
+def test_every_public_name_resolves() -> None:
+    for name in dta_plugin.__all__:
+        assert getattr(dta_plugin, name) is not None
+
+
+def test_an_unknown_name_lists_what_there_is() -> None:
+    with pytest.raises(AttributeError, match=r"no attribute 'sequence_logprob'; it offers .*sequence_logprobs"):
+        dta_plugin.sequence_logprob  # noqa: B018

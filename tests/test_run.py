@@ -1,0 +1,217 @@
+"""The launcher: what it takes out of a command line, what it hands on, and how it refuses. No training here; the real
+ones are in `adapters/trl/test_activation.py`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from dta_plugin.config import TreeConfig
+from dta_plugin.errors import InvalidInputError
+from dta_plugin.run import parse_options, take_options, take_yaml_options
+
+# Says that it was reached, before anything else could go wrong, and what it got to see.
+SCRIPT = """
+import json, sys
+from pathlib import Path
+Path("reached").touch()
+import neighbour
+print(json.dumps({"argv": sys.argv, "name": __name__, "file": __file__, "path": sys.path[0],
+                  "trl": "trl" in sys.modules, "torch": "torch" in sys.modules}))
+if "--config" in sys.argv:
+    print(Path(sys.argv[sys.argv.index("--config") + 1]).read_text())
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "train.py").write_text(SCRIPT)
+    (tmp_path / "scripts" / "neighbour.py").touch()
+    return tmp_path
+
+
+def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dta_plugin.run", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "rest"),
+    [
+        ("train.py --use_dta true --lr 1", {"use_dta": "true"}, "train.py --lr 1"),
+        ("--use_dta true train.py --lr 1", {"use_dta": "true"}, "train.py --lr 1"),
+        ("train.py --lr 1 --use_dta", {"use_dta": "true"}, "train.py --lr 1"),
+        ("train.py --use_dta --lr 1", {"use_dta": "true"}, "train.py --lr 1"),
+        ("--use-dta=false train.py", {"use_dta": "false"}, "train.py"),
+        ("train.py --use_dta=maybe", {"use_dta": "maybe"}, "train.py"),
+        ("train.py --use_dta maybe", {"use_dta": "maybe"}, "train.py"),
+        ("--dta-min-saving 0.1 train.py", {"dta_min_saving": "0.1"}, "train.py"),
+        ("train.py --dta_verify=every:2 --use_dta_x 1", {"dta_verify": "every:2"}, "train.py --use_dta_x 1"),
+        ("train.py use_dta dta_verify -dta", {}, "train.py use_dta dta_verify -dta"),
+    ],
+)
+def test_takes_its_options_out(arguments: str, options: dict[str, str], rest: str) -> None:
+    assert take_options(arguments.split()) == (options, rest.split())
+
+
+def test_bare_flag_before_the_script(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    assert take_options(["--use_dta", "scripts/train.py"]) == ({"use_dta": "true"}, ["scripts/train.py"])
+
+
+@pytest.mark.parametrize("arguments", ["train.py --dta_verify", "train.py --dta_verify --use_dta true"])
+def test_an_option_needs_a_value(arguments: str) -> None:
+    with pytest.raises(InvalidInputError, match="--dta_verify has no value"):
+        take_options(arguments.split())
+
+
+@pytest.mark.parametrize("form", ["--config FILE", "--config=FILE"])
+def test_takes_its_lines_out_of_the_yaml(tmp_path: Path, form: str) -> None:
+    recipe = tmp_path / "a recipe.yaml"
+    kept = "# my recipe\nlearning_rate: 1e-6\n\n\nnested:\n  dta_verify: mine\n  use_dta: mine\n"
+    recipe.write_text(f"use_dta: true\n{kept}dta_verify: 'every:2'  # often\ndta_max_tree_tokens_per_chunk: null")
+    arguments = ["train.py", *(part.replace("FILE", str(recipe)) for part in form.split()), "--lr", "1"]
+    options, rest = take_yaml_options(arguments)
+    assert options == {"use_dta": "True", "dta_verify": "every:2", "dta_max_tree_tokens_per_chunk": "None"}
+    assert rest[:2] == ["train.py", "--config"] and rest[3:] == ["--lr", "1"] and len(rest) == 5
+    assert Path(rest[2]).read_text() == kept
+    assert parse_options(options) == TreeConfig(verify="every:2")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train.py"],
+        ["train.py", "--config"],
+        ["train.py", "--config", "missing.yaml"],
+        ["train.py", "--config", "plain.yaml"],
+        ["train.py", "--config", "settings.json"],
+        ["train.py", "--other", "mine.yaml"],
+    ],
+)
+def test_leaves_other_configs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain.yaml").write_text("a: !custom [1]\nb: {use_dta: true}\n")
+    (tmp_path / "settings.json").write_text("use_dta: true\n")
+    (tmp_path / "mine.yaml").write_text("use_dta: true\n")
+    assert take_yaml_options(arguments) == ({}, arguments)
+
+
+def test_unreadable_yaml(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("use_dta: [true\n")
+    with pytest.raises(InvalidInputError, match=r"bad.yaml: .*line 2.* Expected lines such as 'use_dta: true'"):
+        take_yaml_options(["train.py", "--config", str(tmp_path / "bad.yaml")])
+
+
+def test_parses_every_kind_of_option() -> None:
+    options = {
+        "use_dta": "Yes",
+        "dta_min_saving": "0.25",
+        "dta_max_tree_tokens_per_chunk": "4096",
+        "dta_verify": "first",
+    }
+    assert parse_options(options) == TreeConfig(min_saving=0.25, max_tree_tokens_per_chunk=4096, verify="first")
+    assert parse_options({"use_dta": "1", "dta_max_tree_tokens_per_chunk": "None"}) == TreeConfig()
+    assert parse_options({}) is None
+    assert parse_options({"use_dta": "false", "dta_verify": "first"}) is None
+
+
+WRONG = {
+    "--use_dta maybe": "--use_dta maybe. Expected true or false",
+    "--use_dta true --dta_verfy first": "Unknown option --dta_verfy. Expected among: --dta_backend",
+    "--use_dta false --dta_verfy first": "Unknown option --dta_verfy",
+    "--use_dta true --dta_verify often": "--dta_verify='often'. Expected 'off', 'first' or 'every:N'",
+    "--use_dta false --dta_verify often": "--dta_verify='often'",
+    "--use_dta true --dta_min_saving some": "--dta_min_saving='some'. Expected a value of type float",
+    "--use_dta true --dta_min_saving 2": "--dta_min_saving=2.0. Expected a share of FLOPs",
+    "--dta_verify first": "Got --dta_verify without --use_dta. Expected --use_dta true",
+    "--use_dta true --dta_verify": "--dta_verify has no value",
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG)
+def test_refuses_before_the_script_runs(folder: Path, arguments: str) -> None:
+    assert_refused(folder, launch(folder, "scripts/train.py", *arguments.split()), WRONG[arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "Got no script to run. Expected: python -m dta_plugin.run train.py --use_dta true"),
+        (["--use_dta", "true"], "Got no script to run"),
+        (["--use_dta", "true", "scripts/tarin.py"], "There is no script 'scripts/tarin.py'. Expected:"),
+        (["--lr", "1", "scripts/train.py"], "There is no script '--lr'"),
+    ],
+)
+def test_refuses_without_a_script(folder: Path, arguments: list[str], complaint: str) -> None:
+    assert_refused(folder, launch(folder, *arguments), complaint)
+
+
+def test_refuses_wrong_yaml(folder: Path) -> None:
+    (folder / "recipe.yaml").write_text("dta_verfy: first\nuse_dta: true\n")
+    done = launch(folder, "scripts/train.py", "--config", "recipe.yaml")
+    assert_refused(folder, done, "Unknown option --dta_verfy")
+
+
+def test_refuses_without_trl(folder: Path) -> None:
+    isolated = "import importlib.util as u, sys; u.find_spec = lambda name: None; from dta_plugin.run import main; "
+    command = [sys.executable, "-c", isolated + "main(['scripts/train.py', '--use_dta'])"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert_refused(folder, done, "TRL is not installed. Expected it beside dta-plugin: pip install")
+
+
+def assert_refused(folder: Path, done: subprocess.CompletedProcess[str], complaint: str) -> None:
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.startswith(f"dta_plugin.run: {complaint}"), done.stderr
+    assert done.stderr.count("\n") == 1, "one line"
+    assert not (folder / "reached").exists()
+
+
+def test_the_script_runs_as_it_would_alone(folder: Path) -> None:
+    script = str(folder / "scripts" / "train.py")
+    alone = subprocess.run([sys.executable, script, "--lr", "1"], cwd=folder, capture_output=True, text=True)
+    relative = "scripts/train.py"
+    for arguments in ([relative, "--lr", "1"], ["--use_dta", "false", relative, "--lr", "1", "--dta_verify=first"]):
+        done = launch(folder, *arguments)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout) == json.loads(alone.stdout)
+    seen = json.loads(alone.stdout)
+    assert seen["argv"] == [script, "--lr", "1"] and seen["name"] == "__main__" and not (seen["trl"] or seen["torch"])
+
+
+def test_the_script_reads_a_yaml_without_the_options(folder: Path) -> None:
+    (folder / "recipe.yaml").write_text("use_dta: false\nlearning_rate: 1e-6\n")
+    done = launch(folder, "scripts/train.py", "--config", "recipe.yaml")
+    assert done.returncode == 0, done.stderr
+    seen, text = done.stdout.split("\n", 1)
+    assert text.strip() == "learning_rate: 1e-6"
+    assert not Path(json.loads(seen)["argv"][2]).exists(), "the copy is gone with the process"
+
+
+def test_the_script_answers_for_its_own_failures(folder: Path) -> None:
+    (folder / "scripts" / "train.py").write_text("raise ValueError('mine')")
+    done = launch(folder, "scripts/train.py")
+    assert done.returncode == 1 and done.stderr.startswith("Traceback") and "ValueError: mine" in done.stderr
+    (folder / "scripts" / "train.py").write_text("raise SystemExit(7)")
+    assert launch(folder, "scripts/train.py").returncode == 7
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_teaches(folder: Path, flag: str) -> None:
+    done = launch(folder, flag)
+    assert done.returncode == 0 and not done.stderr
+    for command in ("python -m dta_plugin.run", "accelerate launch -m", "torchrun --nproc_per_node 2 -m", "trl grpo"):
+        assert command in done.stdout
+    words = " ".join(done.stdout.split())
+    for option in fields(TreeConfig):
+        assert f"--dta_{option.name} (default {option.default})" in words and option.metadata["help"] in words
+
+
+def test_the_script_has_its_own_help(folder: Path) -> None:
+    assert json.loads(launch(folder, "scripts/train.py", "--help").stdout)["argv"][1:] == ["--help"]
