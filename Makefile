@@ -2,7 +2,7 @@
 #   make test VENV=            use the environment that is active instead
 #   make test WORKERS=8        more processes
 
-SHELL := bash
+SHELL := bash -o pipefail
 VENV ?= .venv
 WORKERS ?= 2
 # What the suite and the measurements are known with. pip takes the build of torch that its index prefers.
@@ -15,6 +15,8 @@ INSTALLED := $(VENV)/.installed
 endif
 # The suite's tensors are tiny: one thread per process. Nothing here needs a hub.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m pytest
+# Deprecation notes of the libraries among themselves are no news to a user.
+QUIET := HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
 
 .DEFAULT_GOAL := help
 .PHONY: help venv test test-slow lint quickstart quickstart-lora bench gpu
@@ -45,12 +47,14 @@ lint: $(INSTALLED) ## style and types
 
 quickstart: $(INSTALLED) ## train a small model with GRPO and the flag, on a CPU; draws its reward curve
 	python recipes/quickstart/build.py --output runs/quickstart
-	trl grpo --config recipes/trl/quickstart.yaml
+	$(QUIET) trl grpo --config recipes/trl/quickstart.yaml | python recipes/quickstart/watch.py
+	$(QUIET) python recipes/quickstart/speed.py recipes/trl/quickstart.yaml
 	python recipes/quickstart/report.py runs/quickstart
 
 quickstart-lora: $(INSTALLED) ## the same with LoRA
 	python recipes/quickstart/build.py --output runs/quickstart
-	trl grpo --config recipes/trl/quickstart_lora.yaml
+	$(QUIET) trl grpo --config recipes/trl/quickstart_lora.yaml | python recipes/quickstart/watch.py
+	$(QUIET) python recipes/quickstart/speed.py recipes/trl/quickstart_lora.yaml
 	python recipes/quickstart/report.py runs/quickstart --run lora
 
 bench: $(INSTALLED) ## measure the policy update, dense against tree

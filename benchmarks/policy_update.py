@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -51,13 +52,15 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     model_config = _qwen3(layers=2, hidden=64, vocab=512) if args.smoke else _qwen3()
     reference = _model(model_config)
-    ceilings = {f"{p}/{c}/{g}": _ceiling(_model(_qwen3()), star(p, c, g, 8192)) for p, c, g in STARS}
+    ceilings = _star_ceilings()
+
+    workloads = _workloads(args, model_config.vocab_size)
+    if unknown := sorted(set(args.rows or ()) - set(workloads)):
+        sys.exit(f"No row named {', '.join(unknown)}. Expected among: {', '.join(workloads)}.")
 
     rows = []
-    for name, build in _workloads(args, model_config.vocab_size).items():
-        if args.rows and name not in args.rows:
-            continue
-        work = build()
+    for name in args.rows or workloads:
+        work = workloads[name]()
         if work is not None:
             rows.append(_measure(work.to(device), reference, dtype, device, args.rounds, args.clock))
             print(_summary(rows[-1]), flush=True)
@@ -142,6 +145,12 @@ def _model(config: Qwen3Config) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(copy.deepcopy(config)).train()  # its attention setting is the model's own
 
 
+def _star_ceilings() -> dict[str, float]:
+    """Of the full-size rows, also in a smoke run."""
+    model = _model(_qwen3())
+    return {f"{p}/{c}/{g}": _ceiling(model, star(p, c, g, 8192)) for p, c, g in STARS}
+
+
 def _ceiling(model: PreTrainedModel, work: Workload) -> float:
     scored = sum(work.completion_lengths)
     return estimate(PrefixTree.from_sequences(work.sequences), model_cost(model), scored, scored).ceiling
@@ -212,8 +221,9 @@ def _errors(outcomes: dict[str, Outcome], gradients: dict[str, dict[str, torch.T
 
 
 def _relative(actual: torch.Tensor, expected: torch.Tensor, floor: float) -> float:
-    """|actual - expected| / |expected| in the 2-norm, with |expected| at least `floor`. NaN if anything is NaN."""
-    return (actual.double() - expected.double()).norm().item() / max(expected.double().norm().item(), floor)
+    """|actual - expected| / |expected| in the 2-norm, with |expected| at least `floor`; infinite if anything is NaN."""
+    error = (actual.double() - expected.double()).norm().item() / max(expected.double().norm().item(), floor)
+    return error if math.isfinite(error) else math.inf
 
 
 def _share(row: dict[str, Any]) -> float:

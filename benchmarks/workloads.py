@@ -88,7 +88,7 @@ def rollouts(path: Path, vocab: int) -> Workload:
         # Trials of one task often all fail; noise keeps every completion in the gradient.
         rewards - rewards.mean() + _advantages(len(sequences)),
         micro_batch=1,
-        note=f"task {task}, {len(sequences)} assistant turns of {len(by_task[task])} trials; dense runs one turn a call",
+        note=f"task {task}, {len(sequences)} turns of {len(by_task[task])} trials; dense runs one turn per call",
     )
 
 

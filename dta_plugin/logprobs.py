@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 KEEP_BYTES = 512 * 2**20
@@ -39,7 +40,9 @@ class LMHead:
 
     @property
     def is_plain(self) -> bool:
-        """True if the module is a weight and a bias, nothing more (no adapter, no quantisation)."""
+        """True if the module is a weight and a bias, nothing more: no adapter, no quantisation, no hooks (but FSDP2)."""
+        if isinstance(self.module, FSDPModule):
+            return type(self.module).__bases__[-1] is torch.nn.Linear
         hooked = self.module._forward_hooks or self.module._forward_pre_hooks
         return type(self.module) is torch.nn.Linear and not hooked
 

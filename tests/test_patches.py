@@ -7,11 +7,11 @@ import shutil
 import subprocess
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
-from dta_plugin.adapters.trl.config import TreeArguments
+from dta_plugin.config import TreeConfig
 from tests.adapters.trl.launch import SCRIPTS, Result, Site, install
 from tests.adapters.trl.support import assert_equal, identical
 
@@ -70,8 +70,9 @@ def probe(site: Site) -> dict[str, Any]:
 def test_offers_the_options(release: Site, patched: Site) -> None:
     assert probe(release)["options"] == {}
     found = probe(patched)
-    expected = {f.name: [f.default, str(f.type)] for f in fields(TreeArguments)}
-    expected["use_dta"][0] = False
+    types = get_type_hints(TreeConfig)
+    expected = {"use_dta": [False, str(bool)]}
+    expected |= {f"dta_{f.name}": [f.default, str(types[f.name])] for f in fields(TreeConfig)}
     assert found["options"] == expected
     assert found["documented"] == list(expected)
 

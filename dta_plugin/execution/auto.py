@@ -102,17 +102,16 @@ def run_tree(
     logprobs: dict[int, torch.Tensor] = {}
     entropies: dict[int, torch.Tensor] = {}
     router_loss = None
-    for group, tree, edges in chunks:
-        output = run_packed(
-            model,
-            tree,
-            edges,
-            backend=config.backend,
-            temperature=temperature,
-            return_entropy=return_entropy,
-            return_router_loss=return_router_loss,
-            head_dtype=head_dtype,
-        )
+    outputs = run_packed(
+        model,
+        [(tree, edges) for _, tree, edges in chunks],
+        backend=config.backend,
+        temperature=temperature,
+        return_entropy=return_entropy,
+        return_router_loss=return_router_loss,
+        head_dtype=head_dtype,
+    )
+    for (group, _, edges), output in zip(chunks, outputs, strict=True):
         logprobs.update(zip(group, edges.per_sequence(output.logprobs), strict=True))
         if output.entropies is not None:
             entropies.update(zip(group, edges.per_sequence(output.entropies), strict=True))

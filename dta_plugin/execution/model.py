@@ -64,7 +64,7 @@ def _logit_scale(config: Any) -> float:
 
 
 @contextmanager
-def tree_forward(model: PreTrainedModel, forward: Callable[..., Any]) -> Iterator[None]:
+def tree_forward(model: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Within the context, calls of `model` run ``forward(model, **kwargs)``."""
     own = model.__dict__.get("forward")
     model.forward = types.MethodType(forward, model)

@@ -1,12 +1,14 @@
-"""Packed execution: the whole forest is one row of T tokens, one model call forward and one backward."""
+"""Packed execution: a forest is one row of T tokens; several forests (chunks) follow each other in one model call."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from dta_plugin.attention import TreeMask
@@ -45,16 +47,18 @@ def model_inputs(layout: TreeLayout, mask: TreeMask) -> dict[str, Any]:
 
 def run_packed(
     model: nn.Module,
-    tree: PrefixTree,
-    edges: ScoredEdges,
+    chunks: Sequence[tuple[PrefixTree, ScoredEdges]],
     *,
     backend: str = "auto",
     temperature: float = 1.0,
     return_entropy: bool = False,
     return_router_loss: bool = False,
     head_dtype: torch.dtype | None = None,
-) -> EdgeOutputs:
-    """Log-probs of the scored edges, differentiable in all parameters of `model` (wrapped or not).
+) -> list[EdgeOutputs]:
+    """Log-probs of the scored edges of each tree, differentiable in all parameters of `model` (wrapped or not).
+
+    However many trees, the wrapper sees one call: DDP synchronises buffers in every call, so ranks that called it
+    differently often would wait for each other forever.
 
     head_dtype: dtype of the LM-head projection, None for the model's own. The router loss is the MoE load-balancing
     loss of the flat batch, exactly: every token counts with its multiplicity.
@@ -63,30 +67,31 @@ def run_packed(
     """
     base = causal_lm(model)
     install(base)
-    device = edges.target.device
-    layout = TreeLayout.from_tree(tree, device)
-    mask = TreeMask.from_layout(layout, resolve_backend(backend, device))
     head = lm_head(base, head_dtype)
+    layouts = [TreeLayout.from_tree(tree, edges.target.device) for tree, edges in chunks]
+    masks = [TreeMask.from_layout(x, resolve_backend(backend, x.input_ids.device)) for x in layouts]
 
-    def forward(self: PreTrainedModel, **inputs: Any) -> dict[str, torch.Tensor]:
+    def forward(self: PreTrainedModel, dta_chunks: list[dict[str, Any]], **_: Any) -> dict[str, list[torch.Tensor]]:
         backbone = getattr(self, self.base_model_prefix)
-        inputs = {name: value for name, value in inputs.items() if value is not None}
-        if return_router_loss:
-            inputs["output_router_logits"] = True
-        output = backbone(**inputs)
-        logprobs, entropies = _score(output.last_hidden_state[0], layout, edges, head, temperature, return_entropy)
-        result = {"logprobs": logprobs}
-        if entropies is not None:
-            result["entropies"] = entropies
-        if return_router_loss:
-            result["router_loss"] = _router_loss(self, output.router_logits, layout.multiplicity)
+        result: dict[str, list[torch.Tensor]] = {"logprobs": [], "entropies": [], "router_loss": []}
+        for inputs, layout, (_tree, edges) in zip(dta_chunks, layouts, chunks, strict=True):
+            output = backbone(**inputs, **({"output_router_logits": True} if return_router_loss else {}))
+            logprobs, entropies = _score(output.last_hidden_state[0], layout, edges, head, temperature, return_entropy)
+            result["logprobs"].append(logprobs)
+            if entropies is not None:
+                result["entropies"].append(entropies)
+            if return_router_loss:
+                result["router_loss"].append(_router_loss(self, output.router_logits, layout.multiplicity))
         return result
 
     with tree_forward(base, forward):
-        result = model(**model_inputs(layout, mask))
-    _check_every_layer_hit(base, mask)
-    _check_finite(result["logprobs"], base)
-    return EdgeOutputs(result["logprobs"], result.get("entropies"), result.get("router_loss"))
+        result = model(dta_chunks=[model_inputs(*pair) for pair in zip(layouts, masks, strict=True)])
+    for mask, logprobs in zip(masks, result["logprobs"], strict=True):
+        _check_every_layer_hit(base, mask)
+        _check_finite(logprobs, base)
+    nothing = [None] * len(chunks)
+    columns = (result["logprobs"], result["entropies"] or nothing, result["router_loss"] or nothing)
+    return [EdgeOutputs(*row) for row in zip(*columns, strict=True)]
 
 
 def _score(
@@ -98,9 +103,18 @@ def _score(
     return_entropy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Edge log-probs [E] and edge entropies [E]."""
-    rows = hidden.index_select(0, edges.rows)
     targets = layout.input_ids[edges.target]
-    logprobs, entropies = edge_logprobs(rows, head, targets, edges.row_of_edge, temperature, return_entropy)
+
+    def score(_: nn.Module, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return edge_logprobs(rows, head, targets, edges.row_of_edge, temperature, return_entropy)
+
+    rows = hidden.index_select(0, edges.rows)
+    if isinstance(head.module, FSDPModule) and head.is_plain:
+        # The weight of a sharded head is whole only inside a call of it, and every rank must call it equally often.
+        with tree_forward(head.module, score):
+            logprobs, entropies = head.module(rows)
+    else:
+        logprobs, entropies = score(head.module, rows)
     return logprobs, None if entropies is None else entropies[edges.row_of_edge]
 
 

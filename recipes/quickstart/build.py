@@ -6,8 +6,8 @@ The task is walking round a clock. A prompt states the rule, shows solved exerci
 in every prompt) and asks a new one; the completion is the chain of hours, its last one the answer:
 
     Rule : this is a 7h clock , with the hours 0 to 6 . ...
-    Ask : from 4 go +5 , 3 times </s> Work : 4 +5 = 2 ; 2 +5 = 0 ; 0 +5 = 5 </s> ...
-    Ask : from 2 go +6 , 4 times </s> Work :
+    Ask : from 4 go +4 , three times </s> Work : 4 +4 = 1 ; 1 +4 = 5 ; 5 +4 = 2 </s> ...
+    Ask : from 2 go +3 , four times </s> Work :
 
 The model is a small Qwen3, pretrained here on notebooks of two kinds of clerks. The first work out
 every hop, and land one hour off with probability `SLIP`. The second do the same, when they do, but
@@ -16,7 +16,7 @@ hop, yet guesses more often than it works, and slips; it solves about 0.4 of the
 is what GRPO closes with nothing but "was the answer right?". The model learns to think first (its
 completions double in length), then to think with care.
 
-Promises: the same seed and thread count give the same files. `<output>/model` is what
+Promises: the same seed gives the same files. `<output>/model` is what
 `from_pretrained` reads (model and tokenizer); `<output>/data/train.jsonl` has the columns `prompt`
 and `answer` which `trl grpo` and `rewards.py` need. Its examples are worked and correct, and its
 prompts all differ, so a reward curve over one epoch is a curve over unseen prompts.
@@ -40,7 +40,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 PAD, EOS = "<pad>", "</s>"
 HOURS = range(5, 9)  # how many hours a clock shows: the rule of one notebook
 STRIDES = range(1, 5)  # hours per hop
-TIMES = range(3, 5)  # hops in one exercise
+TIMES = {"three": 3, "four": 4}  # hops in one exercise
 EXAMPLES = 7  # solved exercises in a prompt (about 280 tokens with the rule)
 SLIP = 0.05  # how often a clerk's hop lands one hour off
 HURRY = 0.65  # how often a clerk in a hurry guesses instead of working
@@ -61,13 +61,13 @@ class Exercise:
 
     @classmethod
     def draw(cls, rng: random.Random, hours: int, slip: float, hurry: float) -> Exercise:
-        hour, stride, times = rng.randrange(hours), rng.choice(STRIDES), rng.choice(TIMES)
+        hour, stride, times = rng.randrange(hours), rng.choice(STRIDES), rng.choice(list(TIMES))
         question = f"Ask : from {hour} go +{stride} , {times} times {EOS} Work :"
         if rng.random() < hurry:
             guess = rng.randrange(hours)
             return cls(question, f"guess {guess}", guess)
         hops = []
-        for _ in range(times):
+        for _ in range(TIMES[times]):
             error = rng.choice((-1, 1)) if rng.random() < slip else 0
             end = (hour + stride + error) % hours
             hops.append(f"{hour} +{stride} = {end}")
@@ -87,7 +87,7 @@ def notebook(rng: random.Random, slip: float = 0.0, hurry: float = 0.0) -> tuple
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per word of a closed vocabulary; `</s>` inside a prompt is the real end token."""
     words = [word for hours in HOURS for word in RULE.format(hours=hours, last=hours - 1).split()]
-    words += "Ask : from go , times Work = ; guess".split()
+    words += ["Ask", ":", "from", "go", ",", "times", "Work", "=", ";", "guess", *TIMES]
     words += [f"{sign}{digit}" for sign in ("", "+") for digit in range(10)]
     vocab = {word: index for index, word in enumerate(dict.fromkeys([PAD, EOS, *words]))}
     core = Tokenizer(WordLevel(vocab, unk_token=PAD))
@@ -169,13 +169,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=300, help="pretraining steps")
+    parser.add_argument("--steps", type=int, default=400, help="pretraining steps")
     parser.add_argument("--prompts", type=int, default=1024, help="rows of train.jsonl")
     args = parser.parse_args()
 
     def report(text: str, since: float) -> None:
         print(f"[build] {text} ({time.perf_counter() - since:.1f} s)", flush=True)
 
+    torch.set_num_threads(1)  # the matrices are tiny, and the files must not depend on the machine's cores
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)

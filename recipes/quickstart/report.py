@@ -5,8 +5,8 @@
 
 Promises: it reads only `<folder>/<run>/checkpoint-*/trainer_state.json` (TRL's own log, the newest
 checkpoint) and writes only `<folder>/reward.png` (`reward_<run>.png` for another run than `grpo`);
-it needs neither torch nor TRL. `dta/*` metrics are shown when the log holds them, so it works alike
-for stock TRL and for the plugin. `--speedup full=2.1 lora=1.9` adds a panel of measured speed-ups.
+it needs neither torch nor TRL. `dta/*` metrics are shown when the log holds them, and the speed-up where
+speed.py has measured it (`<folder>/<run>/speed.json`), so it works alike for stock TRL and for the plugin.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 History = list[dict[str, Any]]  # one entry per log line, as in trainer_state.json
 SHARING = "dta/compression_ratio"
@@ -28,7 +28,7 @@ SHARING = "dta/compression_ratio"
 
 def read_history(run: Path) -> History:
     """The training log lines (those with a reward) of the newest checkpoint of a run."""
-    states = sorted(run.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name.split("-")[1]))
+    states = sorted(run.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
     if not states:
         raise SystemExit(f"no checkpoint-*/trainer_state.json in {run}: did the training finish?")
     history = [line for line in json.loads(states[-1].read_text())["log_history"] if "reward" in line]
@@ -65,10 +65,16 @@ def summary(history: History) -> list[tuple[str, str]]:
     return rows
 
 
-def plot(history: History, speedup: dict[str, float] | None, path: Path) -> None:
-    """Draw the reward, and one small panel each for the sharing and the speed-up, where known."""
+def read_speed(run: Path) -> dict[str, float] | None:
+    """What speed.py measured for this run: seconds of one update, stock and tree, and their ratio."""
+    path = run / "speed.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def plot(history: History, speed: dict[str, float] | None, path: Path) -> None:
+    """Draw the reward, and one small panel each for the sharing and the update's time, where known."""
     steps, ratios = series(history, SHARING)
-    panels = 1 + bool(ratios) + bool(speedup)
+    panels = 1 + bool(ratios) + bool(speed)
     widths = [2.0] + [1.0] * (panels - 1)
     figure, axes = plt.subplots(
         1, panels, figsize=(2.6 * sum(widths), 3.4), width_ratios=widths, squeeze=False, layout="constrained"
@@ -81,37 +87,36 @@ def plot(history: History, speedup: dict[str, float] | None, path: Path) -> None
         axis = small.pop(0)
         axis.plot(steps, ratios, color="tab:green")
         axis.set(title="Sharing", xlabel="step", ylabel="dense tokens / tree tokens", ylim=(0, None))
-    if speedup:
+    if speed:
         axis = small.pop(0)
-        bars = axis.bar(list(speedup), list(speedup.values()), color="tab:orange")
-        axis.bar_label(bars, fmt="%.1f×")
-        axis.axhline(1.0, color="gray", linewidth=0.8)
-        axis.set(title="Update vs stock TRL", ylabel="times faster")
+        seconds = [speed["stock_seconds"], speed["tree_seconds"]]
+        bars = axis.bar(["stock TRL", "tree"], seconds, color=["tab:gray", "tab:orange"])
+        axis.bar_label(bars, fmt="%.2f s")
+        axis.set(title=f"Policy update: {speed['speedup']:.1f}x faster", ylabel="seconds, same batches")
+        axis.margins(y=0.12)
     for axis in axes[0]:
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def parse_speedup(text: str) -> tuple[str, float]:
-    name, _, value = text.partition("=")
-    return name, float(value)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="what build.py was given as --output")
     parser.add_argument("--run", default="grpo", help="the run's folder in it (default: grpo)")
-    parser.add_argument("--speedup", type=parse_speedup, nargs="+", metavar="NAME=FACTOR", help="measured speed-ups")
     args = parser.parse_args()
 
     history = read_history(args.folder / args.run)
+    speed = read_speed(args.folder / args.run)
     rows = summary(history)
+    if speed:
+        rows.append(("policy update, stock TRL -> tree", "{stock_seconds:.2f} s -> {tree_seconds:.2f} s".format(**speed)))
+        rows.append(("measured speed-up of the update", f"{speed['speedup']:.2f}x on the same batches"))
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
     path = args.folder / ("reward.png" if args.run == "grpo" else f"reward_{args.run}.png")
-    plot(history, dict(args.speedup) if args.speedup else None, path)
+    plot(history, speed, path)
     print(f"\nThe reward curve is in {path}.")
 
 

@@ -1,4 +1,4 @@
-"""The quickstart's verifiable reward: did the work end on the right hour?
+"""The quickstart's verifiable reward: did the completion end on the right hour?
 
     reward_funcs: [recipes.quickstart.rewards.right_answer]   # in a `trl grpo` recipe
 
@@ -16,11 +16,11 @@ SOLUTION = re.compile(rf"(?:guess|(?:{HOP} ; )*\d \+\d =) (\d)")
 
 
 def parse_answer(completion: str) -> int | None:
-    """The hour the work ends on, or None if the text is not a chain of hops."""
+    """The hour a guess names or a chain of hops ends on; None for any other text."""
     solution = SOLUTION.fullmatch(completion.strip())
     return int(solution[1]) if solution else None
 
 
 def right_answer(completions: list[str], answer: list[int], **_: Any) -> list[float]:
-    """1 for well-formed work that ends on the exact answer, 0 for anything else."""
+    """1 for a well-formed completion that ends on the exact answer, 0 for anything else."""
     return [float(parse_answer(text) == truth) for text, truth in zip(completions, answer, strict=True)]

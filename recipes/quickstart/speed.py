@@ -3,7 +3,7 @@
     python recipes/quickstart/speed.py recipes/trl/quickstart.yaml
 
 Builds the recipe's own trainer, samples generation batches with it, and times loss + backward of each batch through
-stock TRL and through the tree, taking turns. Prints the median ratio and writes speed.json beside the run.
+stock TRL and through the tree, taking turns. Prints the median ratio and writes it to speed.json in the run's folder.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import dta_plugin
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from recipes.quickstart import rewards  # noqa: E402
 
-BATCHES, ROUNDS = 2, 3
+BATCHES, ROUNDS = 1, 3
 
 
 def build_trainer(recipe: str) -> GRPOTrainer:
@@ -79,7 +79,7 @@ def main() -> None:
     recipe = sys.argv[1] if len(sys.argv) > 1 else "recipes/trl/quickstart.yaml"
     trainer = build_trainer(recipe)
     result = measure(trainer)
-    output = Path(trainer.args.output_dir).parent / "speed.json"
+    output = Path(trainer.args.output_dir) / "speed.json"
     output.write_text(json.dumps(result, indent=2))
     print(
         f"policy update on the same batches: stock TRL {result['stock_seconds']:.2f} s, tree "

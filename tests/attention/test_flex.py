@@ -1,6 +1,6 @@
 """FlexAttention's mask, soft-cap, window, sinks and grouped heads against the reference: forward, eager, on the CPU.
 
-FlexAttention has no CPU backward; `make gpu` runs the compiled one with gradients.
+FlexAttention has no CPU backward; the compiled kernel and its gradients need a GPU.
 """
 
 from __future__ import annotations

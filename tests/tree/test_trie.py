@@ -85,7 +85,11 @@ def test_descendants_are_one_interval(sequences: Sequences) -> None:
         assert ancestors == {j for j in range(tree.tree_tokens) if j <= i < tree.exit[j]}
 
 
-@pytest.mark.parametrize("convert", [torch.tensor, np.array, lambda s: np.array(s, np.uint32), tuple], ids=str)
+@pytest.mark.parametrize(
+    "convert",
+    [torch.tensor, np.array, lambda s: np.array(s, np.uint32), tuple],
+    ids=["torch", "numpy", "numpy_uint32", "tuple"],
+)
 def test_input_types_agree(convert: Callable[[list[int]], object]) -> None:
     sequences = SHAPES["forest"]
     expected = PrefixTree.from_sequences(sequences)

@@ -1,4 +1,4 @@
-"""Rollouts that no model sampled: scripted turns for `rollout_func`, and sampling log-probs as vLLM would report them."""
+"""Rollouts that no model sampled: scripted turns for `rollout_func`, with log-probs as vLLM would report them."""
 
 from __future__ import annotations
 

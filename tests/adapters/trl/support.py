@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -55,6 +56,8 @@ GEOMETRY = {
 # Metrics that measure time or that only the plugin writes.
 _NOT_COMPARED = ("time", "runtime", "per_second", "dta/", "total_flos", "epoch", "step")
 
+LORA = LoraConfig(r=4, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear")
+
 Model = str | Callable[[], PreTrainedModel]
 
 
@@ -64,9 +67,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     inner = Tokenizer(models.WordLevel(words, unk_token="w3"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     outer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
-    outer.chat_template = (
-        "{% for message in messages %}w9 {{ message['content'] }} {% endfor %}{% if add_generation_prompt %}w10{% endif %}"
-    )
+    turns = "{% for message in messages %}w9 {{ message['content'] }} {% endfor %}"
+    outer.chat_template = turns + "{% if add_generation_prompt %}w10{% endif %}"
     return outer
 
 
@@ -219,7 +221,7 @@ def weight_difference(a: Run, b: Run) -> float:
     return _distance(a.weights, b.weights)
 
 
-def moved(run: Run, _: str = "") -> float:
+def moved(run: Run) -> float:
     """How far training moved the weights, as `weight_difference`: what equality is to be measured against."""
     return _distance(run.start, run.weights)
 

@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 from dta_plugin.adapters.trl import TreeGRPOConfig, TreeGRPOTrainer
 from tests.adapters.trl.rollouts import Rollouts
-from tests.adapters.trl.support import Run, assert_equal, dense_and_tree, train, weight_difference
+from tests.adapters.trl.support import LORA, Run, assert_equal, dense_and_tree, train, weight_difference
 
-LORA = LoraConfig(r=4, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear")
 REFERENCE = {"beta": 0.4, "num_iterations": 2, "max_steps": 4, "learning_rate": 1e-2}
 CHECKPOINTING: dict[str, dict[str, Any]] = {
     "none": {},
@@ -105,12 +104,13 @@ def test_bfloat16_is_as_close_to_the_truth_as_dense(model: str, tmp_path: Path, 
     truth = train(model, tmp_path, GRPOTrainer, GRPOConfig, **run)
     dense = train(model, tmp_path, GRPOTrainer, GRPOConfig, bf16=True, **run)
     tree = train(model, tmp_path, TreeGRPOTrainer, TreeGRPOConfig, bf16=True, **run)
-    errors = {name: (_update_error(run, truth), _norm_error(run, truth)) for name, run in [("dense", dense), ("tree", tree)]}
-    print("errors of update and of grad_norm:", errors)
+    updates = [_update_error(result, truth) for result in (dense, tree)]
+    norms = [_norm_error(result, truth) for result in (dense, tree)]
+    print(f"errors of dense and tree: update {updates}, grad_norm {norms}")
     assert all(entry["dta/dense_fallback"] == 0 for entry in tree.dta)
-    assert 1e-4 < errors["dense"][0] < 0.1, "autocast did nothing, or everything"
-    assert errors["tree"][0] <= 1.5 * errors["dense"][0]
-    assert errors["tree"][1] <= 1.5 * errors["dense"][1] + 1e-3
+    assert 1e-4 < updates[0] < 0.1, "autocast did nothing, or everything"
+    assert updates[1] <= 1.5 * updates[0]
+    assert norms[1] <= 1.5 * norms[0] + 1e-3
 
 
 def _update_error(run: Run, truth: Run) -> float:

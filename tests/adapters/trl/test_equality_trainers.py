@@ -17,8 +17,17 @@ from dta_plugin.adapters.trl import (
     TreeRLOOTrainer,
     TreeTrainerMixin,
 )
-from tests.adapters.trl.support import Run, assert_equal, dense_and_tree, enabled, identical, moved, no_dense_pass, train
-from tests.adapters.trl.test_equality_models import LORA
+from tests.adapters.trl.support import (
+    LORA,
+    Run,
+    assert_equal,
+    dense_and_tree,
+    enabled,
+    identical,
+    moved,
+    no_dense_pass,
+    train,
+)
 
 RLOO: dict[str, dict[str, Any]] = {
     "plain": {},
