@@ -110,7 +110,8 @@ def main() -> None:
     speed = read_speed(args.folder / args.run)
     rows = summary(history)
     if speed:
-        rows.append(("policy update, stock TRL -> tree", "{stock_seconds:.2f} s -> {tree_seconds:.2f} s".format(**speed)))
+        seconds = "{stock_seconds:.2f} s -> {tree_seconds:.2f} s".format(**speed)
+        rows.append(("policy update, stock TRL -> tree", seconds))
         rows.append(("measured speed-up of the update", f"{speed['speedup']:.2f}x on the same batches"))
     width = max(len(name) for name, _ in rows)
     for name, value in rows:

@@ -23,7 +23,7 @@ from trl.scripts.grpo import GRPOScriptArguments
 import dta_plugin
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from recipes.quickstart import rewards  # noqa: E402
+from recipes.quickstart import rewards
 
 BATCHES, ROUNDS = 1, 3
 

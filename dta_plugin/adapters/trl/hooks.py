@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -78,6 +79,6 @@ def _run_fused_loss(trainer: Any, config: TreeConfig, state: TreeState) -> None:
     reason = "this TRL version's Liger loss bypasses the log-prob hook; set use_liger_kernel=False or use trl>=1.14"
     if config.on_unsupported == "error":
         raise UnsupportedModelError(f"Prefix-tree execution cannot run here: {reason}; or on_unsupported='dense'.")
-    state.say_once(trainer, f"dense path: {reason}")
+    state.say_once(trainer, f"dense path: {reason}", level=logging.WARNING)
     if trainer.model.training:
         state.log_metrics(trainer, None)

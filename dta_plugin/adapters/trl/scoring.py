@@ -7,6 +7,7 @@ returns, so no loss is patched.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +43,7 @@ def tree_log_probs(
     """
 
     def run_dense(reason: str, topic: str | None = None) -> tuple[torch.Tensor | None, ...]:
-        state.say_once(trainer, f"dense path: {reason}", topic)
+        state.say_once(trainer, f"dense path: {reason}", topic, logging.WARNING)
         if torch.is_grad_enabled():
             state.log_metrics(trainer, None)
         kwargs = {"compute_entropy": compute_entropy, **inputs}

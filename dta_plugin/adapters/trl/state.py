@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
 from dta_plugin.config import TreeConfig
@@ -26,20 +27,21 @@ class TreeState:
             state = trainer.__dict__["_dta_state"] = cls(config)
         return state
 
-    def say(self, trainer: Any, message: str) -> None:
-        """One line in the log of the main process."""
+    def say(self, trainer: Any, message: str, level: int = logging.INFO) -> None:
+        """One line in the log of the main process, also where the application has not set up logging."""
         if trainer.accelerator.is_main_process:
-            if not logger.handlers and not logging.getLogger().handlers:
-                logger.addHandler(logging.StreamHandler())
+            if logger.level == logging.NOTSET:
                 logger.setLevel(logging.INFO)
-            logger.info("dta: %s", message)
+            if not logger.hasHandlers():
+                logger.addHandler(logging.StreamHandler(sys.stdout))
+            logger.log(level, "dta: %s", message)
 
-    def say_once(self, trainer: Any, message: str, topic: str | None = None) -> None:
+    def say_once(self, trainer: Any, message: str, topic: str | None = None, level: int = logging.INFO) -> None:
         """The same, but a topic (default: the message itself) is spoken of only once per trainer."""
         topic = topic or message
         if topic not in self._said:
             self._said.add(topic)
-            self.say(trainer, message)
+            self.say(trainer, message, level)
 
     def log_metrics(self, trainer: Any, result: SequenceLogProbs | None) -> None:
         """Add the `dta/*` metrics of one policy pass to the trainer's log. result: None for the dense path."""
