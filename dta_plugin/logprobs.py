@@ -40,7 +40,7 @@ class LMHead:
 
     @property
     def is_plain(self) -> bool:
-        """True if the module is a weight and a bias, nothing more: no adapter, no quantisation, no hooks (but FSDP2)."""
+        """True if the module is just a weight and a bias: no adapter, no quantisation, no hooks but those of FSDP2."""
         if isinstance(self.module, FSDPModule):
             return type(self.module).__bases__[-1] is torch.nn.Linear
         hooked = self.module._forward_hooks or self.module._forward_pre_hooks
