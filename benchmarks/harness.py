@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+import dta_plugin
+
 PACKAGES = ("dta-plugin", "torch", "transformers", "trl", "prefix-grouper", "numpy")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -110,11 +112,14 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Short hash, with "-dirty" where the tree differs from it; None outside a git checkout."""
-    here = Path(__file__).parent
+    """Short hash, with "-dirty" where package or benchmarks differ from it; None if the package is in no checkout."""
+    root = Path(dta_plugin.__file__).parents[1]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        changed = git("status", "--porcelain", "--", "dta_plugin", "benchmarks/*.py")
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None

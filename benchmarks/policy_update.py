@@ -53,6 +53,7 @@ def main() -> None:
     model_config = _qwen3(layers=2, hidden=64, vocab=512) if args.smoke else _qwen3()
     reference = _model(model_config)
     ceilings = _star_ceilings()
+    where = environment(device)
 
     workloads = _workloads(args, model_config.vocab_size)
     if unknown := sorted(set(args.rows or ()) - set(workloads)):
@@ -74,7 +75,7 @@ def main() -> None:
             "rounds": args.rounds,
             "clock": args.clock,
             "model": {k: getattr(model_config, k) for k in _MODEL_KEYS},
-            **environment(device),
+            **where,
             "star_ceilings": ceilings,
             "rows": rows,
         }

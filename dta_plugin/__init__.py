@@ -3,8 +3,8 @@
     import dta_plugin
     dta_plugin.enable()          # every TRL GRPO / RLOO trainer in this process now uses the tree
 
-or, without touching the script: ``python -m dta_plugin.run train.py --use_dta true``. Importing this package imports
-torch, but none of transformers, TRL, PEFT or Triton.
+or, without touching the script: ``python -m dta_plugin.run train.py --use_dta true``. Importing this package is
+lazy: it loads none of torch, transformers, TRL, PEFT or Triton until a name is used.
 """
 
 from __future__ import annotations

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from dta_plugin.attention.hf import install
 from dta_plugin.config import TreeConfig
+from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 from dta_plugin.execution.auto import SequenceLogProbs, prepare, run_dense, run_tree
 from dta_plugin.execution.model import causal_lm
 from dta_plugin.tree.layout import Scored
 from dta_plugin.tree.trie import TokenSequence
 from dta_plugin.verify import check_logprobs
 
-_calls: WeakKeyDictionary[nn.Module, int] = (
-    WeakKeyDictionary()
-)  # 0-based number of each model's last call, for `verify`
+# 0-based number of each model's last call with `verify` on.
+_calls: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def sequence_logprobs(
@@ -40,9 +41,12 @@ def sequence_logprobs(
     Returns SequenceLogProbs: ``logprobs[s][i] = log p(seq[i + 1] | seq[:i + 1])``, float32 (float64 for float64
     models), differentiable; ``report`` says what was shared and which path ran.
 
-    Raises InvalidInputError for an empty batch or sequence, a mask of the wrong length, or NaN in the model's output;
-    UnsupportedModelError where the tree would not be exact (unless ``config.on_unsupported == "dense"``).
+    Raises InvalidInputError for an empty batch or sequence, a mask of the wrong length, a temperature that is not
+    positive, or NaN in the model's output; UnsupportedModelError where the tree would not be exact (unless
+    ``config.on_unsupported == "dense"``).
     """
+    if not temperature > 0:
+        raise InvalidInputError(f"temperature={temperature}. Expected a number above 0; 1.0 leaves logits as they are.")
     config = config or TreeConfig()
     batch = prepare(model, sequences, scored, config)
     if not batch.use_tree:
@@ -51,7 +55,13 @@ def sequence_logprobs(
         call = _calls[model] = _calls.get(model, -1) + 1
         if config.verifies(call):
             check_logprobs(model, batch, config, temperature)
-    return run_tree(model, batch, config, temperature=temperature, return_entropy=return_entropy)
+    try:
+        return run_tree(model, batch, config, temperature=temperature, return_entropy=return_entropy)
+    except UnsupportedModelError as error:  # found only while running, such as a layer that bypasses the tree
+        if config.on_unsupported == "error":
+            raise
+        batch = replace(batch, reason=str(error))
+        return run_dense(model, batch, temperature=temperature, return_entropy=return_entropy)
 
 
 @contextmanager

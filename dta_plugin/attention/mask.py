@@ -20,7 +20,7 @@ class TreeMask:
     Key j is visible to query i iff ``j <= i < exit[j]`` and, in a layer with a sliding window,
     ``depth[i] - depth[j] < window``.
 
-    exit: int64 [T]. depth: int64 [T]. backend: who computes attention ("cpu", "flex", "sdpa", "reference").
+    exit: int64 [T]. depth: int64 [T]. backend: who computes attention ("cpu", "flex" or "reference").
     layers_seen: indices of the attention layers that have used this mask, for the check that none was bypassed.
     """
 

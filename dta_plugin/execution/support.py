@@ -15,6 +15,10 @@ from dta_plugin.errors import UnsupportedModelError
 from dta_plugin.execution.model import causal_lm, layer_types
 
 _TREE_LAYERS = {"full_attention", "sliding_attention"}
+# Families whose window lives in the mask alone: their attention functions are not told of it.
+_WINDOW_IN_MASK_ONLY = {"phimoe", "olmoe"}
+# Families that change hidden states between the decoder and the output embedding.
+_EXTRA_HEAD = {"modernbert-decoder"}
 
 
 def unsupported_reason(model: nn.Module) -> str | None:
@@ -39,6 +43,13 @@ def _attention_reason(model: PreTrainedModel, config: Any) -> str | None:
             f"{type(model).__name__} has {', '.join(other)} layers, whose state would run across branches of the tree; "
             "use a model with full or sliding-window attention only"
         )
+    if config.model_type in _WINDOW_IN_MASK_ONLY and getattr(config, "sliding_window", None):
+        return (
+            f"{type(model).__name__} does not tell its attention function about the sliding window of "
+            f"{config.sliding_window}; set sliding_window=None in the config if no sequence is longer"
+        )
+    if config.model_type in _EXTRA_HEAD:
+        return f"{type(model).__name__} transforms hidden states before its output embedding; use another model family"
     if getattr(config, "use_bidirectional_attention", False):
         return f"{type(model).__name__} attends in both directions; use a causal model"
     if not model._can_set_attn_implementation():

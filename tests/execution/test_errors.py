@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
-from transformers import BertConfig, GPT2Config, PreTrainedModel, Qwen3NextConfig
+from transformers import (
+    BertConfig,
+    GPT2Config,
+    ModernBertDecoderConfig,
+    PhimoeConfig,
+    PreTrainedModel,
+    Qwen3NextConfig,
+)
 
 import dta_plugin
 from dta_plugin import InvalidInputError, TreeConfig, UnsupportedModelError
@@ -32,6 +40,7 @@ INPUTS: dict[str, tuple[dict[str, object], str]] = {
     "scored of another shape": ({"scored": [[True], 1]}, r"scored\[0\] has shape \(1,\).*shape \(3,\).*or an int"),
     "scored of another dtype": ({"scored": [[0, 1, 1], 1]}, r"scored\[0\].*dtype int64.*bool mask"),
     "token 0 scored": ({"scored": [0, 1]}, r"scored\[0\] is 0.*>= 1: token 0 has no log-prob"),
+    "temperature": ({"temperature": 0.0}, r"temperature=0.0.*above 0; 1.0 leaves"),
     "flex on a CPU": ({"config": TreeConfig(backend="flex")}, r"backend='flex'.*no backward.*Use backend='auto'"),
 }
 
@@ -74,6 +83,18 @@ def bidirectional() -> PreTrainedModel:
     return model
 
 
+def window_in_the_mask_only() -> PreTrainedModel:
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 99}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2, "sliding_window": 8}
+    return random_model(PhimoeConfig(**small, **heads))
+
+
+def extra_head() -> PreTrainedModel:
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0)
+    return random_model(ModernBertDecoderConfig(**small, **special, vocab_size=99))
+
+
 def attention_dropout() -> PreTrainedModel:
     return tiny_model("llama", attention_dropout=0.1).train()
 
@@ -94,6 +115,8 @@ UNSUPPORTED: dict[Callable[[], torch.nn.Module], str] = {
     linear_attention: r"LlamaForCausalLM has linear_attention layers.*full or sliding-window attention only",
     qwen3_next: r"Qwen3NextForCausalLM has linear_attention layers",
     bidirectional: r"Gemma3ForCausalLM attends in both directions; use a causal model",
+    window_in_the_mask_only: r"does not tell its attention function about the sliding window of 8; set sliding_window",
+    extra_head: r"transforms hidden states before its output embedding; use another model family",
     attention_dropout: r"attention_dropout is 0.1.*set attention_dropout=0 in the model config",
     prompt_tuning: r"PROMPT_TUNING adds virtual tokens.*use LoRA or full fine-tuning",
     prefix_tuning_in_a_wrapper: r"PREFIX_TUNING adds virtual tokens",
@@ -135,6 +158,22 @@ def test_on_unsupported_dense_gives_the_dense_result() -> None:
     assert (out.report.executor, out.report.backend, out.report.chunks) == ("dense", "sdpa", 2)
     assert "no rotary positions" in out.report.reason
     torch.cat(out.logprobs).sum().backward()
+
+
+def test_a_layer_that_bypasses_the_tree_falls_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(UnsupportedModelError, match=r"layer\(s\) \[1\] of LlamaForCausalLM did not use the tree"):
+        bypass(model, monkeypatch)
+        dta_plugin.sequence_logprobs(model, SEQUENCES)
+    out = dta_plugin.sequence_logprobs(model, SEQUENCES, TreeConfig(on_unsupported="dense"))
+    assert (out.report.executor, "did not use the tree" in out.report.reason) == ("dense", True)
+
+
+def bypass(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give layer 1 a configuration of its own, with another attention implementation."""
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = "sdpa"
+    monkeypatch.setattr(model.model.layers[1].self_attn, "config", config)
 
 
 def test_gate_runs_dense_where_too_little_is_saved() -> None:

@@ -16,7 +16,7 @@ import torch
 
 from dta_plugin.adapters.trl.state import TreeState
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
-from dta_plugin.execution.auto import prepare, run_tree
+from dta_plugin.execution.auto import Batch, SequenceLogProbs, prepare, run_tree
 from dta_plugin.verify import check_logprobs
 
 Hook = Callable[..., tuple[torch.Tensor | None, ...]]
@@ -68,11 +68,30 @@ def tree_log_probs(
         below_gate = batch.cost.saving < state.config.min_saving  # a reason with a number, different in every batch
         return run_dense(batch.reason, "min_saving" if below_gate else None)
 
+    try:
+        result = _run(trainer, state, model, batch, compute_entropy, compute_aux_loss)
+    except UnsupportedModelError as error:  # found only while running, such as a layer that bypasses the tree
+        if state.config.on_unsupported == "error":
+            raise
+        return run_dense(str(error))
+    state.calls += 1
+    if torch.is_grad_enabled():
+        state.say_once(trainer, str(result.report), topic="report")
+        state.log_metrics(trainer, result)
+    logps = _as_columns(result.logprobs, completion, logits_to_keep)
+    entropies = None if result.entropies is None else _as_columns(result.entropies, completion, logits_to_keep)
+    return (logps, entropies, result.router_loss) if _returns_aux_loss(dense) else (logps, entropies)
+
+
+def _run(
+    trainer: Any, state: TreeState, model: torch.nn.Module, batch: Batch, compute_entropy: bool, compute_aux_loss: bool
+) -> SequenceLogProbs:
+    """Verify the batch if it is its turn, then run it."""
     with trainer.accelerator.autocast():
         if state.config.verifies(state.calls):
             difference = check_logprobs(model, batch, state.config, trainer.temperature)
             state.say(trainer, f"call {state.calls} verified against dense: log-probs agree to {difference:.1e} nats")
-        result = run_tree(
+        return run_tree(
             model,
             batch,
             state.config,
@@ -81,13 +100,6 @@ def tree_log_probs(
             return_router_loss=compute_aux_loss,
             head_dtype=torch.float32 if getattr(trainer.args, "cast_lm_head_to_fp32", False) else None,
         )
-    state.calls += 1
-    if torch.is_grad_enabled():
-        state.say_once(trainer, str(result.report), topic="report")
-        state.log_metrics(trainer, result)
-    logps = _as_columns(result.logprobs, completion, logits_to_keep)
-    entropies = None if result.entropies is None else _as_columns(result.entropies, completion, logits_to_keep)
-    return (logps, entropies, result.router_loss) if _returns_aux_loss(dense) else (logps, entropies)
 
 
 def _unpadded(input_ids: torch.Tensor, real: torch.Tensor) -> list[np.ndarray]:
