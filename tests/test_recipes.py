@@ -144,7 +144,7 @@ def test_fsdp2(folder: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
     done = subprocess.run(
         [*torchrun, support.__file__, *stock, support.THEN, *tree],
-        env=os.environ | launcher_environment("fsdp2", "--mixed_precision", "no") | OFFLINE,
+        env=os.environ | launcher_environment("fsdp2", "--mixed_precision", "no") | OFFLINE | {"TMPDIR": str(folder)},
         capture_output=True,
         text=True,
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from dta_plugin.attention.api import resolve_backend
@@ -95,6 +96,11 @@ def run_tree(
 ) -> SequenceLogProbs:
     """Run the batch as a tree, in as many chunks as `max_tree_tokens_per_chunk` asks for."""
     budget = config.max_tree_tokens_per_chunk
+    if budget is not None and _is_sharded(model):
+        raise InvalidInputError(
+            f"max_tree_tokens_per_chunk={budget} with a model that FSDP2 shards over several ranks. Expected None there: "
+            "ranks with different numbers of chunks would wait for each other forever; lower the batch size instead."
+        )
     if budget is None or return_router_loss:  # the router loss is a product of sums over the whole batch
         chunks = [(np.arange(batch.tree.num_sequences), batch.tree, batch.edges)]
     else:
@@ -131,6 +137,12 @@ def run_tree(
         router_loss,
         report,
     )
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether ranks gather this model's weights from each other in every call."""
+    several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    return several and any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def run_dense(
