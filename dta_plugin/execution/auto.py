@@ -98,8 +98,8 @@ def run_tree(
     budget = config.max_tree_tokens_per_chunk
     if budget is not None and _is_sharded(model):
         raise InvalidInputError(
-            f"max_tree_tokens_per_chunk={budget} with a model that FSDP2 shards over several ranks. Expected None there: "
-            "ranks with different numbers of chunks would wait for each other forever; lower the batch size instead."
+            f"max_tree_tokens_per_chunk={budget} with a model that FSDP2 shards over several ranks. Expected None "
+            "there: ranks with different numbers of chunks would wait for each other forever; lower the batch size."
         )
     if budget is None or return_router_loss:  # the router loss is a product of sums over the whole batch
         chunks = [(np.arange(batch.tree.num_sequences), batch.tree, batch.edges)]
