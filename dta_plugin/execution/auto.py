@@ -70,8 +70,8 @@ def prepare(model: nn.Module, sequences: Sequence[TokenSequence], scored: Scored
     cost = estimate(tree, model_cost(base), scored_tokens, len(edges.rows))
     use_tree = reason is None and cost.saving >= config.min_saving
     if reason is None:
-        limit = f"{cost.saving:.0%} of dense FLOPs saved, min_saving {config.min_saving:.0%}"
-        reason = limit if use_tree else f"only {limit}"
+        saved = f"{cost.saving:.0%} of dense FLOPs saved"
+        reason = saved if use_tree else f"only {saved}, min_saving {config.min_saving:.0%}"
     return Batch(list(sequences), scored, tree, edges, cost, use_tree, reason)
 
 
