@@ -70,8 +70,9 @@ def prepare(model: nn.Module, sequences: Sequence[TokenSequence], scored: Scored
     cost = estimate(tree, model_cost(base), scored_tokens, len(edges.rows))
     use_tree = reason is None and cost.saving >= config.min_saving
     if reason is None:
-        saved = f"{cost.saving:.0%} of dense FLOPs saved"
-        reason = saved if use_tree else f"only {saved}, min_saving {config.min_saving:.0%}"
+        gate = f", min_saving {config.min_saving:.0%}" if config.min_saving else ""
+        saved = f"{cost.saving:.0%} of dense FLOPs saved{gate}"
+        reason = saved if use_tree else f"only {saved}"
     return Batch(list(sequences), scored, tree, edges, cost, use_tree, reason)
 
 
