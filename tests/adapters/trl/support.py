@@ -53,8 +53,25 @@ GEOMETRY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# Three small steps on a CPU, seeded, with nothing written.
+TRAINING: dict[str, Any] = {
+    "per_device_train_batch_size": 8,
+    "num_generations": 4,
+    "max_completion_length": 9,
+    "max_steps": 3,
+    "learning_rate": 3e-3,
+    "adam_epsilon": 1e-3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+    "seed": 11,
+}
 # Metrics that measure time or that only the plugin writes.
-_NOT_COMPARED = ("time", "runtime", "per_second", "dta/", "total_flos", "epoch", "step")
+NOT_COMPARED = ("time", "runtime", "per_second", "dta/", "total_flos", "epoch", "step")
 
 LORA = LoraConfig(r=4, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear")
 
@@ -121,24 +138,7 @@ def build(
     **config: Any,
 ) -> Any:
     """A trainer with fixed seeds. trainer_options: further arguments of the trainer, config: of its config."""
-    defaults = {
-        "output_dir": str(output),
-        "per_device_train_batch_size": 8,
-        "num_generations": 4,
-        "max_completion_length": 9,
-        "max_steps": 3,
-        "learning_rate": 3e-3,
-        "adam_epsilon": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "seed": 11,
-    }
-    args = config_class(**{**defaults, **config})
+    args = config_class(**{**TRAINING, "output_dir": str(output), **config})
     set_seed(11)
     options = {"reward_funcs": reward, "train_dataset": prompts()} | (trainer_options or {})
     trainer = trainer_class(model=model if isinstance(model, str) else model(), args=args, **options)
@@ -162,7 +162,7 @@ def train(
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     return Run(
-        [{k: v for k, v in entry.items() if not any(part in k for part in _NOT_COMPARED)} for entry in steps],
+        [{k: v for k, v in entry.items() if not any(part in k for part in NOT_COMPARED)} for entry in steps],
         start,
         _trainable(trainer.model),
         [{k: v for k, v in entry.items() if k.startswith("dta/")} for entry in steps if "loss" in entry],
