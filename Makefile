@@ -1,13 +1,16 @@
 # Everything that can be run here. `make` lists it; the first target that needs packages creates $(VENV).
 #   make test VENV=            use the environment that is active instead
 #   make test WORKERS=8        more processes
+#   make gpu VENV= RESULTS=out
 
 SHELL := bash -o pipefail
 VENV ?= .venv
 WORKERS ?= 2
+RESULTS ?= benchmarks/results
 # What the suite and the measurements are known with. pip takes the build of torch that its index prefers.
 TORCH ?= torch==2.13.0
 TRL ?= trl==1.16.0
+TRITON ?= triton==3.9.0
 
 ifneq ($(VENV),)
 export PATH := $(abspath $(VENV))/bin:$(PATH)
@@ -30,7 +33,7 @@ ifneq ($(VENV),)
 $(VENV)/.installed: pyproject.toml
 	test -d $(VENV) || python3 -m venv $(VENV)
 	python -m pip install --quiet $(TORCH)
-	python -m pip install --quiet --editable '.[trl,dev]' $(TRL)
+	python -m pip install --quiet --editable '.[trl,dev]' $(TRL) $(TRITON)
 	touch $@
 endif
 
@@ -60,6 +63,7 @@ quickstart-lora: $(INSTALLED) ## the same with LoRA
 bench: $(INSTALLED) ## measure the policy update, dense against tree
 	python benchmarks/policy_update.py
 
-gpu: $(INSTALLED) ## tests and measurements that need a CUDA device
-	$(PYTEST) -m gpu
-	python benchmarks/policy_update.py --device cuda --dtype bfloat16
+gpu: $(INSTALLED) ## tests and measurements on a CUDA device; results in $(RESULTS)
+	$(PYTEST) tests/gpu tests/attention -m "not slow"
+	python benchmarks/attention.py --output $(RESULTS)/attention_cuda.json
+	python benchmarks/policy_update.py --device cuda --dtype bfloat16 --output $(RESULTS)/policy_update_cuda.json

@@ -24,7 +24,7 @@ import torch
 
 import dta_plugin
 
-PACKAGES = ("dta-plugin", "torch", "transformers", "trl", "prefix-grouper", "numpy")
+PACKAGES = ("dta-plugin", "torch", "triton", "transformers", "trl", "prefix-grouper", "numpy")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -45,15 +45,34 @@ def interleaved(
         for name in names[index % len(names) :] + names[: index % len(names)]:
             before()
             gc.collect()
-            _synchronize(device)
+            synchronize(device)
             start = {clock: read() for clock, read in CLOCKS.items()}
             result = contenders[name]()
-            _synchronize(device)
+            synchronize(device)
             for clock, read in CLOCKS.items():
                 seconds[clock][name].append(read() - start[clock])
             after(index, name, result)
             del result
     return seconds
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def mark(device: torch.device) -> torch.cuda.Event | float:
+    """This moment on the device's own clock: an event in the GPU's queue, or the CPU's time."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def milliseconds(start: torch.cuda.Event | float, stop: torch.cuda.Event | float) -> float:
+    """Between two marks; call `synchronize` first."""
+    return 1e3 * (stop - start) if isinstance(start, float) else start.elapsed_time(stop)
 
 
 def median_ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
@@ -87,11 +106,6 @@ def environment(device: torch.device) -> dict[str, Any]:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _cpu_model() -> str:

@@ -29,8 +29,8 @@ class TreeConfig:
 
     backend: str = _option(
         "auto",
-        "Who computes attention: auto (native path on CPUs, FlexAttention on GPUs), cpu, flex, or reference (dense "
-        "mask, slow, for checking).",
+        "Who computes attention: auto (Triton kernels on NVIDIA GPUs, the native path on CPUs, FlexAttention where "
+        "neither serves), triton, cpu, flex, or reference (dense mask, slow, for checking).",
     )
     executor: str = _option("auto", "Who calls the model: auto or packed (the whole tree in one call).")
     max_tree_tokens_per_chunk: int | None = _option(
@@ -63,8 +63,6 @@ class TreeConfig:
         _choice("on_unsupported", self.on_unsupported, _ON_UNSUPPORTED)
         if self.executor == "streamed":
             raise InvalidInputError("executor='streamed' is not part of this version. Use 'auto' or 'packed'.")
-        if self.backend == "triton":
-            raise InvalidInputError("backend='triton' is not part of this version. Use 'auto'.")
         if self.max_tree_tokens_per_chunk is not None and self.max_tree_tokens_per_chunk < 1:
             raise InvalidInputError(
                 f"max_tree_tokens_per_chunk={self.max_tree_tokens_per_chunk}. Expected None or at least 1."

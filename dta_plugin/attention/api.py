@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 
 from dta_plugin.attention.mask import TreeMask
@@ -9,17 +11,19 @@ from dta_plugin.config import BACKENDS
 from dta_plugin.errors import InvalidInputError
 
 
-def resolve_backend(backend: str, device: torch.device) -> str:
-    """The backend that serves `backend` on `device`. Raises InvalidInputError where it cannot run there."""
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Who computes attention when `backend` is asked for: "auto" takes the fastest that serves these inputs.
+
+    Raises InvalidInputError for a backend that cannot.
+    """
     if backend not in BACKENDS:
         raise InvalidInputError(f"backend={backend!r}. Expected one of {', '.join(BACKENDS)}.")
     if backend == "auto":
-        return "cpu" if device.type == "cpu" else "flex"
-    if backend == "triton":
-        raise InvalidInputError(
-            "backend='triton', but this version ships no Triton kernels yet. Use backend='auto': FlexAttention on "
-            "GPUs, the native path on CPUs."
-        )
+        if device.type == "cpu":
+            return "cpu"
+        return "flex" if why_not_triton(device, dtype, head_dim) else "triton"
+    if backend == "triton" and (reason := why_not_triton(device, dtype, head_dim)):
+        raise InvalidInputError(f"backend='triton', but {reason}. Use backend='auto' there.")
     if backend == "cpu" and device.type != "cpu":
         raise InvalidInputError(f"backend='cpu' with tensors on {device}. Use backend='auto' there.")
     if backend == "flex" and device.type == "cpu":
@@ -27,6 +31,22 @@ def resolve_backend(backend: str, device: torch.device) -> str:
             "backend='flex' with tensors on the CPU, where FlexAttention has no backward. Use backend='auto' there."
         )
     return backend
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """What keeps the Triton kernels from serving such inputs, or None."""
+    if device.type != "cuda" or torch.version.hip:
+        return f"the tensors are on {device} and the kernels need an NVIDIA GPU"
+    if find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} has compute capability {capability} and the kernels need (8, 0)"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the tensors are {dtype} and the kernels serve float16, bfloat16 and float32"
+    if head_dim > 256 or head_dim % 8:
+        return f"the head dim is {head_dim} and the kernels serve multiples of 8 up to 256"
+    return None
 
 
 def tree_attention(
@@ -42,18 +62,23 @@ def tree_attention(
 ) -> torch.Tensor:
     """Tree-causal attention, differentiable in q, k, v and sinks.
 
-    q: [1, Hq, T, D]. k: [1, Hkv, T, D]. v: [1, Hkv, T, Dv], Hq a multiple of Hkv (grouped-query attention).
+    q: [1, Hq, Tq, D]. k: [1, Hkv, T, D]. v: [1, Hkv, T, Dv], Hq a multiple of Hkv (grouped-query attention).
+        The queries are the last Tq of the layout's T tokens: all of them, or a chunk whose ancestors' keys come first.
     mask: visibility of the T layout tokens, and the backend.
-    scale: factor on q.k, default D ** -0.5. window: a query sees keys less than `window` tokens up its own path.
+    scale: factor on q.k, above 0, default D ** -0.5.
+    window: a query sees keys less than `window` tokens up its own path.
     softcap: scores become ``softcap * tanh(scores / softcap)``. sinks: [Hq] one extra logit per head that takes
         probability and gives no value (GPT-OSS).
 
-    Returns [1, Hq, T, Dv] in q's dtype. Raises InvalidInputError for shapes, dtypes or backends that do not fit.
+    Returns [1, Hq, Tq, Dv] in q's dtype. Raises InvalidInputError for shapes, dtypes or backends that do not fit.
     """
-    _check(q, k, v, mask, window, sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    backend = resolve_backend(mask.backend, q.device)
-    if backend == "cpu":
+    _check(q, k, v, mask, scale, window, sinks)
+    backend = resolve_backend(mask.backend, q.device, q.dtype, max(q.shape[-1], v.shape[-1]))
+    mask.backends_used.add(backend)
+    if backend == "triton":
+        from dta_plugin.attention.triton_backend import triton_attention as run
+    elif backend == "cpu":
         from dta_plugin.attention.cpu import cpu_attention as run
     elif backend == "flex":
         from dta_plugin.attention.flex import flex_tree_attention as run
@@ -63,26 +88,34 @@ def tree_attention(
 
 
 def _check(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: TreeMask, window: int | None, sinks: torch.Tensor | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: TreeMask,
+    scale: float,
+    window: int | None,
+    sinks: torch.Tensor | None,
 ) -> None:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, mask of {len(mask)} tokens"
     fits = (
         q.ndim == k.ndim == v.ndim == 4
         and q.shape[0] == k.shape[0] == v.shape[0] == 1
-        and q.shape[2] == k.shape[2] == v.shape[2] == len(mask)
+        and 0 < q.shape[2] <= k.shape[2] == v.shape[2] == len(mask)
         and q.shape[3] == k.shape[3]
         and k.shape[1] == v.shape[1]
         and q.shape[1] % k.shape[1] == 0
     )
     if not fits:
         raise InvalidInputError(
-            f"Got {shapes}. Expected q [1, Hq, T, D], k [1, Hkv, T, D], v [1, Hkv, T, Dv] with Hq a multiple of Hkv "
-            "and T the mask's length; pack the tree's tokens as one row (see TreeLayout)."
+            f"Got {shapes}. Expected q [1, Hq, Tq, D], k [1, Hkv, T, D], v [1, Hkv, T, Dv] with Hq a multiple of Hkv, "
+            "T the mask's length and Tq at most T; pack the tree's tokens as one row (see TreeLayout)."
         )
     if not q.dtype == k.dtype == v.dtype:
         raise InvalidInputError(
             f"Got dtypes {q.dtype}, {k.dtype}, {v.dtype} for q, k, v. Expected one dtype; cast first."
         )
+    if not scale > 0:
+        raise InvalidInputError(f"Got scale={scale}. Expected None or a factor above 0.")
     if window is not None and window < 1:
         raise InvalidInputError(f"Got window={window}. Expected None or at least 1.")
     if sinks is not None and sinks.shape != (q.shape[1],):

@@ -14,9 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from dta_plugin.attention.cpu_plan import Piece, plan
+from dta_plugin.attention.cpu_plan import Piece, last_queries, plan
+from dta_plugin.attention.function import attend, zeros_token_major
 from dta_plugin.attention.mask import TreeMask
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -35,10 +35,14 @@ def cpu_attention(
 ) -> torch.Tensor:
     """Arguments and result as in `tree_attention`."""
     pieces = mask.cached(("cpu", window), lambda: plan(mask.exit.numpy(), mask.depth.numpy(), window))
+    if q.shape[2] < len(mask):
+        first_query = len(mask) - q.shape[2]
+        pieces = mask.cached(("cpu", window, first_query), lambda: last_queries(pieces, first_query))
     dtype = torch.promote_types(q.dtype, torch.float32)
-    wide = (x if x is None else x.to(dtype) for x in (q, k, v, sinks))
+    q_wide, k_wide, v_wide = (x.to(dtype) for x in (q, k, v))
+    sinks = None if sinks is None else sinks.to(dtype)
     with torch.autocast("cpu", enabled=False):
-        return _CascadeAttention.apply(*wide, pieces, _Scores(scale, softcap)).to(q.dtype)
+        return attend(q_wide, k_wide, v_wide, sinks, CpuKernels(pieces, _Scores(scale, softcap))).to(q.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +106,21 @@ class _Scores:
         return scores, slope
 
 
-class _CascadeAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, sinks, pieces: list[Piece], scores: _Scores):
+@dataclass(frozen=True, slots=True)
+class CpuKernels:
+    """Forward and backward of one call over the pieces of a plan; see `Kernels` in attention/function.py."""
+
+    pieces: list[Piece]
+    scores: _Scores
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         # Token-major memory [1, T, H, D], which is what the model's next operation reads.
         out = q.new_empty(1, q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
         lse = q.new_empty(1, q.shape[2], q.shape[1]).transpose(1, 2)
-        for piece in pieces:
-            part, part_lse = scores.forward(q[:, :, piece.q], _take(k, piece), _take(v, piece), piece)
+        for piece in self.pieces:
+            part, part_lse = self.scores.forward(q[:, :, piece.q], _take(k, piece), _take(v, piece), piece)
             out_q, lse_q = out[:, :, piece.q], lse[:, :, piece.q]
             if piece.first:
                 out_q.copy_(part)
@@ -121,17 +132,22 @@ class _CascadeAttention(torch.autograd.Function):
             total = torch.logaddexp(lse, sinks[None, :, None])
             out.mul_(torch.exp(lse - total)[..., None])
             lse = total
-        ctx.save_for_backward(q, k, v, sinks, out, lse)
-        ctx.pieces, ctx.scores = pieces, scores
-        return out
+        return out, lse
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        q, k, v, sinks, out, lse = ctx.saved_tensors
-        grad_q, grad_k, grad_v = (_zeros_token_major(x) for x in (q, k, v))
-        for piece in ctx.pieces:
-            part_q, part_k, part_v = ctx.scores.backward(
+    def backward(
+        self,
+        grad: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        grad_k: torch.Tensor,
+        grad_v: torch.Tensor,
+    ) -> torch.Tensor:
+        grad_q = zeros_token_major(q)
+        for piece in self.pieces:
+            part_q, part_k, part_v = self.scores.backward(
                 grad[:, :, piece.q],
                 q[:, :, piece.q],
                 _take(k, piece),
@@ -143,11 +159,7 @@ class _CascadeAttention(torch.autograd.Function):
             grad_q[:, :, piece.q] += part_q
             _add(grad_k, part_k, piece)
             _add(grad_v, part_v, piece)
-        grad_sinks = None
-        if sinks is not None:
-            delta = (grad * out).sum(dim=-1)
-            grad_sinks = -(torch.exp(sinks[None, :, None] - lse) * delta).sum(dim=(0, 2))
-        return grad_q, grad_k, grad_v, grad_sinks, None, None
+        return grad_q
 
 
 def _take(x: torch.Tensor, piece: Piece) -> torch.Tensor:
@@ -159,7 +171,3 @@ def _add(total: torch.Tensor, part: torch.Tensor, piece: Piece) -> None:
         total[:, :, piece.k] += part
     else:
         total.index_add_(2, piece.k, part)
-
-
-def _zeros_token_major(x: torch.Tensor) -> torch.Tensor:
-    return x.new_zeros(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)

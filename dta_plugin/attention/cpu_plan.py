@@ -13,7 +13,7 @@ All index arrays are numpy int64; plans are made once per tree and shared by all
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -57,6 +57,24 @@ def plan(exit: np.ndarray, depth: np.ndarray, window: int | None) -> list[Piece]
     if sum(piece.cost() for piece in pieces) > 1.5 * blocks_at_best:
         return blocks(exit, depth, None)
     return pieces
+
+
+def last_queries(pieces: list[Piece], first_query: int) -> list[Piece]:
+    """The part of a plan whose queries are tokens first_query.., counted from there; keys stay as they are."""
+    kept: list[Piece] = []
+    for piece in pieces:
+        hidden = max(0, first_query - piece.q.start)
+        if piece.q.stop <= first_query:
+            continue
+        queries = slice(piece.q.start + hidden - first_query, piece.q.stop - first_query)
+        if piece.causal and hidden:
+            own = slice(first_query, piece.q.stop)
+            kept.append(Piece(queries, own, first=True, causal=True))
+            kept.append(Piece(queries, slice(piece.q.start, first_query), first=False))
+        else:
+            bias = None if piece.bias is None else piece.bias[hidden:]
+            kept.append(replace(piece, q=queries, bias=bias))
+    return _own_tokens_first(kept)
 
 
 def cascade(exit: np.ndarray, depth: np.ndarray) -> list[Piece]:

@@ -1,4 +1,4 @@
-"""Tree attention on GPUs through torch's FlexAttention, until the Triton kernels arrive.
+"""Tree attention through torch's FlexAttention, for GPUs and head dims that the Triton kernels do not serve.
 
 The interval test ``j <= i < exit[j]`` is the mask function; sinks come in afterwards through the log-sum-exp.
 Compiled with dynamic shapes, so that a new length does not recompile. FlexAttention has no CPU backward.
@@ -25,7 +25,8 @@ def flex_tree_attention(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Arguments and result as in `tree_attention`."""
-    block_mask = mask.cached(("flex", window), lambda: _block_mask(mask, window))
+    queries = q.shape[2]
+    block_mask = mask.cached(("flex", window, queries), lambda: _block_mask(mask, window, queries))
 
     def capped(score: torch.Tensor, *_position: torch.Tensor) -> torch.Tensor:
         assert softcap is not None
@@ -53,12 +54,13 @@ def _compiled(function):
     return torch.compile(function, dynamic=True)
 
 
-def _block_mask(mask: TreeMask, window: int | None) -> BlockMask:
-    exit_, depth = mask.exit, mask.depth
+def _block_mask(mask: TreeMask, window: int | None, queries: int) -> BlockMask:
+    exit_, depth, first_query = mask.exit, mask.depth, len(mask) - queries
 
-    def visible(_batch, _head, query, key):
+    def visible(_batch, _head, row, key):
+        query = row + first_query
         seen = (key <= query) & (query < exit_[key])
         return seen if window is None else seen & (depth[query] - depth[key] < window)
 
     build = _compiled(create_block_mask) if exit_.is_cuda else create_block_mask
-    return build(visible, None, None, len(mask), len(mask), device=exit_.device)
+    return build(visible, None, None, queries, len(mask), device=exit_.device)

@@ -20,8 +20,9 @@ class TreeMask:
     Key j is visible to query i iff ``j <= i < exit[j]`` and, in a layer with a sliding window,
     ``depth[i] - depth[j] < window``.
 
-    exit: int64 [T]. depth: int64 [T]. backend: who computes attention ("cpu", "flex" or "reference").
+    exit: int64 [T]. depth: int64 [T]. backend: who is to compute attention, a name from `config.BACKENDS`.
     layers_seen: indices of the attention layers that have used this mask, for the check that none was bypassed.
+    backends_used: who computed it.
     """
 
     def __init__(self, exit: torch.Tensor, depth: torch.Tensor, backend: str = "auto") -> None:
@@ -29,6 +30,7 @@ class TreeMask:
         self.depth = depth
         self.backend = backend
         self.layers_seen: set[int] = set()
+        self.backends_used: set[str] = set()
         self._plans: dict[object, Any] = {}
 
     @classmethod

@@ -24,7 +24,7 @@ def reference_attention(
     scores = q.to(accumulate) @ keys.transpose(-1, -2) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~mask.visible(window), float("-inf"))
+    scores = scores.masked_fill(~mask.visible(window)[-q.shape[2] :], float("-inf"))
     if sinks is not None:
         sink_column = sinks.to(accumulate).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         weights = torch.cat([scores, sink_column], dim=-1).softmax(dim=-1)[..., :-1]

@@ -110,7 +110,7 @@ def _declared() -> dict[str, Any]:
 
 
 def devices() -> list[Finding]:
-    """Each device and the attention backend that "auto" means there."""
+    """Each device and the attention backend that "auto" means there for a usual model."""
     import torch
 
     from dta_plugin.attention.api import resolve_backend
@@ -121,8 +121,10 @@ def devices() -> list[Finding]:
         properties = torch.cuda.get_device_properties(index)
         size = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
         found.append((f"cuda:{index}", size, torch.device("cuda", index)))
+    usual = (torch.bfloat16, 128)
     return [
-        Finding(name, size, f"attention backend: {resolve_backend('auto', device)}") for name, size, device in found
+        Finding(name, size, f"attention backend: {resolve_backend('auto', device, *usual)}")
+        for name, size, device in found
     ]
 
 

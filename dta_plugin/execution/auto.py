@@ -11,7 +11,6 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from dta_plugin.attention.api import resolve_backend
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 from dta_plugin.execution.dense import dense_logprobs
@@ -127,7 +126,7 @@ def run_tree(
         tree=batch.tree,
         chunks=len(chunks),
         executor="packed",
-        backend=resolve_backend(config.backend, batch.edges.target.device),
+        backend=outputs[0].backend,
         reason=batch.reason,
         ceiling=batch.cost.ceiling,
     )

@@ -12,7 +12,6 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from dta_plugin.attention import TreeMask
-from dta_plugin.attention.api import resolve_backend
 from dta_plugin.attention.hf import install
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 from dta_plugin.execution.model import causal_lm, lm_head, tree_forward
@@ -23,11 +22,15 @@ from dta_plugin.tree.trie import PrefixTree
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EdgeOutputs:
-    """Per scored edge E: log-prob and entropy of the distribution it was drawn from; router loss of MoE models."""
+    """Per scored edge E: log-prob and entropy of the distribution it was drawn from; router loss of MoE models.
+
+    backend: who computed attention.
+    """
 
     logprobs: torch.Tensor  # [E]
     entropies: torch.Tensor | None  # [E]
     router_loss: torch.Tensor | None  # []
+    backend: str
 
 
 def model_inputs(layout: TreeLayout, mask: TreeMask) -> dict[str, Any]:
@@ -69,7 +72,7 @@ def run_packed(
     install(base)
     head = lm_head(base, head_dtype)
     layouts = [TreeLayout.from_tree(tree, edges.target.device) for tree, edges in chunks]
-    masks = [TreeMask.from_layout(x, resolve_backend(backend, x.input_ids.device)) for x in layouts]
+    masks = [TreeMask.from_layout(x, backend) for x in layouts]
 
     def forward(self: PreTrainedModel, dta_chunks: list[dict[str, Any]], **_: Any) -> dict[str, list[torch.Tensor]]:
         backbone = getattr(self, self.base_model_prefix)
@@ -90,7 +93,8 @@ def run_packed(
         _check_every_layer_hit(base, mask)
         _check_finite(logprobs, base)
     nothing = [None] * len(chunks)
-    columns = (result["logprobs"], result["entropies"] or nothing, result["router_loss"] or nothing)
+    backends = ["+".join(sorted(mask.backends_used)) for mask in masks]
+    columns = (result["logprobs"], result["entropies"] or nothing, result["router_loss"] or nothing, backends)
     return [EdgeOutputs(*row) for row in zip(*columns, strict=True)]
 
 

@@ -12,8 +12,28 @@ from dta_plugin import InvalidInputError, TreeMask, tree_attention
 from dta_plugin.attention import cpu, cpu_plan
 from dta_plugin.attention.cpu import cpu_attention
 from dta_plugin.attention.reference import reference_attention
-from tests.support.attention import OPTIONS, Attention, Inputs, Options, Outputs, mask_of, relative_error
-from tests.support.trees import BLOCK_FORKS, SHAPES, WIDE, Sequences, fork_at, run, sequence_batches, star
+from tests.support.attention import (
+    OPTIONS,
+    Attention,
+    Inputs,
+    Options,
+    Outputs,
+    dense_in_own_dtype,
+    mask_of,
+    relative_error,
+)
+from tests.support.trees import (
+    BLOCK_FORKS,
+    SHAPES,
+    WIDE,
+    Sequences,
+    branching_comb,
+    forest,
+    fork_at,
+    run,
+    sequence_batches,
+    star,
+)
 
 PLANS = ("cascade", "blocks", "plan")
 SMALL_UNIT, SMALL_BLOCK = 4, 8
@@ -88,6 +108,19 @@ def test_random_trees(sequences: Sequences, option: str, unit: int) -> None:
             assert error_of(sequences, OPTIONS[option]) < 1e-10
 
 
+@pytest.mark.parametrize("option", ["grouped", "window_5", "softcap", "all_of_it"])
+@pytest.mark.parametrize("plan", ["cascade", "blocks"])
+def test_queries_that_follow_the_keys_of_their_ancestors(
+    monkeypatch: pytest.MonkeyPatch, small_blocks: None, plan: str, option: str
+) -> None:
+    force_plan(monkeypatch, plan if OPTIONS[option].window is None else "blocks")
+    for sequences in (star(6, prefix=20, branch=9), forest(), branching_comb(5)):
+        mask = mask_of(sequences)
+        for queries in (1, 2, 7, len(mask) // 2, len(mask) - 1):
+            inputs = Inputs(OPTIONS[option], len(mask), torch.float64, queries=queries)
+            assert relative_error(inputs.run(cpu_attention, mask), inputs.run(reference_attention, mask)) < 1e-10
+
+
 def check_cover(sequences: Sequences, plan: str, window: int | None) -> None:
     mask = mask_of(sequences)
     exit_, depth = mask.exit.numpy(), mask.depth.numpy()
@@ -122,15 +155,6 @@ def test_each_visible_pair_is_computed_once_in_random_trees(sequences: Sequences
         patch.setattr(cpu_plan, "_BLOCK", SMALL_BLOCK)
         for plan in PLANS[1:] if window else PLANS:
             check_cover(sequences, plan, window)
-
-
-def dense_in_own_dtype(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: TreeMask, scale: float, *_: object
-) -> torch.Tensor:
-    """What a dense path would run: torch's attention in the inputs' dtype."""
-    return torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask.visible(), scale=scale, enable_gqa=True
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -187,15 +211,19 @@ def test_a_derivative_of_the_gradient_is_refused() -> None:
 
 
 INVALID: dict[str, tuple[dict[str, object], str]] = {
-    "batch": ({"q": torch.zeros(2, 4, 5, 8)}, r"q \(2, 4, 5, 8\).*Expected q \[1, Hq, T, D\].*as one row"),
+    "batch": ({"q": torch.zeros(2, 4, 5, 8)}, r"q \(2, 4, 5, 8\).*Expected q \[1, Hq, Tq, D\].*as one row"),
     "tokens": ({"q": torch.zeros(1, 4, 6, 8)}, r"q \(1, 4, 6, 8\).*mask of 5 tokens"),
     "head_dim": ({"k": torch.zeros(1, 2, 5, 4)}, r"k \(1, 2, 5, 4\)"),
     "heads": ({"q": torch.zeros(1, 3, 5, 8)}, r"Hq a multiple of Hkv"),
     "dtype": ({"v": torch.zeros(1, 2, 5, 8).double()}, r"torch.float64 for q, k, v.*one dtype; cast"),
+    "scale": ({"scale": 0.0}, r"scale=0.0. Expected None or a factor above 0"),
     "window": ({"window": 0}, r"window=0.*None or at least 1"),
     "sinks": ({"sinks": torch.zeros(2)}, r"sinks of shape \(2,\).*one per query head: \(4,\)"),
     "flex on CPU": ({"mask": mask_of([[1, 2, 3, 4, 5]], "flex")}, r"backend='flex'.*CPU.*Use backend='auto'"),
-    "triton": ({"mask": mask_of([[1, 2, 3, 4, 5]], "triton")}, r"backend='triton'.*Use backend='auto'"),
+    "triton": (
+        {"mask": mask_of([[1, 2, 3, 4, 5]], "triton")},
+        r"backend='triton'.*on cpu.*NVIDIA GPU.*Use backend='auto'",
+    ),
     "unknown": ({"mask": mask_of([[1, 2, 3, 4, 5]], "cuda")}, r"backend='cuda'. Expected one of auto, cpu"),
 }
 

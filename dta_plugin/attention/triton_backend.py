@@ -1,0 +1,204 @@
+"""Tree attention on NVIDIA GPUs: launches the kernels of `triton_fwd` and `triton_bwd`.
+
+Exact, deterministic and without atomics; the mask is O(T) metadata plus the tile lists of `attention/tiles.py`.
+Nothing is compiled per length: tile sizes come from a table per GPU generation, and lengths are run-time arguments.
+
+float32 products follow torch's own switch, `torch.set_float32_matmul_precision`: exact at "highest", else TF32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from dta_plugin.attention.function import attend
+from dta_plugin.attention.mask import TreeMask
+from dta_plugin.attention.tiles import KeyWork, Visits, key_work, tile_pairs, visits
+from dta_plugin.attention.triton_bwd import delta_kernel, key_gradient_kernel, query_gradient_kernel, reduce_kernel
+from dta_plugin.attention.triton_fwd import forward_kernel
+from dta_plugin.attention.triton_table import Launch, Launches, launches
+
+_DELTA_TILE = 64
+
+
+def triton_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: TreeMask,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Arguments and result as in `tree_attention`."""
+    return attend(q, k, v, sinks, TritonKernels(mask, scale, window, softcap))
+
+
+@dataclass(frozen=True, slots=True)
+class TritonKernels:
+    """Forward and backward of one call; see `Kernels` in attention/function.py."""
+
+    mask: TreeMask
+    scale: float
+    window: int | None
+    softcap: float | None
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v = (_unit_stride(x) for x in (q, k, v))
+        out = _token_major(q, v.shape[3])
+        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+        launch = _launches(q, v).forward
+        visits = self._by_query(launch, q.shape[2])
+        forward_kernel[(q.shape[1], len(visits.order))](
+            q, k, v, out, lse, sinks, *self._tree(), visits.order, visits.start, visits.masked, visits.column,
+            *_strides(q, k, v, out), *self._scalars(q, k),
+            HAS_SINKS=sinks is not None, **self._constants(q, k, v), **_options(launch),
+        )  # fmt: skip
+        return out, lse
+
+    def backward(
+        self,
+        grad: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        grad_k: torch.Tensor,
+        grad_v: torch.Tensor,
+    ) -> torch.Tensor:
+        grad, q, k, v = (_unit_stride(x) for x in (grad, q, k, v))
+        delta = torch.empty_like(lse)
+        delta_kernel[(q.shape[1], triton.cdiv(q.shape[2], _DELTA_TILE))](
+            out, grad, delta, *_strides(out, grad), q.shape[2], DV=v.shape[3], BLOCK_DV=_block(v), TILE=_DELTA_TILE
+        )
+        self._add_key_gradients(grad, q, k, v, lse, delta, grad_k, grad_v)
+        grad_q = _token_major(q, q.shape[3])
+        launch = _launches(q, v).query_gradient
+        visits = self._by_query(launch, q.shape[2])
+        query_gradient_kernel[(q.shape[1], len(visits.order))](
+            q, k, v, grad, grad_q, lse, delta, *self._tree(),
+            visits.order, visits.start, visits.masked, visits.column,
+            *_strides(q, k, v, grad, grad_q), *self._scalars(q, k), **self._constants(q, k, v), **_options(launch),
+        )  # fmt: skip
+        return grad_q
+
+    def _add_key_gradients(
+        self,
+        grad: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        lse: torch.Tensor,
+        delta: torch.Tensor,
+        grad_k: torch.Tensor,
+        grad_v: torch.Tensor,
+    ) -> None:
+        heads, launch = k.shape[1], _launches(q, v).key_gradient
+        visits, work = self._by_key(launch, q, k)
+        part_k, part_v = (
+            torch.empty(work.slots, heads, launch.key_tile, x.shape[3], dtype=torch.float32, device=x.device)
+            for x in (k, v)
+        )
+        key_gradient_kernel[(heads, len(work.tile))](
+            q, k, v, grad, grad_k, grad_v, part_k, part_v, lse, delta, *self._tree(),
+            work.tile, work.begin, work.end, work.slot, visits.start, visits.masked, visits.column,
+            *_strides(q, k, v, grad, grad_k, grad_v), *self._scalars(q, k),
+            **self._constants(q, k, v), **_options(launch),
+        )  # fmt: skip
+        if work.slots:
+            for part, total in ((part_k, grad_k), (part_v, grad_v)):
+                reduce_kernel[(heads, len(work.split_tile))](
+                    part, total, work.split_tile, work.split_start, *_strides(total), k.shape[2],
+                    WIDTH=total.shape[3], BLOCK=_block(total), KEY_TILE=launch.key_tile,
+                )  # fmt: skip
+
+    def _tree(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """exit and depth, int32 [T]."""
+        return self.mask.cached("triton", lambda: (self.mask.exit.int(), self.mask.depth.int()))
+
+    def _by_query(self, launch: Launch, queries: int) -> Visits:
+        """The key tiles that each query tile visits."""
+        tiles = (launch.query_tile, launch.key_tile)
+
+        def build() -> Visits:
+            pairs = tile_pairs(self.mask.exit, self.mask.depth, self.window, *tiles, len(self.mask) - queries)
+            return visits(pairs.query, pairs.key, pairs.full, triton.cdiv(queries, launch.query_tile))
+
+        return self.mask.cached(("triton by query", self.window, queries, *tiles), build)
+
+    def _by_key(self, launch: Launch, q: torch.Tensor, k: torch.Tensor) -> tuple[Visits, KeyWork]:
+        """The query tiles that each key tile visits, and how they are shared among programs."""
+        tiles = (launch.query_tile, launch.key_tile)
+        heads, groups = k.shape[1], q.shape[1] // k.shape[1]
+
+        def build() -> tuple[Visits, KeyWork]:
+            pairs = tile_pairs(self.mask.exit, self.mask.depth, self.window, *tiles, k.shape[2] - q.shape[2])
+            found = visits(pairs.key, pairs.query, pairs.full, triton.cdiv(k.shape[2], launch.key_tile))
+            return found, key_work(found, groups, heads, _processors(q.device))
+
+        return self.mask.cached(("triton by key", self.window, q.shape[2], heads, groups, *tiles), build)
+
+    def _scalars(self, q: torch.Tensor, k: torch.Tensor) -> tuple[int, int, int, float, float, int]:
+        first_query = k.shape[2] - q.shape[2]
+        return q.shape[2], k.shape[2], first_query, self.scale, self.softcap or 1.0, self.window or 0
+
+    def _constants(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, object]:
+        return {
+            "GROUPS": q.shape[1] // k.shape[1],
+            "D": q.shape[3],
+            "BLOCK_D": _block(q),
+            "DV": v.shape[3],
+            "BLOCK_DV": _block(v),
+            "HAS_SOFTCAP": self.softcap is not None,
+            "HAS_WINDOW": self.window is not None,
+            "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        }
+
+
+def _launches(q: torch.Tensor, v: torch.Tensor) -> Launches:
+    return launches(_arch(q.device), q.element_size(), max(_block(q), _block(v)))
+
+
+def _arch(device: torch.device) -> int:
+    """10 * compute capability. On a CPU, where only the interpreter runs the kernels, that of an H200."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    return 10 * major + minor
+
+
+def _processors(device: torch.device) -> int:
+    """Multiprocessors; those of an H200 on a CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def _block(x: torch.Tensor) -> int:
+    """Columns that a tile of x has: matrix units want a power of 2, at least 16."""
+    return max(16, triton.next_power_of_2(x.shape[3]))
+
+
+def _unit_stride(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _token_major(x: torch.Tensor, width: int) -> torch.Tensor:
+    """Empty [1, H, T, width] in memory [1, T, H, width], which is what the model's next operation reads."""
+    return x.new_empty(1, x.shape[2], x.shape[1], width).transpose(1, 2)
+
+
+def _strides(*tensors: torch.Tensor) -> tuple[int, ...]:
+    """Of each [1, H, T, D] the strides of heads and tokens."""
+    return tuple(stride for x in tensors for stride in (x.stride(1), x.stride(2)))
+
+
+def _options(launch: Launch) -> dict[str, int]:
+    return {
+        "QUERY_TILE": launch.query_tile,
+        "KEY_TILE": launch.key_tile,
+        "num_warps": launch.warps,
+        "num_stages": launch.stages,
+    }

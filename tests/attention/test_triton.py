@@ -1,0 +1,221 @@
+"""The Triton kernels against the float64 reference: every shape and variant, forward and backward.
+
+Runs on the GPU where there is one, otherwise under Triton's interpreter (tests/support/interpreter.py). The error
+allowed is twice the dense kernel's own in the same dtype. Small tiles make little trees have many of them;
+uninitialised memory is filled with NaN, so nothing may be left unwritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from dta_plugin import TreeConfig, TreeMask, tree_attention
+from dta_plugin.attention import api, tiles, triton_backend
+from dta_plugin.attention.reference import reference_attention
+from dta_plugin.attention.tiles import Visits
+from dta_plugin.attention.triton_backend import TritonKernels, triton_attention
+from dta_plugin.attention.triton_table import Launch, Launches
+from dta_plugin.verify import compare
+from tests.support.attention import Inputs, Options, mask_of, relative_error
+from tests.support.interpreter import DEVICE, ON_GPU
+from tests.support.models import tiny_model
+from tests.support.trees import BLOCK_FORKS, SHAPES, WIDE, branching_comb, forest, fork_at, star
+from tests.support.triton import VARIANTS, check
+
+SMALL = Launches(Launch(32, 16, 4, 2), Launch(16, 32, 4, 2), Launch(16, 32, 4, 2))
+FORKS = {f"fork_{offset}": fork_at(offset, tail=5) for offset in range(1, 34)}
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles and splits so small that little trees have many of both."""
+    monkeypatch.setattr(triton_backend, "launches", lambda *_: SMALL)
+    monkeypatch.setattr(tiles, "_FEWEST_VISITS", 2)
+
+
+@pytest.mark.parametrize("option", VARIANTS)
+def test_every_shape(small_tiles: None, option: str) -> None:
+    for name, sequences in SHAPES.items():
+        if name == "deep_chain" and option not in ("plain", "window_5", "all_of_it"):
+            continue
+        check(sequences, VARIANTS[option])
+
+
+@pytest.mark.parametrize("option", ["plain", "window_and_sinks"])
+def test_forks_at_every_offset_of_a_tile(small_tiles: None, option: str) -> None:
+    for sequences in FORKS.values():
+        check(sequences, replace(VARIANTS[option], q_heads=2, kv_heads=1))
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_fan_out_of_a_thousand(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    wide = Launch(64, 64, 4, 2)
+    monkeypatch.setattr(triton_backend, "launches", lambda *_: Launches(wide, wide, wide))
+    for dtype in (torch.float32, torch.bfloat16):
+        check(WIDE[name], Options(q_heads=1, kv_heads=1, head_dim=16, value_dim=16), dtype)
+
+
+@pytest.mark.parametrize("name", BLOCK_FORKS)
+def test_tiles_of_the_launch_table(name: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        check(BLOCK_FORKS[name], Options(q_heads=2, kv_heads=1, head_dim=64, value_dim=64, scale=0.2), dtype)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
+def test_head_dims(head_dim: int) -> None:
+    options = Options(q_heads=2, kv_heads=1, head_dim=head_dim, value_dim=head_dim, scale=head_dim**-0.5)
+    for dtype in (torch.float32, torch.bfloat16):
+        check(star(4, prefix=130, branch=20), options, dtype)
+
+
+def test_more_query_heads_than_a_power_of_two(small_tiles: None) -> None:
+    check(branching_comb(5), Options(q_heads=14, kv_heads=2, head_dim=16, value_dim=16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("option", ["grouped", "window_5", "softcap", "sinks", "all_of_it"])
+def test_half_precision(small_tiles: None, option: str, dtype: torch.dtype) -> None:
+    for name in ("star_33", "branching_comb", "binary", "forest"):
+        check(SHAPES[name], VARIANTS[option], dtype)
+
+
+@pytest.mark.parametrize("option", ["grouped", "window_5", "all_of_it"])
+def test_queries_that_follow_the_keys_of_their_ancestors(small_tiles: None, option: str) -> None:
+    for sequences in (star(6, prefix=20, branch=9), branching_comb(5)):
+        tokens = len(mask_of(sequences))
+        for queries in (1, 7, tokens // 2, tokens - 1):
+            check(sequences, VARIANTS[option], queries=queries)
+
+
+def test_key_gradients_are_added_to_what_descendants_left(small_tiles: None) -> None:
+    mask, options = mask_of(star(9, prefix=60, branch=9), device=DEVICE), VARIANTS["grouped"]
+    x = Inputs(options, len(mask), torch.float32, DEVICE, queries=50).leaves
+    kernels = TritonKernels(mask, options.scale, None, None)
+    out, lse = kernels.forward(x["q"], x["k"], x["v"], None)
+
+    def key_gradients(start: float) -> tuple[torch.Tensor, torch.Tensor]:
+        buffers = torch.full_like(x["k"], start), torch.full_like(x["v"], start)
+        kernels.backward(x["out"], x["q"], x["k"], x["v"], out, lse, *buffers)
+        return buffers
+
+    for from_zero, from_three in zip(key_gradients(0.0), key_gradients(3.0), strict=True):
+        torch.testing.assert_close(from_zero + 3.0, from_three, rtol=0, atol=1e-5)
+
+
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "plain": lambda x: x,
+    "columns": lambda x: x.mT.contiguous().mT,
+    "tokens_first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+}
+
+
+def test_any_strides(small_tiles: None) -> None:
+    mask, options = mask_of(forest(), device=DEVICE), VARIANTS["grouped"]
+    x = Inputs(options, len(mask), torch.float32, DEVICE).leaves
+
+    def gradients(layout: str) -> list[torch.Tensor]:
+        q, k, v = (x[name].clone().requires_grad_() for name in "qkv")
+        views = [
+            t.mT.contiguous().mT if layout == "columns" else t.transpose(1, 2).contiguous().transpose(1, 2)
+            for t in (q, k, v)
+        ]
+        out = triton_attention(*(views if layout != "plain" else (q, k, v)), mask, options.scale)
+        return [out, *torch.autograd.grad(out.sum(), (q, k, v))]  # an expanded gradient, strides 0
+
+    for layout in ("columns", "tokens_first"):
+        for actual, expected in zip(gradients(layout), gradients("plain"), strict=True):
+            assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_backward_runs_are_bitwise_equal(small_tiles: None, dtype: torch.dtype) -> None:
+    mask = mask_of(star(33, prefix=40, branch=3), device=DEVICE)
+    inputs = Inputs(VARIANTS["grouped"], len(mask), dtype, DEVICE)
+    assert splits_of(mask) > 0
+    first, second = (inputs.run(triton_attention, mask) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def splits_of(mask: TreeMask) -> int:
+    size = SMALL.key_gradient
+    pairs = tiles.tile_pairs(mask.exit, mask.depth, None, size.query_tile, size.key_tile)
+    by_key = tiles.visits(pairs.key, pairs.query, pairs.full, -(-len(mask) // size.key_tile))
+    return tiles.key_work(by_key, 3, 2, triton_backend._processors(DEVICE)).slots
+
+
+def test_schedules_are_made_once_for_all_layers(small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(triton_backend, "tile_pairs", lambda *a: calls.append(a) or tiles.tile_pairs(*a))
+    mask = mask_of(forest(), device=DEVICE)
+    inputs = Inputs(VARIANTS["grouped"], len(mask), torch.float32, DEVICE)
+    for _layer in range(3):
+        inputs.run(triton_attention, mask)
+    assert len(calls) == 3  # forward, dQ, dK and dV
+
+
+def test_whole_models(small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not ON_GPU:
+        monkeypatch.setattr(api, "why_not_triton", lambda *_: None)
+    for family in ("qwen3", "gpt_oss"):
+        sequences = forest()
+        difference = compare(tiny_model(family).to(DEVICE), sequences, config=TreeConfig(backend="triton"))
+        assert difference.logprob_max < 1e-5 and difference.worst_gradient[1] < 1e-5, family
+
+
+BROKEN = star(6, prefix=40, branch=9)
+
+
+def broken_error(wrong: TreeMask | None = None) -> float:
+    mask = mask_of(BROKEN, device=DEVICE)
+    inputs = Inputs(VARIANTS["grouped"], len(mask), torch.float32, DEVICE)
+    return relative_error(inputs.run(triton_attention, wrong or mask), inputs.run(reference_attention, mask))
+
+
+def test_negative_control_siblings_made_visible(small_tiles: None) -> None:
+    mask = mask_of(BROKEN, device=DEVICE)
+    assert broken_error(wrong=TreeMask(torch.full_like(mask.exit, len(mask)), mask.depth)) > 1e-2
+
+
+def test_negative_control_masked_tiles_taken_for_full(small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_full(*arguments: torch.Tensor | int) -> Visits:
+        found = tiles.visits(*arguments)  # type: ignore[arg-type]
+        return replace(found, masked=found.start[1:].clone())
+
+    monkeypatch.setattr(triton_backend, "visits", all_full)
+    assert broken_error() > 1e-2
+
+
+def test_negative_control_dropped_partial_sum(small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_short(*arguments: Visits | int) -> tiles.KeyWork:
+        work = tiles.key_work(*arguments)  # type: ignore[arg-type]
+        assert work.slots
+        start = work.split_start.clone()
+        start[-1] -= 1
+        return replace(work, split_start=start)
+
+    monkeypatch.setattr(triton_backend, "key_work", one_short)
+    assert broken_error() > 1e-2
+
+
+def test_negative_control_dropped_visit(small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_short(exit: torch.Tensor, depth: torch.Tensor, *rest: int) -> tiles.TilePairs:
+        pairs = tiles.tile_pairs(exit, depth, *rest)
+        return tiles.TilePairs(pairs.query[1:], pairs.key[1:], pairs.full[1:])
+
+    monkeypatch.setattr(triton_backend, "tile_pairs", one_short)
+    assert not broken_error() < 1e-2
+
+
+@pytest.mark.skipif(ON_GPU, reason="the kernels serve this device")
+def test_auto_is_not_triton_without_a_gpu() -> None:
+    mask = mask_of(forest())
+    x = Inputs(VARIANTS["plain"], len(mask), torch.float32).leaves
+    tree_attention(x["q"], x["k"], x["v"], mask)
+    assert mask.backends_used == {"cpu"}
