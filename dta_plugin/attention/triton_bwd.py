@@ -52,8 +52,9 @@ def _query_gradient(
     weight, slope = _weights(product, scale, softcap, lse[:, None], HAS_SOFTCAP)
     if MASKED:
         weight = tl.where(is_visible(query, query_depth, key, Exit, Depth, keys, window, HAS_WINDOW), weight, 0.0)
+    slope *= weight
     grad_weight = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-    grad_score = weight * (grad_weight - delta[:, None]) * slope
+    grad_score = slope * (grad_weight - delta[:, None])
     return tl.dot(grad_score.to(k.dtype), k, acc, input_precision=PRECISION)
 
 
@@ -129,9 +130,10 @@ def _key_gradient(
             query_depth = tl.load(Depth + query, mask=row < queries, other=0)
             visible = visible & (query_depth[None, :] - key_depth[:, None] < window)
         weight = tl.where(visible, weight, 0.0)
+    slope *= weight
     acc_v = tl.dot(weight.to(grad.dtype), grad, acc_v, input_precision=PRECISION)
     grad_weight = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-    grad_score = weight * (grad_weight - delta[None, :]) * slope
+    grad_score = slope * (grad_weight - delta[None, :])
     acc_k = tl.dot(grad_score.to(q.dtype), q, acc_k, input_precision=PRECISION)
     return acc_k, acc_v
 
@@ -167,17 +169,17 @@ def key_gradient_kernel(
     acc_v = load_rows(GradV + head * gradv_head, key, gradv_row, owned, DV, BLOCK_DV, True)
     k = load_rows(K + head * k_head, key, k_row, keys, D, BLOCK_D, True)
     v = load_rows(V + head * v_head, key, v_row, keys, DV, BLOCK_DV, True)
-    key_exit = tl.load(Exit + key, mask=key < keys, other=0)
-    key_depth = tl.load(Depth + key, mask=key < keys, other=0)
 
     for unit in range(begin, tl.minimum(end, full_units)):
         q_of = head * GROUPS + unit // fulls
         acc_k, acc_v = _key_gradient(
             acc_k, acc_v, k, v, Q + q_of * q_head, Grad + q_of * grad_head, Lse + q_of * queries,
-            Delta + q_of * queries, Depth, key, key_exit, key_depth, tl.load(Column + first_full + unit % fulls),
+            Delta + q_of * queries, Depth, key, None, None, tl.load(Column + first_full + unit % fulls),
             q_row, grad_row, queries, first_query, scale, softcap, window,
             D, BLOCK_D, DV, BLOCK_DV, QUERY_TILE, HAS_SOFTCAP, HAS_WINDOW, False, PRECISION,
         )  # fmt: skip
+    key_exit = tl.load(Exit + key, mask=key < keys, other=0)
+    key_depth = tl.load(Depth + key, mask=key < keys, other=0)
     for unit in range(tl.maximum(begin, full_units) - full_units, end - full_units):
         q_of = head * GROUPS + unit // maskeds
         acc_k, acc_v = _key_gradient(
