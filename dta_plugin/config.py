@@ -32,11 +32,15 @@ class TreeConfig:
         "Who computes attention: auto (Triton kernels on NVIDIA GPUs, the native path on CPUs, FlexAttention where "
         "neither serves), triton, cpu, flex, or reference (dense mask, slow, for checking).",
     )
-    executor: str = _option("auto", "Who calls the model: auto or packed (the whole tree in one call).")
+    executor: str = _option(
+        "auto",
+        "Who calls the model: packed (the whole tree in one call), streamed (chunk by chunk, forward and backward, for "
+        "trees larger than memory), or auto (packed where the tree fits max_tree_tokens_per_chunk, else streamed).",
+    )
     max_tree_tokens_per_chunk: int | None = _option(
         None,
-        "Most tree tokens in one model call. A larger micro-batch runs as several trees, cut along its sorted order; a "
-        "sequence that is longer by itself runs alone. Bounds the memory of passes without gradient. None: no limit.",
+        "Most tree tokens whose activations are alive at once: the memory knob. None: from free memory. With "
+        "executor=packed a larger micro-batch runs as several trees, which bounds only passes without gradient.",
     )
     min_saving: float = _option(
         0.0,
@@ -61,8 +65,6 @@ class TreeConfig:
         _choice("executor", self.executor, _EXECUTORS)
         _choice("regroup", self.regroup, _REGROUP)
         _choice("on_unsupported", self.on_unsupported, _ON_UNSUPPORTED)
-        if self.executor == "streamed":
-            raise InvalidInputError("executor='streamed' is not part of this version. Use 'auto' or 'packed'.")
         if self.max_tree_tokens_per_chunk is not None and self.max_tree_tokens_per_chunk < 1:
             raise InvalidInputError(
                 f"max_tree_tokens_per_chunk={self.max_tree_tokens_per_chunk}. Expected None or at least 1."

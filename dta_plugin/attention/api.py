@@ -11,8 +11,10 @@ from dta_plugin.config import BACKENDS
 from dta_plugin.errors import InvalidInputError
 
 
-def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, head_dims: tuple[int, ...]) -> str:
     """Who computes attention when `backend` is asked for: "auto" takes the fastest that serves these inputs.
+
+    head_dims: of keys and values.
 
     Raises InvalidInputError for a backend that cannot.
     """
@@ -21,8 +23,8 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, head
     if backend == "auto":
         if device.type == "cpu":
             return "cpu"
-        return "flex" if why_not_triton(device, dtype, head_dim) else "triton"
-    if backend == "triton" and (reason := why_not_triton(device, dtype, head_dim)):
+        return "flex" if why_not_triton(device, dtype, head_dims) else "triton"
+    if backend == "triton" and (reason := why_not_triton(device, dtype, head_dims)):
         raise InvalidInputError(f"backend='triton', but {reason}. Use backend='auto' there.")
     if backend == "cpu" and device.type != "cpu":
         raise InvalidInputError(f"backend='cpu' with tensors on {device}. Use backend='auto' there.")
@@ -33,7 +35,7 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, head
     return backend
 
 
-def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def why_not_triton(device: torch.device, dtype: torch.dtype, head_dims: tuple[int, ...]) -> str | None:
     """What keeps the Triton kernels from serving such inputs, or None."""
     if device.type != "cuda" or torch.version.hip:
         return f"the tensors are on {device} and the kernels need an NVIDIA GPU"
@@ -44,8 +46,9 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
         return f"{torch.cuda.get_device_name(device)} has compute capability {capability} and the kernels need (8, 0)"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the tensors are {dtype} and the kernels serve float16, bfloat16 and float32"
-    if head_dim > 256 or head_dim % 8:
-        return f"the head dim is {head_dim} and the kernels serve multiples of 8 up to 256"
+    for head_dim in head_dims:
+        if head_dim > 256 or head_dim % 16:
+            return f"the head dim is {head_dim} and the kernels serve multiples of 16 up to 256"
     return None
 
 
@@ -73,8 +76,14 @@ def tree_attention(
     Returns [1, Hq, Tq, Dv] in q's dtype. Raises InvalidInputError for shapes, dtypes or backends that do not fit.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    _check(q, k, v, mask, scale, window, sinks)
-    backend = resolve_backend(mask.backend, q.device, q.dtype, max(q.shape[-1], v.shape[-1]))
+    _check_shapes(q, k, v, mask, sinks)
+    _check_values(q, k, v, mask, scale, window, softcap, sinks)
+    backend = resolve_backend(mask.backend, q.device, q.dtype, (q.shape[-1], v.shape[-1]))
+    if mask.place.first and backend not in ("cpu", "triton"):
+        raise InvalidInputError(
+            f"backend={mask.backend!r} means {backend!r} here, and executor='streamed' needs 'cpu' or 'triton'. Use "
+            "executor='packed' with a smaller batch."
+        )
     mask.backends_used.add(backend)
     if backend == "triton":
         from dta_plugin.attention.triton_backend import triton_attention as run
@@ -87,20 +96,14 @@ def tree_attention(
     return run(q, k, v, mask, scale, window, softcap, sinks)
 
 
-def _check(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: TreeMask,
-    scale: float,
-    window: int | None,
-    sinks: torch.Tensor | None,
+def _check_shapes(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: TreeMask, sinks: torch.Tensor | None
 ) -> None:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, mask of {len(mask)} tokens"
     fits = (
         q.ndim == k.ndim == v.ndim == 4
         and q.shape[0] == k.shape[0] == v.shape[0] == 1
-        and 0 < q.shape[2] <= k.shape[2] == v.shape[2] == len(mask)
+        and 0 < q.shape[2] <= k.shape[2] == v.shape[2] == len(mask) - mask.place.first
         and q.shape[3] == k.shape[3]
         and k.shape[1] == v.shape[1]
         and q.shape[1] % k.shape[1] == 0
@@ -110,15 +113,35 @@ def _check(
             f"Got {shapes}. Expected q [1, Hq, Tq, D], k [1, Hkv, T, D], v [1, Hkv, T, Dv] with Hq a multiple of Hkv, "
             "T the mask's length and Tq at most T; pack the tree's tokens as one row (see TreeLayout)."
         )
+    if sinks is not None and sinks.shape != (q.shape[1],):
+        raise InvalidInputError(
+            f"Got sinks of shape {tuple(sinks.shape)}. Expected one per query head: ({q.shape[1]},)."
+        )
+
+
+def _check_values(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: TreeMask,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> None:
     if not q.dtype == k.dtype == v.dtype:
         raise InvalidInputError(
             f"Got dtypes {q.dtype}, {k.dtype}, {v.dtype} for q, k, v. Expected one dtype; cast first."
+        )
+    devices = {x.device for x in (q, k, v, mask.exit, mask.depth, sinks) if x is not None}
+    if len(devices) > 1:
+        raise InvalidInputError(
+            f"Got q, k, v, mask and sinks on {', '.join(sorted(map(str, devices)))}. Expected one device; build the "
+            "layout there: TreeLayout.from_tree(tree, device)."
         )
     if not scale > 0:
         raise InvalidInputError(f"Got scale={scale}. Expected None or a factor above 0.")
     if window is not None and window < 1:
         raise InvalidInputError(f"Got window={window}. Expected None or at least 1.")
-    if sinks is not None and sinks.shape != (q.shape[1],):
-        raise InvalidInputError(
-            f"Got sinks of shape {tuple(sinks.shape)}. Expected one per query head: ({q.shape[1]},)."
-        )
+    if softcap is not None and not softcap > 0:
+        raise InvalidInputError(f"Got softcap={softcap}. Expected None or a cap above 0.")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from dta_plugin.attention.cpu_plan import Piece, last_queries, plan
-from dta_plugin.attention.function import attend, zeros_token_major
+from dta_plugin.attention.function import accumulator, attend, unit_stride
 from dta_plugin.attention.mask import TreeMask
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -39,10 +39,11 @@ def cpu_attention(
         first_query = len(mask) - q.shape[2]
         pieces = mask.cached(("cpu", window, first_query), lambda: last_queries(pieces, first_query))
     dtype = torch.promote_types(q.dtype, torch.float32)
-    q_wide, k_wide, v_wide = (x.to(dtype) for x in (q, k, v))
+    q_wide, k_wide, v_wide = (unit_stride(x.to(dtype)) for x in (q, k, v))
     sinks = None if sinks is None else sinks.to(dtype)
+    kernels = CpuKernels(pieces, _Scores(scale, softcap))
     with torch.autocast("cpu", enabled=False):
-        return attend(q_wide, k_wide, v_wide, sinks, CpuKernels(pieces, _Scores(scale, softcap))).to(q.dtype)
+        return attend(q_wide, k_wide, v_wide, sinks, kernels, mask.place).to(q.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +146,7 @@ class CpuKernels:
         grad_k: torch.Tensor,
         grad_v: torch.Tensor,
     ) -> torch.Tensor:
-        grad_q = zeros_token_major(q)
+        grad_q = accumulator(q)
         for piece in self.pieces:
             part_q, part_k, part_v = self.scores.backward(
                 grad[:, :, piece.q],

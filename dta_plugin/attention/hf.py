@@ -81,17 +81,18 @@ def _dispatching_over(base: str) -> Callable[..., tuple[torch.Tensor, torch.Tens
                 "model, or on_unsupported='dense'."
             )
         query, key, value = _autocast(query, key, value)
+        layer = cast(int, module.layer_idx)
         out = tree_attention(
             query,
             key,
             value,
-            dta_tree,
+            dta_tree.at_layer(layer),
             scale=kwargs.get("scaling"),
             window=kwargs.get("sliding_window"),
             softcap=kwargs.get("softcap"),
             sinks=kwargs.get("s_aux"),
         )
-        dta_tree.layers_seen.add(cast(int, module.layer_idx))
+        dta_tree.layers_seen.add(layer)
         return out.transpose(1, 2), None
 
     return attention

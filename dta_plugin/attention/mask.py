@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dta_plugin.attention.function import OwnKeys, Place
 from dta_plugin.tree.layout import TreeLayout
 
 
@@ -22,7 +23,7 @@ class TreeMask:
 
     exit: int64 [T]. depth: int64 [T]. backend: who is to compute attention, a name from `config.BACKENDS`.
     layers_seen: indices of the attention layers that have used this mask, for the check that none was bypassed.
-    backends_used: who computed it.
+    backends_used: who computed it. place: where the keys lie, see `Place` in attention/function.py.
     """
 
     def __init__(self, exit: torch.Tensor, depth: torch.Tensor, backend: str = "auto") -> None:
@@ -31,11 +32,16 @@ class TreeMask:
         self.backend = backend
         self.layers_seen: set[int] = set()
         self.backends_used: set[str] = set()
+        self.place: Place = OwnKeys()
         self._plans: dict[object, Any] = {}
 
     @classmethod
     def from_layout(cls, layout: TreeLayout, backend: str = "auto") -> TreeMask:
         return cls(layout.exit, layout.depth, backend)
+
+    def at_layer(self, index: int) -> TreeMask:
+        """The mask as attention layer `index` has it."""
+        return self
 
     def __len__(self) -> int:
         return self.exit.shape[0]

@@ -3,17 +3,18 @@
 Exact, deterministic and without atomics; the mask is O(T) metadata plus the tile lists of `attention/tiles.py`.
 Nothing is compiled per length: tile sizes come from a table per GPU generation, and lengths are run-time arguments.
 
-float32 products follow torch's own switch, `torch.set_float32_matmul_precision`: exact at "highest", else TF32.
+float32 products follow torch's own switch, `torch.backends.cuda.matmul`: exact unless TF32 is allowed there.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 import triton
 
-from dta_plugin.attention.function import attend
+from dta_plugin.attention.function import attend, unit_stride
 from dta_plugin.attention.mask import TreeMask
 from dta_plugin.attention.tiles import KeyWork, Visits, key_work, tile_pairs, visits
 from dta_plugin.attention.triton_bwd import delta_kernel, key_gradient_kernel, query_gradient_kernel, reduce_kernel
@@ -34,7 +35,7 @@ def triton_attention(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Arguments and result as in `tree_attention`."""
-    return attend(q, k, v, sinks, TritonKernels(mask, scale, window, softcap))
+    return attend(q, k, v, sinks, TritonKernels(mask, scale, window, softcap), mask.place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +50,18 @@ class TritonKernels:
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        q, k, v = (_unit_stride(x) for x in (q, k, v))
+        q, k, v = (unit_stride(x) for x in (q, k, v))
+        sinks = None if sinks is None else sinks.contiguous()
         out = _token_major(q, v.shape[3])
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         launch = _launches(q, v).forward
         visits = self._by_query(launch, q.shape[2])
-        forward_kernel[(q.shape[1], len(visits.order))](
-            q, k, v, out, lse, sinks, *self._tree(), visits.order, visits.start, visits.masked, visits.column,
-            *_strides(q, k, v, out), *self._scalars(q, k),
-            HAS_SINKS=sinks is not None, **self._constants(q, k, v), **_options(launch),
-        )  # fmt: skip
+        with _on(q.device):
+            forward_kernel[(q.shape[1], len(visits.order))](
+                q, k, v, out, lse, sinks, *self._tree(), visits.order, visits.start, visits.masked, visits.column,
+                *_strides(q, k, v, out), *self._scalars(q, k),
+                HAS_SINKS=sinks is not None, **self._constants(q, k, v), **_options(launch),
+            )  # fmt: skip
         return out, lse
 
     def backward(
@@ -72,12 +75,25 @@ class TritonKernels:
         grad_k: torch.Tensor,
         grad_v: torch.Tensor,
     ) -> torch.Tensor:
-        grad, q, k, v = (_unit_stride(x) for x in (grad, q, k, v))
+        grad, q, k, v = (unit_stride(x) for x in (grad, q, k, v))
         delta = torch.empty_like(lse)
-        delta_kernel[(q.shape[1], triton.cdiv(q.shape[2], _DELTA_TILE))](
-            out, grad, delta, *_strides(out, grad), q.shape[2], DV=v.shape[3], BLOCK_DV=_block(v), TILE=_DELTA_TILE
-        )
-        self._add_key_gradients(grad, q, k, v, lse, delta, grad_k, grad_v)
+        with _on(q.device):
+            delta_kernel[(q.shape[1], triton.cdiv(q.shape[2], _DELTA_TILE))](
+                out, grad, delta, *_strides(out, grad), q.shape[2],
+                DV=v.shape[3], BLOCK_DV=_block(v), TILE=_DELTA_TILE,
+            )  # fmt: skip
+            self._add_key_gradients(grad, q, k, v, lse, delta, grad_k, grad_v)
+            return self._query_gradient(grad, q, k, v, lse, delta)
+
+    def _query_gradient(
+        self,
+        grad: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        lse: torch.Tensor,
+        delta: torch.Tensor,
+    ) -> torch.Tensor:
         grad_q = _token_major(q, q.shape[3])
         launch = _launches(q, v).query_gradient
         visits = self._by_query(launch, q.shape[2])
@@ -146,7 +162,7 @@ class TritonKernels:
 
     def _scalars(self, q: torch.Tensor, k: torch.Tensor) -> tuple[int, int, int, float, float, int]:
         first_query = k.shape[2] - q.shape[2]
-        return q.shape[2], k.shape[2], first_query, self.scale, self.softcap or 1.0, self.window or 0
+        return q.shape[2], k.shape[2], first_query, float(self.scale), float(self.softcap or 1), self.window or 0
 
     def _constants(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, object]:
         return {
@@ -157,8 +173,20 @@ class TritonKernels:
             "BLOCK_DV": _block(v),
             "HAS_SOFTCAP": self.softcap is not None,
             "HAS_WINDOW": self.window is not None,
-            "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+            "PRECISION": "tf32" if q.dtype == torch.float32 and _allows_tf32() else "ieee",
         }
+
+
+def _allows_tf32() -> bool:
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and newer, where the older switches may raise
+        return matmul.fp32_precision == "tf32"
+    return matmul.allow_tf32
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whatever its arguments are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _launches(q: torch.Tensor, v: torch.Tensor) -> Launches:
@@ -179,10 +207,6 @@ def _processors(device: torch.device) -> int:
 def _block(x: torch.Tensor) -> int:
     """Columns that a tile of x has: matrix units want a power of 2, at least 16."""
     return max(16, triton.next_power_of_2(x.shape[3]))
-
-
-def _unit_stride(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(3) == 1 else x.contiguous()
 
 
 def _token_major(x: torch.Tensor, width: int) -> torch.Tensor:

@@ -52,9 +52,9 @@ def _query_gradient(
     weight, slope = _weights(product, scale, softcap, lse[:, None], HAS_SOFTCAP)
     if MASKED:
         weight = tl.where(is_visible(query, query_depth, key, Exit, Depth, keys, window, HAS_WINDOW), weight, 0.0)
-    slope *= weight
+    weighted_slope = weight * slope  # now, so that the two need not both be kept
     grad_weight = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
-    grad_score = slope * (grad_weight - delta[:, None])
+    grad_score = weighted_slope * (grad_weight - delta[:, None])
     return tl.dot(grad_score.to(k.dtype), k, acc, input_precision=PRECISION)
 
 
@@ -105,6 +105,11 @@ def query_gradient_kernel(
 
 
 @triton.jit
+def _load_values(base, row, rows, CHECKED: tl.constexpr):
+    return tl.load(base + row, mask=row < rows, other=0.0) if CHECKED else tl.load(base + row)
+
+
+@triton.jit
 def _key_gradient(
     acc_k, acc_v, k, v, Q, Grad, Lse, Delta, Depth, key, key_exit, key_depth, tile,
     q_row, grad_row, queries, first_query, scale, softcap, window,
@@ -115,13 +120,8 @@ def _key_gradient(
     row = tile * QUERY_TILE + tl.arange(0, QUERY_TILE)
     q = load_rows(Q, row, q_row, queries, D, BLOCK_D, MASKED)
     grad = load_rows(Grad, row, grad_row, queries, DV, BLOCK_DV, MASKED)
-    if MASKED:
-        lse = tl.load(Lse + row, mask=row < queries, other=0.0) * LOG2_E
-        delta = tl.load(Delta + row, mask=row < queries, other=0.0)
-    else:
-        lse = tl.load(Lse + row) * LOG2_E
-        delta = tl.load(Delta + row)
     product = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+    lse = _load_values(Lse, row, queries, MASKED) * LOG2_E
     weight, slope = _weights(product, scale, softcap, lse[None, :], HAS_SOFTCAP)
     if MASKED:
         query = first_query + row
@@ -130,10 +130,11 @@ def _key_gradient(
             query_depth = tl.load(Depth + query, mask=row < queries, other=0)
             visible = visible & (query_depth[None, :] - key_depth[:, None] < window)
         weight = tl.where(visible, weight, 0.0)
-    slope *= weight
+    weighted_slope = weight * slope  # now, so that the two need not both be kept
     acc_v = tl.dot(weight.to(grad.dtype), grad, acc_v, input_precision=PRECISION)
     grad_weight = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-    grad_score = slope * (grad_weight - delta[None, :])
+    delta = _load_values(Delta, row, queries, MASKED)
+    grad_score = weighted_slope * (grad_weight - delta[None, :])
     acc_k = tl.dot(grad_score.to(q.dtype), q, acc_k, input_precision=PRECISION)
     return acc_k, acc_v
 
@@ -170,27 +171,39 @@ def key_gradient_kernel(
     k = load_rows(K + head * k_head, key, k_row, keys, D, BLOCK_D, True)
     v = load_rows(V + head * v_head, key, v_row, keys, DV, BLOCK_DV, True)
 
-    for unit in range(begin, tl.minimum(end, full_units)):
-        q_of = head * GROUPS + unit // fulls
+    visit = begin % tl.maximum(fulls, 1)
+    q_of = head * GROUPS + begin // tl.maximum(fulls, 1)
+    for _unit in range(begin, tl.minimum(end, full_units)):
         acc_k, acc_v = _key_gradient(
             acc_k, acc_v, k, v, Q + q_of * q_head, Grad + q_of * grad_head, Lse + q_of * queries,
-            Delta + q_of * queries, Depth, key, None, None, tl.load(Column + first_full + unit % fulls),
+            Delta + q_of * queries, Depth, key, None, None, tl.load(Column + first_full + visit),
             q_row, grad_row, queries, first_query, scale, softcap, window,
             D, BLOCK_D, DV, BLOCK_DV, QUERY_TILE, HAS_SOFTCAP, HAS_WINDOW, False, PRECISION,
         )  # fmt: skip
+        visit, q_of = _next(visit, fulls, q_of)
     key_exit = tl.load(Exit + key, mask=key < keys, other=0)
     key_depth = tl.load(Depth + key, mask=key < keys, other=0)
-    for unit in range(tl.maximum(begin, full_units) - full_units, end - full_units):
-        q_of = head * GROUPS + unit // maskeds
+    begin = tl.maximum(begin - full_units, 0)
+    visit = begin % tl.maximum(maskeds, 1)
+    q_of = head * GROUPS + begin // tl.maximum(maskeds, 1)
+    for _unit in range(begin, end - full_units):
         acc_k, acc_v = _key_gradient(
             acc_k, acc_v, k, v, Q + q_of * q_head, Grad + q_of * grad_head, Lse + q_of * queries,
-            Delta + q_of * queries, Depth, key, key_exit, key_depth, tl.load(Column + first_masked + unit % maskeds),
+            Delta + q_of * queries, Depth, key, key_exit, key_depth, tl.load(Column + first_masked + visit),
             q_row, grad_row, queries, first_query, scale, softcap, window,
             D, BLOCK_D, DV, BLOCK_DV, QUERY_TILE, HAS_SOFTCAP, HAS_WINDOW, True, PRECISION,
         )  # fmt: skip
+        visit, q_of = _next(visit, maskeds, q_of)
     acc_k *= scale
     _deliver(acc_k, GradK + head * gradk_head, gradk_row, PartK, key, keys, slot, head, D, BLOCK_D, KEY_TILE)
     _deliver(acc_v, GradV + head * gradv_head, gradv_row, PartV, key, keys, slot, head, DV, BLOCK_DV, KEY_TILE)
+
+
+@triton.jit
+def _next(visit, visits, q_of):
+    """(visit, query head) of the next unit of work: after a head's last visit comes the next head."""
+    last = visit == visits - 1
+    return tl.where(last, 0, visit + 1), q_of + last
 
 
 @triton.jit
@@ -198,7 +211,7 @@ def _deliver(
     acc, Total, total_row, Part, key, keys, slot, head,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, KEY_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Add to the tile's rows of Total, or write slot `slot` of Part [slots, Hkv, KEY_TILE, WIDTH]."""
+    """Write the tile's rows of Total, or slot `slot` of Part [slots, Hkv, KEY_TILE, WIDTH]."""
     if slot < 0:
         store_rows(Total, key, total_row, keys, acc, WIDTH, BLOCK)
     else:

@@ -121,7 +121,7 @@ def devices() -> list[Finding]:
         properties = torch.cuda.get_device_properties(index)
         size = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
         found.append((f"cuda:{index}", size, torch.device("cuda", index)))
-    usual = (torch.bfloat16, 128)
+    usual = (torch.bfloat16, (128,))
     return [
         Finding(name, size, f"attention backend: {resolve_backend('auto', device, *usual)}")
         for name, size, device in found

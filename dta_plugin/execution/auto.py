@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +15,14 @@ from transformers import PreTrainedModel
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 from dta_plugin.execution.dense import dense_logprobs
+from dta_plugin.execution.memory import token_budget
 from dta_plugin.execution.model import causal_lm, input_device, model_cost
-from dta_plugin.execution.packed import run_packed
+from dta_plugin.execution.packed import EdgeOutputs, run_packed
+from dta_plugin.execution.streamed import run_streamed
 from dta_plugin.execution.support import unsupported_reason
 from dta_plugin.tree.cost import CostEstimate, estimate
 from dta_plugin.tree.layout import Scored, ScoredEdges
+from dta_plugin.tree.plan import Plan
 from dta_plugin.tree.report import TreeReport
 from dta_plugin.tree.split import split_by_tokens
 from dta_plugin.tree.trie import PrefixTree, TokenSequence
@@ -94,48 +98,109 @@ def run_tree(
     return_router_loss: bool = False,
     head_dtype: torch.dtype | None = None,
 ) -> SequenceLogProbs:
-    """Run the batch as a tree, in as many chunks as `max_tree_tokens_per_chunk` asks for."""
-    budget = config.max_tree_tokens_per_chunk
-    if budget is not None and _is_sharded(model):
+    """Run the batch as a tree: packed where it fits the token budget, else streamed (see `TreeConfig.executor`).
+
+    Raises InvalidInputError where the executor that the config asks for cannot do what is wanted.
+    """
+    options: dict[str, Any] = {"backend": config.backend, "temperature": temperature, "head_dtype": head_dtype}
+    budget = _stream_budget(model, batch, config, return_router_loss)
+    if budget is not None:
+        output, plan = run_streamed(model, batch.tree, batch.edges, budget, return_entropy=return_entropy, **options)
+        return _result(batch, output, return_entropy, plan)
+    if config.max_tree_tokens_per_chunk is not None and not return_router_loss:
+        return _run_split(model, batch, config.max_tree_tokens_per_chunk, return_entropy, options)
+    chunk = [(batch.tree, batch.edges)]
+    (output,) = run_packed(
+        model, chunk, return_entropy=return_entropy, return_router_loss=return_router_loss, **options
+    )
+    return _result(batch, output, return_entropy)
+
+
+def _stream_budget(model: nn.Module, batch: Batch, config: TreeConfig, return_router_loss: bool) -> int | None:
+    """Tokens per chunk if the batch is to be streamed, None if it is to run packed."""
+    if config.executor == "packed":
+        return None
+    obstacle = None
+    if return_router_loss:
+        obstacle = "a router loss, which needs the whole batch at once"
+    elif any(isinstance(module, FSDPModule) for module in model.modules()):
+        obstacle = "a model that FSDP2 shards, whose ranks would need equally many chunks"
+    if obstacle is not None:
+        if config.executor == "streamed":
+            raise InvalidInputError(
+                f"executor='streamed' with {obstacle}. This version streams on one process and under DDP; use "
+                "executor='auto', which runs such batches packed."
+            )
+        return None
+    budget = token_budget(causal_lm(model), batch.edges.target.device, config.max_tree_tokens_per_chunk)
+    if config.executor == "auto" and batch.tree.tree_tokens <= budget:
+        return None
+    return budget
+
+
+def _run_split(
+    model: nn.Module, batch: Batch, budget: int, return_entropy: bool, options: dict[str, Any]
+) -> SequenceLogProbs:
+    """Packed execution of a large batch: several trees, each of at most `budget` tokens where a sequence allows it."""
+    if _is_sharded(model):
         raise InvalidInputError(
             f"max_tree_tokens_per_chunk={budget} with a model that FSDP2 shards over several ranks. Expected None "
             "there: ranks with different numbers of chunks would wait for each other forever; lower the batch size."
         )
-    if budget is None or return_router_loss:  # the router loss is a product of sums over the whole batch
-        chunks = [(np.arange(batch.tree.num_sequences), batch.tree, batch.edges)]
-    else:
-        chunks = [_chunk(batch, group) for group in split_by_tokens(batch.tree, budget)]
+    groups = split_by_tokens(batch.tree, budget)
+    chunks = [_chunk(batch, group) for group in groups]
+    outputs = run_packed(model, chunks, return_entropy=return_entropy, **options)
     logprobs: dict[int, torch.Tensor] = {}
     entropies: dict[int, torch.Tensor] = {}
-    router_loss = None
-    outputs = run_packed(
-        model,
-        [(tree, edges) for _, tree, edges in chunks],
-        backend=config.backend,
-        temperature=temperature,
-        return_entropy=return_entropy,
-        return_router_loss=return_router_loss,
-        head_dtype=head_dtype,
-    )
-    for (group, _, edges), output in zip(chunks, outputs, strict=True):
+    for group, (_, edges), output in zip(groups, chunks, outputs, strict=True):
         logprobs.update(zip(group, edges.per_sequence(output.logprobs), strict=True))
         if output.entropies is not None:
             entropies.update(zip(group, edges.per_sequence(output.entropies), strict=True))
-        router_loss = output.router_loss
-    report = TreeReport(
+    order = range(batch.tree.num_sequences)
+    backends = {backend for output in outputs for backend in output.backend.split("+")}
+    report = _report(batch, "packed", "+".join(sorted(backends)), len(chunks))
+    return SequenceLogProbs(
+        [logprobs[s] for s in order], [entropies[s] for s in order] if return_entropy else None, None, report
+    )
+
+
+def _result(batch: Batch, output: EdgeOutputs, return_entropy: bool, plan: Plan | None = None) -> SequenceLogProbs:
+    """plan: what was streamed, None for packed execution."""
+    if plan is None:
+        report = _report(batch, "packed", output.backend, chunks=1)
+    else:
+        report = _report(
+            batch,
+            "streamed",
+            output.backend,
+            len(plan.chunks),
+            plan.peak_tokens,
+            plan.recomputed_tokens,
+            plan.rebuilt_tokens,
+        )
+    entropies = None if output.entropies is None else batch.edges.per_sequence(output.entropies)
+    logprobs = batch.edges.per_sequence(output.logprobs)
+    return SequenceLogProbs(logprobs, entropies if return_entropy else None, output.router_loss, report)
+
+
+def _report(
+    batch: Batch,
+    executor: str,
+    backend: str,
+    chunks: int,
+    peak: int | None = None,
+    recomputed: int = 0,
+    rebuilt: int = 0,
+) -> TreeReport:
+    return TreeReport(
         tree=batch.tree,
-        chunks=len(chunks),
-        executor="packed",
-        backend=outputs[0].backend,
+        chunks=chunks,
+        executor=executor,
+        backend=backend,
         reason=batch.reason,
         ceiling=batch.cost.ceiling,
-    )
-    order = range(batch.tree.num_sequences)
-    return SequenceLogProbs(
-        [logprobs[s] for s in order],
-        [entropies[s] for s in order] if return_entropy else None,
-        router_loss,
-        report,
+        peak_tokens=peak,
+        recomputed_tokens=recomputed + rebuilt,
     )
 
 
@@ -156,18 +221,11 @@ def run_dense(
     logprobs = [value.masked_fill(mask, 0.0) for value, mask in zip(logprobs, unscored, strict=True)]
     if entropies is not None:
         entropies = [value.masked_fill(mask, 0.0) for value, mask in zip(entropies, unscored, strict=True)]
-    report = TreeReport(
-        tree=batch.tree,
-        chunks=len(rows),
-        executor="dense",
-        backend=causal_lm(model).config._attn_implementation,
-        reason=batch.reason,
-        ceiling=batch.cost.ceiling,
-    )
+    report = _report(batch, "dense", causal_lm(model).config._attn_implementation, len(rows))
     return SequenceLogProbs(logprobs, entropies, None, report)
 
 
-def _chunk(batch: Batch, group: np.ndarray) -> tuple[np.ndarray, PrefixTree, ScoredEdges]:
+def _chunk(batch: Batch, group: np.ndarray) -> tuple[PrefixTree, ScoredEdges]:
     tree = PrefixTree.from_sequences([batch.sequences[s] for s in group])
     scored = None if batch.scored is None else [batch.scored[s] for s in group]
-    return group, tree, ScoredEdges.from_tree(tree, scored, batch.edges.target.device)
+    return tree, ScoredEdges.from_tree(tree, scored, batch.edges.target.device)

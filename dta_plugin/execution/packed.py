@@ -34,15 +34,20 @@ class EdgeOutputs:
 
 
 def model_inputs(layout: TreeLayout, mask: TreeMask) -> dict[str, Any]:
-    """Keyword arguments of the model's forward for one packed tree.
+    """Keyword arguments of the model's forward for one packed tree."""
+    return row_inputs(layout.input_ids, layout.depth, mask)
+
+
+def row_inputs(input_ids: torch.Tensor, depth: torch.Tensor, mask: TreeMask) -> dict[str, Any]:
+    """Keyword arguments of the model's forward for one packed row. input_ids, depth: int64 [T].
 
     The 4-D attention mask is a placeholder: transformers hands such a mask on as it is, where without one it would
     take position restarts for packed sequences and build a mask that is wrong for trees. Our attention ignores it.
     """
     return {
-        "input_ids": layout.input_ids[None],
-        "position_ids": layout.depth[None],
-        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=layout.input_ids.device),
+        "input_ids": input_ids[None],
+        "position_ids": depth[None],
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device),
         "use_cache": False,
         "dta_tree": mask,
     }
@@ -79,7 +84,9 @@ def run_packed(
         result: dict[str, list[torch.Tensor]] = {"logprobs": [], "entropies": [], "router_loss": []}
         for inputs, layout, (_tree, edges) in zip(dta_chunks, layouts, chunks, strict=True):
             output = backbone(**inputs, **({"output_router_logits": True} if return_router_loss else {}))
-            logprobs, entropies = _score(output.last_hidden_state[0], layout, edges, head, temperature, return_entropy)
+            targets = layout.input_ids[edges.target]
+            rows = output.last_hidden_state[0].index_select(0, edges.rows)
+            logprobs, entropies = score(rows, head, targets, edges.row_of_edge, temperature, return_entropy)
             result["logprobs"].append(logprobs)
             if entropies is not None:
                 result["entropies"].append(entropies)
@@ -90,36 +97,34 @@ def run_packed(
     with tree_forward(base, forward):
         result = model(dta_chunks=[model_inputs(*pair) for pair in zip(layouts, masks, strict=True)])
     for mask, logprobs in zip(masks, result["logprobs"], strict=True):
-        _check_every_layer_hit(base, mask)
-        _check_finite(logprobs, base)
+        check_every_layer_hit(base, mask)
+        check_finite(logprobs, base)
     nothing = [None] * len(chunks)
     backends = ["+".join(sorted(mask.backends_used)) for mask in masks]
     columns = (result["logprobs"], result["entropies"] or nothing, result["router_loss"] or nothing, backends)
     return [EdgeOutputs(*row) for row in zip(*columns, strict=True)]
 
 
-def _score(
-    hidden: torch.Tensor,
-    layout: TreeLayout,
-    edges: ScoredEdges,
+def score(
+    rows: torch.Tensor,
     head: LMHead,
+    targets: torch.Tensor,
+    row_of_edge: torch.Tensor,
     temperature: float,
     return_entropy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Edge log-probs [E] and edge entropies [E]."""
-    targets = layout.input_ids[edges.target]
+    """Edge log-probs [E] and edge entropies [E] from the hidden states `rows` [R, H]; see `edge_logprobs`."""
 
-    def score(_: nn.Module, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return edge_logprobs(rows, head, targets, edges.row_of_edge, temperature, return_entropy)
+    def run(_: nn.Module, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return edge_logprobs(rows, head, targets, row_of_edge, temperature, return_entropy)
 
-    rows = hidden.index_select(0, edges.rows)
     if isinstance(head.module, FSDPModule) and head.is_plain:
         # The weight of a sharded head is whole only inside a call of it, and every rank must call it equally often.
-        with tree_forward(head.module, score):
+        with tree_forward(head.module, run):
             logprobs, entropies = head.module(rows)
     else:
-        logprobs, entropies = score(head.module, rows)
-    return logprobs, None if entropies is None else entropies[edges.row_of_edge]
+        logprobs, entropies = run(head.module, rows)
+    return logprobs, None if entropies is None else entropies[row_of_edge]
 
 
 def _router_loss(model: PreTrainedModel, router_logits: Any, multiplicity: torch.Tensor) -> Any:
@@ -130,7 +135,7 @@ def _router_loss(model: PreTrainedModel, router_logits: Any, multiplicity: torch
     return load_balancing_loss_func(router_logits, experts, config.num_experts_per_tok, multiplicity[None])
 
 
-def _check_every_layer_hit(model: PreTrainedModel, mask: TreeMask) -> None:
+def check_every_layer_hit(model: PreTrainedModel, mask: TreeMask) -> None:
     layers = model.config.get_text_config().num_hidden_layers
     missed = sorted(set(range(layers)) - mask.layers_seen)
     if missed:
@@ -141,7 +146,7 @@ def _check_every_layer_hit(model: PreTrainedModel, mask: TreeMask) -> None:
         )
 
 
-def _check_finite(logprobs: torch.Tensor, model: nn.Module) -> None:
+def check_finite(logprobs: torch.Tensor, model: nn.Module) -> None:
     if not bool(torch.isfinite(logprobs).all()):
         bad = int((~torch.isfinite(logprobs)).sum())
         raise InvalidInputError(

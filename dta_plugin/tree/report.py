@@ -14,8 +14,10 @@ class TreeReport:
     """What one call shared and how it ran. ``print(report)`` is one line.
 
     tree: the prefix tree of the batch. chunks: model calls.
-    executor: "packed" or "dense". backend: attention backend that ran. reason: why this executor.
+    executor: "packed", "streamed" or "dense". backend: attention backend that ran. reason: why tree or dense.
     ceiling: largest possible speed-up over dense by FLOP count (see tree/cost.py).
+    peak_tokens: streamed only, most tokens whose activations are alive at once.
+    recomputed_tokens: streamed only, tokens that a backward pass runs forward once more.
     """
 
     tree: PrefixTree
@@ -24,6 +26,8 @@ class TreeReport:
     backend: str
     reason: str
     ceiling: float
+    peak_tokens: int | None = None
+    recomputed_tokens: int = 0
 
     @property
     def flat_tokens(self) -> int:
@@ -49,5 +53,11 @@ class TreeReport:
         return (
             f"{self.tree.num_sequences} sequences, {self.flat_tokens} -> {self.tree_tokens} tokens "
             f"({self.compression_ratio:.2f}x shared, up to {self.ceiling:.2f}x faster by FLOPs), "
-            f"{self.executor} on {self.backend}: {self.reason}"
+            f"{self.executor} on {self.backend}{self._chunking()}: {self.reason}"
         )
+
+    def _chunking(self) -> str:
+        if self.peak_tokens is None:
+            return ""
+        share = self.recomputed_tokens / self.tree_tokens
+        return f" in {self.chunks} chunks of up to {self.peak_tokens} tokens ({share:.0%} recomputed)"

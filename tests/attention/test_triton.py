@@ -26,7 +26,9 @@ from tests.support.attention import Inputs, Options, mask_of, relative_error
 from tests.support.interpreter import DEVICE, ON_GPU
 from tests.support.models import tiny_model
 from tests.support.trees import BLOCK_FORKS, SHAPES, WIDE, branching_comb, forest, fork_at, star
-from tests.support.triton import VARIANTS, check
+from tests.support.triton import VARIANTS, check, poisoned_memory
+
+__all__ = ["poisoned_memory"]
 
 SMALL = Launches(Launch(32, 16, 4, 2), Launch(16, 32, 4, 2), Launch(16, 32, 4, 2))
 FORKS = {f"fork_{offset}": fork_at(offset, tail=5) for offset in range(1, 34)}

@@ -19,6 +19,7 @@ from tests.support.models import FAMILIES, softmax_in_own_dtype, tiny_model
 from tests.support.oracle import Result, dense, difference, gradient_error, gradient_norm, rms
 from tests.support.tree_run import (
     TOLERANCE,
+    bfloat16_and_its_truth,
     drop_gradient_of_one_child,
     drop_key_gradient_of_one_block,
     make_siblings_visible,
@@ -122,7 +123,8 @@ def test_gradient_checkpointing(family: str, use_reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"backend": "reference"}, *({"max_tree_tokens_per_chunk": n} for n in (1, 12, 25))]
+    "options",
+    [{"backend": "reference"}, *({"executor": "packed", "max_tree_tokens_per_chunk": n} for n in (1, 12, 25))],
 )
 @pytest.mark.parametrize("family", FAMILIES)
 def test_options_do_not_change_the_result(family: str, options: dict[str, object]) -> None:
@@ -137,13 +139,6 @@ def test_tied_embeddings(family: str) -> None:
     pristine, model = (tiny_model(family, torch.float64, tie_word_embeddings=True) for _ in range(2))
     assert "lm_head.weight" not in dict(model.named_parameters())
     assert_equal(through_tree(model, star(5)), dense(pristine, star(5)))
-
-
-def bfloat16_and_its_truth(family: str, seed: int = 0) -> tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module]:
-    """(for the tree, for the oracle, float32 model with the same bfloat16 weights); rounding switches no expert."""
-    every_expert = {"num_experts_per_tok": 4} if family in ("gpt_oss", "qwen3_moe") else {}
-    models = [tiny_model(family, torch.bfloat16, seed, **every_expert) for _ in range(3)]
-    return models[0], models[1], models[2].float()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

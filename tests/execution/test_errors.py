@@ -193,6 +193,10 @@ def test_gate_lets_good_batches_pass_and_is_off_by_default() -> None:
 
 
 def test_chunks_are_reported() -> None:
-    out = dta_plugin.sequence_logprobs(MODEL, star(4, prefix=5, branch=2), TreeConfig(max_tree_tokens_per_chunk=9))
-    assert out.report.chunks == 2
+    sequences = star(4, prefix=5, branch=2)
+    out = dta_plugin.sequence_logprobs(MODEL, sequences, TreeConfig(executor="packed", max_tree_tokens_per_chunk=9))
+    assert (out.report.executor, out.report.chunks) == ("packed", 2)
+    out = dta_plugin.sequence_logprobs(MODEL, sequences, TreeConfig(max_tree_tokens_per_chunk=9))
+    assert (out.report.executor, out.report.chunks, out.report.peak_tokens) == ("streamed", 2, 9)
+    assert "streamed on cpu in 2 chunks of up to 9 tokens (69% recomputed)" in str(out.report)
     assert "4 sequences, 28 -> 13 tokens" in str(out.report)

@@ -82,10 +82,12 @@ def strip(result: Result, prefix: str) -> Result:
     )
 
 
+@pytest.mark.parametrize("budget", [None, 7], ids=["packed", "streamed"])
 @pytest.mark.parametrize("family", ["llama", "gpt_oss"])
-def test_ddp(process_group: None, family: str) -> None:
+def test_ddp(process_group: None, family: str, budget: int | None) -> None:
     model = DistributedDataParallel(tiny_model(family, torch.float64).train())
-    actual = strip(through_tree(model, SEQUENCES), "module.")
+    config, executor = TreeConfig(max_tree_tokens_per_chunk=budget), "streamed" if budget else "packed"
+    actual = strip(through_tree(model, SEQUENCES, config=config, executor=executor), "module.")
     found = difference(actual, dense(model_pair(family, torch.float64)[0], SEQUENCES))
     assert found.worst < 1e-10, found
 

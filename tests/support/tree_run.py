@@ -29,6 +29,13 @@ def model_pair(family: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTra
     return tiny_model(family, dtype), tiny_model(family, dtype)
 
 
+def bfloat16_and_its_truth(family: str, seed: int = 0) -> tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module]:
+    """(for the tree, for the oracle, float32 model with the same bfloat16 weights); rounding switches no expert."""
+    every_expert = {"num_experts_per_tok": 4} if family in ("gpt_oss", "qwen3_moe") else {}
+    models = [tiny_model(family, torch.bfloat16, seed, **every_expert) for _ in range(3)]
+    return models[0], models[1], models[2].float()
+
+
 def through_tree(
     model: torch.nn.Module,
     sequences: Sequence[Sequence[int]],
@@ -36,11 +43,15 @@ def through_tree(
     temperature: float = 1.0,
     config: TreeConfig | None = None,
     loss: Callable[[Rows, Rows], torch.Tensor] = functional,
+    executor: str = "packed",
 ) -> Result:
-    """What `sequence_logprobs` gives, with the gradients of the same functional as the oracle's."""
+    """What `sequence_logprobs` gives, with the gradients of the same functional as the oracle's.
+
+    executor: who must have run it.
+    """
     out = dta_plugin.sequence_logprobs(model, sequences, config, temperature, return_entropy=True, scored=scored)
     assert out.entropies is not None
-    assert out.report.executor == "packed"
+    assert out.report.executor == executor
     return result_of(model, out.logprobs, out.entropies, loss)
 
 

@@ -1,0 +1,119 @@
+"""The keys and values of one root-to-leaf path, and the gradients that descendants leave for them, layer by layer.
+
+Streamed execution calls the model chunk by chunk. In every attention layer a chunk writes its keys and values behind
+those of its ancestors, attends to both, and leaves those of its trunk (tree/plan.py). In the backward pass, which takes
+the chunks in reverse, it adds to the gradients of its ancestors' keys and collects what its descendants left for its
+own. All of this happens in place in buffers allocated once, one slot per depth: nothing that grows with depth is copied
+or kept per chunk. Gradients accumulate in float32 (float64 for float64 models).
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from dta_plugin.attention.function import accumulator
+from dta_plugin.attention.mask import TreeMask
+
+
+class ArenaLayer:
+    """One layer's buffers, [1, Hkv, slots, D] in memory [1, slots, Hkv, D]; allocated when they are first needed."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    grad_k: torch.Tensor
+    grad_v: torch.Tensor
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.is_allocated = self.has_gradients = False
+
+    def allocate(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        if not self.is_allocated:
+            self.k, self.v = (
+                x.new_empty(1, self.slots, x.shape[1], x.shape[3]).transpose(1, 2) for x in (k.detach(), v.detach())
+            )
+            self.is_allocated = True
+
+    def allocate_gradients(self) -> None:
+        if not self.has_gradients:
+            self.grad_k, self.grad_v = accumulator(self.k), accumulator(self.v)
+            self.has_gradients = True
+
+
+class Arena:
+    """The layers of one streamed run. slots: the deepest chunk's ancestors and its own tokens."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self._layers: dict[int, ArenaLayer] = {}
+
+    def layer(self, index: int) -> ArenaLayer:
+        return self._layers.setdefault(index, ArenaLayer(self.slots))
+
+
+class ArenaPlace:
+    """A chunk in one layer of the arena, behind its `first` ancestors; see `Place` in attention/function.py.
+
+    trunk: int64 [S] positions within the chunk, see `Chunk` in tree/plan.py. The ancestors' slots must hold the same
+    keys and values in the chunk's backward pass as in its forward pass.
+    """
+
+    def __init__(self, layer: ArenaLayer, first: int, trunk: torch.Tensor) -> None:
+        self.layer = layer
+        self.first = first
+        self.trunk = trunk
+        self.kept = slice(first, first + len(trunk))
+
+    def write(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.layer.allocate(k, v)
+        stop = self.first + k.shape[2]
+        self.layer.k[:, :, self.first : stop] = k
+        self.layer.v[:, :, self.first : stop] = v
+        return self.layer.k[:, :, :stop], self.layer.v[:, :, :stop]
+
+    def keep(self) -> None:
+        """Move the trunk to the slots behind the ancestors."""
+        for buffer in (self.layer.k, self.layer.v):
+            buffer[:, :, self.kept] = buffer[:, :, self.first + self.trunk]
+
+    def gradients(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Move what descendants left for the trunk to where the trunk lies within the chunk."""
+        self.layer.allocate_gradients()
+        for buffer in (self.layer.grad_k, self.layer.grad_v):
+            left = buffer[:, :, self.kept].clone()
+            buffer[:, :, self.kept] = 0
+            buffer[:, :, self.first + self.trunk] = left
+        stop = keys.shape[2]
+        return self.layer.grad_k[:, :, :stop], self.layer.grad_v[:, :, :stop]
+
+    def collect(self, grad_keys: torch.Tensor, grad_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take the chunk's own gradients and leave zeros."""
+        own = grad_keys[:, :, self.first :], grad_values[:, :, self.first :]
+        taken = own[0].clone(), own[1].clone()
+        for buffer in own:
+            buffer.zero_()
+        return taken
+
+
+class ChunkMask(TreeMask):
+    """Visibility of a chunk: its ancestors, one token per depth, then its own tokens.
+
+    exit, depth: int64 [C] of its own tokens, `exit` counted from the chunk's first. first: number of ancestors, which
+    all its tokens see. trunk: see `ArenaPlace`.
+    """
+
+    def __init__(
+        self, exit: torch.Tensor, depth: torch.Tensor, backend: str, arena: Arena, first: int, trunk: torch.Tensor
+    ) -> None:
+        ancestors = torch.arange(first, device=exit.device)
+        stop = torch.full_like(ancestors, first + len(exit))
+        super().__init__(torch.cat([stop, first + exit]), torch.cat([ancestors, depth]), backend)
+        self._arena, self._first, self._trunk = arena, first, trunk
+
+    def at_layer(self, index: int) -> TreeMask:
+        """The same mask, with this chunk's place in that layer of the arena."""
+        mask = copy.copy(self)
+        mask.place = ArenaPlace(self._arena.layer(index), self._first, self._trunk)
+        return mask

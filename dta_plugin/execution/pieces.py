@@ -1,0 +1,74 @@
+"""The chunks of a plan as tensors: what one model call of streamed execution takes, and which log-probs it gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dta_plugin.tree.layout import ScoredEdges
+from dta_plugin.tree.plan import Chunk, Plan
+from dta_plugin.tree.trie import PrefixTree
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """A chunk as tensors. edges: int64 [E'] those whose rows are in it; rows: [R'] positions in the chunk."""
+
+    input_ids: torch.Tensor
+    depth: torch.Tensor
+    exit: torch.Tensor
+    first: int
+    trunk: torch.Tensor
+    edges: torch.Tensor
+    targets: torch.Tensor
+    rows: torch.Tensor
+    row_of_edge: torch.Tensor
+
+
+class Pieces:
+    """Chunks of a plan as tensors on the edges' device, made when they are needed."""
+
+    def __init__(self, tree: PrefixTree, edges: ScoredEdges, plan: Plan) -> None:
+        self.tree, self.plan, self.device = tree, plan, edges.target.device
+        self.target, self.row_of_edge = edges.target.cpu().numpy(), edges.row_of_edge.cpu().numpy()
+        self.row = edges.rows.cpu().numpy()[self.row_of_edge]
+        chunk_of = np.empty(tree.tree_tokens, dtype=np.int64)
+        for index, chunk in enumerate(plan.chunks):
+            chunk_of[chunk.tokens] = index
+        chunk_of_edge = chunk_of[self.row]
+        order = np.argsort(chunk_of_edge, kind="stable")
+        self.edges_of = np.split(order, np.searchsorted(chunk_of_edge[order], np.arange(1, len(plan.chunks))))
+
+    def edges(self, index: int) -> torch.Tensor:
+        """int64 [E'] the edges whose rows are in a chunk."""
+        return torch.from_numpy(self.edges_of[index]).to(self.device)
+
+    def whole(self, index: int) -> Piece:
+        chunk, edges = self.plan.chunks[index], self.edges_of[index]
+        rows, row_of_edge = np.unique(self.row[edges], return_inverse=True)
+        positions = np.searchsorted(chunk.tokens, rows)
+        return self._piece(chunk.tokens, chunk, chunk.trunk, edges, positions, row_of_edge)
+
+    def trunk(self, index: int) -> Piece:
+        """Only the trunk of a chunk, nothing scored."""
+        chunk, nothing = self.plan.chunks[index], np.empty(0, dtype=np.int64)
+        return self._piece(chunk.tokens[chunk.trunk], chunk, np.arange(len(chunk.trunk)), nothing, nothing, nothing)
+
+    def _piece(
+        self,
+        tokens: np.ndarray,
+        chunk: Chunk,
+        trunk: np.ndarray,
+        edges: np.ndarray,
+        rows: np.ndarray,
+        row_of_edge: np.ndarray,
+    ) -> Piece:
+        tree = self.tree
+        exit_ = np.searchsorted(tokens, tree.exit[tokens])
+        targets = tree.tokens[self.target[edges]]
+        arrays = (tree.tokens[tokens], tree.depth[tokens], exit_)
+        ids, depth, exit_tensor = (torch.from_numpy(array).to(self.device) for array in arrays)
+        rest = (torch.from_numpy(array).to(self.device) for array in (trunk, edges, targets, rows, row_of_edge))
+        return Piece(ids, depth, exit_tensor, chunk.first_depth, *rest)
