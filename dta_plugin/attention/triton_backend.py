@@ -21,7 +21,7 @@ from dta_plugin.attention.triton_bwd import delta_kernel, key_gradient_kernel, q
 from dta_plugin.attention.triton_fwd import forward_kernel
 from dta_plugin.attention.triton_table import Launch, Launches, launches
 
-_DELTA_TILE = 64
+_DELTA_TILE = 32
 
 
 def triton_attention(
@@ -131,7 +131,7 @@ class TritonKernels:
             for part, total in ((part_k, grad_k), (part_v, grad_v)):
                 reduce_kernel[(heads, len(work.split_tile))](
                     part, total, work.split_tile, work.split_start, *_strides(total), k.shape[2],
-                    WIDTH=total.shape[3], BLOCK=_block(total), KEY_TILE=launch.key_tile,
+                    WIDTH=total.shape[3], BLOCK=_block(total), KEY_TILE=launch.key_tile, num_warps=8,
                 )  # fmt: skip
 
     def _tree(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -130,7 +130,7 @@ def _key_gradient(
             query_depth = tl.load(Depth + query, mask=row < queries, other=0)
             visible = visible & (query_depth[None, :] - key_depth[:, None] < window)
         weight = tl.where(visible, weight, 0.0)
-    weighted_slope = weight * slope  # now, so that the two need not both be kept
+    weighted_slope = weight * (slope * scale)  # now, so that the two need not both be kept
     acc_v = tl.dot(weight.to(grad.dtype), grad, acc_v, input_precision=PRECISION)
     grad_weight = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
     delta = _load_values(Delta, row, queries, MASKED)
@@ -164,37 +164,43 @@ def key_gradient_kernel(
     maskeds = tl.load(Start + tile + 1) - first_masked
     full_units = fulls * GROUPS
     key = tile * KEY_TILE + tl.arange(0, KEY_TILE)
-    slot = tl.load(WorkSlot + item)
-    owned = tl.where(slot < 0, keys, 0)
-    acc_k = load_rows(GradK + head * gradk_head, key, gradk_row, owned, D, BLOCK_D, True) / scale
-    acc_v = load_rows(GradV + head * gradv_head, key, gradv_row, owned, DV, BLOCK_DV, True)
     k = load_rows(K + head * k_head, key, k_row, keys, D, BLOCK_D, True)
     v = load_rows(V + head * v_head, key, v_row, keys, DV, BLOCK_DV, True)
 
+    # Starting from the totals costs fewer registers than adding to them at the end.
+    slot = tl.load(WorkSlot + item)
+    owned = tl.where(slot < 0, keys, 0)
+    acc_k = load_rows(GradK + head * gradk_head, key, gradk_row, owned, D, BLOCK_D, True)
+    acc_v = load_rows(GradV + head * gradv_head, key, gradv_row, owned, DV, BLOCK_DV, True)
     visit = begin % tl.maximum(fulls, 1)
     q_of = head * GROUPS + begin // tl.maximum(fulls, 1)
+    query_tile = tl.load(Column + first_full + visit)
     for _unit in range(begin, tl.minimum(end, full_units)):
+        next_visit, next_q = _next(visit, fulls, q_of)
+        next_tile = tl.load(Column + first_full + next_visit)
         acc_k, acc_v = _key_gradient(
             acc_k, acc_v, k, v, Q + q_of * q_head, Grad + q_of * grad_head, Lse + q_of * queries,
-            Delta + q_of * queries, Depth, key, None, None, tl.load(Column + first_full + visit),
+            Delta + q_of * queries, Depth, key, None, None, query_tile,
             q_row, grad_row, queries, first_query, scale, softcap, window,
             D, BLOCK_D, DV, BLOCK_DV, QUERY_TILE, HAS_SOFTCAP, HAS_WINDOW, False, PRECISION,
         )  # fmt: skip
-        visit, q_of = _next(visit, fulls, q_of)
+        visit, q_of, query_tile = next_visit, next_q, next_tile
     key_exit = tl.load(Exit + key, mask=key < keys, other=0)
     key_depth = tl.load(Depth + key, mask=key < keys, other=0)
     begin = tl.maximum(begin - full_units, 0)
     visit = begin % tl.maximum(maskeds, 1)
     q_of = head * GROUPS + begin // tl.maximum(maskeds, 1)
+    query_tile = tl.load(Column + first_masked + visit)
     for _unit in range(begin, end - full_units):
+        next_visit, next_q = _next(visit, maskeds, q_of)
+        next_tile = tl.load(Column + first_masked + next_visit)
         acc_k, acc_v = _key_gradient(
             acc_k, acc_v, k, v, Q + q_of * q_head, Grad + q_of * grad_head, Lse + q_of * queries,
-            Delta + q_of * queries, Depth, key, key_exit, key_depth, tl.load(Column + first_masked + visit),
+            Delta + q_of * queries, Depth, key, key_exit, key_depth, query_tile,
             q_row, grad_row, queries, first_query, scale, softcap, window,
             D, BLOCK_D, DV, BLOCK_DV, QUERY_TILE, HAS_SOFTCAP, HAS_WINDOW, True, PRECISION,
         )  # fmt: skip
-        visit, q_of = _next(visit, maskeds, q_of)
-    acc_k *= scale
+        visit, q_of, query_tile = next_visit, next_q, next_tile
     _deliver(acc_k, GradK + head * gradk_head, gradk_row, PartK, key, keys, slot, head, D, BLOCK_D, KEY_TILE)
     _deliver(acc_v, GradV + head * gradv_head, gradv_row, PartV, key, keys, slot, head, DV, BLOCK_DV, KEY_TILE)
 

@@ -1,10 +1,10 @@
 """Tile sizes and launch options of the Triton kernels, per GPU generation, element size and head width.
 
 How they were found: candidates were compiled for every generation without a GPU (tests/support/offline.py) and judged
-by what the compiler reports. In 16 bits at widths 64 and 128 no kernel may spill a register; shared memory must fit the
-smallest GPU that a row serves; of what is left, the largest tiles that keep the generation's matrix instruction, or
-ones of which two programs fit on a multiprocessor. tests/attention/test_compile.py holds them to it. None of them has
-been timed on a GPU yet.
+by what the compiler reports. In 16 bits at widths 64 and 128 these three kernels may spill no register; shared memory
+must fit the smallest GPU that a row serves; of what is left, the largest tiles that keep the generation's matrix
+instruction, or ones of which two programs fit on a multiprocessor. tests/attention/test_compile.py holds them to it.
+None of them has been timed on a GPU yet.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _HALF = {
     ("mma", 128): Launches(Launch(128, 64, 8, 2), Launch(64, 32, 4, 2), Launch(64, 64, 8, 2)),
     ("mma", 256): Launches(Launch(64, 32, 4, 2), Launch(64, 32, 8, 1), Launch(16, 64, 8, 2)),
     ("wgmma", 64): Launches(Launch(128, 64, 4, 3), Launch(128, 64, 8, 2), Launch(64, 128, 8, 2)),
-    ("wgmma", 128): Launches(Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(64, 64, 4, 2)),
+    ("wgmma", 128): Launches(Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(64, 64, 4, 2)),
     ("wgmma", 256): Launches(Launch(128, 64, 8, 2), Launch(128, 32, 8, 2), Launch(16, 64, 8, 2)),
     ("tcgen05", 64): Launches(Launch(128, 64, 8, 2), Launch(128, 64, 4, 2), Launch(64, 128, 8, 2)),
     ("tcgen05", 128): Launches(Launch(128, 64, 8, 2), Launch(128, 64, 8, 2), Launch(64, 128, 8, 2)),

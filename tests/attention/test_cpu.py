@@ -121,6 +121,27 @@ def test_queries_that_follow_the_keys_of_their_ancestors(
             assert relative_error(inputs.run(cpu_attention, mask), inputs.run(reference_attention, mask)) < 1e-10
 
 
+@pytest.mark.parametrize("option", ["grouped", "softcap"])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_any_strides(option: str, name: str) -> None:
+    mask, options = mask_of(forest()), OPTIONS[option]
+    x = Inputs(options, len(mask), torch.float64).leaves
+    arguments = (mask, options.scale, options.window, options.softcap)
+    expected = cpu_attention(x["q"], x["k"], x["v"], *arguments)
+    x[name] = x[name].mT.contiguous().mT
+    torch.testing.assert_close(cpu_attention(x["q"], x["k"], x["v"], *arguments), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("option", ["grouped", "softcap", "sinks", "value_dim"])
+def test_a_backward_pass_inside_autocast_keeps_its_precision(option: str) -> None:
+    mask = mask_of(star(6, prefix=20, branch=9))
+    inputs = Inputs(OPTIONS[option], len(mask), torch.float32)
+    expected = inputs.run(cpu_attention, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = inputs.run(cpu_attention, mask)
+    assert relative_error(found, expected) < 1e-6
+
+
 def check_cover(sequences: Sequences, plan: str, window: int | None) -> None:
     mask = mask_of(sequences)
     exit_, depth = mask.exit.numpy(), mask.depth.numpy()
@@ -218,6 +239,8 @@ INVALID: dict[str, tuple[dict[str, object], str]] = {
     "dtype": ({"v": torch.zeros(1, 2, 5, 8).double()}, r"torch.float64 for q, k, v.*one dtype; cast"),
     "scale": ({"scale": 0.0}, r"scale=0.0. Expected None or a factor above 0"),
     "window": ({"window": 0}, r"window=0.*None or at least 1"),
+    "softcap": ({"softcap": 0.0}, r"softcap=0.0. Expected None or a cap above 0"),
+    "device": ({"sinks": torch.zeros(4, device="meta")}, r"mask and sinks on cpu, meta. Expected one device"),
     "sinks": ({"sinks": torch.zeros(2)}, r"sinks of shape \(2,\).*one per query head: \(4,\)"),
     "flex on CPU": ({"mask": mask_of([[1, 2, 3, 4, 5]], "flex")}, r"backend='flex'.*CPU.*Use backend='auto'"),
     "triton": (

@@ -22,8 +22,8 @@ from dta_plugin.attention.tiles import Visits
 from dta_plugin.attention.triton_backend import TritonKernels, triton_attention
 from dta_plugin.attention.triton_table import Launch, Launches
 from dta_plugin.verify import compare
-from tests.support.attention import Inputs, Options, mask_of, relative_error
-from tests.support.interpreter import DEVICE, ON_GPU
+from tests.support.attention import Attention, Inputs, Options, dense_in_own_dtype, mask_of, relative_error
+from tests.support.interpreter import DEVICE, ON_GPU, round_accumulators
 from tests.support.models import tiny_model
 from tests.support.trees import BLOCK_FORKS, SHAPES, WIDE, branching_comb, forest, fork_at, star
 from tests.support.triton import VARIANTS, check, poisoned_memory
@@ -61,6 +61,37 @@ def test_fan_out_of_a_thousand(monkeypatch: pytest.MonkeyPatch, name: str) -> No
     monkeypatch.setattr(triton_backend, "launches", lambda *_: Launches(wide, wide, wide))
     for dtype in (torch.float32, torch.bfloat16):
         check(WIDE[name], Options(q_heads=1, kv_heads=1, head_dim=16, value_dim=16), dtype)
+
+
+@pytest.mark.parametrize("softcap", [30.0, 50.0])
+def test_soft_caps_of_real_models(small_tiles: None, softcap: float) -> None:
+    check(SHAPES["star_33"], replace(VARIANTS["softcap"], softcap=softcap))
+
+
+def error_on_shared_keys(attention: Attention, mask: TreeMask, name: str) -> float:
+    """Of the gradients of a prompt's keys or values, to which 1,000 branches contribute with one sign, in bfloat16."""
+    options = Options(q_heads=1, kv_heads=1, head_dim=16, value_dim=16)
+
+    def gradient(attention: Attention, dtype: torch.dtype) -> torch.Tensor:
+        inputs = Inputs(options, len(mask), dtype, DEVICE)
+        inputs.leaves["out"] = inputs.leaves["out"].abs()
+        return inputs.run(attention, mask)[name][:, :, :70].double()
+
+    truth = gradient(reference_attention, torch.float64)
+    return float((gradient(attention, torch.bfloat16) - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_a_thousand_contributions_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    size = Launch(16, 16, 4, 2)
+    monkeypatch.setattr(triton_backend, "launches", lambda *_: Launches(size, size, size))
+    monkeypatch.setattr(tiles, "_FEWEST_VISITS", 10**6)  # one program per key tile
+    mask = mask_of(WIDE["star_1000_one_token"], device=DEVICE)
+    allowed = error_on_shared_keys(dense_in_own_dtype, mask, name)
+    assert error_on_shared_keys(triton_attention, mask, name) <= allowed
+    if not ON_GPU:  # negative control
+        round_accumulators(monkeypatch)
+        assert error_on_shared_keys(triton_attention, mask, name) > allowed
 
 
 @pytest.mark.parametrize("name", BLOCK_FORKS)
@@ -133,6 +164,29 @@ def test_any_strides(small_tiles: None) -> None:
     for layout in ("columns", "tokens_first"):
         for actual, expected in zip(gradients(layout), gradients("plain"), strict=True):
             assert torch.equal(actual, expected)
+
+
+def test_strided_sinks(small_tiles: None) -> None:
+    mask, options = mask_of(forest(), device=DEVICE), VARIANTS["sinks"]
+    x = Inputs(options, len(mask), torch.float32, DEVICE).leaves
+    strided = torch.stack([x["sinks"], x["sinks"] + 1], dim=1)[:, 0]
+    for sinks in (x["sinks"], strided):
+        out = triton_attention(x["q"], x["k"], x["v"], mask, options.scale, sinks=sinks)
+        expected = reference_attention(x["q"], x["k"], x["v"], mask, options.scale, sinks=sinks)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch 2.9 and newer")
+def test_tf32_follows_the_switch_of_torch(small_tiles: None) -> None:
+    """transformers' TrainingArguments(tf32=True) sets it in a way that makes torch's older switches raise."""
+    before = torch.backends.fp32_precision
+    assert not triton_backend._allows_tf32()
+    try:
+        torch.backends.fp32_precision = "tf32"
+        assert triton_backend._allows_tf32()
+        check(SHAPES["forest"], VARIANTS["plain"], torch.bfloat16)
+    finally:
+        torch.backends.fp32_precision = before
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
@@ -44,3 +45,15 @@ _interpreter_dot = _builder.create_dot
 _interpreter_cast = {False: _builder.cast_impl, True: _builder.create_fp_to_fp}
 _builder.create_dot = _dot
 _builder.cast_impl = _builder.create_fp_to_fp = _cast
+
+
+def round_accumulators(patch: pytest.MonkeyPatch) -> None:
+    """A fault: products are added to what was there before in bfloat16."""
+
+    def rounded(builder: Any, a: Any, b: Any, accumulator: Any, *options: object) -> Any:
+        total = _dot(builder, a, b, accumulator, *options)
+        if not accumulator.data.any():
+            return total
+        return _widened(_cast(builder, total, tl.bfloat16))
+
+    patch.setattr(_builder, "create_dot", rounded)

@@ -1,0 +1,79 @@
+"""Every variant of the Triton kernels that ships, compiled for GPUs that need not be there, within recorded budgets.
+
+`python -m tests.support.offline --record` renews the budgets, after a change of kernels, launch table or Triton.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+
+from tests.support.offline import BUDGETS, SHIPPED, Report, Usage, Variant, measure
+
+pytestmark = pytest.mark.timeout(900)
+
+# Bytes that one program can have, by architecture; columns of tensor memory on datacenter Blackwell.
+SHARED = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+COLUMNS = 512
+PRODUCTS = ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")
+
+RECORDED = json.loads(BUDGETS.read_text())
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return measure(SHIPPED)
+
+
+def violations(variant: Variant, usages: dict[str, Usage]) -> list[str]:
+    """What no Triton version may do: not fit the GPU, or spill in the loops of products that matter most."""
+    found = []
+    for kernel, usage in usages.items():
+        if usage.shared > SHARED[variant.arch] or usage.columns > COLUMNS:
+            found.append(f"{kernel}: {usage} does not fit sm_{variant.arch}")
+        half = variant.dtype in ("bfloat16", "float16")
+        if kernel in PRODUCTS and half and variant.head_dim in (64, 128) and usage.spills:
+            found.append(f"{kernel}: spills {usage.spills} bytes")
+    return found
+
+
+def excesses(usages: dict[str, Usage], budget: dict[str, list[int]]) -> list[str]:
+    """Kernels above their record of registers, spilled bytes and shared bytes."""
+    actual = {kernel: [usage.registers, usage.spills, usage.shared] for kernel, usage in usages.items()}
+    assert actual.keys() == budget.keys()
+    return [
+        f"{kernel}: {figures}, recorded {budget[kernel]}"
+        for kernel, figures in actual.items()
+        if any(figure > most for figure, most in zip(figures, budget[kernel], strict=True))
+    ]
+
+
+@pytest.mark.parametrize("variant", SHIPPED, ids=lambda variant: variant.name)
+def test_fits_the_gpu_and_does_not_spill(report: Report, variant: Variant) -> None:
+    assert violations(variant, report[variant.name]) == []
+
+
+@pytest.mark.parametrize("variant", SHIPPED, ids=lambda variant: variant.name)
+@pytest.mark.skipif(triton.__version__ != RECORDED["triton"], reason="budgets are of another Triton version")
+def test_within_the_recorded_budget(report: Report, variant: Variant) -> None:
+    assert excesses(report[variant.name], RECORDED["variants"][variant.name]) == []
+
+
+@pytest.mark.parametrize("arch, instruction", [(80, "mma.sync"), (90, "wgmma.mma"), (100, "tcgen05.mma")])
+def test_half_precision_runs_on_the_native_matrix_unit(report: Report, arch: int, instruction: str) -> None:
+    for width in (64, 128, 256):
+        usages = report[Variant(arch, "bfloat16", width).name]
+        assert {usages[kernel].instruction for kernel in PRODUCTS} == {instruction}
+
+
+def test_negative_control_tiles_that_are_too_large() -> None:
+    variant = Variant(80, "bfloat16", 128, tiles=(128, 128, 4, 3))
+    usages = measure([variant])[variant.name]
+    found = "\n".join(violations(variant, usages))
+    assert "does not fit sm_80" in found and "spills" in found
+    assert excesses(usages, RECORDED["variants"][variant.name])
