@@ -38,7 +38,7 @@ _HALF = {
     ("mma", 128): Launches(Launch(128, 64, 8, 2), Launch(64, 32, 4, 2), Launch(64, 64, 8, 2)),
     ("mma", 256): Launches(Launch(64, 32, 4, 2), Launch(64, 32, 8, 1), Launch(16, 64, 8, 2)),
     ("wgmma", 64): Launches(Launch(128, 64, 4, 3), Launch(128, 64, 8, 2), Launch(64, 128, 8, 2)),
-    ("wgmma", 128): Launches(Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(64, 64, 4, 2)),
+    ("wgmma", 128): Launches(Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(64, 64, 8, 3)),
     ("wgmma", 256): Launches(Launch(128, 64, 8, 2), Launch(128, 32, 8, 2), Launch(16, 64, 8, 2)),
     ("tcgen05", 64): Launches(Launch(128, 64, 8, 2), Launch(128, 64, 4, 2), Launch(64, 128, 8, 2)),
     ("tcgen05", 128): Launches(Launch(128, 64, 8, 2), Launch(128, 64, 8, 2), Launch(64, 128, 8, 2)),

@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedModel
 
+from dta_plugin.attention.api import resolve_backend
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 from dta_plugin.execution.dense import dense_logprobs
 from dta_plugin.execution.memory import token_budget
-from dta_plugin.execution.model import causal_lm, input_device, model_cost
+from dta_plugin.execution.model import causal_lm, head_dim, input_device, model_cost
 from dta_plugin.execution.packed import EdgeOutputs, run_packed
 from dta_plugin.execution.streamed import run_streamed
 from dta_plugin.execution.support import unsupported_reason
@@ -120,22 +121,29 @@ def _stream_budget(model: nn.Module, batch: Batch, config: TreeConfig, return_ro
     """Tokens per chunk if the batch is to be streamed, None if it is to run packed."""
     if config.executor == "packed":
         return None
-    obstacle = None
-    if return_router_loss:
-        obstacle = "a router loss, which needs the whole batch at once"
-    elif any(isinstance(module, FSDPModule) for module in model.modules()):
-        obstacle = "a model that FSDP2 shards, whose ranks would need equally many chunks"
+    obstacle = _obstacle_to_streaming(model, batch, config, return_router_loss)
     if obstacle is not None:
         if config.executor == "streamed":
             raise InvalidInputError(
-                f"executor='streamed' with {obstacle}. This version streams on one process and under DDP; use "
-                "executor='auto', which runs such batches packed."
+                f"executor='streamed' with {obstacle}. Use executor='auto', which runs such batches packed."
             )
         return None
     budget = token_budget(causal_lm(model), batch.edges.target.device, config.max_tree_tokens_per_chunk)
     if config.executor == "auto" and batch.tree.tree_tokens <= budget:
         return None
     return budget
+
+
+def _obstacle_to_streaming(model: nn.Module, batch: Batch, config: TreeConfig, return_router_loss: bool) -> str | None:
+    if return_router_loss:
+        return "a router loss, which needs the whole batch at once"
+    if any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules()):
+        return "a model that FSDP shards, which this version cannot stream"
+    base = causal_lm(model)
+    backend = resolve_backend(config.backend, batch.edges.target.device, base.dtype, (head_dim(base),))
+    if backend not in ("cpu", "triton"):
+        return f"attention through backend {backend!r}: streaming needs 'cpu' or 'triton'"
+    return None
 
 
 def _run_split(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from dta_plugin.execution.model import head_dim
 from dta_plugin.logprobs import KEEP_BYTES
 
 log = logging.getLogger("dta_plugin")
@@ -48,13 +49,12 @@ def bytes_per_token(model: PreTrainedModel) -> int:
     """
     config = model.config.get_text_config()
     hidden, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
     active = getattr(config, "num_experts_per_tok", None) or 1
-    norms, attention = 8 * hidden, (4 * heads + 6 * kv_heads) * head_dim
+    norms, attention = 8 * hidden, (4 * heads + 6 * kv_heads) * head_dim(model)
     layer = norms + attention + 5 * inner * active
-    is_checkpointed = getattr(model, "is_gradient_checkpointing", False) and model.training
+    is_checkpointed = model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     elements = layers * hidden + layer if is_checkpointed else layers * layer
     return elements * model.dtype.itemsize
 

@@ -86,6 +86,12 @@ def layer_types(config: Any) -> list[str]:
     return [kind] * config.num_hidden_layers
 
 
+def head_dim(model: PreTrainedModel) -> int:
+    """Width of an attention head."""
+    config = model.config.get_text_config()
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def model_cost(model: PreTrainedModel) -> ModelCost:
     """Forward FLOPs of the model's parts, two per multiply-add; experts count as far as they are active."""
     config = model.config.get_text_config()
@@ -97,8 +103,7 @@ def model_cost(model: PreTrainedModel) -> ModelCost:
     active = (getattr(config, "num_experts_per_tok", None) or experts) / experts if experts else 1.0
     parameters = sum(p.numel() * (active if ".experts." in name else 1.0) for name, p in decoder_matrices.values())
 
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    per_pair = 4.0 * config.num_attention_heads * head_dim
+    per_pair = 4.0 * config.num_attention_heads * head_dim(model)
     kinds = layer_types(config)
     window = int(getattr(config, "sliding_window", None) or 0)
     windowed = sum(kind == "sliding_attention" for kind in kinds) if window else 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -20,7 +22,18 @@ from dta_plugin.execution import memory, streamed
 from tests.support.models import softmax_in_own_dtype, tiny_model
 from tests.support.oracle import Result, Rows, dense, difference, functional, gradient_norm
 from tests.support.tree_run import TOLERANCE, bfloat16_and_its_truth, model_pair, through_tree
-from tests.support.trees import SHAPES, WIDE, Sequences, binary, branching_comb, fork_at, sequence_batches, star
+from tests.support.trees import (
+    FIRST_TOKEN,
+    SHAPES,
+    WIDE,
+    Sequences,
+    binary,
+    branching_comb,
+    fork_at,
+    run,
+    sequence_batches,
+    star,
+)
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "mistral")
 BUDGETS = (1, 2, 7, 20, 100)
@@ -274,8 +287,11 @@ def test_bytes_per_token_are_about_what_a_forward_pass_saves(family: str) -> Non
 
 
 def test_refused_backends() -> None:
-    with pytest.raises(InvalidInputError, match=r"backend='reference'.*executor='streamed' needs 'cpu' or 'triton'"):
-        dta_plugin.sequence_logprobs(tiny_model("llama"), BRANCHED, stream(5, backend="reference"))
+    model = tiny_model("llama")
+    with pytest.raises(InvalidInputError, match=r"'reference': streaming needs 'cpu' or 'triton'. Use executor='auto'"):
+        dta_plugin.sequence_logprobs(model, BRANCHED, stream(5, backend="reference"))
+    config = TreeConfig(backend="reference", max_tree_tokens_per_chunk=9)
+    assert dta_plugin.sequence_logprobs(model, BRANCHED, config).report.executor == "packed"
 
 
 def test_debug_log_names_every_chunk(caplog: pytest.LogCaptureFixture) -> None:
@@ -317,3 +333,50 @@ def _without_descendants(self: arena.ArenaPlace, keys: torch.Tensor, values: tor
     self.layer.allocate_gradients()
     stop = keys.shape[2]
     return self.layer.grad_k[:, :, :stop], self.layer.grad_v[:, :, :stop].mul_(0)
+
+
+class SavedBytes:
+    """Bytes that autograd keeps for the backward pass: now, and the most there were."""
+
+    def __init__(self) -> None:
+        self.live = self.peak = 0
+
+    def pack(self, tensor: torch.Tensor) -> _Held:
+        held = _Held(tensor)
+        self.live += tensor.nbytes
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(held, self._free, tensor.nbytes)
+        return held
+
+    def _free(self, size: int) -> None:
+        self.live -= size
+
+
+@dataclass(eq=False)
+class _Held:
+    tensor: torch.Tensor
+
+
+def sessions(count: int) -> Sequences:
+    """Trees of 1,856 tokens each: a prompt of 64, four branches of 64, three answers of 128 to each."""
+    return [
+        [FIRST_TOKEN + tree, *run(63), FIRST_TOKEN + branch, *run(63), FIRST_TOKEN + answer, *run(127, seed=answer)]
+        for tree in range(count)
+        for branch in range(4)
+        for answer in range(3)
+    ]
+
+
+def peak_of(sequences: Sequences, config: TreeConfig) -> int:
+    model, saved = tiny_model("qwen3").train(), SavedBytes()
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda held: held.tensor):
+        out = dta_plugin.sequence_logprobs(model, sequences, config)
+        torch.cat(out.logprobs).mean().backward()
+    return saved.peak
+
+
+def test_memory_does_not_grow_with_the_tree() -> None:
+    """From 4k to 64k tokens with a longest path of 256: what is saved grows with the tree only where it runs packed."""
+    small, large = (peak_of(sessions(count), stream(1024)) for count in (3, 36))
+    assert large < 1.1 * small
+    assert peak_of(sessions(3), TreeConfig(executor="packed")) > 4 * small

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from dta_plugin import TreeConfig
+from dta_plugin import InvalidInputError, TreeConfig
 from dta_plugin.verify import compare
 from tests.support.models import softmax_in_own_dtype, tiny_model
 from tests.support.oracle import Result, dense, difference, gradient_error, rms
@@ -103,6 +103,13 @@ def test_fsdp2(process_group: None, tied: bool, chunk: int | None) -> None:
     whole = {name: g.full_tensor() for name, g in actual.gradients.items()}  # type: ignore[attr-defined]
     found = difference(Result(actual.logprobs, actual.entropies, whole), dense(pristine, SEQUENCES))
     assert found.worst < 1e-10, found
+
+
+def test_fsdp2_does_not_stream_yet(process_group: None) -> None:
+    model = tiny_model("llama", torch.float64).train()
+    fully_shard(model)
+    with pytest.raises(InvalidInputError, match=r"executor='streamed' with a model that FSDP shards.*executor='auto'"):
+        through_tree(model, SEQUENCES, config=TreeConfig(executor="streamed", max_tree_tokens_per_chunk=8))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])

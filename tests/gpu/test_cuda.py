@@ -1,4 +1,7 @@
-"""On a CUDA device: FlexAttention, the LM head and whole models against the dense oracle. `make gpu` runs them."""
+"""On a CUDA device: FlexAttention, whole models against the dense oracle, long rows through the launch table.
+
+`make gpu` runs them, and tests/attention, whose Triton tests then run on the device.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +47,42 @@ def test_flex_attention_matches_the_reference(window: int | None, softcap: float
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma3", "gpt_oss"])
 def test_models_match_dense(family: str) -> None:
-    model = tiny_model(family).to("cuda")
+    model = tiny_model(family, head_dim=32).to("cuda")
     for sequences in SHAPES.values():
         if sum(map(len, sequences)) > 3000:
             continue
-        difference = compare(model, sequences, config=TreeConfig())
-        assert difference.logprob_max < 5e-3 and difference.worst_gradient[1] < 2e-2
+        for config in (TreeConfig(), TreeConfig(executor="streamed", max_tree_tokens_per_chunk=64)):
+            difference = compare(model, sequences, config=config)
+            assert difference.logprob_max < 5e-3 and difference.worst_gradient[1] < 2e-2
+
+
+def test_auto_means_triton() -> None:
+    report = dta_plugin.sequence_logprobs(tiny_model("qwen3", head_dim=64).to("cuda"), star(4)).report
+    assert report.backend == "triton"
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_long_rows_are_exact_and_bitwise_repeatable(head_dim: int) -> None:
+    """17,408 tokens through the tiles of the launch table, the prompt's keys split over several programs."""
+    layout = TreeLayout.from_tree(dta_plugin.PrefixTree.from_sequences(star(16, 9216, 512)), "cuda")
+    mask = TreeMask.from_layout(layout, "triton")
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v, weight = (
+        torch.randn(1, heads, len(mask), head_dim, generator=generator, device="cuda", dtype=torch.bfloat16)
+        for heads in (4, 1, 1, 4)
+    )
+
+    def run(dtype: torch.dtype, backend: str, head: int | None = None) -> tuple[torch.Tensor, ...]:
+        mask.backend = backend
+        inputs = [x.to(dtype).requires_grad_() for x in (q if head is None else q[:, head : head + 1], k, v)]
+        out = tree_attention(*inputs, mask)
+        wanted = weight if head is None else weight[:, head : head + 1]
+        return (out, *torch.autograd.grad((out * wanted).sum(), inputs))
+
+    first, second = run(torch.bfloat16, "triton"), run(torch.bfloat16, "triton")
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    truth = [run(torch.float32, "reference", head) for head in range(4)]
+    expected = [torch.cat([t[i] for t in truth], dim=1) for i in (0, 1)]
+    expected += [torch.stack([t[i] for t in truth]).sum(dim=0) for i in (2, 3)]
+    for actual, wanted in zip(first, expected, strict=True):
+        assert (actual.float() - wanted).norm() <= 1e-2 * wanted.norm()

@@ -27,7 +27,6 @@ import torch
 
 BUDGETS = Path(__file__).parents[1] / "attention" / "budgets.json"
 WORKERS = 2
-TOKENS = 2048  # enough that the work of key tiles is split, which compiles the reduction
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +34,8 @@ class Variant:
     """One specialisation of the kernels.
 
     features: "plain", "window+sinks", "softcap" or "all". tiles: the fields of the `Launch` that all kernels are to
-    take instead of those of the launch table.
+    take instead of those of the launch table. tokens: length of the row; by default enough that the work of key tiles
+    is split, which compiles the reduction.
     """
 
     arch: int
@@ -43,22 +43,30 @@ class Variant:
     head_dim: int
     features: str = "plain"
     tiles: tuple[int, int, int, int] | None = None
+    tokens: int = 2048
 
     @property
     def name(self) -> str:
-        return f"sm_{self.arch} {self.dtype} {self.head_dim} {self.features}"
+        length = "" if self.tokens == 2048 else f" {self.tokens} tokens"
+        return f"sm_{self.arch} {self.dtype} {self.head_dim} {self.features}{length}"
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Of one kernel: registers and spilled bytes per thread, bytes of shared memory per program, columns of Blackwell's
-    tensor memory, and the best matrix instruction in it."""
+    tensor memory, and the best matrix instruction in it.
+
+    pending: most copies that a loop leaves in flight when it waits for others; 0 means that every copy is waited for at
+    once. key: the same for launches that share one compiled kernel.
+    """
 
     registers: int
     spills: int
     shared: int
     columns: int
     instruction: str
+    pending: int
+    key: str
 
 
 Report = dict[str, dict[str, Usage]]
@@ -161,11 +169,11 @@ def _step(variant: Variant) -> None:
     dtype = torch.float32 if tf32 else getattr(torch, variant.dtype)
 
     def tensor(heads: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.zeros(1, TOKENS, heads, variant.head_dim, dtype=dtype).transpose(1, 2)
+        return torch.zeros(1, variant.tokens, heads, variant.head_dim, dtype=dtype).transpose(1, 2)
 
     window = variant.features in ("window+sinks", "all")
     kernels = TritonKernels(
-        TreeMask(torch.full([TOKENS], TOKENS), torch.arange(TOKENS)),
+        TreeMask(torch.full([variant.tokens], variant.tokens), torch.arange(variant.tokens)),
         scale=variant.head_dim**-0.5,
         window=128 if window else None,
         softcap=30.0 if variant.features in ("softcap", "all") else None,
@@ -192,6 +200,8 @@ def _usage(kernel: Any) -> Usage:
         shared=kernel.metadata.shared,
         columns=getattr(kernel.metadata, "tmem_size", None) or 0,
         instruction=next(instructions, "fma"),
+        pending=max((int(n) for n in re.findall(r"async_wait .*num = (\d+)", kernel.asm["ttgir"])), default=0),
+        key=kernel.hash,
     )
 
 
