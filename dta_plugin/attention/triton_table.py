@@ -47,9 +47,9 @@ _HALF = {
 # For float32, by head width, on every GPU. Exact products have no matrix unit and unroll into much code if tiles are
 # large; TF32 takes the same tiles.
 _SINGLE = {
-    64: Launches(Launch(32, 32, 4, 2), Launch(32, 32, 4, 2), Launch(16, 32, 4, 2)),
-    128: Launches(Launch(32, 32, 8, 1), Launch(32, 32, 8, 2), Launch(16, 32, 8, 1)),
-    256: Launches(Launch(16, 32, 8, 1), Launch(16, 16, 8, 1), Launch(16, 16, 8, 1)),
+    64: Launches(Launch(32, 32, 4, 2), Launch(32, 32, 4, 2), Launch(16, 32, 8, 2)),
+    128: Launches(Launch(32, 32, 8, 1), Launch(32, 32, 8, 2), Launch(16, 32, 8, 2)),
+    256: Launches(Launch(16, 32, 8, 1), Launch(16, 16, 8, 1), Launch(16, 16, 8, 2)),
 }
 
 
