@@ -38,7 +38,7 @@ def test_an_unsupported_version_is_an_error(
 ) -> None:
     monkeypatch.setattr(doctor.metadata, "version", lambda package: "0.1")
     code, out, _ = run_dta(capsys, "doctor")
-    assert code == 1 and "! trl" in out and "Not supported: torch, transformers, trl" in out
+    assert code == 1 and "! trl" in out and "Not supported: torch, triton, transformers, trl" in out
 
 
 @pytest.mark.parametrize(
