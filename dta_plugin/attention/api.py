@@ -78,7 +78,8 @@ def tree_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     _check_shapes(q, k, v, mask, sinks)
     _check_values(q, k, v, mask, scale, window, softcap, sinks)
-    backend = resolve_backend(mask.backend, q.device, q.dtype, (q.shape[-1], v.shape[-1]))
+    served = (mask.backend, q.device, q.dtype, (q.shape[-1], v.shape[-1]))
+    backend = mask.cached(("backend", *served), lambda: resolve_backend(*served))
     if mask.place.first and backend not in ("cpu", "triton"):
         raise InvalidInputError(
             f"backend={mask.backend!r} means {backend!r} here, and executor='streamed' needs 'cpu' or 'triton'. Use "

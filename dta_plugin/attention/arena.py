@@ -56,8 +56,8 @@ class Arena:
 class ArenaPlace:
     """A chunk in one layer of the arena, behind its `first` ancestors; see `Place` in attention/function.py.
 
-    trunk: int64 [S] positions within the chunk, see `Chunk` in tree/plan.py. The ancestors' slots must hold the same
-    keys and values in the chunk's backward pass as in its forward pass.
+    trunk: int64 [S] slots of the chunk's trunk (see `Chunk` in tree/plan.py) while the whole chunk is in the arena. The
+    ancestors' slots must hold the same keys and values in the chunk's backward pass as in its forward pass.
     """
 
     def __init__(self, layer: ArenaLayer, first: int, trunk: torch.Tensor) -> None:
@@ -75,16 +75,18 @@ class ArenaPlace:
 
     def keep(self) -> None:
         """Move the trunk to the slots behind the ancestors."""
-        for buffer in (self.layer.k, self.layer.v):
-            buffer[:, :, self.kept] = buffer[:, :, self.first + self.trunk]
+        if len(self.trunk):
+            for buffer in (self.layer.k, self.layer.v):
+                buffer[:, :, self.kept] = buffer[:, :, self.trunk]
 
     def gradients(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Move what descendants left for the trunk to where the trunk lies within the chunk."""
         self.layer.allocate_gradients()
-        for buffer in (self.layer.grad_k, self.layer.grad_v):
-            left = buffer[:, :, self.kept].clone()
-            buffer[:, :, self.kept] = 0
-            buffer[:, :, self.first + self.trunk] = left
+        if len(self.trunk):
+            for buffer in (self.layer.grad_k, self.layer.grad_v):
+                left = buffer[:, :, self.kept].clone()
+                buffer[:, :, self.kept] = 0
+                buffer[:, :, self.trunk] = left
         stop = keys.shape[2]
         return self.layer.grad_k[:, :, :stop], self.layer.grad_v[:, :, :stop]
 
@@ -101,7 +103,7 @@ class ChunkMask(TreeMask):
     """Visibility of a chunk: its ancestors, one token per depth, then its own tokens.
 
     exit, depth: int64 [C] of its own tokens, `exit` counted from the chunk's first. first: number of ancestors, which
-    all its tokens see. trunk: see `ArenaPlace`.
+    all its tokens see. trunk: int64 [S] positions within the chunk, see `Chunk` in tree/plan.py.
     """
 
     def __init__(
@@ -110,7 +112,7 @@ class ChunkMask(TreeMask):
         ancestors = torch.arange(first, device=exit.device)
         stop = torch.full_like(ancestors, first + len(exit))
         super().__init__(torch.cat([stop, first + exit]), torch.cat([ancestors, depth]), backend)
-        self._arena, self._first, self._trunk = arena, first, trunk
+        self._arena, self._first, self._trunk = arena, first, first + trunk
 
     def at_layer(self, index: int) -> TreeMask:
         """The same mask, with this chunk's place in that layer of the arena."""

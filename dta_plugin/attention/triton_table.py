@@ -1,7 +1,7 @@
 """Tile sizes and launch options of the Triton kernels, per GPU generation, element size and head width.
 
 How they were found: candidates were compiled for every generation without a GPU (tests/support/offline.py) and judged
-by what the compiler reports. In 16 bits at widths 64 and 128 these three kernels may spill no register; shared memory
+by what the compiler reports. In 16 bits at widths 64 and 128 no kernel may spill a register; shared memory
 must fit the smallest GPU that a row serves; of what is left, the largest tiles that keep the generation's matrix
 instruction, or ones of which two programs fit on a multiprocessor. tests/attention/test_compile.py holds them to it.
 None of them has been timed on a GPU yet.

@@ -32,8 +32,8 @@ class Pieces:
 
     def __init__(self, tree: PrefixTree, edges: ScoredEdges, plan: Plan) -> None:
         self.tree, self.plan, self.device = tree, plan, edges.target.device
-        self.target, self.row_of_edge = edges.target.cpu().numpy(), edges.row_of_edge.cpu().numpy()
-        self.row = edges.rows.cpu().numpy()[self.row_of_edge]
+        self.target = edges.target.cpu().numpy()
+        self.row = edges.rows[edges.row_of_edge].cpu().numpy()
         chunk_of = np.empty(tree.tree_tokens, dtype=np.int64)
         for index, chunk in enumerate(plan.chunks):
             chunk_of[chunk.tokens] = index

@@ -101,17 +101,18 @@ class Path:
         self.owner[self.plan.chunks[index].first_depth :] = -1
 
     def restore(self, index: int) -> Iterator[int]:
-        """The ancestors of chunk `index` that have to run again first, from the top; each is marked as run."""
-        chain: list[tuple[int, int, int]] = []
+        """The ancestors of chunk `index` that have to run again first, from the top; each is marked as run.
+
+        A chunk that runs takes all slots below its own: what is in place has its ancestors in place, too.
+        """
+        missing: list[int] = []
         below = self.plan.chunks[index]
-        while below.parent >= 0:
-            above = self.plan.chunks[below.parent]
-            chain.append((below.parent, above.first_depth, below.first_depth))
-            below = above
-        for ancestor, start, stop in reversed(chain):
-            if (self.owner[start:stop] != ancestor).any():
-                yield ancestor
-                self.run(ancestor)
+        while below.parent >= 0 and self.owner[below.first_depth - 1] != below.parent:
+            missing.append(below.parent)
+            below = self.plan.chunks[below.parent]
+        for ancestor in reversed(missing):
+            yield ancestor
+            self.run(ancestor)
 
 
 def plan_chunks(tree: PrefixTree, budget: int, keep: bool = True) -> Plan:
