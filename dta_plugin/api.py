@@ -12,7 +12,8 @@ from torch import nn
 from dta_plugin.attention.hf import install
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
-from dta_plugin.execution.auto import SequenceLogProbs, prepare, run_dense, run_tree
+from dta_plugin.execution.auto import run_dense, run_tree
+from dta_plugin.execution.batch import SequenceLogProbs, prepare
 from dta_plugin.execution.model import causal_lm
 from dta_plugin.tree.layout import Scored
 from dta_plugin.tree.trie import TokenSequence
@@ -33,13 +34,15 @@ def sequence_logprobs(
     """Log-probs of every token of every sequence, shared prefixes computed once, forward and backward.
 
     model: a Hugging Face causal LM, possibly inside PEFT, DDP or FSDP2; training mode and gradients as usual.
-    sequences: lists of ints or 1-D int tensors, unpadded; prompt and completion in one row.
+    sequences: lists of ints or 1-D int tensors, unpadded; prompt and completion in one row. A DDP or FSDP2 rank that
+        has none calls this all the same, and takes ``anchor`` as its loss.
     temperature: logits are divided by it. return_entropy: also the entropy of each next-token distribution.
     scored: per sequence a bool mask over its tokens, or an int b >= 1 meaning "tokens b.. are scored". The LM head runs
         only there and the other entries are exactly 0. None: all tokens but the first.
 
     Returns SequenceLogProbs: ``logprobs[s][i] = log p(seq[i + 1] | seq[:i + 1])``, float32 (float64 for float64
-    models), differentiable; ``report`` says what was shared and which path ran.
+    models), differentiable; ``report`` says what was shared and which path ran; ``anchor`` is 0, differentiable in all
+    parameters.
 
     Raises InvalidInputError for an empty batch or sequence, a mask of the wrong length, a temperature that is not
     positive, or NaN in the model's output; UnsupportedModelError where the tree would not be exact (unless

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from dta_plugin.config import TreeConfig
-from dta_plugin.execution.auto import Batch, SequenceLogProbs, prepare, run_dense, run_tree
+from dta_plugin.execution.auto import run_dense, run_tree
+from dta_plugin.execution.batch import Batch, SequenceLogProbs, prepare
 from dta_plugin.execution.model import causal_lm
 from dta_plugin.tree.layout import Scored
 from dta_plugin.tree.trie import TokenSequence
@@ -117,6 +118,8 @@ def _relative(actual: torch.Tensor, expected: torch.Tensor, floor: float) -> flo
 
 
 def _logprob_difference(tree: SequenceLogProbs, dense: SequenceLogProbs) -> tuple[float, float]:
+    if not tree.logprobs:  # on a rank without sequences
+        return 0.0, 0.0
     difference = (torch.cat(tree.logprobs) - torch.cat(dense.logprobs)).abs()
     return (difference.max().item(), difference.mean().item()) if difference.numel() else (0.0, 0.0)
 

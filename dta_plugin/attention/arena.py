@@ -41,6 +41,11 @@ class ArenaLayer:
             self.grad_k, self.grad_v = accumulator(self.k), accumulator(self.v)
             self.has_gradients = True
 
+    def drop_gradients(self) -> None:
+        if self.has_gradients:
+            del self.grad_k, self.grad_v
+            self.has_gradients = False
+
 
 class Arena:
     """The layers of one streamed run. slots: the deepest chunk's ancestors and its own tokens."""
@@ -51,6 +56,11 @@ class Arena:
 
     def layer(self, index: int) -> ArenaLayer:
         return self._layers.setdefault(index, ArenaLayer(self.slots))
+
+    def drop_gradients(self) -> None:
+        """Forget what descendants have left."""
+        for layer in self._layers.values():
+            layer.drop_gradients()
 
 
 class ArenaPlace:

@@ -160,7 +160,8 @@ def add_lora(model: PreTrainedModel) -> nn.Module:
 def time_both(model: nn.Module, batch: Batch) -> tuple[float, float, TreeReport]:
     """(dense seconds, tree seconds, the tree's report), forward and backward; call it on a model that is warm."""
     from dta_plugin.config import TreeConfig
-    from dta_plugin.execution.auto import prepare, run_dense, run_tree
+    from dta_plugin.execution.auto import run_dense, run_tree
+    from dta_plugin.execution.batch import prepare
 
     prepared = prepare(model, batch.sequences, None, TreeConfig())
     dense, tree = partial(run_dense, model, prepared), partial(run_tree, model, prepared, TreeConfig())

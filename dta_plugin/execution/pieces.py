@@ -56,6 +56,11 @@ class Pieces:
         chunk, nothing = self.plan.chunks[index], np.empty(0, dtype=np.int64)
         return self._piece(chunk.tokens[chunk.trunk], chunk, np.arange(len(chunk.trunk)), nothing, nothing, nothing)
 
+    def stand_in(self) -> Piece:
+        """A piece of one token, for a rank that calls the model only because others do."""
+        zero, nothing = (torch.zeros(size, dtype=torch.int64, device=self.device) for size in (1, 0))
+        return Piece(zero, zero, zero + 1, 0, *(nothing,) * 5)
+
     def _piece(
         self,
         tokens: np.ndarray,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 
@@ -66,17 +67,21 @@ class Plan:
         """Most keys that a chunk sees: its ancestors and itself."""
         return max(chunk.first_depth + len(chunk) for chunk in self.chunks)
 
-    @property
-    def rebuilt_tokens(self) -> int:
-        """Trunk tokens that run once more without gradient, because other branches took their place in memory."""
+    def rebuilds(self) -> list[list[int]]:
+        """Per chunk, those whose trunks run once more before it goes backward: other branches took their place."""
         path = Path(self)
         for index in range(len(self.chunks)):
             path.run(index)
-        rebuilt = 0
+        rebuilds: list[list[int]] = []
         for index in reversed(range(len(self.chunks))):
-            rebuilt += sum(len(self.chunks[missing].trunk) for missing in path.restore(index))
+            rebuilds.append(list(path.restore(index)))
             path.leave(index)
-        return rebuilt
+        return rebuilds[::-1]
+
+    @property
+    def rebuilt_tokens(self) -> int:
+        """Trunk tokens that run once more without gradient."""
+        return sum(len(self.chunks[missing].trunk) for missing in chain.from_iterable(self.rebuilds()))
 
 
 @dataclass(slots=True, eq=False)

@@ -16,7 +16,8 @@ import torch
 
 from dta_plugin.adapters.trl.state import TreeState
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
-from dta_plugin.execution.auto import Batch, SequenceLogProbs, prepare, run_tree
+from dta_plugin.execution.auto import run_tree
+from dta_plugin.execution.batch import Batch, SequenceLogProbs, prepare
 from dta_plugin.verify import check_logprobs
 
 Hook = Callable[..., tuple[torch.Tensor | None, ...]]

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from dta_plugin.config import TreeConfig
-from dta_plugin.execution.auto import SequenceLogProbs
+from dta_plugin.execution.batch import SequenceLogProbs
 
 logger = logging.getLogger("dta_plugin")
 

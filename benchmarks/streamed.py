@@ -1,0 +1,267 @@
+"""Streamed execution: what a bounded memory costs, against packed execution and against one path at a time.
+
+    python benchmarks/streamed.py                     # a few minutes on one CPU core
+    python benchmarks/streamed.py --rows bushy comb   # some trees
+    python benchmarks/streamed.py --smoke             # seconds: tiny shapes, checks the benchmark itself
+
+Measured: one forward pass, a weighted sum of the completions' log-probs and its backward pass, on a 4-layer Qwen3,
+without sampling and without the optimizer. The contenders are described in streamed_contenders.py; budgets are 1/2, 1/4
+and 1/8 of the tree's tokens. Trees: `star`, one prompt and its completions; `bushy`, a prompt, branches, and answers to
+each; `comb`, a conversation of which every turn is a sequence, with a second answer to every turn; recorded agent
+rollouts. Gradients of all contenders are compared before anything is timed; the run stops if they differ.
+
+How to read the first table: `vs packed` is the time over that of packed execution; `one path / streamed` how many times
+longer one path at a time takes under the same budget, as the median over rounds. `again` is the tokens that run forward
+more than once (or, dense, that are shared), over those of the tree. `saved` is the most that autograd keeps for the
+backward pass at a time, `arena` the keys, values and gradients of one path beside it.
+
+Both streamed contenders run forward twice what they do not keep, so that any loss can be computed in between; AReaL-DTA
+itself saves that for leaves, and requires a loss that it can compute sequence by sequence.
+
+The second table is about memory alone: trees of the same depth that grow wider, under one budget, on a tiny model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import CLOCKS, environment, interleaved, median_ratio, table, write_json
+from streamed_contenders import Contender, Disagreement, contenders, examine
+from streamed_workloads import bushy, comb
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from workloads import ROLLOUTS, Workload, rollouts, star
+
+from dta_plugin import PrefixTree
+
+VOCAB, TINY_VOCAB = 8192, 512
+BUDGETS = {"1/2": 2, "1/4": 4, "1/8": 8}
+STAR, BUSHY, COMB = (512, 128, 24), (256, 64, 96, 6, 5), (256, 64, 16)
+SMOKE_STAR, SMOKE_BUSHY, SMOKE_COMB = (24, 8, 6), (16, 8, 8, 3, 3), (16, 8, 5)
+ROLLOUT_ROUNDS = 2
+# Trees of the second table: branches of 64 + 3 * 128 tokens behind a prompt of 64.
+GROWTH_BUDGET, GROWTH_BRANCHES, SMOKE_GROWTH_BRANCHES = 1024, (9, 36, 146), (4, 16)
+# Largest relative difference between contenders that rounding explains.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+MOST_OVER_PACKED, LEAST_OVER_STREAMED = 1.35, 1.3
+
+
+def main() -> None:
+    args = _arguments()
+    torch.set_num_threads(args.threads)
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    where = environment(device)
+    config = _qwen3(2, 64, TINY_VOCAB) if args.smoke else _qwen3(4, 256, VOCAB)
+    workloads = _workloads(args, config.vocab_size)
+    if unknown := sorted(set(args.rows or ()) - set(workloads)):
+        sys.exit(f"No row named {', '.join(unknown)}. Expected among: {', '.join(workloads)}.")
+
+    rows = []
+    try:
+        for name in args.rows or workloads:
+            work = workloads[name]()
+            if work is not None:
+                rounds = min(args.rounds, ROLLOUT_ROUNDS) if name == "rollouts" else args.rounds
+                rows.append(_measure(work.to(device), config, dtype, rounds, args.clock))
+                print(_summary(rows[-1]), flush=True)
+        print(f"\n{_table(rows)}\n", flush=True)
+        branches = SMOKE_GROWTH_BRANCHES if args.smoke else GROWTH_BRANCHES
+        growth = [_grown(bushy(64, 64, 128, count, 3, TINY_VOCAB).to(device), dtype) for count in branches]
+    except Disagreement as error:
+        sys.exit(str(error))
+    print(f"Kept for the backward pass with {GROWTH_BUDGET} tokens at a time:\n\n{_growth_table(growth)}\n")
+    found = _checks(rows)
+    for check in found:
+        print(f"{check['claim']}: {check['value']:.2f}, {'met' if check['met'] else 'NOT MET'}")
+    if args.output:
+        content = {
+            "benchmark": "streamed",
+            "smoke": args.smoke,
+            "device": args.device,
+            "dtype": args.dtype,
+            "clock": args.clock,
+            "model": {key: value for key, value in config.to_dict().items() if isinstance(value, int | str)},
+            **where,
+            "rows": rows,
+            "growth": {"budget": GROWTH_BUDGET, "rows": growth},
+            "checks": found,
+        }
+        write_json(args.output, content)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="tiny model and shapes, 2 rounds, no rollouts")
+    parser.add_argument("--rows", nargs="+", help="names of the trees to run, as the table prints them; default: all")
+    parser.add_argument("--rounds", type=int, default=5, help=f"of every tree but the rollouts: {ROLLOUT_ROUNDS} there")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--clock", choices=tuple(CLOCKS), help="the clock that the table shows; default: cpu with one thread on a CPU"
+    )
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--rollouts", type=Path, default=ROLLOUTS, help="recorded trajectories, gzipped JSON lines")
+    args = parser.parse_args()
+    if args.smoke:
+        args.rounds = min(args.rounds, 2)
+    if args.clock is None:
+        args.clock = "cpu" if args.device == "cpu" and args.threads == 1 else "wall"
+    return args
+
+
+def _workloads(args: argparse.Namespace, vocab: int) -> dict[str, Callable[[], Workload | None]]:
+    def recorded() -> Workload | None:
+        if not args.rollouts.exists():
+            print(f"rollouts: skipped, {args.rollouts.name} not found; give its path with --rollouts")
+            return None
+        return rollouts(args.rollouts, vocab)
+
+    shapes = (SMOKE_STAR, SMOKE_BUSHY, SMOKE_COMB) if args.smoke else (STAR, BUSHY, COMB)
+    found: dict[str, Callable[[], Workload | None]] = {
+        "star": lambda: replace(star(*shapes[0], vocab), name="star"),
+        "bushy": lambda: bushy(*shapes[1], vocab),
+        "comb": lambda: comb(*shapes[2], vocab),
+    }
+    return found if args.smoke else found | {"rollouts": recorded}
+
+
+def _measure(work: Workload, config: Qwen3Config, dtype: torch.dtype, rounds: int, clock: str) -> dict[str, Any]:
+    """Compare, then time all contenders on one tree."""
+    tree = PrefixTree.from_sequences(work.sequences)
+    budgets = {name: tree.tree_tokens // divisor for name, divisor in BUDGETS.items()}
+    steps = _contenders(work, config, dtype, budgets)
+    examined = examine(steps, TOLERANCE[dtype])
+
+    def clear() -> None:
+        for contender in steps.values():
+            contender.model.zero_grad(set_to_none=True)
+
+    # Dense is far from the others and often slow: its one run above is its time.
+    timed = {name: contender.step for name, contender in steps.items() if name != "dense"}
+    clocks = interleaved(timed, rounds, clear, lambda *_: None, work.advantages.device)
+    for each, seconds in clocks.items():
+        seconds["dense"] = [examined["dense"].seconds[each]] * rounds
+    seconds = clocks[clock]
+    return {
+        "name": work.name,
+        "note": work.note,
+        "sequences": tree.num_sequences,
+        "flat_tokens": tree.flat_tokens,
+        "tree_tokens": tree.tree_tokens,
+        "rounds": rounds,
+        "budgets": budgets,
+        "milliseconds": {name: 1e3 * statistics.median(seconds[name]) for name in steps},
+        "over_packed": {name: median_ratio(seconds[name], seconds["packed"]) for name in steps},
+        "one_path_over_streamed": {
+            name: median_ratio(seconds[f"one path {name}"], seconds[f"streamed {name}"]) for name in budgets
+        },
+        "examined": {name: asdict(found) for name, found in examined.items()},
+        "seconds": clocks,
+    }
+
+
+def _grown(work: Workload, dtype: torch.dtype) -> dict[str, Any]:
+    """What all contenders keep on one tree of the second table."""
+    tree = PrefixTree.from_sequences(work.sequences)
+    steps = _contenders(work, _qwen3(2, 64, TINY_VOCAB), dtype, {"": GROWTH_BUDGET})
+    examined = {name.strip(): asdict(found) for name, found in examine(steps, TOLERANCE[dtype]).items()}
+    return {"tree_tokens": tree.tree_tokens, "longest_path": int(tree.depth.max()) + 1, "examined": examined}
+
+
+def _contenders(
+    work: Workload, config: Qwen3Config, dtype: torch.dtype, budgets: dict[str, int]
+) -> dict[str, Contender]:
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(Qwen3ForCausalLM(copy.deepcopy(config)).train().to(work.advantages.device, dtype))
+    return contenders(*models, work, budgets)
+
+
+def _qwen3(layers: int, hidden: int, vocab: int) -> Qwen3Config:
+    return Qwen3Config(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        vocab_size=vocab,
+        tie_word_embeddings=False,
+        max_position_embeddings=32768,
+    )
+
+
+def _checks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What streaming should give on these trees, and whether it does."""
+    found = []
+    for row in rows:
+        value = row["over_packed"]["streamed 1/2"]
+        claim = f"{row['name']}: streamed at half the tree takes at most {MOST_OVER_PACKED}x packed's time"
+        found.append({"claim": claim, "value": value, "met": value <= MOST_OVER_PACKED})
+        for budget, value in row["one_path_over_streamed"].items():
+            claim = f"{row['name']}: one path at a time at {budget} takes at least {LEAST_OVER_STREAMED}x streamed's"
+            found.append({"claim": claim, "value": value, "met": value >= LEAST_OVER_STREAMED})
+    return found
+
+
+def _summary(row: dict[str, Any]) -> str:
+    note = f" ({row['note']})" if row["note"] else ""
+    return f"{row['name']}{note}: " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in row["milliseconds"].items())
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    header = ("tree", "tokens flat -> tree", "contender", "ms", "vs packed", "one path / streamed", "chunks")
+    header += ("tokens per call", "again", "saved MB", "arena MB", "device MB", "error")
+    return table(header, [_line(row, name) for row in rows for name in row["examined"]])
+
+
+def _line(row: dict[str, Any], name: str) -> tuple[str, ...]:
+    examined = row["examined"][name]
+    budget = name.removeprefix("streamed ")
+    ratio = row["one_path_over_streamed"].get(budget)
+    return (
+        row["name"],
+        f"{row['flat_tokens']} -> {row['tree_tokens']}",
+        name,
+        f"{row['milliseconds'][name]:.0f}",
+        f"{row['over_packed'][name]:.2f}x",
+        "-" if ratio is None else f"{ratio:.2f}x",
+        str(examined["chunks"]),
+        f"{examined['tokens'] / examined['calls']:.0f}",
+        f"{examined['tokens'] / row['tree_tokens'] - 1:.0%}",
+        _megabytes(examined["saved_bytes"]),
+        _megabytes(examined["arena_bytes"]),
+        "-" if examined["device_bytes"] is None else _megabytes(examined["device_bytes"]),
+        f"{examined['error']:.0e}",
+    )
+
+
+def _growth_table(rows: list[dict[str, Any]]) -> str:
+    names = list(rows[0]["examined"])
+    header = ("tree tokens", "longest path", *(f"{name} MB" for name in names))
+    body = [
+        (
+            str(row["tree_tokens"]),
+            str(row["longest_path"]),
+            *(_megabytes(row["examined"][name]["saved_bytes"]) for name in names),
+        )
+        for row in rows
+    ]
+    return table(header, body)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""A batch made ready to run, and what comes back: the tree, what is scored, and whether the tree pays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dta_plugin.config import TreeConfig
+from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from dta_plugin.execution.model import causal_lm, input_device, model_cost
+from dta_plugin.execution.ranks import gathered, is_collective
+from dta_plugin.execution.support import unsupported_reason
+from dta_plugin.tree.cost import CostEstimate, estimate
+from dta_plugin.tree.layout import Scored, ScoredEdges
+from dta_plugin.tree.report import TreeReport
+from dta_plugin.tree.trie import PrefixTree, TokenSequence
+
+# What runs on a rank that has no sequences, or fewer than others.
+STAND_IN = [0, 0]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SequenceLogProbs:
+    """Result of `sequence_logprobs`, one tensor of length len - 1 per sequence; entry i belongs to token i + 1.
+
+    logprobs: log p(token i + 1 | tokens ..i), differentiable, 0 where unscored.
+    entropies: entropy in nats of the distribution that token i + 1 was drawn from, or None.
+    router_loss: MoE load-balancing loss of the flat batch, or None. report: what was shared and how it ran.
+    anchor: 0, differentiable in all parameters: the loss of a DDP or FSDP2 rank that has no sequences.
+    """
+
+    logprobs: list[torch.Tensor]
+    entropies: list[torch.Tensor] | None
+    router_loss: torch.Tensor | None
+    report: TreeReport
+    anchor: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """A batch that is ready to run: its tree, what is scored, and the decision with its reason.
+
+    sequences: without any, the tree is of a stand-in that takes part in what the other ranks do.
+    """
+
+    sequences: list[TokenSequence]
+    scored: Scored | None
+    tree: PrefixTree
+    edges: ScoredEdges
+    cost: CostEstimate
+    use_tree: bool
+    reason: str
+
+
+def prepare(model: nn.Module, sequences: Sequence[TokenSequence], scored: Scored | None, config: TreeConfig) -> Batch:
+    """Build the tree and decide between tree and dense.
+
+    Raises InvalidInputError for unusable sequences, UnsupportedModelError where the tree would not be exact and
+    ``config.on_unsupported == "error"``.
+    """
+    stands_in = not len(sequences) and is_collective(model)
+    tree = PrefixTree.from_sequences([STAND_IN] if stands_in else sequences)
+    reason = unsupported_reason(model)
+    if reason is not None and config.on_unsupported == "error":
+        raise UnsupportedModelError(f"Prefix-tree execution is not exact here: {reason}; or on_unsupported='dense'.")
+    base = causal_lm(model)
+    _check_vocabulary(tree, base)
+    edges = ScoredEdges.from_tree(tree, None if stands_in else scored, input_device(base))
+    scored_tokens = int((edges.edge_of_token < len(edges.target)).sum())
+    cost = estimate(tree, model_cost(base), scored_tokens, len(edges.rows))
+    use_tree = reason is None
+    if reason is None:
+        use_tree, reason = _gate(model, cost, config.min_saving)
+    return Batch(list(sequences), scored, tree, edges, cost, use_tree, reason)
+
+
+def _gate(model: nn.Module, cost: CostEstimate, min_saving: float) -> tuple[bool, str]:
+    """Whether the tree saves enough, and the reason. Ranks that are tied together decide by what all of them save."""
+    where = ""
+    if min_saving and is_collective(model):
+        costs = gathered(cost)
+        cost = CostEstimate(sum(c.dense for c in costs), sum(c.tree for c in costs))
+        where = " on all ranks" if len(costs) > 1 else ""
+    gate = f", min_saving {min_saving:.0%}" if min_saving else ""
+    saved = f"{cost.saving:.0%} of dense FLOPs saved{where}{gate}"
+    return (True, saved) if cost.saving >= min_saving else (False, f"only {saved}")
+
+
+def _check_vocabulary(tree: PrefixTree, model: PreTrainedModel) -> None:
+    size = model.config.get_text_config().vocab_size
+    if tree.tokens.max() >= size:
+        raise InvalidInputError(
+            f"The batch has token id {tree.tokens.max()}. Expected ids below the model's vocab_size {size}; check that "
+            "the tokenizer belongs to the model."
+        )
