@@ -43,11 +43,18 @@ from dta_plugin import PrefixTree
 
 VOCAB, TINY_VOCAB = 8192, 512
 BUDGETS = {"1/2": 2, "1/4": 4, "1/8": 8}
-STAR, BUSHY, COMB = (512, 128, 24), (256, 64, 96, 6, 5), (256, 64, 16)
-SMOKE_STAR, SMOKE_BUSHY, SMOKE_COMB = (24, 8, 6), (16, 8, 8, 3, 3), (16, 8, 5)
+# How each tree is built, and from which arguments (workloads.py, streamed_workloads.py).
+SHAPES: dict[str, tuple[Callable[..., Workload], tuple[int, ...]]] = {
+    "star": (star, (512, 128, 24)),
+    "star, short": (star, (512, 48, 32)),
+    "bushy": (bushy, (256, 64, 96, 6, 5)),
+    "bushy, short": (bushy, (256, 64, 48, 8, 6)),
+    "comb": (comb, (256, 64, 16)),
+}
+SMOKE_SHAPES = {"star": (star, (24, 8, 6)), "bushy": (bushy, (16, 8, 8, 3, 3)), "comb": (comb, (16, 8, 5))}
 ROLLOUT_ROUNDS = 2
-# Trees of the second table: branches of 64 + 3 * 128 tokens behind a prompt of 64.
-GROWTH_BUDGET, GROWTH_BRANCHES, SMOKE_GROWTH_BRANCHES = 1024, (9, 36, 146), (4, 16)
+# The second table: budget; branches behind a prompt of 64, each of 64 tokens with three answers of 128.
+GROWTH, SMOKE_GROWTH = (1024, (9, 36, 146)), (256, (2, 8))
 # Largest relative difference between contenders that rounding explains.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 MOST_OVER_PACKED, LEAST_OVER_STREAMED = 1.35, 1.3
@@ -72,11 +79,11 @@ def main() -> None:
                 rows.append(_measure(work.to(device), config, dtype, rounds, args.clock))
                 print(_summary(rows[-1]), flush=True)
         print(f"\n{_table(rows)}\n", flush=True)
-        branches = SMOKE_GROWTH_BRANCHES if args.smoke else GROWTH_BRANCHES
-        growth = [_grown(bushy(64, 64, 128, count, 3, TINY_VOCAB).to(device), dtype) for count in branches]
+        budget, branches = SMOKE_GROWTH if args.smoke else GROWTH
+        growth = [_grown(bushy(64, 64, 128, count, 3, TINY_VOCAB).to(device), budget, dtype) for count in branches]
     except Disagreement as error:
         sys.exit(str(error))
-    print(f"Kept for the backward pass with {GROWTH_BUDGET} tokens at a time:\n\n{_growth_table(growth)}\n")
+    print(f"Kept for the backward pass with {budget} tokens at a time:\n\n{_growth_table(growth)}\n")
     found = _checks(rows)
     for check in found:
         print(f"{check['claim']}: {check['value']:.2f}, {'met' if check['met'] else 'NOT MET'}")
@@ -90,7 +97,7 @@ def main() -> None:
             "model": {key: value for key, value in config.to_dict().items() if isinstance(value, int | str)},
             **where,
             "rows": rows,
-            "growth": {"budget": GROWTH_BUDGET, "rows": growth},
+            "growth": {"budget": budget, "rows": growth},
             "checks": found,
         }
         write_json(args.output, content)
@@ -124,12 +131,10 @@ def _workloads(args: argparse.Namespace, vocab: int) -> dict[str, Callable[[], W
             return None
         return rollouts(args.rollouts, vocab)
 
-    shapes = (SMOKE_STAR, SMOKE_BUSHY, SMOKE_COMB) if args.smoke else (STAR, BUSHY, COMB)
-    found: dict[str, Callable[[], Workload | None]] = {
-        "star": lambda: replace(star(*shapes[0], vocab), name="star"),
-        "bushy": lambda: bushy(*shapes[1], vocab),
-        "comb": lambda: comb(*shapes[2], vocab),
-    }
+    shapes = SMOKE_SHAPES if args.smoke else SHAPES
+    found: dict[str, Callable[[], Workload | None]] = {}
+    for name, (build, shape) in shapes.items():
+        found[name] = lambda name=name, build=build, shape=shape: replace(build(*shape, vocab), name=name)
     return found if args.smoke else found | {"rollouts": recorded}
 
 
@@ -168,10 +173,10 @@ def _measure(work: Workload, config: Qwen3Config, dtype: torch.dtype, rounds: in
     }
 
 
-def _grown(work: Workload, dtype: torch.dtype) -> dict[str, Any]:
+def _grown(work: Workload, budget: int, dtype: torch.dtype) -> dict[str, Any]:
     """What all contenders keep on one tree of the second table."""
     tree = PrefixTree.from_sequences(work.sequences)
-    steps = _contenders(work, _qwen3(2, 64, TINY_VOCAB), dtype, {"": GROWTH_BUDGET})
+    steps = _contenders(work, _qwen3(2, 64, TINY_VOCAB), dtype, {"": budget})
     examined = {name.strip(): asdict(found) for name, found in examine(steps, TOLERANCE[dtype]).items()}
     return {"tree_tokens": tree.tree_tokens, "longest_path": int(tree.depth.max()) + 1, "examined": examined}
 

@@ -46,8 +46,9 @@ def run_tree(
     if budget is not None:
         output, plan = run_streamed(model, batch.tree, batch.edges, budget, return_entropy=return_entropy, **options)
         return _result(batch, output, return_entropy, plan)
-    if config.max_tree_tokens_per_chunk is not None and not return_router_loss:
-        return _run_split(model, batch, config.max_tree_tokens_per_chunk, return_entropy, options)
+    split_budget = None if return_router_loss else _split_budget(model, batch, config)
+    if split_budget is not None:
+        return _run_split(model, batch, split_budget, return_entropy, options)
     chunk = [(batch.tree, batch.edges)]
     (output,) = run_packed(
         model, chunk, return_entropy=return_entropy, return_router_loss=return_router_loss, **options
@@ -88,15 +89,23 @@ def _obstacle_to_streaming(model: nn.Module, batch: Batch, config: TreeConfig, r
     return None
 
 
+def _split_budget(model: nn.Module, batch: Batch, config: TreeConfig) -> int | None:
+    """Tokens per tree if packed execution has to cut the batch, None if the batch may stay whole."""
+    budget = config.max_tree_tokens_per_chunk
+    exceeds = budget is not None and batch.tree.tree_tokens > budget
+    if is_sharded(model) and any(exceeding := gathered(exceeds)) and len(exceeding) > 1:
+        raise InvalidInputError(
+            f"max_tree_tokens_per_chunk={budget} and a batch of more tree tokens, run packed on a model that FSDP2 "
+            "shards. Expected executor='auto' or 'streamed' there: several trees would make ranks call the model "
+            "differently often, and wait for each other forever."
+        )
+    return budget if exceeds else None
+
+
 def _run_split(
     model: nn.Module, batch: Batch, budget: int, return_entropy: bool, options: dict[str, Any]
 ) -> SequenceLogProbs:
     """Packed execution of a large batch: several trees, each of at most `budget` tokens where a sequence allows it."""
-    if is_sharded(model) and len(gathered(None)) > 1:
-        raise InvalidInputError(
-            f"max_tree_tokens_per_chunk={budget} with a model that FSDP2 shards over several ranks. Expected None "
-            "there: ranks with different numbers of chunks would wait for each other forever; lower the batch size."
-        )
     groups = split_by_tokens(batch.tree, budget)
     chunks = [_chunk(batch, group) for group in groups]
     outputs = run_packed(model, chunks, return_entropy=return_entropy, **options)
