@@ -24,7 +24,9 @@ The second table is about memory alone: trees of the same depth that grow wider,
 from __future__ import annotations
 
 import argparse
+import atexit
 import copy
+import gc
 import statistics
 import sys
 from collections.abc import Callable
@@ -62,6 +64,8 @@ MOST_OVER_PACKED, LEAST_OVER_STREAMED = 1.35, 1.3
 
 def main() -> None:
     args = _arguments()
+    gc.freeze()  # garbage is collected before every run, but not searched for among all that was imported
+    atexit.register(gc.unfreeze)  # compiled modules complain of what they find alive at exit
     torch.set_num_threads(args.threads)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     where = environment(device)

@@ -1,9 +1,10 @@
 """Tree attention on CPUs: a few flash-attention calls per layer, merged by their log-sum-exp.
 
 `cpu_plan` cuts the visible pairs into mask-free rectangles, causal nodes and small masked squares. Each is one call
-of torch's CPU flash kernel (plain matrix products where a soft-cap or unequal head dims rule it out). Partial results
-merge by log-sum-exp; the backward pass of every piece uses the merged output and log-sum-exp, which makes the sum of
-the pieces' gradients exact (FlashAttention-2, arXiv 2307.08691, section 3.1).
+of torch's CPU flash kernel; plain matrix products where a soft-cap or unequal head dims rule it out, and for grouped
+heads before torch 2.9, whose kernel does not know them. Partial results merge by log-sum-exp; the backward pass of
+every piece uses the merged output and log-sum-exp, which makes the sum of the pieces' gradients exact
+(FlashAttention-2, arXiv 2307.08691, section 3.1).
 
 float16 and bfloat16 are computed in float32 and rounded once at the end: as fast here, more exact, and it avoids the
 kernel cache that grows without bound when bfloat16 products take many distinct shapes.
@@ -20,6 +21,7 @@ from dta_plugin.attention.function import accumulator, attend, unit_stride
 from dta_plugin.attention.mask import TreeMask
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_FLASH_GROUPS_HEADS = torch.__version__ >= "2.9"
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
@@ -57,7 +59,7 @@ class _Scores:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, piece: Piece
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """-> output [1, Hq, nq, Dv], log-sum-exp [1, Hq, nq]."""
-        if self._flash_serves(q, v):
+        if self._flash_serves(q, k, v):
             bias = None if piece.bias is None else piece.bias.to(q.dtype)[None, None]
             return _flash(q, k, v, 0.0, piece.causal, attn_mask=bias, scale=self.scale)
         scores, _ = self._scores(q, k, piece)
@@ -76,7 +78,7 @@ class _Scores:
         piece: Piece,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Gradients of q, k, v from this piece, given the merged `out` and `lse` of its queries."""
-        if self._flash_serves(q, v):
+        if self._flash_serves(q, k, v):
             bias = None if piece.bias is None else piece.bias.to(q.dtype)[None, None]
             return _flash_backward(grad, q, k, v, out, lse, 0.0, piece.causal, attn_mask=bias, scale=self.scale)
         heads = (k.shape[1], -1)
@@ -90,8 +92,9 @@ class _Scores:
         grad_v = (weights.mT @ grad_out).sum(dim=1)
         return grad_q.flatten(0, 1)[None], grad_k[None], grad_v[None]
 
-    def _flash_serves(self, q: torch.Tensor, v: torch.Tensor) -> bool:
-        return self.softcap is None and q.shape[-1] == v.shape[-1]
+    def _flash_serves(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+        groups_heads = q.shape[1] != k.shape[1]
+        return self.softcap is None and q.shape[-1] == v.shape[-1] and (_FLASH_GROUPS_HEADS or not groups_heads)
 
     def _scores(self, q: torch.Tensor, k: torch.Tensor, piece: Piece) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Scores [Hkv, G, nq, nk] and d(score)/d(scale * q.k)."""

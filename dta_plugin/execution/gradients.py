@@ -18,13 +18,27 @@ class GradientSums:
     def add(
         self, outputs: Sequence[torch.Tensor], seeds: Sequence[torch.Tensor], parameters: Mapping[str, torch.Tensor]
     ) -> None:
-        """Run `outputs` backward from `seeds` and add the gradients of `parameters`, each as soon as it is known."""
-        hooks = [parameter.register_hook(partial(self._take, name)) for name, parameter in parameters.items()]
+        """Run `outputs` backward from `seeds` and add the gradients of `parameters`, each as soon as it is known.
+
+        torch 2.8 forgets the hooks of a parameter that was saved under checkpointing: what no hook has taken is
+        added in the end.
+        """
+        taken: set[str] = set()
+
+        def take(name: str, gradient: torch.Tensor) -> torch.Tensor:
+            self._add(name, gradient)
+            taken.add(name)
+            return gradient.new_zeros(()).expand_as(gradient)  # in place of it: zeros that take no memory
+
+        hooks = [parameter.register_hook(partial(take, name)) for name, parameter in parameters.items()]
         try:
-            torch.autograd.grad(outputs, list(parameters.values()), seeds, allow_unused=True)
+            found = torch.autograd.grad(outputs, list(parameters.values()), seeds, allow_unused=True)
         finally:
             for hook in hooks:
                 hook.remove()
+        for name, gradient in zip(parameters, found, strict=True):
+            if gradient is not None and name not in taken:
+                self._add(name, gradient)
 
     def complete(
         self, outputs: Sequence[torch.Tensor], seeds: Sequence[torch.Tensor], parameters: Mapping[str, torch.Tensor]
@@ -32,14 +46,11 @@ class GradientSums:
         """Run `outputs` backward as `Tensor.backward` does, with all sums as part of the gradients that it finds."""
         torch.autograd.backward(_Completed.apply(self, parameters, *outputs, *parameters.values()), list(seeds))
 
-    def _take(self, name: str, gradient: torch.Tensor) -> torch.Tensor:
-        """Add a gradient; -> zeros of its shape in place of it, which take no memory."""
+    def _add(self, name: str, gradient: torch.Tensor) -> None:
         if name in self._sums:
             self._sums[name] += gradient
         else:
-            wide = torch.promote_types(gradient.dtype, torch.float32)
-            self._sums[name] = gradient.to(wide, copy=True)
-        return gradient.new_zeros(()).expand_as(gradient)
+            self._sums[name] = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
 
     def of(self, parameters: Mapping[str, torch.Tensor]) -> Iterable[torch.Tensor | None]:
         """The sums, in the dtype of the parameters and in their order; each is given up as it is handed out."""

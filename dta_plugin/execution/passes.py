@@ -161,9 +161,8 @@ class Passes:
             graphs.append(self._run(piece, self._name(0, again=bool(graphs))))
             return graphs[-1].outputs
 
-        outputs = (
-            checkpoint(run, piece.input_ids, use_reentrant=False) if self.plan.first_kept else run(piece.input_ids)
-        )
+        is_kept = self.plan.first_kept == 0
+        outputs = run(piece.input_ids) if is_kept else checkpoint(run, piece.input_ids, use_reentrant=False)
         self.first = Graph(outputs, graphs[0].parameters)
         return self.first
 

@@ -67,7 +67,7 @@ def expected(name: str, batches: Batches) -> dict[str, torch.Tensor]:
 def error(actual: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> float:
     """Largest relative difference of a parameter's gradient."""
     assert actual.keys() == truth.keys()
-    floor = GRADIENT_FLOOR * max(g.norm() for g in truth.values())
+    floor = GRADIENT_FLOOR * max(max(g.norm() for g in truth.values()), 1e-12)
     return max(float((actual[key] - g).norm() / g.norm().clamp(min=floor)) for key, g in truth.items())
 
 
