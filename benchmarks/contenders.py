@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 from workloads import Workload
 
 from dta_plugin import TreeConfig
-from dta_plugin.execution.auto import prepare, run_tree
+from dta_plugin.execution.auto import run_tree
+from dta_plugin.execution.batch import prepare
 from dta_plugin.execution.model import lm_head
 from dta_plugin.logprobs import edge_logprobs
 

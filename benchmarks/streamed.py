@@ -1,6 +1,6 @@
 """Streamed execution: what a bounded memory costs, against packed execution and against one path at a time.
 
-    python benchmarks/streamed.py                     # a few minutes on one CPU core
+    python benchmarks/streamed.py                     # about 10 minutes on one CPU core
     python benchmarks/streamed.py --rows bushy comb   # some trees
     python benchmarks/streamed.py --smoke             # seconds: tiny shapes, checks the benchmark itself
 
@@ -59,6 +59,8 @@ ROLLOUT_ROUNDS = 2
 GROWTH, SMOKE_GROWTH = (1024, (9, 36, 146)), (256, (2, 8))
 # Largest relative difference between contenders that rounding explains.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+MODEL_KEYS = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+MODEL_KEYS += ("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings")
 MOST_OVER_PACKED, LEAST_OVER_STREAMED = 1.35, 1.3
 
 
@@ -98,7 +100,7 @@ def main() -> None:
             "device": args.device,
             "dtype": args.dtype,
             "clock": args.clock,
-            "model": {key: value for key, value in config.to_dict().items() if isinstance(value, int | str)},
+            "model": {key: getattr(config, key) for key in MODEL_KEYS},
             **where,
             "rows": rows,
             "growth": {"budget": budget, "rows": growth},
@@ -111,7 +113,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny model and shapes, 2 rounds, no rollouts")
     parser.add_argument("--rows", nargs="+", help="names of the trees to run, as the table prints them; default: all")
-    parser.add_argument("--rounds", type=int, default=5, help=f"of every tree but the rollouts: {ROLLOUT_ROUNDS} there")
+    parser.add_argument("--rounds", type=int, default=3, help=f"of every tree but the rollouts: {ROLLOUT_ROUNDS} there")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--clock", choices=tuple(CLOCKS), help="the clock that the table shows; default: cpu with one thread on a CPU"
@@ -153,12 +155,14 @@ def _measure(work: Workload, config: Qwen3Config, dtype: torch.dtype, rounds: in
         for contender in steps.values():
             contender.model.zero_grad(set_to_none=True)
 
-    # Dense is far from the others and often slow: its one run above is its time.
+    # Dense is far from the others, and slow: its one run above is its time.
     timed = {name: contender.step for name, contender in steps.items() if name != "dense"}
     clocks = interleaved(timed, rounds, clear, lambda *_: None, work.advantages.device)
-    for each, seconds in clocks.items():
-        seconds["dense"] = [examined["dense"].seconds[each]] * rounds
     seconds = clocks[clock]
+    milliseconds = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
+    milliseconds["dense"] = 1e3 * examined["dense"].seconds[clock]
+    over_packed = {name: median_ratio(values, seconds["packed"]) for name, values in seconds.items()}
+    over_packed["dense"] = milliseconds["dense"] / milliseconds["packed"]
     return {
         "name": work.name,
         "note": work.note,
@@ -167,8 +171,8 @@ def _measure(work: Workload, config: Qwen3Config, dtype: torch.dtype, rounds: in
         "tree_tokens": tree.tree_tokens,
         "rounds": rounds,
         "budgets": budgets,
-        "milliseconds": {name: 1e3 * statistics.median(seconds[name]) for name in steps},
-        "over_packed": {name: median_ratio(seconds[name], seconds["packed"]) for name in steps},
+        "milliseconds": milliseconds,
+        "over_packed": over_packed,
         "one_path_over_streamed": {
             name: median_ratio(seconds[f"one path {name}"], seconds[f"streamed {name}"]) for name in budgets
         },
@@ -229,8 +233,10 @@ def _summary(row: dict[str, Any]) -> str:
 
 def _table(rows: list[dict[str, Any]]) -> str:
     header = ("tree", "tokens flat -> tree", "contender", "ms", "vs packed", "one path / streamed", "chunks")
-    header += ("tokens per call", "again", "saved MB", "arena MB", "device MB", "error")
-    return table(header, [_line(row, name) for row in rows for name in row["examined"]])
+    header += ("tokens per call", "again", "saved MB", "arena MB", "error", "device MB")
+    body = [_line(row, name) for row in rows for name in row["examined"]]
+    columns = slice(None if any(line[-1] for line in body) else -1)
+    return table(header[columns], [line[columns] for line in body])
 
 
 def _line(row: dict[str, Any], name: str) -> tuple[str, ...]:
@@ -249,8 +255,8 @@ def _line(row: dict[str, Any], name: str) -> tuple[str, ...]:
         f"{examined['tokens'] / row['tree_tokens'] - 1:.0%}",
         _megabytes(examined["saved_bytes"]),
         _megabytes(examined["arena_bytes"]),
-        "-" if examined["device_bytes"] is None else _megabytes(examined["device_bytes"]),
         f"{examined['error']:.0e}",
+        "" if examined["device_bytes"] is None else _megabytes(examined["device_bytes"]),
     )
 
 

@@ -169,11 +169,10 @@ if __name__ == "__main__":
     _fsdp_on_cpus()
     if os.environ["RANK"] == "0":
         logprobs._TILE_ROWS = 4  # real batches, too, can need more tiles on one rank than on the other
-    first, second = (part.split("\0") for part in "\0".join(sys.argv[1:]).split(f"\0{THEN}\0"))
-    run.main(first)
-    if os.environ["RANK"] == "0":
-        print(THEN, flush=True)
-    run.main(second)
+    for index, arguments in enumerate("\0".join(sys.argv[1:]).split(f"\0{THEN}\0")):
+        if index and os.environ["RANK"] == "0":
+            print(THEN, flush=True)
+        run.main(arguments.split("\0"))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # a gloo thread that drops its last tensor while Python shuts down aborts the process

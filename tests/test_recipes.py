@@ -131,27 +131,29 @@ def test_trains_as_stock_trl_does(
 def test_fsdp2(folder: Path) -> None:
     """qwen3_8b_gsm8k.yaml in two processes, under FSDP2 as accelerate reads it from fsdp2.yaml; float32, to compare.
 
-    Both runs take place in the same two processes, one after the other.
+    Stock, packed and streamed runs take place in the same two processes, one after the other.
     """
     small = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 12}
-    stock, tree = (
-        command("qwen3_8b_gsm8k", folder, "--use_dta", flag, output_dir=folder / flag, **small)
-        for flag in ("false", "true")
-    )
+    flags = {"stock": ["--use_dta", "false"], "packed": [], "streamed": ["--dta_max_tree_tokens_per_chunk", "40"]}
+    runs = [command("qwen3_8b_gsm8k", folder, *more, output_dir=folder / name, **small) for name, more in flags.items()]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
     done = subprocess.run(
-        [*torchrun, support.__file__, *stock, support.THEN, *tree],
+        [*torchrun, support.__file__, *f"\0{support.THEN}\0".join("\0".join(run) for run in runs).split("\0")],
         env=os.environ | launcher_environment("fsdp2", "--mixed_precision", "no") | OFFLINE | {"TMPDIR": str(folder)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-6000:]
     assert "shared" in done.stdout + done.stderr
-    first, second = done.stdout.split(support.THEN)
-    assert_same(Trained.read(folder / "false", first), Trained.read(folder / "true", second))
+    printed = done.stdout.split(support.THEN)
+    stock, *trees = (Trained.read(folder / name, text) for name, text in zip(flags, printed, strict=True))
+    for tree in trees:
+        assert_same(stock, tree)
+    assert all(step["dta/chunks"] == 1 for step in trees[0].steps)
+    assert all(step["dta/chunks"] > 1 for step in trees[1].steps)
 
 
 def parser_of(recipe: str) -> TrlParser:

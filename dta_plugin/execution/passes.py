@@ -220,4 +220,4 @@ class Passes:
         rows, targets, row_of_edge = (x if count else nothing for x in (piece.rows, piece.targets, piece.row_of_edge))
         options = (self.job.temperature, self.job.return_entropy)
         scores = score(hidden.index_select(0, rows), self.head, targets, row_of_edge, *options)
-        return [values[:count] for values in scores if values is not None]
+        return [values if count else values[:0].clone() for values in scores if values is not None]

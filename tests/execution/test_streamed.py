@@ -294,6 +294,17 @@ def test_refused_backends() -> None:
     assert dta_plugin.sequence_logprobs(model, BRANCHED, config).report.executor == "packed"
 
 
+def test_gradient_hooks_on_parameters_do_not_stream() -> None:
+    """Such a hook would see every chunk's gradient and then their sum."""
+    model = tiny_model("llama")
+    handle = model.lm_head.weight.register_hook(lambda gradient: gradient * 2)
+    with pytest.raises(InvalidInputError, match=r"a gradient hook on lm_head\.weight"):
+        dta_plugin.sequence_logprobs(model, BRANCHED, stream(5))
+    assert dta_plugin.sequence_logprobs(model, BRANCHED).report.executor == "packed"
+    handle.remove()
+    assert dta_plugin.sequence_logprobs(model, BRANCHED, stream(5)).report.executor == "streamed"
+
+
 def test_debug_log_names_every_chunk(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, logger="dta_plugin"):
         through_tree(tiny_model("llama"), binary(3), config=stream(6), executor="streamed")

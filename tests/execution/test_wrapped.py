@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from dta_plugin import InvalidInputError, TreeConfig
+from dta_plugin import InvalidInputError, TreeConfig, sequence_logprobs
+from dta_plugin.execution.passes import Graph, Passes
 from dta_plugin.verify import compare
 from tests.support.models import softmax_in_own_dtype, tiny_model
 from tests.support.oracle import Result, dense, difference, gradient_error, rms
@@ -99,17 +100,56 @@ def test_fsdp2(process_group: None, tied: bool, chunk: int | None) -> None:
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
-    actual = through_tree(model, SEQUENCES, config=TreeConfig(max_tree_tokens_per_chunk=chunk))
+    executor = "streamed" if chunk else "packed"
+    actual = through_tree(model, SEQUENCES, config=TreeConfig(max_tree_tokens_per_chunk=chunk), executor=executor)
     whole = {name: g.full_tensor() for name, g in actual.gradients.items()}  # type: ignore[attr-defined]
     found = difference(Result(actual.logprobs, actual.entropies, whole), dense(pristine, SEQUENCES))
     assert found.worst < 1e-10, found
 
 
-def test_fsdp2_does_not_stream_yet(process_group: None) -> None:
+def out_of_memory_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    run, calls = Passes._run, []
+
+    def failing(*arguments: Any, **options: Any) -> Graph:
+        calls.append(1)
+        if len(calls) == call:
+            raise torch.OutOfMemoryError("simulated")
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(Passes, "_run", failing)
+
+
+@pytest.mark.parametrize("call", [2, 6], ids=["forward", "backward"])
+def test_ddp_out_of_memory(process_group: None, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """In the backward pass the first chunk's graph is DDP's already: it must count for nothing in the new run."""
+    model = DistributedDataParallel(tiny_model("llama", torch.float64).train())
+    out_of_memory_at(monkeypatch, call)
+    config = TreeConfig(executor="streamed", max_tree_tokens_per_chunk=6)
+    actual = strip(through_tree(model, SEQUENCES, config=config, executor="streamed"), "module.")
+    found = difference(actual, dense(model_pair("llama", torch.float64)[0], SEQUENCES))
+    assert found.worst < 1e-10, found
+
+
+def test_fsdp2_out_of_memory_is_an_error(process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama", torch.float64).train()
     fully_shard(model)
-    with pytest.raises(InvalidInputError, match=r"executor='streamed' with a model that FSDP shards.*executor='auto'"):
+    out_of_memory_at(monkeypatch, 2)
+    with pytest.raises(torch.OutOfMemoryError, match="set max_tree_tokens_per_chunk below 8"):
         through_tree(model, SEQUENCES, config=TreeConfig(executor="streamed", max_tree_tokens_per_chunk=8))
+
+
+def test_no_sequences(process_group: None) -> None:
+    """In one process an error; a wrapped rank takes part with gradients of zero."""
+    model = tiny_model("llama", torch.float64).train()
+    with pytest.raises(InvalidInputError, match="empty batch"):
+        sequence_logprobs(model, [])
+    for budget in (None, 1):
+        out = sequence_logprobs(DistributedDataParallel(model), [], TreeConfig(max_tree_tokens_per_chunk=budget))
+        assert (out.logprobs, out.entropies, out.anchor.item()) == ([], None, 0.0)
+        assert "no sequences here" in str(out.report)
+        out.anchor.backward()
+        assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+        model.zero_grad()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])

@@ -53,3 +53,5 @@ class TreeState:
             metrics["dta/tree_tokens"].append(float(report.tree_tokens))
             metrics["dta/compression_ratio"].append(report.compression_ratio)
             metrics["dta/flops_ceiling"].append(report.ceiling)
+            metrics["dta/chunks"].append(float(report.chunks))
+            metrics["dta/recomputed_tokens"].append(float(report.recomputed_tokens))

@@ -145,7 +145,15 @@ def test_one_report_per_trainer(model: str, tmp_path: Path, said: Callable[[], l
     run = train(model, tmp_path, TreeGRPOTrainer, TreeGRPOConfig, num_iterations=2, beta=0.04, dta_min_saving=0.1)
     (message,) = said()
     assert "8 sequences" in message and "packed on cpu" in message and "min_saving 10%" in message
-    names = {"dense_fallback", "flat_tokens", "tree_tokens", "compression_ratio", "flops_ceiling"}
+    names = {
+        "dense_fallback",
+        "flat_tokens",
+        "tree_tokens",
+        "compression_ratio",
+        "flops_ceiling",
+        "chunks",
+        "recomputed_tokens",
+    }
     assert [set(entry) for entry in run.dta] == [{f"dta/{name}" for name in names}] * 3
     for entry in run.dta:
         assert entry["dta/compression_ratio"] == pytest.approx(entry["dta/flat_tokens"] / entry["dta/tree_tokens"])
