@@ -13,7 +13,8 @@ rollouts. Gradients of all contenders are compared before anything is timed; the
 How to read the first table: `vs packed` is the time over that of packed execution; `one path / streamed` how many times
 longer one path at a time takes under the same budget, as the median over rounds. `again` is the tokens that run forward
 more than once (or, dense, that are shared), over those of the tree. `saved` is the most that autograd keeps for the
-backward pass at a time, `arena` the keys, values and gradients of one path beside it.
+backward pass at a time, `arena` the keys, values and gradients of one path beside it. How much faster streaming is
+than one path at a time depends on how many tokens a path has for itself: compare `tokens per call`.
 
 Both streamed contenders run forward twice what they do not keep, so that any loss can be computed in between; AReaL-DTA
 itself saves that for leaves, and requires a loss that it can compute sequence by sequence.
@@ -31,37 +32,48 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import CLOCKS, environment, interleaved, median_ratio, table, write_json
+from harness import CLOCKS, environment, interleaved, median_ratio, write_json
 from streamed_contenders import Contender, Disagreement, contenders, examine
+from streamed_report import checks, contender_table, growth_table, summary
 from streamed_workloads import bushy, comb
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from workloads import ROLLOUTS, Workload, rollouts, star
 
 from dta_plugin import PrefixTree
 
 VOCAB, TINY_VOCAB = 8192, 512
 BUDGETS = {"1/2": 2, "1/4": 4, "1/8": 8}
+Shapes = dict[str, tuple[Callable[..., Workload], tuple[int, ...]]]
 # How each tree is built, and from which arguments (workloads.py, streamed_workloads.py).
-SHAPES: dict[str, tuple[Callable[..., Workload], tuple[int, ...]]] = {
+SHAPES: Shapes = {
     "star": (star, (512, 128, 24)),
-    "star, short": (star, (512, 48, 32)),
+    "star-short": (star, (512, 48, 32)),
     "bushy": (bushy, (256, 64, 96, 6, 5)),
-    "bushy, short": (bushy, (256, 64, 48, 8, 6)),
+    "bushy-short": (bushy, (256, 64, 48, 8, 6)),
     "comb": (comb, (256, 64, 16)),
 }
-SMOKE_SHAPES = {"star": (star, (24, 8, 6)), "bushy": (bushy, (16, 8, 8, 3, 3)), "comb": (comb, (16, 8, 5))}
+SMOKE_SHAPES: Shapes = {"star": (star, (24, 8, 6)), "bushy": (bushy, (16, 8, 8, 3, 3)), "comb": (comb, (16, 8, 5))}
 ROLLOUT_ROUNDS = 2
 # The second table: budget; branches behind a prompt of 64, each of 64 tokens with three answers of 128.
 GROWTH, SMOKE_GROWTH = (1024, (9, 36, 146)), (256, (2, 8))
 # Largest relative difference between contenders that rounding explains.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-MODEL_KEYS = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
-MODEL_KEYS += ("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings")
-MOST_OVER_PACKED, LEAST_OVER_STREAMED = 1.35, 1.3
+MODEL_KEYS = (
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "tie_word_embeddings",
+)
 
 
 def main() -> None:
@@ -83,14 +95,14 @@ def main() -> None:
             if work is not None:
                 rounds = min(args.rounds, ROLLOUT_ROUNDS) if name == "rollouts" else args.rounds
                 rows.append(_measure(work.to(device), config, dtype, rounds, args.clock))
-                print(_summary(rows[-1]), flush=True)
-        print(f"\n{_table(rows)}\n", flush=True)
+                print(summary(rows[-1]), flush=True)
+        print(f"\n{contender_table(rows)}\n", flush=True)
         budget, branches = SMOKE_GROWTH if args.smoke else GROWTH
         growth = [_grown(bushy(64, 64, 128, count, 3, TINY_VOCAB).to(device), budget, dtype) for count in branches]
     except Disagreement as error:
         sys.exit(str(error))
-    print(f"Kept for the backward pass with {budget} tokens at a time:\n\n{_growth_table(growth)}\n")
-    found = _checks(rows)
+    print(f"Kept for the backward pass with {budget} tokens at a time:\n\n{growth_table(growth)}\n")
+    found = checks(rows)
     for check in found:
         print(f"{check['claim']}: {check['value']:.2f}, {'met' if check['met'] else 'NOT MET'}")
     if args.output:
@@ -137,10 +149,12 @@ def _workloads(args: argparse.Namespace, vocab: int) -> dict[str, Callable[[], W
             return None
         return rollouts(args.rollouts, vocab)
 
+    def made(name: str) -> Workload:
+        build, shape = shapes[name]
+        return replace(build(*shape, vocab), name=name)
+
     shapes = SMOKE_SHAPES if args.smoke else SHAPES
-    found: dict[str, Callable[[], Workload | None]] = {}
-    for name, (build, shape) in shapes.items():
-        found[name] = lambda name=name, build=build, shape=shape: replace(build(*shape, vocab), name=name)
+    found: dict[str, Callable[[], Workload | None]] = {name: partial(made, name) for name in shapes}
     return found if args.smoke else found | {"rollouts": recorded}
 
 
@@ -192,11 +206,11 @@ def _grown(work: Workload, budget: int, dtype: torch.dtype) -> dict[str, Any]:
 def _contenders(
     work: Workload, config: Qwen3Config, dtype: torch.dtype, budgets: dict[str, int]
 ) -> dict[str, Contender]:
-    models = []
-    for _ in range(2):
+    def model() -> PreTrainedModel:
         torch.manual_seed(0)
-        models.append(Qwen3ForCausalLM(copy.deepcopy(config)).train().to(work.advantages.device, dtype))
-    return contenders(*models, work, budgets)
+        return Qwen3ForCausalLM(copy.deepcopy(config)).train().to(work.advantages.device, dtype)
+
+    return contenders(model(), model(), work, budgets)
 
 
 def _qwen3(layers: int, hidden: int, vocab: int) -> Qwen3Config:
@@ -211,71 +225,6 @@ def _qwen3(layers: int, hidden: int, vocab: int) -> Qwen3Config:
         tie_word_embeddings=False,
         max_position_embeddings=32768,
     )
-
-
-def _checks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What streaming should give on these trees, and whether it does."""
-    found = []
-    for row in rows:
-        value = row["over_packed"]["streamed 1/2"]
-        claim = f"{row['name']}: streamed at half the tree takes at most {MOST_OVER_PACKED}x packed's time"
-        found.append({"claim": claim, "value": value, "met": value <= MOST_OVER_PACKED})
-        for budget, value in row["one_path_over_streamed"].items():
-            claim = f"{row['name']}: one path at a time at {budget} takes at least {LEAST_OVER_STREAMED}x streamed's"
-            found.append({"claim": claim, "value": value, "met": value >= LEAST_OVER_STREAMED})
-    return found
-
-
-def _summary(row: dict[str, Any]) -> str:
-    note = f" ({row['note']})" if row["note"] else ""
-    return f"{row['name']}{note}: " + ", ".join(f"{name} {ms:.0f} ms" for name, ms in row["milliseconds"].items())
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    header = ("tree", "tokens flat -> tree", "contender", "ms", "vs packed", "one path / streamed", "chunks")
-    header += ("tokens per call", "again", "saved MB", "arena MB", "error", "device MB")
-    body = [_line(row, name) for row in rows for name in row["examined"]]
-    columns = slice(None if any(line[-1] for line in body) else -1)
-    return table(header[columns], [line[columns] for line in body])
-
-
-def _line(row: dict[str, Any], name: str) -> tuple[str, ...]:
-    examined = row["examined"][name]
-    budget = name.removeprefix("streamed ")
-    ratio = row["one_path_over_streamed"].get(budget)
-    return (
-        row["name"],
-        f"{row['flat_tokens']} -> {row['tree_tokens']}",
-        name,
-        f"{row['milliseconds'][name]:.0f}",
-        f"{row['over_packed'][name]:.2f}x",
-        "-" if ratio is None else f"{ratio:.2f}x",
-        str(examined["chunks"]),
-        f"{examined['tokens'] / examined['calls']:.0f}",
-        f"{examined['tokens'] / row['tree_tokens'] - 1:.0%}",
-        _megabytes(examined["saved_bytes"]),
-        _megabytes(examined["arena_bytes"]),
-        f"{examined['error']:.0e}",
-        "" if examined["device_bytes"] is None else _megabytes(examined["device_bytes"]),
-    )
-
-
-def _growth_table(rows: list[dict[str, Any]]) -> str:
-    names = list(rows[0]["examined"])
-    header = ("tree tokens", "longest path", *(f"{name} MB" for name in names))
-    body = [
-        (
-            str(row["tree_tokens"]),
-            str(row["longest_path"]),
-            *(_megabytes(row["examined"][name]["saved_bytes"]) for name in names),
-        )
-        for row in rows
-    ]
-    return table(header, body)
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f}"
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ BRANCHED = {"binary": binary(4), "comb": branching_comb(6), "star": star(9), "ch
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     path = tmp_path_factory.mktemp("benchmark") / "result.json"
-    command = [sys.executable, BENCHMARKS / "streamed.py", "--smoke", "--output", path]
+    command = [sys.executable, str(BENCHMARKS / "streamed.py"), "--smoke", "--output", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return SimpleNamespace(printed=done.stdout, result=json.loads(path.read_text()))

@@ -18,7 +18,7 @@ from dta_plugin.execution.dense import dense_logprobs
 from dta_plugin.execution.memory import token_budget
 from dta_plugin.execution.model import causal_lm, head_dim
 from dta_plugin.execution.packed import EdgeOutputs, run_packed
-from dta_plugin.execution.ranks import gathered, is_collective, is_sharded
+from dta_plugin.execution.ranks import gathered, is_collective, is_sharded, is_zero3
 from dta_plugin.execution.streamed import run_streamed
 from dta_plugin.tree.layout import ScoredEdges
 from dta_plugin.tree.plan import Plan
@@ -79,6 +79,8 @@ def _obstacle_to_streaming(model: nn.Module, batch: Batch, config: TreeConfig, r
         return "a router loss, which needs the whole batch at once"
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         return "a model that FSDP1 shards; FSDP2 (fully_shard) can stream"
+    if is_zero3(model):
+        return "a model that DeepSpeed ZeRO-3 shards; FSDP2, or ZeRO-1 or 2, can stream"
     hooked = [name for name, parameter in model.named_parameters() if parameter._backward_hooks]
     if hooked:
         return f"a gradient hook on {hooked[0]}; register_post_accumulate_grad_hook sees what is summed over chunks"
@@ -93,11 +95,11 @@ def _split_budget(model: nn.Module, batch: Batch, config: TreeConfig) -> int | N
     """Tokens per tree if packed execution has to cut the batch, None if the batch may stay whole."""
     budget = config.max_tree_tokens_per_chunk
     exceeds = budget is not None and batch.tree.tree_tokens > budget
-    if is_sharded(model) and any(exceeding := gathered(exceeds)) and len(exceeding) > 1:
+    if (is_sharded(model) or is_zero3(model)) and any(exceeding := gathered(exceeds)) and len(exceeding) > 1:
         raise InvalidInputError(
-            f"max_tree_tokens_per_chunk={budget} and a batch of more tree tokens, run packed on a model that FSDP2 "
-            "shards. Expected executor='auto' or 'streamed' there: several trees would make ranks call the model "
-            "differently often, and wait for each other forever."
+            f"max_tree_tokens_per_chunk={budget} and a batch of more tree tokens, run packed on a model whose weights "
+            "are sharded. Expected FSDP2 with executor='auto' or 'streamed' there: several trees would make ranks call "
+            "the model differently often, and wait for each other forever."
         )
     return budget if exceeds else None
 

@@ -7,6 +7,7 @@ decoder layers are all that checkpointing recomputes, and those are left alone.
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -92,16 +93,23 @@ def head_dim(model: PreTrainedModel) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def _shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """Shape of the whole parameter, also where DeepSpeed ZeRO-3 has left nothing of it here."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 def model_cost(model: PreTrainedModel) -> ModelCost:
     """Forward FLOPs of the model's parts, two per multiply-add; experts count as far as they are active."""
     config = model.config.get_text_config()
-    decoder_matrices = {id(p): (name, p) for name, p in model.named_parameters() if p.ndim >= 2}
+    decoder_matrices = {id(p): (name, p) for name, p in model.named_parameters() if len(_shape(p)) >= 2}
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
     for embedding in embeddings:
         decoder_matrices.pop(id(getattr(embedding, "weight", None)), None)
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0
     active = (getattr(config, "num_experts_per_tok", None) or experts) / experts if experts else 1.0
-    parameters = sum(p.numel() * (active if ".experts." in name else 1.0) for name, p in decoder_matrices.values())
+    parameters = sum(
+        math.prod(_shape(p)) * (active if ".experts." in name else 1.0) for name, p in decoder_matrices.values()
+    )
 
     per_pair = 4.0 * config.num_attention_heads * head_dim(model)
     kinds = layer_types(config)

@@ -1,9 +1,9 @@
 """The two passes over the chunks of a plan: forward for log-probs, and in reverse for gradients.
 
 A chunk's graph is kept, or the chunk runs again. The first chunk goes backward last. Where gradients are summed over
-ranks it does so in a pass that DDP or FSDP2 watches: as its layers finish one by one, their gradients, complete by
-then, travel while the others are computed. For DDP that is the caller's own pass, which the first chunk's graph is
-handed to; for FSDP2 it is one within.
+ranks it does so in a pass that DDP, DeepSpeed or FSDP2 watches: as its layers finish one by one, their gradients,
+complete by then, travel while the others are computed. For DDP and DeepSpeed that is the caller's own pass, which the
+first chunk's graph is handed to; for FSDP2 it is one within.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -25,7 +24,7 @@ from dta_plugin.execution.gradients import GradientSums
 from dta_plugin.execution.model import lm_head, tree_forward
 from dta_plugin.execution.packed import check_every_layer_hit, row_inputs, score
 from dta_plugin.execution.pieces import Piece, Pieces
-from dta_plugin.execution.ranks import ModelCalls, gradients_held_back, is_sharded, parameters_in_use
+from dta_plugin.execution.ranks import ModelCalls, gradients_held_back, is_sharded, parameters_in_use, watches_gradients
 from dta_plugin.execution.replay import Autocast, RandomNumbers, plain_checkpointing
 from dta_plugin.tree.layout import ScoredEdges
 from dta_plugin.tree.plan import Path, Plan
@@ -99,7 +98,7 @@ class Passes:
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies [E], without graph."""
-        hands_out = self.is_differentiable and isinstance(self.job.model, DistributedDataParallel)
+        hands_out = self.is_differentiable and watches_gradients(self.job.model)
         dtype = torch.promote_types(self.job.base.dtype, torch.float32)
         logprobs, entropies = (self.job.edges.target.new_zeros(len(self.job.edges.target), dtype=dtype) for _ in "le")
         for index in range(len(self.plan.chunks)):
@@ -158,7 +157,7 @@ class Passes:
         graphs: list[Graph] = []
 
         def run(_: torch.Tensor) -> list[torch.Tensor]:
-            graphs.append(self._run(piece, self._name(0, again=bool(graphs))))
+            graphs.append(self._run(piece, self._name(0, again=bool(graphs)), needs_head=True))
             return graphs[-1].outputs
 
         is_kept = self.plan.first_kept == 0
@@ -173,7 +172,7 @@ class Passes:
             # With dropout the trunk must draw the random numbers of its whole chunk again.
             piece = self.pieces.whole(ancestor) if self.random.is_drawn else self.pieces.trunk(ancestor)
             with torch.no_grad(), self.random.again(ancestor):
-                self._run(piece, f"{self._name(ancestor)}, trunk", is_scored=False)
+                self._run(piece, f"{self._name(ancestor)}, trunk")
             calls -= 1
         if index in self.kept:
             self._call_along(calls)
@@ -194,19 +193,24 @@ class Passes:
     def _name(self, index: int, again: bool = False) -> str:
         return f"chunk {index + 1} of {len(self.plan.chunks)}" + (", again" if again else "")
 
-    def _run(self, piece: Piece, what: str, arena: Arena | None = None, is_scored: bool = True) -> Graph:
+    def _run(self, piece: Piece, what: str, arena: Arena | None = None, needs_head: bool = False) -> Graph:
+        """needs_head: the LM head takes part in the graph even if nothing is scored."""
         start = time.perf_counter()
         job = self.job
         mask = ChunkMask(piece.exit, piece.depth, job.backend, arena or self.arena, piece.first, piece.trunk)
-        skips_head = not job.is_sharded and not (is_scored and len(piece.edges))
+        runs_head = job.is_sharded or needs_head or len(piece.edges) > 0
 
         def forward(model: PreTrainedModel, dta_inputs: dict[str, Any], **_: Any) -> list[torch.Tensor]:
             hidden = getattr(model, model.base_model_prefix)(**dta_inputs).last_hidden_state
-            return [hidden] if skips_head else [hidden, *self._scored(hidden[0], piece)]
+            return [hidden, *self._scored(hidden[0], piece)] if runs_head else [hidden]
 
-        target = job.model if job.is_sharded else job.base
-        with plain_checkpointing(job.base), tree_forward(job.base, forward), parameters_in_use(target) as parameters:
-            outputs = target(dta_inputs=row_inputs(piece.input_ids, piece.depth, mask))
+        inputs = row_inputs(piece.input_ids, piece.depth, mask)
+        with plain_checkpointing(job.base), parameters_in_use(job.model) as parameters:
+            if job.is_sharded:  # through the wrapper, which gathers the weights
+                with tree_forward(job.base, forward):
+                    outputs = job.model(dta_inputs=inputs)
+            else:  # within the wrapper's call
+                outputs = forward(job.base, inputs)
         check_every_layer_hit(job.base, mask)
         self.backends |= mask.backends_used
         seconds = time.perf_counter() - start
@@ -214,7 +218,7 @@ class Passes:
         return Graph(outputs, parameters)
 
     def _scored(self, hidden: torch.Tensor, piece: Piece) -> list[torch.Tensor]:
-        """Log-probs and, if wanted, entropies of a chunk's edges [E']; a sharded head runs even if there are none."""
+        """Log-probs and, if wanted, entropies of a chunk's edges [E']; the head runs even if there are none."""
         count = len(piece.edges)
         nothing = piece.depth.new_zeros(1)
         rows, targets, row_of_edge = (x if count else nothing for x in (piece.rows, piece.targets, piece.row_of_edge))

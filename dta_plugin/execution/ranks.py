@@ -1,7 +1,7 @@
 """What the processes that train one model have to agree on.
 
 Ranks whose weights FSDP2 shards gather them from each other in every call of the model, forward and backward: all must
-call it equally often, in the same order. DDP ranks meet only when gradients are reduced.
+call it equally often, in the same order. Ranks under DDP, or DeepSpeed ZeRO-1 and 2, meet only over gradients.
 """
 
 from __future__ import annotations
@@ -27,9 +27,19 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
+def watches_gradients(model: nn.Module) -> bool:
+    """Whether DDP or DeepSpeed sums gradients over ranks as they arrive: once each, in the order of a stock pass."""
+    return isinstance(model, DistributedDataParallel) or hasattr(model, "zero_optimization_stage")
+
+
 def is_collective(model: nn.Module) -> bool:
-    """Whether DDP or FSDP2 ties ranks together, so that one without sequences has to take part."""
-    return isinstance(model, DistributedDataParallel) or is_sharded(model)
+    """Whether ranks are tied together, so that one without sequences has to take part."""
+    return watches_gradients(model) or is_sharded(model)
+
+
+def is_zero3(model: nn.Module) -> bool:
+    """Whether DeepSpeed ZeRO-3 shards the model's weights."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def gathered(value: T) -> list[T]:

@@ -36,6 +36,15 @@ class ModelCost:
             attention += cost * float(np.minimum(visible, window).sum())
         return self.per_token * tokens + attention + self.per_scored * scored
 
+    def path_flops(self, lengths: np.ndarray) -> np.ndarray:
+        """Forward FLOPs of the first `lengths` tokens of a sequence, without LM head. lengths: int [...]."""
+        n = lengths.astype(np.float64)
+        cost = self.per_token * n + self.per_pair * n * (n + 1) / 2
+        for window, per_pair in self.per_window_pair:
+            inside = np.minimum(n, window)
+            cost += per_pair * (inside * (inside + 1) / 2 + (n - inside) * window)
+        return cost
+
 
 @dataclass(frozen=True, slots=True)
 class CostEstimate:

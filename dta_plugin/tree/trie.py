@@ -58,23 +58,17 @@ class PrefixTree:
         Raises InvalidInputError for an empty batch, an empty sequence, and anything that is not a 1-D row of token
         ids in [0, 2**32).
         """
-        rows = [_as_token_array(sequence, index) for index, sequence in enumerate(sequences)]
+        rows = token_rows(sequences)
         if not rows:
             raise InvalidInputError(
                 "Got an empty batch: 0 sequences. Expected at least one token sequence; skip the call for an "
                 "empty micro-batch."
             )
-        # Big-endian bytes compare like the integers they encode, and a prefix sorts before what extends it.
-        keys = [row.astype(">u4").tobytes() for row in rows]
-        order = sorted(range(len(rows)), key=keys.__getitem__)
-        return cls._from_sorted(rows, order)
+        return cls._from_sorted(rows, *depth_first(rows))
 
     @classmethod
-    def _from_sorted(cls, rows: list[np.ndarray], order: list[int]) -> PrefixTree:
+    def _from_sorted(cls, rows: list[np.ndarray], order: np.ndarray, lcp: np.ndarray) -> PrefixTree:
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        lcp = np.zeros(len(rows), dtype=np.int64)
-        for rank in range(1, len(order)):
-            lcp[rank] = _common_prefix(rows[order[rank - 1]], rows[order[rank]])
         starts = np.concatenate([[0], np.cumsum(lengths[order] - lcp)])
         total = int(starts[-1])
 
@@ -105,7 +99,7 @@ class PrefixTree:
         is_start[1:] = (exit_[1:] != exit_[:-1]) | (parent[1:] != np.arange(total - 1))
         node_start = np.append(np.flatnonzero(is_start), total)
         multiplicity = last_rank - first_rank
-        return cls(tokens, parent, depth, exit_, multiplicity, node_start, paths, offsets, np.array(order))
+        return cls(tokens, parent, depth, exit_, multiplicity, node_start, paths, offsets, order)
 
     @property
     def num_sequences(self) -> int:
@@ -142,6 +136,22 @@ class PrefixTree:
         """Query-key pairs of dense causal attention over the same sequences, one at a time."""
         lengths = np.diff(self.offsets)
         return int((lengths * (lengths + 1) // 2).sum())
+
+
+def token_rows(sequences: Iterable[TokenSequence]) -> list[np.ndarray]:
+    """Sequences as int64 arrays. Raises InvalidInputError for what is no row of token ids."""
+    return [_as_token_array(sequence, index) for index, sequence in enumerate(sequences)]
+
+
+def depth_first(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [S] row indices in lexicographic, that is depth-first, order; [S] tokens shared with the row before."""
+    # Big-endian bytes compare like the integers they encode, and a prefix sorts before what extends it.
+    keys = [row.astype(">u4").tobytes() for row in rows]
+    order = sorted(range(len(rows)), key=keys.__getitem__)
+    lcp = np.zeros(len(rows), dtype=np.int64)
+    for rank in range(1, len(order)):
+        lcp[rank] = _common_prefix(rows[order[rank - 1]], rows[order[rank]])
+    return np.array(order, dtype=np.int64), lcp
 
 
 def _as_token_array(sequence: TokenSequence, index: int) -> np.ndarray:

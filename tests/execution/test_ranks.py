@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,40 +12,15 @@ import torch
 from tests.execution.ranks_script import SPLITS, WRAPPINGS, Batches
 from tests.support.models import softmax_in_own_dtype
 from tests.support.oracle import GRADIENT_FLOOR, dense, functional
+from tests.support.ranks import on_two_ranks
 
-REPOSITORY = Path(__file__).parents[2]
+SCRIPT = "tests.execution.ranks_script"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def float64_throughout() -> Iterator[None]:
     with softmax_in_own_dtype():
         yield
-
-
-def on_two_ranks(folder: Path, *jobs: str, dies: bool = False) -> list[dict[str, Any]]:
-    """What jobs of ranks_script.py returned on each rank. A deadlock ends in an error after a minute.
-
-    dies: rank 1 does not come back.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.execution.ranks_script", str(folder), *jobs],
-            cwd=REPOSITORY,
-            env=os.environ
-            | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=500)[1] for process in processes]
-    alive = processes[:1] if dies else processes
-    assert all(process.returncode == 0 for process in alive), "\n".join(error[-3000:] for error in errors)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(len(alive))]
 
 
 def expected(name: str, batches: Batches) -> dict[str, torch.Tensor]:
@@ -75,7 +46,7 @@ def error(actual: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> fl
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     jobs = [f"splits:{name}" for name in WRAPPINGS]
     jobs += [f"{job}:{name}" for job in ("events", "failing_chunk", "gate_and_dense") for name in ("ddp", "fsdp2")]
-    return on_two_ranks(tmp_path_factory.mktemp("ranks"), *jobs)
+    return on_two_ranks(SCRIPT, tmp_path_factory.mktemp("ranks"), *jobs)
 
 
 @pytest.mark.parametrize("split", [*SPLITS, "5 and 1, auto", "5 and 0, auto"])
@@ -95,7 +66,7 @@ def test_negative_control_another_batch_on_one_rank(ranks: list[dict[str, Any]])
 
 @pytest.mark.parametrize("seeds", ["0-36", pytest.param("36-236", marks=pytest.mark.slow)])
 def test_random_splits(tmp_path: Path, seeds: str) -> None:
-    results = [rank[f"random_splits:{seeds}"] for rank in on_two_ranks(tmp_path, f"random_splits:{seeds}")]
+    results = [rank[f"random_splits:{seeds}"] for rank in on_two_ranks(SCRIPT, tmp_path, f"random_splits:{seeds}")]
     for (batches, name, actual), (_, _, other) in zip(*results, strict=True):
         truth = expected(name, batches)
         assert max(error(actual, truth), error(other, truth)) < 1e-9, (name, batches)
@@ -124,7 +95,7 @@ def test_an_error_inside_a_chunk_leaves_no_gradient_and_a_retry_is_right(
 
 
 def test_a_killed_rank_leaves_no_gradient_on_the_other(tmp_path: Path) -> None:
-    (survivor,) = on_two_ranks(tmp_path, "killed_rank:fsdp2", dies=True)
+    (survivor,) = on_two_ranks(SCRIPT, tmp_path, "killed_rank:fsdp2", dies=True)
     assert survivor["killed_rank:fsdp2"]["message"] != "no error"
     assert survivor["killed_rank:fsdp2"]["left"] == []
 

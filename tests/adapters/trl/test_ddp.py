@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,15 +12,9 @@ import torch
 from tests.adapters.trl.ddp_script import CASES
 from tests.adapters.trl.support import Run, assert_equal
 from tests.adapters.trl.test_regroup import EXTREMES, TOKEN_MEANS
+from tests.support.ranks import REPOSITORY, free_port
 
-REPOSITORY = Path(__file__).parents[3]
 Runs = dict[str, tuple[Run, Run]]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
