@@ -1,6 +1,6 @@
 """Streamed execution: what a bounded memory costs, against packed execution and against one path at a time.
 
-    python benchmarks/streamed.py                     # about 10 minutes on one CPU core
+    python benchmarks/streamed.py                     # about 15 minutes on one CPU core
     python benchmarks/streamed.py --rows bushy comb   # some trees
     python benchmarks/streamed.py --smoke             # seconds: tiny shapes, checks the benchmark itself
 

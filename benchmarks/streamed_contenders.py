@@ -27,13 +27,13 @@ from workloads import Workload
 from dta_plugin import PrefixTree
 from dta_plugin.execution.model import lm_head
 from dta_plugin.execution.packed import run_packed
-from dta_plugin.execution.passes import Planner
 from dta_plugin.execution.streamed import run_streamed
 from dta_plugin.logprobs import edge_logprobs
 from dta_plugin.tree.layout import ScoredEdges
 from dta_plugin.tree.plan import Plan, plan_chunks
 
 Step = Callable[[], Plan | None]
+Planner = Callable[[PrefixTree, int, bool], Plan]
 PLANNERS: dict[str, Planner] = {"streamed": plan_chunks, "one path": one_path_plan}
 
 

@@ -57,6 +57,10 @@ class Arena:
     def layer(self, index: int) -> ArenaLayer:
         return self._layers.setdefault(index, ArenaLayer(self.slots))
 
+    def clear(self) -> None:
+        """Give the buffers up."""
+        self._layers.clear()
+
     def drop_gradients(self) -> None:
         """Forget what descendants have left."""
         for layer in self._layers.values():

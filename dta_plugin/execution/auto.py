@@ -18,7 +18,7 @@ from dta_plugin.execution.dense import dense_logprobs
 from dta_plugin.execution.memory import token_budget
 from dta_plugin.execution.model import causal_lm, head_dim
 from dta_plugin.execution.packed import EdgeOutputs, run_packed
-from dta_plugin.execution.ranks import gathered, is_collective, is_sharded, is_zero3
+from dta_plugin.execution.ranks import gathered, has_tensor_parallel, is_collective, is_sharded, is_zero3
 from dta_plugin.execution.streamed import run_streamed
 from dta_plugin.tree.layout import ScoredEdges
 from dta_plugin.tree.plan import Plan
@@ -70,7 +70,7 @@ def _stream_budget(model: nn.Module, batch: Batch, config: TreeConfig, return_ro
     budget = token_budget(causal_lm(model), batch.edges.target.device, config.max_tree_tokens_per_chunk)
     streams = config.executor == "streamed" or batch.tree.tree_tokens > budget
     if is_sharded(model):  # all ranks do the same, because all must call the model equally often
-        streams = any(gathered(streams))
+        streams = any(gathered(model, streams))
     return budget if streams else None
 
 
@@ -79,6 +79,8 @@ def _obstacle_to_streaming(model: nn.Module, batch: Batch, config: TreeConfig, r
         return "a router loss, which needs the whole batch at once"
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         return "a model that FSDP1 shards; FSDP2 (fully_shard) can stream"
+    if has_tensor_parallel(model):
+        return "tensor-parallel parameters, which this version cannot stream"
     if is_zero3(model):
         return "a model that DeepSpeed ZeRO-3 shards; FSDP2, or ZeRO-1 or 2, can stream"
     hooked = [name for name, parameter in model.named_parameters() if parameter._backward_hooks]
@@ -95,7 +97,7 @@ def _split_budget(model: nn.Module, batch: Batch, config: TreeConfig) -> int | N
     """Tokens per tree if packed execution has to cut the batch, None if the batch may stay whole."""
     budget = config.max_tree_tokens_per_chunk
     exceeds = budget is not None and batch.tree.tree_tokens > budget
-    if (is_sharded(model) or is_zero3(model)) and any(exceeding := gathered(exceeds)) and len(exceeding) > 1:
+    if (is_sharded(model) or is_zero3(model)) and any(exceeding := gathered(model, exceeds)) and len(exceeding) > 1:
         raise InvalidInputError(
             f"max_tree_tokens_per_chunk={budget} and a batch of more tree tokens, run packed on a model whose weights "
             "are sharded. Expected FSDP2 with executor='auto' or 'streamed' there: several trees would make ranks call "
@@ -176,7 +178,7 @@ def run_dense(
     """Run the batch through the unmodified model, one sequence at a time."""
     device = batch.edges.target.device
     count = len(batch.sequences)
-    calls = max(gathered(count)) if is_collective(model) else count
+    calls = max(gathered(model, count)) if is_collective(model) else count
     sequences = [*batch.sequences, *[STAND_IN] * (calls - count)]
     rows = [torch.as_tensor(sequence, dtype=torch.int64, device=device) for sequence in sequences]
     logprobs, entropies = dense_logprobs(model, rows, temperature, return_entropy)

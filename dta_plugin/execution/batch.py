@@ -82,7 +82,7 @@ def _gate(model: nn.Module, cost: CostEstimate, min_saving: float) -> tuple[bool
     """Whether the tree saves enough, and the reason. Ranks that are tied together decide by what all of them save."""
     where = ""
     if min_saving and is_collective(model):
-        costs = gathered(cost)
+        costs = gathered(model, cost)
         cost = CostEstimate(sum(c.dense for c in costs), sum(c.tree for c in costs))
         where = " on all ranks" if len(costs) > 1 else ""
     gate = f", min_saving {min_saving:.0%}" if min_saving else ""

@@ -30,9 +30,13 @@ class GradientSums:
             taken.add(name)
             return gradient.new_zeros(()).expand_as(gradient)  # in place of it: zeros that take no memory
 
+        pairs = [(x, seed) for x, seed in zip(outputs, seeds, strict=True) if x.requires_grad]
+        if not pairs:  # nothing below is trained
+            return
         hooks = [parameter.register_hook(partial(take, name)) for name, parameter in parameters.items()]
         try:
-            found = torch.autograd.grad(outputs, list(parameters.values()), seeds, allow_unused=True)
+            roots, gradients = zip(*pairs, strict=True)
+            found = torch.autograd.grad(roots, list(parameters.values()), gradients, allow_unused=True)
         finally:
             for hook in hooks:
                 hook.remove()

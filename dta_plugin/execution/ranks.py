@@ -6,11 +6,9 @@ call it equally often, in the same order. Ranks under DDP, or DeepSpeed ZeRO-1 a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule
@@ -37,18 +35,36 @@ def is_collective(model: nn.Module) -> bool:
     return watches_gradients(model) or is_sharded(model)
 
 
+def has_tensor_parallel(model: nn.Module) -> bool:
+    """Whether parameters are sharded other than by FSDP2 alone, which shards along one dimension of its mesh."""
+    sharded_by = [sum(not p.is_replicate() for p in x.placements) for x in model.parameters() if isinstance(x, DTensor)]
+    return bool(sharded_by) and (max(sharded_by) > 1 or not is_sharded(model))
+
+
 def is_zero3(model: nn.Module) -> bool:
     """Whether DeepSpeed ZeRO-3 shards the model's weights."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
-def gathered(value: T) -> list[T]:
-    """The value of every rank, in their order. Every rank must call it."""
-    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+def gathered(model: nn.Module, value: T) -> list[T]:
+    """The value of every rank that trains `model` together with this one, in their order. All of them must call it."""
+    if not distributed.is_initialized():
         return [value]
-    values: list[T | None] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(values, value)
+    group = _group(model)
+    count = distributed.get_world_size(group)
+    if count == 1:
+        return [value]
+    values: list[T | None] = [None] * count
+    distributed.all_gather_object(values, value, group)
     return values  # type: ignore[return-value]
+
+
+def _group(model: nn.Module) -> Any:
+    """The process group over which DDP or FSDP2 works; None: all processes."""
+    if isinstance(model, DistributedDataParallel):
+        return model.process_group
+    mesh = next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
+    return mesh.get_group() if mesh is not None and mesh.ndim == 1 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,63 +82,8 @@ class ModelCalls:
         again = (len(missing) + (index < plan.first_kept) for index, missing in enumerate(plan.rebuilds()))
         return cls(len(plan.chunks), list(again))
 
-    def of_all_ranks(self) -> ModelCalls:
+    def of_all_ranks(self, model: nn.Module) -> ModelCalls:
         """The most calls that any rank makes; without a chunk it makes one to stand in. Every rank must call this."""
-        ranks = gathered(self)
+        ranks = gathered(model, self)
         most = [max(calls) for calls in zip_longest(*(rank.before_backward for rank in ranks), fillvalue=1)]
         return ModelCalls(max(rank.forward for rank in ranks), most)
-
-
-@contextmanager
-def parameters_in_use(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
-    """Within the context, a call of the model fills in its trainable parameters as its layers see them, by name.
-
-    Of a model that FSDP2 shards these are the gathered ones, which have their values only while their layer runs.
-    """
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    found = {name: parameter for name, parameter in trained.items() if not isinstance(parameter, DTensor)}
-    hooks = []
-    for prefix, module in model.named_modules():
-        if isinstance(module, FSDPModule):
-            collect = _collector(f"{prefix}." if prefix else "", trained, found)
-            hooks.append(cast(nn.Module, module).register_forward_pre_hook(collect))
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _collector(
-    prefix: str, wanted: Container[str], found: dict[str, nn.Parameter]
-) -> Callable[[nn.Module, object], None]:
-    def collect(module: nn.Module, _: object) -> None:
-        for name, parameter in module.named_parameters():
-            if prefix + name in wanted and not isinstance(parameter, DTensor):
-                found[prefix + name] = parameter
-
-    return collect
-
-
-@contextmanager
-def gradients_held_back(model: nn.Module) -> Iterator[None]:
-    """Within the context, backward passes do not make FSDP2 reduce what it has accumulated so far."""
-    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    groups = [group for module in modules for group in _parameter_groups(module)]
-    own = [(group.reduce_grads, group.all_reduce_grads) for group in groups]
-    for module in modules:
-        module.set_requires_gradient_sync(False, recurse=False)
-    try:
-        yield
-    finally:
-        for group, (reduces, reduces_all) in zip(groups, own, strict=True):
-            group.reduce_grads, group.all_reduce_grads = reduces, reduces_all
-
-
-def _parameter_groups(module: FSDPModule) -> list[Any]:
-    """FSDP2's own records of what a module shards; torch before 2.13 has at most one."""
-    state: Any = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None)
-    if groups is None:
-        groups = [state._fsdp_param_group]
-    return [group for group in groups if group is not None]

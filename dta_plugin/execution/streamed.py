@@ -7,7 +7,7 @@ the arena (attention/arena.py). Activations are bounded by the budget, keys and 
 
 All parameters are inputs of one autograd function, which sums their gradients over the chunks in float32 or wider and
 hands each out once. So gradients are reduced over ranks once, an error in a chunk leaves no gradient behind, and
-gradient accumulation and `torch.autograd.grad` work as ever.
+gradient accumulation works as ever, as does `torch.autograd.grad` (which FSDP2 never knew).
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from dta_plugin.attention.hf import install
+from dta_plugin.execution.chunks import Job, Planner
 from dta_plugin.execution.gradients import GradientSums
 from dta_plugin.execution.memory import halve
 from dta_plugin.execution.model import causal_lm, tree_forward
 from dta_plugin.execution.packed import EdgeOutputs, check_finite
-from dta_plugin.execution.passes import Job, Passes, Planner
+from dta_plugin.execution.passes import Passes
 from dta_plugin.tree.layout import ScoredEdges
 from dta_plugin.tree.plan import Plan, plan_chunks
 from dta_plugin.tree.trie import PrefixTree
@@ -65,32 +66,28 @@ def run_streamed(
             result = model(dta_job=job)
         (passes,), logprobs, entropies = runs, result["logprobs"], result["entropies"]
     check_finite(logprobs, base)
-    outputs = EdgeOutputs(logprobs, entropies if return_entropy else None, None, "+".join(sorted(passes.backends)))
+    outputs = EdgeOutputs(
+        logprobs, entropies if return_entropy else None, None, "+".join(sorted(passes.runner.backends))
+    )
     return outputs, passes.plan
 
 
 def _begun(job: Job, budget: int) -> tuple[Passes, torch.Tensor, torch.Tensor]:
     """The first pass; its log-probs and entropies [E], differentiable where gradients are wanted."""
     is_differentiable = torch.is_grad_enabled() and any(p.requires_grad for p in job.model.parameters())
-    passes, logprobs, entropies = _first_pass(job, budget, is_differentiable)
+    passes, logprobs, entropies, handed_out = _first_pass(job, budget, is_differentiable)
     if is_differentiable:
-        logprobs, entropies = _Streamed.apply(passes, logprobs, entropies, *_dependencies(passes))
+        # Parameters that FSDP2 has gathered get their gradients within; the caller's pass needs anything to come by.
+        anchor = torch.zeros((), requires_grad=True)
+        wanted = [anchor] if job.is_sharded else [*handed_out, *passes.parameters.values()]
+        logprobs, entropies = _Streamed.apply(passes, logprobs, entropies, *wanted)
     return passes, logprobs, entropies
 
 
-def _dependencies(passes: Passes) -> list[torch.Tensor]:
-    """What the caller's backward pass gives gradients to: the first chunk, if it is handed out, and all parameters.
-
-    If FSDP2 shards the model the parameters are gathered and get theirs within; any tensor does.
-    """
-    if passes.job.is_sharded:
-        return [torch.zeros((), requires_grad=True)]
-    first = [] if passes.first is None else passes.first.outputs
-    return [*first, *passes.parameters.values()]
-
-
-def _first_pass(job: Job, budget: int, is_differentiable: bool) -> tuple[Passes, torch.Tensor, torch.Tensor]:
-    """The first pass within `budget`, or what memory turns out to allow; log-probs and entropies [E]."""
+def _first_pass(
+    job: Job, budget: int, is_differentiable: bool
+) -> tuple[Passes, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """The first pass within `budget`, or what memory turns out to allow; see `Passes.forward`."""
     while True:
         passes = Passes(job, budget, is_differentiable)
         try:
@@ -113,13 +110,13 @@ def _backward_pass(
                 raise
             budget = _smaller(run, error)
         run.forget()
-        with torch.no_grad(), passes.autocast.entered():
+        with torch.no_grad(), passes.runner.autocast.entered():
             run, *_ = _first_pass(passes.job, budget, is_differentiable=False)
-    if passes.first is None:
+    if passes.handed_out is None:
         return [], sums
     if run is not passes:  # the new run has done the whole tree, that chunk included
         grad_logprobs, grad_entropies = torch.zeros_like(grad_logprobs), torch.zeros_like(grad_entropies)
-    return passes.first.seeds(passes.pieces.edges(0), grad_logprobs, grad_entropies), sums
+    return passes.handed_out.gradients(passes.pieces.edges(0), grad_logprobs, grad_entropies), sums
 
 
 def _smaller(passes: Passes, error: torch.OutOfMemoryError) -> int:
@@ -136,7 +133,7 @@ def _smaller(passes: Passes, error: torch.OutOfMemoryError) -> int:
 
 
 class _Streamed(torch.autograd.Function):
-    """The log-probs of all chunks as functions of `_dependencies`."""
+    """The log-probs of all chunks, as functions of the first one's outputs, if handed out, and all parameters."""
 
     @staticmethod
     def forward(ctx: Any, passes: Passes, logprobs, entropies, *_: torch.Tensor):
@@ -146,7 +143,7 @@ class _Streamed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs, grad_entropies):
-        seeds, sums = _backward_pass(ctx.passes, grad_logprobs, grad_entropies)
+        handed_out, sums = _backward_pass(ctx.passes, grad_logprobs, grad_entropies)
         if ctx.passes.job.is_sharded:
             return None, None, None, None
-        return None, None, None, *seeds, *sums.of(ctx.passes.parameters)
+        return None, None, None, *handed_out, *sums.of(ctx.passes.parameters)

@@ -21,13 +21,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import dta_plugin
 from dta_plugin import TreeConfig
-from dta_plugin.execution.passes import Graph, Passes
+from dta_plugin.execution.chunks import Graph
+from dta_plugin.execution.passes import Passes
 from tests.support.models import softmax_in_own_dtype, tiny_model
 from tests.support.oracle import functional
 from tests.support.trees import Sequences, binary, branching_comb, run, star
@@ -170,6 +171,28 @@ def events(name: str) -> list[str]:
             found.clear()
             step(model, SPLITS["both"], STREAMED)
     return found
+
+
+def gathered_units(_: str) -> dict[str, int]:
+    """How many of 9 units of an FSDP2 model hold their weights at a time in a backward pass; and after it."""
+    most = {}
+    for executor in ("packed", "streamed"):
+        model, counts = sharded(plain(num_hidden_layers=8), reshard_after_forward=True), list[int]()
+        units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+        def count(*_: object, units: list[FSDPModule] = units, counts: list[int] = counts) -> None:
+            counts.append(sum(not isinstance(p, DTensor) for unit in units for p in list(unit.parameters())[:1]))
+
+        for layer in model.model.layers:
+            layer.register_full_backward_pre_hook(count)
+            layer.register_forward_pre_hook(count)
+        _, loss = logprobs_and_loss(model, SPLITS["both"][0], 0, STREAMED if executor == "streamed" else TreeConfig())
+        counts.clear()
+        loss.backward()
+        most[executor] = max(counts)
+        count()
+        most[f"{executor}, after"] = counts[-1]
+    return most
 
 
 def failing_chunk(name: str) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def error(actual: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> fl
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     jobs = [f"splits:{name}" for name in WRAPPINGS]
     jobs += [f"{job}:{name}" for job in ("events", "failing_chunk", "gate_and_dense") for name in ("ddp", "fsdp2")]
+    jobs.append("gathered_units:")
     return on_two_ranks(SCRIPT, tmp_path_factory.mktemp("ranks"), *jobs)
 
 
@@ -81,6 +82,13 @@ def test_gradients_travel_once_and_while_others_are_computed(ranks: list[dict[st
     assert events.count("reduce") == other.count("reduce") > 1
     if name == "fsdp2":
         assert events.count("reduce") == 3, "one per layer and one for the rest"
+
+
+def test_chunks_gather_no_more_weights_at_a_time_than_a_packed_pass(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        found = rank["gathered_units:"]
+        assert found["streamed"] <= found["packed"] + 1 < 9
+        assert (found["packed, after"], found["streamed, after"]) == (0, 0)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])

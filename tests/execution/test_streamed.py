@@ -18,7 +18,7 @@ from torch import nn
 import dta_plugin
 from dta_plugin import InvalidInputError, TreeConfig
 from dta_plugin.attention import arena
-from dta_plugin.execution import memory, passes
+from dta_plugin.execution import chunks, memory, passes
 from tests.support.models import softmax_in_own_dtype, tiny_model
 from tests.support.oracle import Result, Rows, dense, difference, functional, gradient_norm
 from tests.support.tree_run import TOLERANCE, bfloat16_and_its_truth, model_pair, through_tree
@@ -193,15 +193,15 @@ def test_fan_out_1000_in_bfloat16_loses_no_gradient(where: str, budget: int) -> 
 
 def oom_once(monkeypatch: pytest.MonkeyPatch, at_call: int) -> list[int]:
     """The `at_call`-th model call runs out of memory. -> sizes of all calls."""
-    forward, sizes = passes.Passes._run, []
+    forward, sizes = chunks.Runner.run, []
 
-    def failing(self: passes.Passes, piece: Any, *arguments: Any, **options: Any) -> list[torch.Tensor]:
+    def failing(self: chunks.Runner, piece: Any, *arguments: Any, **options: Any) -> list[torch.Tensor]:
         sizes.append(len(piece.depth))
         if len(sizes) == at_call:
             raise torch.OutOfMemoryError("simulated")
         return forward(self, piece, *arguments, **options)
 
-    monkeypatch.setattr(passes.Passes, "_run", failing)
+    monkeypatch.setattr(chunks.Runner, "run", failing)
     return sizes
 
 
@@ -233,7 +233,7 @@ def test_out_of_memory_at_one_token_is_an_error(monkeypatch: pytest.MonkeyPatch)
 def test_an_error_inside_a_chunk_leaves_no_gradient_behind(monkeypatch: pytest.MonkeyPatch, at_call: int) -> None:
     pristine, model = tiny_model("llama", torch.float64), tiny_model("llama", torch.float64)
     out = dta_plugin.sequence_logprobs(model, binary(3), stream(6))
-    forward, calls = passes.Passes._run, []
+    forward, calls = chunks.Runner.run, []
 
     def failing(*arguments: Any, **options: Any) -> list[torch.Tensor]:
         calls.append(1)
@@ -242,7 +242,7 @@ def test_an_error_inside_a_chunk_leaves_no_gradient_behind(monkeypatch: pytest.M
         return forward(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(passes.Passes, "_run", failing)
+        patch.setattr(chunks.Runner, "run", failing)
         with pytest.raises(RuntimeError, match="killed"):
             torch.cat(out.logprobs).sum().backward()
     assert all(p.grad is None for p in model.parameters())

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from dta_plugin import InvalidInputError, TreeConfig, sequence_logprobs
-from dta_plugin.execution.passes import Graph, Passes
+from dta_plugin.execution.chunks import Graph, Runner
+from dta_plugin.execution.passes import Passes
 from dta_plugin.verify import compare
 from tests.support.models import softmax_in_own_dtype, tiny_model
 from tests.support.oracle import Result, dense, difference, gradient_error, rms
@@ -108,7 +114,7 @@ def test_fsdp2(process_group: None, tied: bool, chunk: int | None) -> None:
 
 
 def out_of_memory_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
-    run, calls = Passes._run, []
+    run, calls = Runner.run, []
 
     def failing(*arguments: Any, **options: Any) -> Graph:
         calls.append(1)
@@ -116,7 +122,7 @@ def out_of_memory_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
             raise torch.OutOfMemoryError("simulated")
         return run(*arguments, **options)
 
-    monkeypatch.setattr(Passes, "_run", failing)
+    monkeypatch.setattr(Runner, "run", failing)
 
 
 @pytest.mark.parametrize("call", [2, 6], ids=["forward", "backward"])
@@ -152,15 +158,78 @@ def test_no_sequences(process_group: None) -> None:
         model.zero_grad()
 
 
+def by_layers() -> torch.nn.Module:
+    model = tiny_model("llama", torch.float64).train()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def test_fsdp2_backward_through_another_call_too_is_an_error(process_group: None) -> None:
+    """In the middle of another call's backward pass FSDP2 gathers nothing: gradients would be silently wrong."""
+    model, streamed = by_layers(), TreeConfig(executor="streamed", max_tree_tokens_per_chunk=8)
+    losses = [torch.cat(sequence_logprobs(model, SEQUENCES, c).logprobs).sum() for c in (streamed, TreeConfig())]
+    with pytest.raises(InvalidInputError, match="call backward for each loss by itself"):
+        (losses[0] + losses[1]).backward()
+
+
+def test_fsdp2_second_backward_is_an_error(process_group: None) -> None:
+    config = TreeConfig(executor="streamed", max_tree_tokens_per_chunk=8)
+    loss = torch.cat(sequence_logprobs(by_layers(), SEQUENCES, config).logprobs).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(InvalidInputError, match="A second backward pass"):
+        loss.backward()
+
+
+def test_tensor_parallel_parameters_do_not_stream(process_group: None) -> None:
+    model = tiny_model("llama")
+    mlp = {"gate_proj": ColwiseParallel(), "up_proj": ColwiseParallel(), "down_proj": RowwiseParallel()}
+    parallelize_module(model.model.layers[0].mlp, init_device_mesh("cpu", (1,)), mlp)
+    with pytest.raises(InvalidInputError, match="tensor-parallel parameters"):
+        sequence_logprobs(model, SEQUENCES, TreeConfig(executor="streamed"))
+
+
+@pytest.mark.parametrize("wrap", [DistributedDataParallel, lambda model: model], ids=["ddp", "plain"])
+def test_what_never_goes_backward_is_freed(process_group: None, wrap: Any) -> None:
+    model, alive = wrap(tiny_model("llama").train()), []
+    own = Passes.__init__
+
+    def watched(self: Passes, *arguments: Any) -> None:
+        alive.append(weakref.ref(self))
+        own(self, *arguments)
+
+    with patch.object(Passes, "__init__", watched):
+        out = sequence_logprobs(model, SEQUENCES, TreeConfig(executor="streamed", max_tree_tokens_per_chunk=6))
+    assert alive[0]() is not None
+    del out
+    gc.collect()
+    assert alive[0]() is None
+
+
+@pytest.mark.parametrize("wrap", [DistributedDataParallel, lambda model: model], ids=["ddp", "plain"])
+def test_only_the_head_is_trained(process_group: None, wrap: Any) -> None:
+    models = [tiny_model("qwen3", torch.float64).train() for _ in range(2)]
+    for model in models:
+        model.requires_grad_(False)
+        model.lm_head.requires_grad_(True)
+    config = TreeConfig(executor="streamed", max_tree_tokens_per_chunk=6)
+    actual = strip(through_tree(wrap(models[0]), SEQUENCES, config=config, executor="streamed"), "module.")
+    found = difference(actual, dense(models[1], SEQUENCES))
+    assert list(actual.gradients) == ["lm_head.weight"] and found.worst < 1e-10, found
+
+
+@pytest.mark.parametrize("budget", [None, 6], ids=["packed", "streamed"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
-def test_autocast_is_no_worse_than_dense_autocast(family: str) -> None:
+def test_autocast_is_no_worse_than_dense_autocast(family: str, budget: int | None) -> None:
     """float32 parameters, bfloat16 products: gradient errors to float32, root mean square over seeds."""
+    config, executor = TreeConfig(max_tree_tokens_per_chunk=budget), "streamed" if budget else "packed"
     found, allowed = [], []
     for seed in range(6):
         pristine, model = tiny_model(family, seed=seed), tiny_model(family, seed=seed)
         truth = dense(pristine, SEQUENCES)
         with torch.autocast("cpu", torch.bfloat16):
-            expected, actual = dense(pristine, SEQUENCES), through_tree(model, SEQUENCES)
+            expected = dense(pristine, SEQUENCES)
+            actual = through_tree(model, SEQUENCES, config=config, executor=executor)
         found.append(gradient_error(actual, truth))
         allowed.append(gradient_error(expected, truth))
     assert 1e-3 < rms(found) <= 1.2 * rms(allowed)

@@ -1,0 +1,114 @@
+"""One chunk, one call of the model: what a streamed run computes, and who runs its pieces."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dta_plugin.attention.arena import Arena, ChunkMask
+from dta_plugin.execution.fsdp2 import parameters_in_use
+from dta_plugin.execution.model import lm_head, tree_forward
+from dta_plugin.execution.packed import check_every_layer_hit, row_inputs, score
+from dta_plugin.execution.pieces import Piece
+from dta_plugin.execution.ranks import is_sharded
+from dta_plugin.execution.replay import Autocast, plain_checkpointing
+from dta_plugin.tree.layout import ScoredEdges
+from dta_plugin.tree.plan import Plan
+from dta_plugin.tree.trie import PrefixTree
+
+log = logging.getLogger("dta_plugin")
+Planner = Callable[[PrefixTree, int, bool], Plan]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """What is to be computed, whatever the budget. base: the causal LM inside `model`."""
+
+    model: nn.Module
+    base: PreTrainedModel
+    tree: PrefixTree
+    edges: ScoredEdges
+    backend: str
+    temperature: float
+    return_entropy: bool
+    head_dtype: torch.dtype | None
+    planner: Planner
+
+    @property
+    def is_sharded(self) -> bool:
+        return is_sharded(self.model)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Graph:
+    """A chunk that has run. outputs: hidden states, and log-probs and entropies of its edges where it has any.
+
+    parameters: the trainable ones by name, as they were when it ran.
+    """
+
+    outputs: list[torch.Tensor]
+    parameters: Mapping[str, torch.Tensor]
+
+    def gradients(
+        self, edges: torch.Tensor, grad_logprobs: torch.Tensor, grad_entropies: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Of the outputs, from those of all edges [E]. edges: int64 [E'] those of the chunk.
+
+        Nothing may be scored in a chunk: its keys still pass on what its descendants left for them.
+        """
+        found = [torch.zeros_like(self.outputs[0])]
+        for grad, output in zip((grad_logprobs, grad_entropies), self.outputs[1:], strict=False):
+            found.append(grad[edges].to(output.dtype))
+        return found
+
+
+class Runner:
+    """Calls the model with pieces of a job's tree. backends: who has computed attention."""
+
+    def __init__(self, job: Job, device: torch.device) -> None:
+        self.job = job
+        self.head = lm_head(job.base, job.head_dtype)
+        self.autocast = Autocast.now(device.type)
+        self.backends: set[str] = set()
+
+    def run(self, piece: Piece, arena: Arena, what: str, needs_head: bool = False) -> Graph:
+        """what: for the log. needs_head: the LM head takes part in the graph even if nothing is scored."""
+        start = time.perf_counter()
+        job = self.job
+        mask = ChunkMask(piece.exit, piece.depth, job.backend, arena, piece.first, piece.trunk)
+        runs_head = job.is_sharded or needs_head or len(piece.edges) > 0
+
+        def forward(model: PreTrainedModel, dta_inputs: dict[str, Any], **_: Any) -> list[torch.Tensor]:
+            hidden = getattr(model, model.base_model_prefix)(**dta_inputs).last_hidden_state
+            return [hidden, *self._scored(hidden[0], piece)] if runs_head else [hidden]
+
+        inputs = row_inputs(piece.input_ids, piece.depth, mask)
+        # Weights that were cast in a call without gradient are of no use to one with: torch 2.8 reuses them.
+        torch.clear_autocast_cache()
+        with self.autocast.entered(), plain_checkpointing(job.base), parameters_in_use(job.model) as parameters:
+            if job.is_sharded:  # through the wrapper, which gathers the weights
+                with tree_forward(job.base, forward):
+                    outputs = job.model(dta_inputs=inputs)
+            else:  # within the wrapper's call
+                outputs = forward(job.base, inputs)
+        check_every_layer_hit(job.base, mask)
+        self.backends |= mask.backends_used
+        seconds = time.perf_counter() - start
+        log.debug("dta: %s: %d tokens behind %d ancestors, %.3f s", what, len(piece.depth), piece.first, seconds)
+        return Graph(outputs, parameters)
+
+    def _scored(self, hidden: torch.Tensor, piece: Piece) -> list[torch.Tensor]:
+        """Log-probs and, if wanted, entropies of a chunk's edges [E']; the head runs even if there are none."""
+        count = len(piece.edges)
+        nothing = piece.depth.new_zeros(1)
+        rows, targets, row_of_edge = (x if count else nothing for x in (piece.rows, piece.targets, piece.row_of_edge))
+        options = (self.job.temperature, self.job.return_entropy)
+        scores = score(hidden.index_select(0, rows), self.head, targets, row_of_edge, *options)
+        return [values if count else values[:0].clone() for values in scores if values is not None]

@@ -1,0 +1,140 @@
+"""Costs that are read off prefix sums against trees that are built, token by token."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dta_plugin import InvalidInputError, PrefixTree
+from dta_plugin.balance.costs import TYPICAL, Run, SequenceCosts
+from dta_plugin.tree.cost import ModelCost
+from tests.support.trees import BLOCK_FORKS, SHAPES, WIDE, Sequences, comb, sequence_batches, star
+
+WINDOWED = ModelCost(per_token=10.0, per_pair=3.0, per_scored=50.0, per_window_pair=((3, 5.0), (8, 2.0)))
+MODELS = {"typical": TYPICAL, "windows": WINDOWED, "tokens": ModelCost(1.0, 0.0, 0.0)}
+CLOSE = 1e-9
+
+
+def tree_cost(sequences: Sequences, model: ModelCost, first_scored: list[int] | None = None) -> float:
+    """What the built tree costs; a token that any sequence scores is scored once. No sequences cost nothing."""
+    if not sequences:
+        return 0.0
+    tree = PrefixTree.from_sequences(sequences)
+    begins = first_scored or [len(sequence) for sequence in sequences]
+    scored = {token for s, begin in enumerate(begins) for token in tree.path(s)[begin:].tolist()}
+    return model.flops(tree.tree_tokens, tree.depth, len(scored))
+
+
+@st.composite
+def disjoint_runs(draw: st.DrawFn, count: int) -> list[Run]:
+    """Some of the stretches between random cuts, in any order."""
+    cuts = sorted({0, count, *draw(st.lists(st.integers(0, count), max_size=6))})
+    runs = [Run(a, b) for a, b in zip(cuts, cuts[1:], strict=False) if draw(st.booleans())]
+    return draw(st.permutations(runs))
+
+
+def members(costs: SequenceCosts, runs: list[Run]) -> list[int]:
+    return [int(costs.order[rank]) for run in runs for rank in range(run.start, run.stop)]
+
+
+@given(st.data(), sequence_batches(max_sequences=10), st.sampled_from(list(MODELS)))
+def test_runs_cost_what_their_tree_costs(data: st.DataObject, sequences: Sequences, model: str) -> None:
+    costs = SequenceCosts.of(sequences, MODELS[model])
+    runs = data.draw(disjoint_runs(len(sequences)))
+    chosen = [sequences[s] for s in members(costs, runs)]
+    assert costs.of_runs(runs) == pytest.approx(tree_cost(chosen, MODELS[model]), rel=CLOSE, abs=0)
+    assert costs.total == pytest.approx(tree_cost(sequences, MODELS[model]), rel=CLOSE)
+    for run in runs:
+        alone = [sequences[s] for s in members(costs, [run])]
+        assert costs.of_run(run) == pytest.approx(tree_cost(alone, MODELS[model]), rel=CLOSE)
+
+
+@given(st.data(), sequence_batches(max_sequences=10), st.integers(0, 14))
+def test_scored_tokens_count_where_sequences_agree_on_them(
+    data: st.DataObject, sequences: Sequences, begin: int
+) -> None:
+    """All completions begin at one position, as in a group."""
+    costs = SequenceCosts.of(sequences, WINDOWED, [begin] * len(sequences))
+    runs = data.draw(disjoint_runs(len(sequences)))
+    chosen = members(costs, runs)
+    expected = tree_cost([sequences[s] for s in chosen], WINDOWED, [begin] * len(chosen))
+    assert costs.of_runs(runs) == pytest.approx(expected, rel=CLOSE, abs=0)
+
+
+@given(st.data(), st.integers(1, 8), st.integers(1, 4))
+def test_scored_tokens_count_where_a_turn_is_the_next_ones_prompt(data: st.DataObject, turns: int, turn: int) -> None:
+    sequences = comb(turns, turn)
+    begins = [index * turn for index in range(turns)]
+    costs = SequenceCosts.of(sequences, WINDOWED, begins)
+    runs = data.draw(disjoint_runs(turns))
+    chosen = members(costs, runs)
+    expected = tree_cost([sequences[s] for s in chosen], WINDOWED, [begins[s] for s in chosen])
+    assert costs.of_runs(runs) == pytest.approx(expected, rel=CLOSE, abs=0)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name", [*SHAPES, *WIDE, *BLOCK_FORKS])
+def test_every_shape(name: str, model: str) -> None:
+    sequences = (SHAPES | WIDE | BLOCK_FORKS)[name]
+    costs = SequenceCosts.of(sequences, MODELS[model])
+    assert len(costs) == len(sequences)
+    assert costs.total == pytest.approx(tree_cost(sequences, MODELS[model]), rel=CLOSE)
+    odd = [Run(rank, rank + 1) for rank in range(1, len(costs), 2)]
+    chosen = [sequences[s] for s in members(costs, odd)]
+    assert costs.of_runs(odd) == pytest.approx(tree_cost(chosen, MODELS[model]), rel=CLOSE, abs=0)
+
+
+@given(sequence_batches(max_sequences=10))
+def test_trees_share_nothing_and_cover_all(sequences: Sequences) -> None:
+    costs = SequenceCosts.of(sequences)
+    assert sorted(members(costs, costs.trees)) == list(range(len(sequences)))
+    first_tokens = [{sequences[s][0] for s in members(costs, [run])} for run in costs.trees]
+    assert all(len(tokens) == 1 for tokens in first_tokens)
+    assert len(set().union(*first_tokens)) == len(first_tokens)
+
+
+@given(st.data(), sequence_batches(max_sequences=12), st.floats(0, 60))
+def test_longest_within_keeps_the_budget_and_gives_up_a_quarter_at_most(
+    data: st.DataObject, sequences: Sequences, budget: float
+) -> None:
+    costs = SequenceCosts.of(sequences)
+    start = data.draw(st.integers(0, len(sequences) - 1))
+    run = Run(start, data.draw(st.integers(start + 1, len(sequences))))
+    part = costs.longest_within(run, budget)
+    fitting = [stop for stop in range(start + 1, run.stop + 1) if costs.of_run(Run(start, stop)) <= budget]
+    assert part.start == start and part.stop <= run.stop
+    if not fitting:
+        assert not len(part)
+    else:
+        assert part.stop in fitting
+        assert len(part) >= 0.75 * (max(fitting) - start)
+
+
+def test_longest_within_cuts_between_families() -> None:
+    """Two stars behind one token: a budget for the first and a bit of the second ends after the first."""
+    sequences = [[2, *sequence] for sequence in [*star(8, prefix=50), *([9, *rest] for rest in star(8, prefix=50))]]
+    costs = SequenceCosts.of(sequences)
+    first = costs.of_run(Run(0, 8))
+    assert costs.longest_within(Run(0, 16), first + 60).stop == 8
+
+
+def test_a_whole_tree_within_the_budget_is_not_cut() -> None:
+    costs = SequenceCosts.of(star(8))
+    assert costs.longest_within(Run(0, 8), costs.total).stop == 8
+
+
+def test_large_costs_lose_no_precision() -> None:
+    """FLOPs of a large batch: a short run at its end is a small difference of large sums."""
+    model = ModelCost(per_token=1.5e10, per_pair=1e6, per_scored=1e9)
+    generator = np.random.default_rng(0)
+    sequences = [generator.integers(1000, size=500) for _ in range(2000)]
+    costs = SequenceCosts.of(sequences, model)
+    last = Run(len(costs) - 1, len(costs))
+    assert costs.of_run(last) == pytest.approx(float(costs.path[-1]), rel=CLOSE)
+
+
+def test_what_is_no_sequence_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="Sequence 1 is empty"):
+        SequenceCosts.of([[1], []])
