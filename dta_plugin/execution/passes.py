@@ -145,11 +145,12 @@ class Passes:
     def _graph_of(self, index: int) -> Graph:
         """The chunk's graph, kept or made again, its ancestors' keys in place."""
         own_calls = 0 if index in self.kept else 1
-        for ancestor in self.path.restore(index):
+        for part in self.path.restore(index):
             # With dropout the trunk must draw the random numbers of its whole chunk again.
-            piece = self.pieces.whole(ancestor) if self.random.is_drawn else self.pieces.trunk(ancestor)
-            with torch.no_grad(), self.random.again(ancestor):
-                self.runner.run(piece, self.arena, f"{self._name(ancestor)}, trunk")
+            is_whole = self.random.is_drawn
+            piece = self.pieces.whole(part.chunk) if is_whole else self.pieces.trunk(part.chunk, part.start)
+            with torch.no_grad(), self.random.again(part.chunk):
+                self.runner.run(piece, self.arena, f"{self._name(part.chunk)}, trunk")
             own_calls += 1
         self._call_along(self.calls.before_backward[index] - own_calls)
         if index in self.kept:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from dta_plugin.tree.layout import ScoredEdges
-from dta_plugin.tree.plan import Chunk, Plan
+from dta_plugin.tree.plan import Plan
 from dta_plugin.tree.trie import PrefixTree
 
 
@@ -49,12 +49,13 @@ class Pieces:
         chunk, edges = self.plan.chunks[index], self.edges_of[index]
         rows, row_of_edge = np.unique(self.row[edges], return_inverse=True)
         positions = np.searchsorted(chunk.tokens, rows)
-        return self._piece(chunk.tokens, chunk, chunk.trunk, edges, positions, row_of_edge)
+        return self._piece(chunk.tokens, chunk.first_depth, chunk.trunk, edges, positions, row_of_edge)
 
-    def trunk(self, index: int) -> Piece:
-        """Only the trunk of a chunk, nothing scored."""
+    def trunk(self, index: int, start: int) -> Piece:
+        """Only the trunk of a chunk, from its token number `start` on; nothing scored."""
         chunk, nothing = self.plan.chunks[index], np.empty(0, dtype=np.int64)
-        return self._piece(chunk.tokens[chunk.trunk], chunk, np.arange(len(chunk.trunk)), nothing, nothing, nothing)
+        tokens = chunk.tokens[chunk.trunk[start:]]
+        return self._piece(tokens, chunk.first_depth + start, np.arange(len(tokens)), nothing, nothing, nothing)
 
     def stand_in(self) -> Piece:
         """A piece of one token, for a rank that calls the model only because others do."""
@@ -64,7 +65,7 @@ class Pieces:
     def _piece(
         self,
         tokens: np.ndarray,
-        chunk: Chunk,
+        first: int,
         trunk: np.ndarray,
         edges: np.ndarray,
         rows: np.ndarray,
@@ -76,4 +77,4 @@ class Pieces:
         arrays = (tree.tokens[tokens], tree.depth[tokens], exit_)
         ids, depth, exit_tensor = (torch.from_numpy(array).to(self.device) for array in arrays)
         rest = (torch.from_numpy(array).to(self.device) for array in (trunk, edges, targets, rows, row_of_edge))
-        return Piece(ids, depth, exit_tensor, chunk.first_depth, *rest)
+        return Piece(ids, depth, exit_tensor, first, *rest)

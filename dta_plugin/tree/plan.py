@@ -67,12 +67,12 @@ class Plan:
         """Most keys that a chunk sees: its ancestors and itself."""
         return max(chunk.first_depth + len(chunk) for chunk in self.chunks)
 
-    def rebuilds(self) -> list[list[int]]:
-        """Per chunk, those whose trunks run once more before it goes backward: other branches took their place."""
+    def rebuilds(self) -> list[list[Rebuild]]:
+        """Per chunk, what runs once more before it goes backward, because other branches took its place in memory."""
         path = Path(self)
         for index in range(len(self.chunks)):
             path.run(index)
-        rebuilds: list[list[int]] = []
+        rebuilds: list[list[Rebuild]] = []
         for index in reversed(range(len(self.chunks))):
             rebuilds.append(list(path.restore(index)))
             path.leave(index)
@@ -81,7 +81,15 @@ class Plan:
     @property
     def rebuilt_tokens(self) -> int:
         """Trunk tokens that run once more without gradient."""
-        return sum(len(self.chunks[missing].trunk) for missing in chain.from_iterable(self.rebuilds()))
+        return sum(len(self.chunks[r.chunk].trunk) - r.start for r in chain.from_iterable(self.rebuilds()))
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuild:
+    """The trunk of a chunk from its token number `start` on: the part that is no longer in memory."""
+
+    chunk: int
+    start: int
 
 
 @dataclass(slots=True, eq=False)
@@ -105,8 +113,8 @@ class Path:
         """Chunk `index` has gone backward: only its ancestors are in memory."""
         self.owner[self.plan.chunks[index].first_depth :] = -1
 
-    def restore(self, index: int) -> Iterator[int]:
-        """The ancestors of chunk `index` that have to run again first, from the top; each is marked as run.
+    def restore(self, index: int) -> Iterator[Rebuild]:
+        """What has to run again before chunk `index`, from the top; each part is marked as run.
 
         A chunk that runs takes all slots below its own: what is in place has its ancestors in place, too.
         """
@@ -116,7 +124,9 @@ class Path:
             missing.append(below.parent)
             below = self.plan.chunks[below.parent]
         for ancestor in reversed(missing):
-            yield ancestor
+            chunk = self.plan.chunks[ancestor]
+            slots = self.owner[chunk.first_depth : chunk.first_depth + len(chunk.trunk)]
+            yield Rebuild(ancestor, int((slots != ancestor).argmax()))
             self.run(ancestor)
 
 
