@@ -134,7 +134,7 @@ def _dealt(batch: Batch, costs: SequenceCosts, bins: int) -> dict[str, Any]:
             "max_load": max(found),
             "over_bound": max(found) / bound,
             "repeated": sum(found) / costs.total - 1,
-            "sequences": list(map(len, result)),
+            "sequences": [min(map(len, result)), max(map(len, result))],
             "seconds": {clock: seconds[name][0] for clock, seconds in clocks.items()},
         }
     return {"bins": bins, "lower_bound": bound, "contenders": _with_mean_of_seeds(results)}

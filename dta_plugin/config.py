@@ -56,6 +56,11 @@ class TreeConfig:
         "Put siblings into one micro-batch after the framework has shuffled and split a generation batch: auto (where "
         "the optimizer step's gradient cannot change), always, or never.",
     )
+    merge_window: str = _option(
+        "auto",
+        "One tree for all micro-batches of a gradient-accumulation window, so that siblings meet even with a batch of "
+        "one: auto (where that saves more than separate trees), always, or never. Same gradient, loss and metrics.",
+    )
     on_unsupported: str = _option(
         "error", "What to do where the tree would not be exact: error, or dense (run the dense path, say so once)."
     )
@@ -64,6 +69,7 @@ class TreeConfig:
         _choice("backend", self.backend, BACKENDS)
         _choice("executor", self.executor, _EXECUTORS)
         _choice("regroup", self.regroup, _REGROUP)
+        _choice("merge_window", self.merge_window, _REGROUP)
         _choice("on_unsupported", self.on_unsupported, _ON_UNSUPPORTED)
         if self.max_tree_tokens_per_chunk is not None and self.max_tree_tokens_per_chunk < 1:
             raise InvalidInputError(

@@ -12,6 +12,7 @@ from dta_plugin.adapters.trl.config import tree_config
 from dta_plugin.adapters.trl.regroup import composition_reason, regroup
 from dta_plugin.adapters.trl.scoring import Hook, tree_log_probs
 from dta_plugin.adapters.trl.state import TreeState
+from dta_plugin.adapters.trl.window import merges
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import UnsupportedModelError
 from dta_plugin.execution.support import unsupported_reason
@@ -28,7 +29,7 @@ def log_probs(
 
 
 def prepare_inputs(trainer: Any, own: Callable[[Any], Any], default: TreeConfig | None, generation_batch: Any) -> Any:
-    """In front of `_prepare_inputs`: regroup a new generation batch, then hand out this step's micro-batch."""
+    """In front of `_prepare_inputs`: merge or regroup a new generation batch, then hand out the step's micro-batch."""
     config = active_config(trainer, default)
     if config is None:
         return own(generation_batch)
@@ -39,9 +40,16 @@ def prepare_inputs(trainer: Any, own: Callable[[Any], Any], default: TreeConfig 
     before = trainer._buffered_inputs
     inputs = own(generation_batch)
     buffer = trainer._buffered_inputs
-    if buffer is before or buffer is None or not _wants_regroup(trainer, config, state, buffer):
+    if buffer is before or buffer is None or unsupported_reason(trainer.model) is not None:
+        return inputs  # nothing new; or the dense path will run, on exactly what TRL made
+    own_order = _why_not_regroup(trainer, config, buffer)
+    separate = regroup(buffer, trainer.args.gradient_accumulation_steps) if own_order is None else buffer
+    state.windows.merges = merges(trainer, state, buffer, separate)
+    if state.windows.merges:
         return inputs
-    trainer._buffered_inputs = regroup(buffer, trainer.args.gradient_accumulation_steps)
+    if own_order:
+        state.say_once(trainer, f"micro-batches stay as TRL shuffled them, siblings apart, because {own_order}")
+    trainer._buffered_inputs = separate
     return trainer._buffered_inputs[trainer._step % trainer.args.steps_per_generation]
 
 
@@ -52,20 +60,14 @@ def active_config(trainer: Any, default: TreeConfig | None) -> TreeConfig | None
     return default
 
 
-def _wants_regroup(trainer: Any, config: TreeConfig, state: TreeState, buffer: list[dict[str, Any]]) -> bool:
+def _why_not_regroup(trainer: Any, config: TreeConfig, buffer: list[dict[str, Any]]) -> str | None:
+    """None: regroup. Otherwise why not, empty where there is nothing to say."""
     if config.regroup == "never" or len(buffer) == 1 or any("pixel_values" in batch for batch in buffer):
-        return False
-    if unsupported_reason(trainer.model) is not None:
-        return False  # the dense path will run: leave the batch exactly as TRL made it
+        return ""
     reason = composition_reason(trainer)
-    if reason is not None and config.regroup == "auto":
-        state.say_once(
-            trainer,
-            f"micro-batches stay as TRL shuffled them, siblings apart, because {reason}; regroup='always' regroups all "
-            "the same",
-        )
-        return False
-    return True
+    if reason is None or config.regroup == "always":
+        return None
+    return f"{reason}; regroup='always' regroups all the same"
 
 
 def _loss_is_fused(trainer: Any) -> bool:

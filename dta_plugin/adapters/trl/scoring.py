@@ -11,11 +11,12 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
+from dta_plugin.adapters.trl.rows import MicroBatch, joined
 from dta_plugin.adapters.trl.state import TreeState
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from dta_plugin.adapters.trl.window import unwrapped
+from dta_plugin.errors import UnsupportedModelError
 from dta_plugin.execution.auto import run_tree
 from dta_plugin.execution.batch import Batch, SequenceLogProbs, prepare
 from dta_plugin.verify import check_logprobs
@@ -61,27 +62,36 @@ def tree_log_probs(
             )
         return run_dense(reason)
 
-    real = attention_mask.bool()
-    completion = real.clone()
-    completion[:, :-logits_to_keep] = False
-    batch = prepare(model, _unpadded(input_ids, real), _first_scored(real, completion), state.config)
+    micro_batch = MicroBatch.from_padded(input_ids, attention_mask, logits_to_keep)
+    is_policy = torch.is_grad_enabled()
+
+    def hook_values(logps: torch.Tensor, entropies: torch.Tensor | None, aux_loss: torch.Tensor | None = None) -> Any:
+        values = tuple(None if x is None else micro_batch.as_columns(x) for x in (logps, entropies))
+        return (*values, aux_loss) if _returns_aux_loss(dense) else values
+
+    if is_policy and (waiting := state.windows.take(trainer, model, micro_batch)) is not None:
+        return hook_values(*waiting)
+    together = state.windows.begin(trainer, micro_batch) if is_policy else [micro_batch]
+    target = model if len(together) == 1 else unwrapped(model)
+    batch = prepare(target, *joined(together), state.config)
     if not batch.use_tree:
         below_gate = batch.cost.saving < state.config.min_saving  # a reason with a number, different in every batch
         return run_dense(batch.reason, "min_saving" if below_gate else None)
 
     try:
-        result = _run(trainer, state, model, batch, compute_entropy, compute_aux_loss)
+        result = _run(trainer, state, target, batch, compute_entropy, compute_aux_loss)
     except UnsupportedModelError as error:  # found only while running, such as a layer that bypasses the tree
         if state.config.on_unsupported == "error":
             raise
         return run_dense(str(error))
     state.calls += 1
-    if torch.is_grad_enabled():
+    if is_policy:
         state.say_once(trainer, str(result.report), topic="report")
         state.log_metrics(trainer, result)
-    logps = _as_columns(result.logprobs, completion, logits_to_keep)
-    entropies = None if result.entropies is None else _as_columns(result.entropies, completion, logits_to_keep)
-    return (logps, entropies, result.router_loss) if _returns_aux_loss(dense) else (logps, entropies)
+    if len(together) > 1:
+        return hook_values(*state.windows.opened(trainer, model, together, result))
+    entropies = None if result.entropies is None else micro_batch.scored(result.entropies)
+    return hook_values(micro_batch.scored(result.logprobs), entropies, result.router_loss)
 
 
 def _run(
@@ -101,31 +111,6 @@ def _run(
             return_router_loss=compute_aux_loss,
             head_dtype=torch.float32 if getattr(trainer.args, "cast_lm_head_to_fp32", False) else None,
         )
-
-
-def _unpadded(input_ids: torch.Tensor, real: torch.Tensor) -> list[np.ndarray]:
-    """Padded rows [B, L] -> one array of real token ids per row."""
-    ids, mask = input_ids.cpu().numpy(), real.cpu().numpy()
-    return [row[keep] for row, keep in zip(ids, mask, strict=True)]
-
-
-def _first_scored(real: torch.Tensor, completion: torch.Tensor) -> list[int]:
-    """Per row, the number of prompt tokens: completions start there."""
-    prompt_lengths = (real.sum(dim=1) - completion.sum(dim=1)).tolist()
-    if min(prompt_lengths) < 1:
-        raise InvalidInputError(
-            f"Row {prompt_lengths.index(min(prompt_lengths))} has no prompt token. Expected at least one per row: the "
-            "first completion token needs a token to be predicted from."
-        )
-    return prompt_lengths
-
-
-def _as_columns(values: list[torch.Tensor], completion: torch.Tensor, columns: int) -> torch.Tensor:
-    """Per-row values [len - 1] -> [B, C], 0 at padding."""
-    counts = completion.sum(dim=1).tolist()
-    flat = torch.cat([value[len(value) - count :] for value, count in zip(values, counts, strict=True)])
-    padded = flat.new_zeros(completion.shape).masked_scatter(completion, flat)
-    return padded[:, -columns:]
 
 
 def _returns_aux_loss(hook: Hook) -> bool:

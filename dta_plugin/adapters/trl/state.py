@@ -6,6 +6,7 @@ import logging
 import sys
 from typing import Any
 
+from dta_plugin.adapters.trl.window import Windows
 from dta_plugin.config import TreeConfig
 from dta_plugin.execution.batch import SequenceLogProbs
 
@@ -18,6 +19,7 @@ class TreeState:
     def __init__(self, config: TreeConfig) -> None:
         self.config = config
         self.calls = 0
+        self.windows = Windows()
         self._said: set[str] = set()
 
     @classmethod

@@ -26,6 +26,13 @@ CASES: dict[str, dict[str, Any]] = {
     "small_groups": {"per_device_train_batch_size": 4, "loss_type": "bnpo"},
     # The ranks need different numbers of chunks; a wrapper that is called once per chunk hangs here.
     "chunks": {"beta": 0.4, "loss_type": "grpo", "dta": {"dta_max_tree_tokens_per_chunk": 45}},
+    # One tree per window; the ranks' last micro-steps are the only ones that DDP sees.
+    "merged": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    "merged_chunks": {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "dta": {"dta_max_tree_tokens_per_chunk": 45, "dta_merge_window": "always"},
+    },
     "verified": {"dta": {"dta_verify": "first"}},
 }
 

@@ -11,12 +11,14 @@ import torch
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 
+from dta_plugin import TreeConfig
 from dta_plugin.adapters.trl import TreeGRPOConfig, TreeGRPOTrainer, TreeRLOOConfig, TreeRLOOTrainer, hooks
 from dta_plugin.adapters.trl.regroup import Inputs, regroup
 from tests.adapters.trl.support import TOLERANCE, Run, assert_equal, dense_and_tree, difference, train
 from tests.adapters.trl.test_equality_trainers import TreeGMPOTrainer
 
 SPREAD = {"steps_per_generation": 4, "max_steps": 4}  # 8 prompts of 4 rollouts over 4 micro-batches of 8 rows
+SEPARATE = {"dta_merge_window": "never"}
 # Extremes within a micro-batch, and means over its tokens. What is logged is their mean over micro-batches, which
 # depends on who shares one: extremes always, means of tokens where completions differ in length.
 EXTREMES = ("clip_ratio/low_min", "clip_ratio/high_max")
@@ -102,30 +104,34 @@ def test_rows_stay_whole_and_in_their_window(count: int, accumulation: int, wind
 def test_gradients_stay(model: str, tmp_path: Path, loss: str, accumulation: int) -> None:
     """Completions differ in length. With an accumulation of 2, the second window of a generation is off-policy."""
     run = {"loss_type": loss, "gradient_accumulation_steps": accumulation, "beta": 0.04, **SPREAD}
-    dense, tree = dense_and_tree(model, tmp_path, **run)
+    dense, tree = dense_and_tree(model, tmp_path, dta=SEPARATE, **run)
     assert_equal(dense, tree, ignore=(*EXTREMES, *TOKEN_MEANS))
 
 
 @pytest.mark.parametrize("loss", ["grpo", "dapo", "cispo", "vespo"])
 def test_metrics_stay_where_lengths_are_equal(model: str, tmp_path: Path, loss: str) -> None:
     run = {"loss_type": loss, "gradient_accumulation_steps": 2, "beta": 0.04, **SPREAD, **SAME_LENGTH}
-    dense, tree = dense_and_tree(model, tmp_path, **run)
+    dense, tree = dense_and_tree(model, tmp_path, dta=SEPARATE, **run)
     assert_equal(dense, tree, ignore=EXTREMES)
 
 
+class SeparateGMPOTrainer(TreeGMPOTrainer):
+    tree_config = TreeConfig(merge_window="never")
+
+
 @pytest.mark.parametrize(
-    ("trainers", "configs"),
+    ("trainers", "configs", "dta"),
     [
-        ((RLOOTrainer, TreeRLOOTrainer), (RLOOConfig, TreeRLOOConfig)),
-        ((GMPOTrainer, TreeGMPOTrainer), (GMPOConfig, GMPOConfig)),
+        ((RLOOTrainer, TreeRLOOTrainer), (RLOOConfig, TreeRLOOConfig), SEPARATE),
+        ((GMPOTrainer, SeparateGMPOTrainer), (GMPOConfig, GMPOConfig), {}),
     ],
     ids=["rloo", "gmpo"],
 )
 def test_gradients_of_other_trainers_stay(
-    model: str, tmp_path: Path, trainers: tuple[type, type], configs: tuple[type, type]
+    model: str, tmp_path: Path, trainers: tuple[type, type], configs: tuple[type, type], dta: dict[str, str]
 ) -> None:
     run = {"gradient_accumulation_steps": 2, "beta": 0.04, **SPREAD}
-    dense, tree = dense_and_tree(model, tmp_path, trainers, configs, **run)
+    dense, tree = dense_and_tree(model, tmp_path, trainers, configs, dta=dta, **run)
     assert_equal(dense, tree, ignore=(*EXTREMES, *TOKEN_MEANS))
 
 
@@ -133,8 +139,8 @@ def test_gradients_of_other_trainers_stay(
 def test_sharing_rises(model: str, tmp_path: Path, accumulation: int, factor: float) -> None:
     """A window that holds the whole generation batch gets all of it; half of one, what the shuffle left there."""
     run = {"gradient_accumulation_steps": accumulation, **SPREAD}
-    apart = train(model, tmp_path, TreeGRPOTrainer, TreeGRPOConfig, dta_regroup="never", **run)
-    together = train(model, tmp_path, TreeGRPOTrainer, TreeGRPOConfig, **run)
+    apart = train(model, tmp_path, TreeGRPOTrainer, TreeGRPOConfig, dta_regroup="never", **SEPARATE, **run)
+    together = train(model, tmp_path, TreeGRPOTrainer, TreeGRPOConfig, **SEPARATE, **run)
     print(f"compression ratio {mean_ratio(apart):.2f} -> {mean_ratio(together):.2f}")
     assert mean_ratio(together) > factor * mean_ratio(apart)
 
@@ -147,12 +153,12 @@ def test_auto_declines_where_gradients_would_change(
     chosen = moe_model if name == "router_loss" else model
     run = {"gradient_accumulation_steps": 4, **SPREAD, **options, "max_steps": 2}
     with caplog.at_level(logging.INFO, "dta_plugin"):
-        dense, tree = dense_and_tree(chosen, tmp_path, **run)
+        dense, tree = dense_and_tree(chosen, tmp_path, dta=SEPARATE, **run)
     assert_equal(dense, tree, least_ratio=1.0)
     assert [reason in message for message in caplog.messages if "stay as TRL shuffled them" in message] == [True]
     caplog.clear()
     with caplog.at_level(logging.INFO, "dta_plugin"):
-        always = train(chosen, tmp_path, TreeGRPOTrainer, TreeGRPOConfig, dta_regroup="always", **run)
+        always = train(chosen, tmp_path, TreeGRPOTrainer, TreeGRPOConfig, dta_regroup="always", **SEPARATE, **run)
     assert mean_ratio(always) > 1.2 * mean_ratio(tree)
     assert not any("stay as TRL shuffled them" in message for message in caplog.messages)
 
@@ -165,5 +171,5 @@ def test_regrouping_across_windows_is_another_training(
     monkeypatch.setattr(hooks, "regroup", lambda buffer, accumulation: regroup(buffer, len(buffer)))
     run = {"loss_type": loss, "gradient_accumulation_steps": 2, **SPREAD, **SAME_LENGTH, "max_steps": 2}
     dense = train(model, tmp_path, GRPOTrainer, GRPOConfig, **run)
-    tree = train(model, tmp_path, TreeGRPOTrainer, TreeGRPOConfig, **run)
+    tree = train(model, tmp_path, TreeGRPOTrainer, TreeGRPOConfig, **SEPARATE, **run)
     assert difference(dense, tree, ignore=(*EXTREMES, *TOKEN_MEANS)) > 1000 * TOLERANCE

@@ -1,0 +1,204 @@
+"""One tree for the micro-batches of an accumulation window.
+
+With a batch of one or two rows and gradient accumulation, siblings never meet in a micro-batch. But the parameters do
+not change within a window, so all its log-probs can come from one tree. The loss of a micro-step goes backward to that
+step's log-probs, where the gradient waits; the last step takes all of it through the tree. Every micro-step has the
+rows, the loss and the metrics that TRL gave it, and the gradient of the optimizer step is the same sum.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
+
+from dta_plugin.adapters.trl.rows import MicroBatch, joined
+from dta_plugin.balance.costs import SequenceCosts
+from dta_plugin.config import TreeConfig
+from dta_plugin.errors import InvalidInputError
+from dta_plugin.execution.batch import SequenceLogProbs
+from dta_plugin.execution.memory import token_budget
+from dta_plugin.execution.model import causal_lm, input_device, model_cost, tree_forward
+from dta_plugin.execution.ranks import gathered, is_collective
+from dta_plugin.tree.cost import ModelCost
+
+Inputs = dict[str, Any]
+
+# One tree must save this share of what separate ones compute: it holds more activations at a time.
+_WORTH = 0.05
+# A tree that is streamed runs forward twice.
+_STREAMED = 4 / 3
+_TOKENS = ModelCost(per_token=1.0, per_pair=0.0, per_scored=0.0)
+
+
+def window_size(trainer: Any, buffer: list[Inputs]) -> int:
+    """Micro-batches of a generation batch that always fall into the same optimizer step."""
+    return math.gcd(len(buffer), trainer.args.gradient_accumulation_steps)
+
+
+def merges(trainer: Any, state: Any, buffer: list[Inputs], separate: list[Inputs]) -> bool:
+    """Whether the windows of a new generation batch are to run as one tree each.
+
+    separate: the micro-batches that would run otherwise, regrouped or not.
+    """
+    wanted, size = state.config.merge_window, window_size(trainer, buffer)
+    if wanted == "never" or size == 1:
+        return False
+    obstacle = _obstacle(trainer, buffer)
+    if obstacle is not None:
+        if wanted == "always":
+            state.say_once(trainer, f"accumulation windows are not merged because of {obstacle}", level=logging.WARNING)
+        return False
+    if wanted == "always":
+        return True
+    model = trainer.model_wrapped
+    pays = _pays(trainer, state.config, buffer[:size], separate[:size])
+    return all(gathered(model, pays)) if is_collective(model) else pays  # all ranks alike: they call the model alike
+
+
+def _obstacle(trainer: Any, buffer: list[Inputs]) -> str | None:
+    """Why one backward pass per window is not possible."""
+    wrapped = trainer.model_wrapped
+    if any("pixel_values" in batch for batch in buffer):
+        return "images"
+    if getattr(trainer, "aux_loss_enabled", False):
+        return "the router loss, which is computed over each micro-batch"
+    if hasattr(wrapped, "zero_optimization_stage"):
+        return "DeepSpeed, which drives every backward pass itself"
+    if any(isinstance(module, FullyShardedDataParallel) for module in wrapped.modules()):
+        return "FSDP1"
+    return None
+
+
+def _pays(trainer: Any, config: TreeConfig, window: list[Inputs], alternative: list[Inputs]) -> bool:
+    model = causal_lm(trainer.model)
+    cost = model_cost(model)
+
+    def of(batches: list[MicroBatch], cost: ModelCost) -> float:
+        sequences, first_scored = joined(batches)
+        return SequenceCosts.of(sequences, cost, first_scored).total
+
+    together = [MicroBatch.from_inputs(batch) for batch in window]
+    budget = token_budget(model, input_device(model), config.max_tree_tokens_per_chunk)
+    streamed = _STREAMED if of(together, _TOKENS) > budget else 1.0
+    separate = sum(of([MicroBatch.from_inputs(batch)], cost) for batch in alternative)
+    return of(together, cost) * streamed < (1 - _WORTH) * separate
+
+
+Values = tuple[torch.Tensor, torch.Tensor | None]
+
+
+class Windows:
+    """The windows of one trainer, one at a time. merges: whether those of the current generation batch are merged."""
+
+    def __init__(self) -> None:
+        self.merges = False
+        self._window: _Window | None = None
+        self._step = -1  # the micro-step that was served last
+
+    def begin(self, trainer: Any, micro_batch: MicroBatch) -> list[MicroBatch]:
+        """What to run together with a micro-batch: the window that begins with it, or itself alone."""
+        buffer = trainer._buffered_inputs
+        if not self.merges or trainer._step == self._step or trainer.accelerator.sync_gradients:
+            return [micro_batch]
+        slot, size = trainer._step % len(buffer), window_size(trainer, buffer)
+        if slot % size:
+            return [micro_batch]
+        rest = [MicroBatch.from_inputs(inputs) for inputs in buffer[slot + 1 : slot + size]]
+        return [micro_batch, *rest]
+
+    def opened(
+        self, trainer: Any, model: nn.Module, micro_batches: list[MicroBatch], result: SequenceLogProbs
+    ) -> Values:
+        """A window that has run: the values of its first micro-batch."""
+        self._window = _Window(micro_batches, result)
+        values = self.take(trainer, model, micro_batches[0])
+        assert values is not None
+        return values
+
+    def take(self, trainer: Any, model: nn.Module, micro_batch: MicroBatch) -> Values | None:
+        """Log-probs and entropies [n] of the next micro-batch's completions; None if no window holds them."""
+        if self._window is None or trainer._step == self._step:
+            return None
+        self._step = trainer._step
+        is_last = self._window.is_at_its_last or bool(trainer.accelerator.sync_gradients)
+        values = self._window.take(model, micro_batch, is_last)
+        if is_last:
+            self._window = None
+        return values[0], values[1] if len(values) > 1 else None
+
+
+class _Window:
+    """Log-probs, and entropies where they are wanted, [V, N] of all completions of several micro-batches."""
+
+    def __init__(self, micro_batches: list[MicroBatch], result: SequenceLogProbs) -> None:
+        self.micro_batches = micro_batches
+        kinds = [result.logprobs] if result.entropies is None else [result.logprobs, result.entropies]
+        self.values = torch.stack([_scored(micro_batches, kind) for kind in kinds])
+        self.waiting: list[torch.Tensor] = []
+
+    @property
+    def is_at_its_last(self) -> bool:
+        return len(self.waiting) == len(self.micro_batches) - 1
+
+    def take(self, model: nn.Module, micro_batch: MicroBatch, is_last: bool) -> torch.Tensor:
+        """[V, n] of the next micro-batch; the last one's go backward through the tree, with the gradients of all."""
+        index = len(self.waiting)
+        if not micro_batch.equals(self.micro_batches[index]):
+            raise InvalidInputError(
+                f"Micro-batch {index + 1} of {len(self.micro_batches)} of an accumulation window is not the one that "
+                "was buffered when the window began. Expected the same rows; set merge_window='never' if something "
+                "changes or skips micro-batches on the way."
+            )
+        start = sum(x.shape[1] for x in self.waiting)
+        rows = slice(start, start + micro_batch.scored_tokens)
+        if is_last:
+            return _Delivery.apply(_through_wrapper(model, self.values), self.waiting, rows)
+        self.waiting.append(self.values[:, rows].detach().requires_grad_())
+        return self.waiting[-1]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What to run before a window's last micro-step: DDP must see only the pass that it is to reduce."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _through_wrapper(model: nn.Module, values: torch.Tensor) -> torch.Tensor:
+    """The values as outputs of DDP's own forward, which prepares it for their backward pass."""
+    if not isinstance(model, DistributedDataParallel):
+        return values
+    with tree_forward(causal_lm(model), lambda _, dta_values, **__: {"values": dta_values}):
+        return model(dta_values=values)["values"]
+
+
+def _scored(micro_batches: list[MicroBatch], values: list[torch.Tensor]) -> torch.Tensor:
+    rows = iter(values)
+    return torch.cat([batch.scored([next(rows) for _ in batch.sequences]) for batch in micro_batches])
+
+
+class _Delivery(torch.autograd.Function):
+    """The last rows of a window; backward, the gradients that have waited go along with theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, waiting: list[torch.Tensor], rows: slice):
+        ctx.waiting, ctx.rows, ctx.shape = waiting, rows, values.shape
+        return values[:, rows].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient):
+        whole = gradient.new_zeros(ctx.shape)
+        start = 0
+        for taken in ctx.waiting:
+            stop = start + taken.shape[1]
+            if taken.grad is not None:
+                whole[:, start:stop] = taken.grad
+            start = stop
+        whole[:, ctx.rows] = gradient
+        return whole, None, None
