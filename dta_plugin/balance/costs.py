@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from dta_plugin.errors import InvalidInputError
 from dta_plugin.tree.cost import ModelCost
 from dta_plugin.tree.trie import TokenSequence, depth_first, token_rows
 
@@ -52,8 +53,15 @@ class SequenceCosts:
     def of(
         cls, sequences: Sequence[TokenSequence], model: ModelCost = TYPICAL, first_scored: Sequence[int] | None = None
     ) -> SequenceCosts:
-        """model: FLOPs, or seconds, of a model's parts. first_scored: per sequence, where its completion begins."""
+        """model: FLOPs, or seconds, of a model's parts. first_scored: per sequence, where its completion begins.
+
+        A shared token that is scored in one sequence and not in another counts as in the one that comes first.
+        """
         rows = token_rows(sequences)
+        if first_scored is not None and len(first_scored) != len(rows):
+            raise InvalidInputError(
+                f"Got {len(first_scored)} entries of first_scored for {len(rows)} sequences. Expected one per sequence."
+            )
         order, lcp = depth_first(rows)
         lengths = np.array([len(row) for row in rows], dtype=np.int64)[order]
         begin = lengths if first_scored is None else np.asarray(first_scored, dtype=np.int64)[order]
@@ -65,6 +73,17 @@ class SequenceCosts:
 
     def __len__(self) -> int:
         return len(self.order)
+
+    @property
+    def trunk(self) -> float:
+        """Cost of what all sequences share: a system prompt, a chat template's first tokens."""
+        return float(self.shared[1:].min()) if len(self) > 1 else 0.0
+
+    def without_trunk(self) -> SequenceCosts:
+        """The same sequences without what all of them share, which every bin pays whatever it gets."""
+        shared = self.shared - self.trunk
+        shared[0] = 0.0
+        return SequenceCosts(self.order, self.path - self.trunk, shared)
 
     @property
     def total(self) -> float:
@@ -94,7 +113,7 @@ class SequenceCosts:
             return Run(run.start, run.start)
         if stop == run.stop:
             return run
-        # A cut costs what both sides share; giving up some of the budget costs as much.
+        # A cut costs what both sides share; giving up some of the budget costs too, though others may use it.
         near = np.arange(max(run.start + 1, stop - (stop - run.start) // 4), stop + 1)
-        price = self.shared[near] + (most - self._before[near])
+        price = self.shared[near] + 0.5 * (most - self._before[near])
         return Run(run.start, int(near[price.argmin()]))

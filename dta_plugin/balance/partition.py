@@ -47,7 +47,7 @@ class Partition:
         return max(self.loads) * len(self.loads) / sum(self.loads)
 
     def __str__(self) -> str:
-        share = self.repeated / (sum(self.loads) - self.repeated)
+        share = self.repeated / max(sum(self.loads) - self.repeated, 1e-30)
         return (
             f"{sum(map(len, self.bins))} sequences in {len(self.bins)} bins, max/mean load {self.imbalance:.3f}, "
             f"{max(self.loads) / self.lower_bound:.3f} of the lower bound, {share:.1%} of prefixes repeated"
@@ -66,10 +66,14 @@ def partition(
 
     model: what a token, a pair and a scored token cost; see `execution.model.model_cost`. first_scored: per sequence,
         where its completion begins (only scored tokens pay for the LM head). sizes: sequences per bin, for frameworks
-        that need equal counts; None: whatever balances, at least one where there are enough.
+        that need equal counts; None: whatever balances, and bins stay empty where using them would lower nothing.
 
-    Raises InvalidInputError for fewer than one bin, and sizes that do not add up.
+    Raises InvalidInputError for no sequences, fewer than one bin, and sizes or first_scored that do not fit.
     """
+    if not len(sequences):
+        raise InvalidInputError(
+            "Got no sequences to deal out. Expected at least one; skip the call for an empty batch."
+        )
     if bins < 1:
         raise InvalidInputError(f"Got bins={bins}. Expected at least 1.")
     if sizes is not None and (len(sizes) != bins or sum(sizes) != len(sequences) or min(sizes) < 0):
@@ -78,8 +82,9 @@ def partition(
             f"negative, that add up to {len(sequences)}."
         )
     costs = SequenceCosts.of(sequences, model, first_scored)
-    filled = _free(costs, bins) if sizes is None else _sized(costs, list(sizes))
-    filled = _improved(costs, filled, swaps_only=sizes is not None)
+    own = costs.without_trunk()
+    filled = _free(own, bins) if sizes is None else _sized(own, list(sizes))
+    filled = _improved(own, filled, swaps_only=sizes is not None)
     loads = [costs.of_runs(runs) for runs in filled]
     members = [
         [
@@ -89,12 +94,16 @@ def partition(
         ]
         for runs in filled
     ]
-    lower_bound = max(costs.total / bins, float(costs.path.max()))
+    lower_bound = costs.trunk + _least_capacity(own, bins)
     return Partition(members, loads, lower_bound, sum(loads) - costs.total)
 
 
+def _least_capacity(costs: SequenceCosts, bins: int) -> float:
+    return max(costs.total / bins, float(costs.path.max()))
+
+
 def _free(costs: SequenceCosts, bins: int) -> Bins:
-    low = max(costs.total / bins, float(costs.path.max()))
+    low = _least_capacity(costs, bins)
     high, best = low, _packed(costs, bins, low)
     while best is None:
         low, high = high, 2 * high
@@ -151,7 +160,7 @@ def _sized(costs: SequenceCosts, sizes: list[int]) -> Bins:
         run = waiting.pop()
         takes = room >= len(run)
         if takes.any():
-            into = int(np.where(takes, loads, np.inf).argmin())
+            into = int(np.lexsort((room, np.where(takes, loads, np.inf)))[0])  # of equal ones, where it fits tightest
         else:  # cut it to fill the bin with most room; the rest waits
             into = int(room.argmax())
             waiting.append(Run(run.start + int(room[into]), run.stop))
