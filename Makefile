@@ -22,7 +22,7 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m pytest
 QUIET := HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow lint quickstart quickstart-lora bench gpu
+.PHONY: help venv test test-slow lint quickstart quickstart-lora bench bench-streamed bench-balance gpu
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -62,6 +62,12 @@ quickstart-lora: $(INSTALLED) ## the same with LoRA
 
 bench: $(INSTALLED) ## measure the policy update, dense against tree
 	python benchmarks/policy_update.py
+
+bench-streamed: $(INSTALLED) ## measure streamed execution: what bounded memory costs; against one path at a time
+	python benchmarks/streamed.py
+
+bench-balance: $(INSTALLED) ## measure how evenly sequences are dealt out, against other ways to deal
+	python benchmarks/balance.py
 
 gpu: $(INSTALLED) ## tests and measurements on a CUDA device; results in $(RESULTS)
 	$(PYTEST) tests/gpu tests/attention -m "not slow"

@@ -131,10 +131,19 @@ def test_trains_as_stock_trl_does(
 def test_fsdp2(folder: Path) -> None:
     """qwen3_8b_gsm8k.yaml in two processes, under FSDP2 as accelerate reads it from fsdp2.yaml; float32, to compare.
 
-    Stock, packed and streamed runs take place in the same two processes, one after the other.
+    Stock runs and runs as a tree take place in the same two processes, one after the other.
     """
-    small = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 12}
-    flags = {"stock": ["--use_dta", "false"], "packed": [], "streamed": ["--dta_max_tree_tokens_per_chunk", "40"]}
+    small = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    small |= {"num_generations": 4, "max_completion_length": 12}
+    chunks, window = ["--dta_max_tree_tokens_per_chunk", "40"], ["--dta_merge_window", "always"]
+    as_it_is = ["--dta_merge_window", "never", "--dta_regroup", "never"]
+    flags = {
+        "stock": ["--use_dta", "false"],
+        "packed": as_it_is,
+        "streamed": [*as_it_is, *chunks],
+        "window": window,
+        "window, streamed": [*window, *chunks],
+    }
     runs = [command("qwen3_8b_gsm8k", folder, *more, output_dir=folder / name, **small) for name, more in flags.items()]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -152,8 +161,12 @@ def test_fsdp2(folder: Path) -> None:
     stock, *trees = (Trained.read(folder / name, text) for name, text in zip(flags, printed, strict=True))
     for tree in trees:
         assert_same(stock, tree)
-    assert all(step["dta/chunks"] == 1 for step in trees[0].steps)
-    assert all(step["dta/chunks"] > 1 for step in trees[1].steps)
+    chunk_counts = [{step["dta/chunks"] for step in tree.steps} for tree in trees]
+    assert chunk_counts[0] == chunk_counts[2] == {1}
+    assert min(chunk_counts[1] | chunk_counts[3]) > 1
+    tokens = [[step["dta/tree_tokens"] for step in tree.steps] for tree in trees]
+    assert tokens[0] == tokens[1] and tokens[2] == tokens[3]
+    assert all(window > micro_batch for window, micro_batch in zip(tokens[2], tokens[0], strict=True))
 
 
 def parser_of(recipe: str) -> TrlParser:
