@@ -30,7 +30,8 @@ from dta_plugin.execution.packed import run_packed
 from dta_plugin.execution.streamed import run_streamed
 from dta_plugin.logprobs import edge_logprobs
 from dta_plugin.tree.layout import ScoredEdges
-from dta_plugin.tree.plan import Plan, plan_chunks
+from dta_plugin.tree.plan import Plan
+from dta_plugin.tree.planner import plan_chunks
 
 Step = Callable[[], Plan | None]
 Planner = Callable[[PrefixTree, int, bool], Plan]

@@ -27,7 +27,8 @@ from dta_plugin.execution.model import causal_lm, tree_forward
 from dta_plugin.execution.packed import EdgeOutputs, check_finite
 from dta_plugin.execution.passes import Passes
 from dta_plugin.tree.layout import ScoredEdges
-from dta_plugin.tree.plan import Plan, plan_chunks
+from dta_plugin.tree.plan import Plan
+from dta_plugin.tree.planner import plan_chunks
 from dta_plugin.tree.trie import PrefixTree
 
 

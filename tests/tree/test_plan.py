@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dta_plugin import InvalidInputError, PrefixTree
-from dta_plugin.tree.plan import Path, Plan, plan_chunks
+from dta_plugin.tree.plan import Path, Plan
+from dta_plugin.tree.planner import plan_chunks
 from tests.support.trees import SHAPES, WIDE, Sequences, binary, branching_comb, run, sequence_batches, star
 
 
@@ -73,7 +74,7 @@ def test_small_answers_run_with_the_turn_they_hang_off() -> None:
 def test_a_single_path_is_never_rebuilt() -> None:
     tree = PrefixTree.from_sequences([run(1000)])
     plan = check_plan(tree, 64)
-    assert (len(plan.chunks), plan.rebuilt_tokens, plan.recomputed_tokens) == (16, 0, 1000 - 40)
+    assert (len(plan.chunks), plan.rebuilt_tokens, plan.recomputed_tokens) == (17, 0, 1000 - 64)
 
 
 def test_the_longest_trunk_comes_last() -> None:
@@ -88,6 +89,20 @@ def test_keys_in_memory_are_bounded_by_the_longest_path() -> None:
     for levels in (4, 6, 8):
         tree = PrefixTree.from_sequences(binary(levels, node=8))
         assert check_plan(tree, 32).arena_tokens <= 8 * levels + 32
+
+
+@pytest.mark.parametrize(
+    ("sequences", "budget", "kept"),
+    [
+        ([run(1000)], 64, 64),  # a long path: its last tokens
+        (star(16, prefix=100, branch=20), 210, 200),  # siblings: as many whole ones as fit
+        (star(5, prefix=30, branch=7), 62, 35),  # branches off the end of a trunk
+        (star(16, prefix=100, branch=20), 215, 200),  # less than an eighth of the budget is not worth a call
+    ],
+)
+def test_what_fits_of_the_chunk_at_the_edge_is_kept(sequences: Sequences, budget: int, kept: int) -> None:
+    plan = check_plan(PrefixTree.from_sequences(sequences), budget)
+    assert sum(map(len, plan.chunks[plan.first_kept :])) == kept, [len(c) for c in plan.chunks]
 
 
 def test_unkept() -> None:

@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "checkpointing_lora": {"gradient_checkpointing": True, **LORA},
     "num_iterations_2": {"num_iterations": 2},
     "steps_per_generation_2": {"gradient_accumulation_steps": 2, "steps_per_generation": 2},
+    "merged_window": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
     "entropy_quantile": {"top_entropy_quantile": 0.6},
     "entropy_bonus": {"entropy_coef": 0.01},
     "rloo": {"beta": 0.04},
