@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from workloads import _tokenizer, _turns, rollouts
+from workloads import encoder, rollouts, turns_of
 
 VOCAB = 32768
 # (groups, sequences per group), some of them also with a system prompt; (prompts, trials per prompt).
@@ -83,8 +83,8 @@ def all_tasks(path: Path) -> Batch:
     """Every assistant turn of every recorded trajectory; all begin with the same system prompt."""
     with gzip.open(path, "rt") as file:
         trajectories = [json.loads(line) for line in file]
-    encode = _tokenizer(trajectories, VOCAB)
-    sequences = [tokens for trajectory in trajectories for tokens, _, _ in _turns(trajectory, encode)]
+    encode = encoder(trajectories, VOCAB)
+    sequences = [tokens for trajectory in trajectories for tokens, _, _ in turns_of(trajectory, encode)]
     return Batch("rollouts, all tasks", sequences, len({trajectory["task_id"] for trajectory in trajectories}))
 
 

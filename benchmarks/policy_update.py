@@ -19,7 +19,6 @@ Log-probs, entropies, losses and gradients of all contenders are compared in the
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 import statistics
 import sys
@@ -31,7 +30,8 @@ import contenders
 import torch
 from contenders import Outcome
 from harness import CLOCKS, environment, interleaved, median_ratio, table, write_json
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from models import qwen3, random_model
+from transformers import PreTrainedModel
 from workloads import ROLLOUTS, Workload, rollouts, star, unrelated
 
 from dta_plugin import PrefixTree
@@ -50,8 +50,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     dtype = getattr(torch, args.dtype)
-    model_config = _qwen3(layers=2, hidden=64, vocab=512) if args.smoke else _qwen3()
-    reference = _model(model_config)
+    model_config = qwen3(layers=2, hidden=64, vocab=512) if args.smoke else qwen3()
+    reference = random_model(model_config)
     ceilings = _star_ceilings()
     where = environment(device)
 
@@ -127,28 +127,9 @@ def _workloads(args: argparse.Namespace, vocab: int) -> dict[str, Callable[[], W
     return {**stars, "no sharing": lambda: unrelated(256, 256, 8, vocab), "rollouts": recorded}
 
 
-def _qwen3(layers: int = 4, hidden: int = 256, vocab: int = 8192) -> Qwen3Config:
-    return Qwen3Config(
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        vocab_size=vocab,
-        tie_word_embeddings=False,
-        max_position_embeddings=32768,
-    )
-
-
-def _model(config: Qwen3Config) -> Qwen3ForCausalLM:
-    torch.manual_seed(0)
-    return Qwen3ForCausalLM(copy.deepcopy(config)).train()  # its attention setting is the model's own
-
-
 def _star_ceilings() -> dict[str, float]:
     """Of the full-size rows, also in a smoke run."""
-    model = _model(_qwen3())
+    model = random_model(qwen3())
     return {f"{p}/{c}/{g}": _ceiling(model, star(p, c, g, 8192)) for p, c, g in STARS}
 
 
@@ -163,7 +144,7 @@ def _measure(
     """Time and compare all contenders on one workload."""
     models: dict[str, PreTrainedModel] = {}
     for name in ("trl", "dense", "prefix_grouper", "tree"):
-        models[name] = _model(reference.config).to(device=device, dtype=dtype)
+        models[name] = random_model(reference.config).to(device=device, dtype=dtype)
         models[name].set_attn_implementation("sdpa")
     contenders.prepare_for_trl(models["trl"])
     steps = {name: getattr(contenders, name)(models[name], work) for name in ("trl", "dense", "tree")}

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import atexit
-import copy
 import gc
 import statistics
 import sys
@@ -38,10 +37,11 @@ from typing import Any
 
 import torch
 from harness import CLOCKS, environment, interleaved, median_ratio, write_json
+from models import qwen3, random_model
 from streamed_contenders import Contender, Disagreement, contenders, examine
 from streamed_report import checks, contender_table, growth_table, summary
 from streamed_workloads import bushy, comb
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config
 from workloads import ROLLOUTS, Workload, rollouts, star
 
 from dta_plugin import PrefixTree
@@ -83,7 +83,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     where = environment(device)
-    config = _qwen3(2, 64, TINY_VOCAB) if args.smoke else _qwen3(4, 256, VOCAB)
+    config = qwen3(2, 64, TINY_VOCAB) if args.smoke else qwen3(4, 256, VOCAB)
     workloads = _workloads(args, config.vocab_size)
     if unknown := sorted(set(args.rows or ()) - set(workloads)):
         sys.exit(f"No row named {', '.join(unknown)}. Expected among: {', '.join(workloads)}.")
@@ -198,7 +198,7 @@ def _measure(work: Workload, config: Qwen3Config, dtype: torch.dtype, rounds: in
 def _grown(work: Workload, budget: int, dtype: torch.dtype) -> dict[str, Any]:
     """What all contenders keep on one tree of the second table."""
     tree = PrefixTree.from_sequences(work.sequences)
-    steps = _contenders(work, _qwen3(2, 64, TINY_VOCAB), dtype, {"": budget})
+    steps = _contenders(work, qwen3(2, 64, TINY_VOCAB), dtype, {"": budget})
     examined = {name.strip(): asdict(found) for name, found in examine(steps, TOLERANCE[dtype]).items()}
     return {"tree_tokens": tree.tree_tokens, "longest_path": int(tree.depth.max()) + 1, "examined": examined}
 
@@ -206,25 +206,8 @@ def _grown(work: Workload, budget: int, dtype: torch.dtype) -> dict[str, Any]:
 def _contenders(
     work: Workload, config: Qwen3Config, dtype: torch.dtype, budgets: dict[str, int]
 ) -> dict[str, Contender]:
-    def model() -> PreTrainedModel:
-        torch.manual_seed(0)
-        return Qwen3ForCausalLM(copy.deepcopy(config)).train().to(work.advantages.device, dtype)
-
-    return contenders(model(), model(), work, budgets)
-
-
-def _qwen3(layers: int, hidden: int, vocab: int) -> Qwen3Config:
-    return Qwen3Config(
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        vocab_size=vocab,
-        tie_word_embeddings=False,
-        max_position_embeddings=32768,
-    )
+    models = [random_model(config).to(work.advantages.device, dtype) for _ in range(2)]
+    return contenders(*models, work, budgets)
 
 
 if __name__ == "__main__":

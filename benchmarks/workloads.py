@@ -72,11 +72,11 @@ def rollouts(path: Path, vocab: int) -> Workload:
     """All trials of the task whose tree is of median size, one sequence per assistant turn, micro-batches of one."""
     with gzip.open(path, "rt") as file:
         trajectories = [json.loads(line) for line in file]
-    encode = _tokenizer(trajectories, vocab)
+    encode = encoder(trajectories, vocab)
     by_task: dict[int, list[dict[str, Any]]] = {}
     for trajectory in trajectories:
         by_task.setdefault(trajectory["task_id"], []).append(trajectory)
-    turns = {task: [turn for t in trials for turn in _turns(t, encode)] for task, trials in by_task.items()}
+    turns = {task: [turn for t in trials for turn in turns_of(t, encode)] for task, trials in by_task.items()}
     size = {t: PrefixTree.from_sequences([tokens for tokens, _, _ in rows]).tree_tokens for t, rows in turns.items()}
     task = sorted(size, key=lambda t: (size[t], t))[len(size) // 2]
     sequences = [torch.from_numpy(tokens) for tokens, _, _ in turns[task]]
@@ -110,7 +110,7 @@ def _segments(trajectory: dict[str, Any]) -> list[tuple[bool, str, str]]:
     return segments
 
 
-def _tokenizer(trajectories: list[dict[str, Any]], vocab: int) -> Any:
+def encoder(trajectories: list[dict[str, Any]], vocab: int) -> Any:
     from tokenizers import ByteLevelBPETokenizer
 
     tokenizer = ByteLevelBPETokenizer()
@@ -121,7 +121,7 @@ def _tokenizer(trajectories: list[dict[str, Any]], vocab: int) -> Any:
     return lambda text: tokenizer.encode(text).ids
 
 
-def _turns(trajectory: dict[str, Any], encode: Any) -> list[tuple[np.ndarray, int, float]]:
+def turns_of(trajectory: dict[str, Any], encode: Any) -> list[tuple[np.ndarray, int, float]]:
     """(tokens up to the end of the turn, tokens before the turn, reward) of every assistant turn."""
     turns, context = [], []
     for by_policy, header, text in _segments(trajectory):
