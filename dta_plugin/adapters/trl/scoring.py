@@ -73,7 +73,7 @@ def tree_log_probs(
         return hook_values(*waiting)
     together = state.windows.begin(trainer, micro_batch) if is_policy else [micro_batch]
     target = model if len(together) == 1 else unwrapped(model)
-    batch = prepare(target, *joined(together), state.config)
+    batch = prepare(model, *joined(together), state.config)
     if not batch.use_tree:
         below_gate = batch.cost.saving < state.config.min_saving  # a reason with a number, different in every batch
         return run_dense(batch.reason, "min_saving" if below_gate else None)
@@ -89,6 +89,8 @@ def tree_log_probs(
         state.say_once(trainer, str(result.report), topic="report")
         state.log_metrics(trainer, result)
     if len(together) > 1:
+        window = f"{len(together)} micro-batches of an accumulation window run as one tree (merge_window)"
+        state.say_once(trainer, window, topic="window")
         return hook_values(*state.windows.opened(trainer, model, together, result))
     entropies = None if result.entropies is None else micro_batch.scored(result.entropies)
     return hook_values(micro_batch.scored(result.logprobs), entropies, result.router_loss)

@@ -17,6 +17,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainerCallback
 
 from dta_plugin.adapters.trl.rows import MicroBatch, joined
 from dta_plugin.balance.costs import SequenceCosts
@@ -43,23 +44,22 @@ def window_size(trainer: Any, buffer: list[Inputs]) -> int:
 
 
 def merges(trainer: Any, state: Any, buffer: list[Inputs], separate: list[Inputs]) -> bool:
-    """Whether the windows of a new generation batch are to run as one tree each.
+    """Whether the windows of a new generation batch are to run as one tree each; on all ranks alike.
 
     separate: the micro-batches that would run otherwise, regrouped or not.
     """
-    wanted, size = state.config.merge_window, window_size(trainer, buffer)
-    if wanted == "never" or size == 1:
+    config, size = state.config, window_size(trainer, buffer)
+    if config.merge_window == "never" or size == 1:
         return False
     obstacle = _obstacle(trainer, buffer)
-    if obstacle is not None:
-        if wanted == "always":
-            state.say_once(trainer, f"accumulation windows are not merged because of {obstacle}", level=logging.WARNING)
-        return False
-    if wanted == "always":
-        return True
+    if obstacle is not None and config.merge_window == "always":
+        state.say_once(trainer, f"accumulation windows are not merged because of {obstacle}", level=logging.WARNING)
+    wanted = obstacle is None and (
+        config.merge_window == "always"
+        or (_is_plain(trainer) and _pays(trainer, config, buffer[:size], separate[:size]))
+    )
     model = trainer.model_wrapped
-    pays = _pays(trainer, state.config, buffer[:size], separate[:size])
-    return all(gathered(model, pays)) if is_collective(model) else pays  # all ranks alike: they call the model alike
+    return all(gathered(model, wanted)) if is_collective(model) else wanted
 
 
 def _obstacle(trainer: Any, buffer: list[Inputs]) -> str | None:
@@ -76,6 +76,12 @@ def _obstacle(trainer: Any, buffer: list[Inputs]) -> str | None:
     return None
 
 
+def _is_plain(trainer: Any) -> bool:
+    """Whether losses are computed as TRL does: a subclass may change or skip micro-batches on the way."""
+    methods = (getattr(type(trainer), name) for name in ("training_step", "compute_loss", "_compute_loss"))
+    return all(method.__module__.partition(".")[0] in ("trl", "transformers") for method in methods)
+
+
 def _pays(trainer: Any, config: TreeConfig, window: list[Inputs], alternative: list[Inputs]) -> bool:
     model = causal_lm(trainer.model)
     cost = model_cost(model)
@@ -86,7 +92,10 @@ def _pays(trainer: Any, config: TreeConfig, window: list[Inputs], alternative: l
 
     together = [MicroBatch.from_inputs(batch) for batch in window]
     budget = token_budget(model, input_device(model), config.max_tree_tokens_per_chunk)
-    streamed = _STREAMED if of(together, _TOKENS) > budget else 1.0
+    is_streamed = of(together, _TOKENS) > budget
+    if is_streamed and (config.executor == "packed" or config.backend not in ("auto", "cpu", "triton")):
+        return False  # all of it would be held at a time
+    streamed = _STREAMED if is_streamed else 1.0
     separate = sum(of([MicroBatch.from_inputs(batch)], cost) for batch in alternative)
     return of(together, cost) * streamed < (1 - _WORTH) * separate
 
@@ -94,13 +103,30 @@ def _pays(trainer: Any, config: TreeConfig, window: list[Inputs], alternative: l
 Values = tuple[torch.Tensor, torch.Tensor | None]
 
 
-class Windows:
-    """The windows of one trainer, one at a time. merges: whether those of the current generation batch are merged."""
+class Windows(TrainerCallback):
+    """The windows of one trainer, one at a time. merges: whether those of the current generation batch are merged.
+
+    As a callback, it forgets what an interrupted training left, and lets no optimizer step without waiting gradients.
+    """
 
     def __init__(self) -> None:
-        self.merges = False
+        self.merges = self._is_watching = False
         self._window: _Window | None = None
         self._step = -1  # the micro-step that was served last
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self._window, self._step = None, -1
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self._window = None
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        if self._window is not None:
+            raise InvalidInputError(
+                f"The optimizer would step while gradients of {len(self._window.waiting)} micro-batches wait for "
+                "the end of their accumulation window. Expected log-probs to be computed in every micro-step; something "
+                "skipped the last one: set merge_window='never'."
+            )
 
     def begin(self, trainer: Any, micro_batch: MicroBatch) -> list[MicroBatch]:
         """What to run together with a micro-batch: the window that begins with it, or itself alone."""
@@ -117,6 +143,9 @@ class Windows:
         self, trainer: Any, model: nn.Module, micro_batches: list[MicroBatch], result: SequenceLogProbs
     ) -> Values:
         """A window that has run: the values of its first micro-batch."""
+        if not self._is_watching:
+            trainer.add_callback(self)
+            self._is_watching = True
         self._window = _Window(micro_batches, result)
         values = self.take(trainer, model, micro_batches[0])
         assert values is not None
@@ -128,9 +157,10 @@ class Windows:
             return None
         self._step = trainer._step
         is_last = self._window.is_at_its_last or bool(trainer.accelerator.sync_gradients)
-        values = self._window.take(model, micro_batch, is_last)
+        window = self._window
         if is_last:
             self._window = None
+        values = window.take(model, micro_batch, is_last)
         return values[0], values[1] if len(values) > 1 else None
 
 

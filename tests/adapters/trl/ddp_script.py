@@ -33,6 +33,12 @@ CASES: dict[str, dict[str, Any]] = {
         "gradient_accumulation_steps": 4,
         "dta": {"dta_max_tree_tokens_per_chunk": 45, "dta_merge_window": "always"},
     },
+    # One rank would pass the gate by itself, the other would not; an own decision of each hangs here.
+    "gated": {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "dta": {"dta_min_saving": 0.43, "dta_merge_window": "always"},
+    },
     "verified": {"dta": {"dta_verify": "first"}},
 }
 

@@ -14,7 +14,16 @@ from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 from dta_plugin import InvalidInputError
 from dta_plugin.adapters.trl import TreeGRPOConfig, TreeGRPOTrainer, TreeRLOOConfig, TreeRLOOTrainer, window
 from dta_plugin.adapters.trl.rows import MicroBatch
-from tests.adapters.trl.support import LORA, TOLERANCE, assert_equal, dense_and_tree, difference, train
+from tests.adapters.trl.support import (
+    LORA,
+    TOLERANCE,
+    assert_equal,
+    build,
+    dense_and_tree,
+    difference,
+    identical,
+    train,
+)
 from tests.adapters.trl.test_equality_trainers import TreeGMPOTrainer
 from tests.adapters.trl.test_regroup import COMPOSITION, mean_ratio
 
@@ -91,6 +100,68 @@ def test_always_says_why_not(moe_model: str, tmp_path: Path, caplog: pytest.LogC
     with caplog.at_level(logging.WARNING, "dta_plugin"):
         train(moe_model, tmp_path, TreeGRPOTrainer, TreeGRPOConfig, router_aux_loss_coef=1.0, **SMALL, **ALWAYS)
     assert sum("windows are not merged because of the router loss" in message for message in caplog.messages) == 1
+
+
+class Interrupted(Exception):
+    pass
+
+
+class InterruptedTrainer(TreeGRPOTrainer):
+    """Stops once, in the middle of the second window."""
+
+    is_interrupted = False
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        if self._step == 11 and not self.is_interrupted:
+            self.is_interrupted = True
+            raise Interrupted
+        return super()._prepare_inputs(generation_batch)
+
+
+def test_an_interrupted_window_is_forgotten(model: str, tmp_path: Path) -> None:
+    """What waited for its end is not delivered in the next training."""
+    norms = []
+    for option in ("never", "always"):
+        options = {**SMALL, "dta_merge_window": option, "dta_regroup": "never"}
+        trainer = build(model, tmp_path, InterruptedTrainer, TreeGRPOConfig, **options)
+        with pytest.raises(Interrupted):
+            trainer.train()
+        trainer.train()
+        norms.append([entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+class SkippingTrainer(TreeGRPOTrainer):
+    """Finds no signal in the last micro-batch of a window."""
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Any:
+        if self.accelerator.sync_gradients:
+            return sum(p.sum() for p in model.parameters()) * 0.0
+        return super()._compute_loss(model, inputs)
+
+
+def test_a_subclass_that_skips_micro_batches(model: str, tmp_path: Path) -> None:
+    """Left alone by "auto"; with "always" no optimizer step is taken without the gradients that wait."""
+    options = SMALL | {"dta_regroup": "never"}
+    never, auto = (
+        train(model, tmp_path, SkippingTrainer, TreeGRPOConfig, dta_merge_window=option, **options)
+        for option in ("never", "auto")
+    )
+    assert identical(never, auto)
+    with pytest.raises(InvalidInputError, match="gradients of 7 micro-batches wait"):
+        train(model, tmp_path, SkippingTrainer, TreeGRPOConfig, **options, **ALWAYS)
+
+
+@pytest.mark.parametrize("option", [{"dta_executor": "packed"}, {"dta_backend": "reference"}])
+def test_auto_does_not_merge_what_could_not_be_streamed(model: str, tmp_path: Path, option: dict[str, str]) -> None:
+    run = train(model, tmp_path, TreeGRPOTrainer, TreeGRPOConfig, dta_max_tree_tokens_per_chunk=40, **option, **SMALL)
+    assert all(entry["dta/tree_tokens"] < 40 for entry in run.dta)
+
+
+def test_says_that_windows_are_merged(model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "dta_plugin"):
+        train(model, tmp_path, TreeGRPOTrainer, TreeGRPOConfig, **SMALL)
+    assert sum("8 micro-batches of an accumulation window run as one tree" in m for m in caplog.messages) == 1
 
 
 def test_negative_control_gradients_that_wait_are_lost(
