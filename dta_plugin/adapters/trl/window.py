@@ -124,8 +124,8 @@ class Windows(TrainerCallback):
         if self._window is not None:
             raise InvalidInputError(
                 f"The optimizer would step while gradients of {len(self._window.waiting)} micro-batches wait for "
-                "the end of their accumulation window. Expected log-probs to be computed in every micro-step; something "
-                "skipped the last one: set merge_window='never'."
+                "the end of their accumulation window. Expected log-probs to be computed in every micro-step; the last "
+                "one was skipped: set merge_window='never'."
             )
 
     def begin(self, trainer: Any, micro_batch: MicroBatch) -> list[MicroBatch]:
