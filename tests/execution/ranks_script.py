@@ -82,8 +82,8 @@ WRAPPINGS: dict[str, Wrapping] = {
 STREAMED = TreeConfig(executor="streamed", max_tree_tokens_per_chunk=6)
 # Chunks per rank at a budget of 6 tokens: some against one against none.
 SPLITS: dict[str, Batches] = {
-    "5 and 1": [branching_comb(5), [run(5)]],
-    "5 and 0": [branching_comb(5), []],
+    "5 and 1": [branching_comb(4), [run(5)]],
+    "5 and 0": [branching_comb(4), []],
     "0 and 1": [[], [run(6)]],
     "both": [binary(2), star(9, prefix=7)],
 }
