@@ -7,6 +7,19 @@ import copy
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+# What describes a model in a result file.
+MODEL_KEYS = (
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+
 
 def qwen3(layers: int = 4, hidden: int = 256, vocab: int = 8192) -> Qwen3Config:
     return Qwen3Config(

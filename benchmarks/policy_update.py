@@ -30,7 +30,7 @@ import contenders
 import torch
 from contenders import Outcome
 from harness import CLOCKS, environment, interleaved, median_ratio, table, write_json
-from models import qwen3, random_model
+from models import MODEL_KEYS, qwen3, random_model
 from transformers import PreTrainedModel
 from workloads import ROLLOUTS, Workload, rollouts, star, unrelated
 
@@ -74,7 +74,7 @@ def main() -> None:
             "dtype": args.dtype,
             "rounds": args.rounds,
             "clock": args.clock,
-            "model": {k: getattr(model_config, k) for k in _MODEL_KEYS},
+            "model": {k: getattr(model_config, k) for k in MODEL_KEYS},
             **where,
             "star_ceilings": ceilings,
             "rows": rows,
@@ -82,19 +82,6 @@ def main() -> None:
         write_json(args.output, content)
     if bad := [row["name"] for row in rows if not max(row["error"].values()) <= TOLERANCE[dtype]]:
         sys.exit(f"Contenders disagree by more than {TOLERANCE[dtype]:.0e} on {', '.join(bad)}: see the error column.")
-
-
-_MODEL_KEYS = (
-    "model_type",
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "tie_word_embeddings",
-)
 
 
 def _arguments() -> argparse.Namespace:

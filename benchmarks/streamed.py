@@ -37,7 +37,7 @@ from typing import Any
 
 import torch
 from harness import CLOCKS, environment, interleaved, median_ratio, write_json
-from models import qwen3, random_model
+from models import MODEL_KEYS, qwen3, random_model
 from streamed_contenders import Contender, Disagreement, contenders, examine
 from streamed_report import checks, contender_table, growth_table, summary
 from streamed_workloads import bushy, comb
@@ -63,17 +63,6 @@ ROLLOUT_ROUNDS = 2
 GROWTH, SMOKE_GROWTH = (1024, (9, 36, 146)), (256, (2, 8))
 # Largest relative difference between contenders that rounding explains.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-MODEL_KEYS = (
-    "model_type",
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "tie_word_embeddings",
-)
 
 
 def main() -> None:

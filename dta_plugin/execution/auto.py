@@ -96,7 +96,9 @@ def _obstacle_to_streaming(model: nn.Module, batch: Batch, config: TreeConfig, r
 def _split_budget(model: nn.Module, batch: Batch, config: TreeConfig) -> int | None:
     """Tokens per tree if packed execution has to cut the batch, None if the batch may stay whole."""
     budget = config.max_tree_tokens_per_chunk
-    exceeds = budget is not None and batch.tree.tree_tokens > budget
+    if budget is None:
+        return None
+    exceeds = batch.tree.tree_tokens > budget
     if (is_sharded(model) or is_zero3(model)) and any(exceeding := gathered(model, exceeds)) and len(exceeding) > 1:
         raise InvalidInputError(
             f"max_tree_tokens_per_chunk={budget} and a batch of more tree tokens, run packed on a model whose weights "

@@ -17,7 +17,6 @@ from dta_plugin.execution.fsdp2 import parameters_in_use
 from dta_plugin.execution.model import lm_head, tree_forward
 from dta_plugin.execution.packed import check_every_layer_hit, row_inputs, score
 from dta_plugin.execution.pieces import Piece
-from dta_plugin.execution.ranks import is_sharded
 from dta_plugin.execution.replay import Autocast, plain_checkpointing
 from dta_plugin.tree.layout import ScoredEdges
 from dta_plugin.tree.plan import Plan
@@ -29,10 +28,11 @@ Planner = Callable[[PrefixTree, int, bool], Plan]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Job:
-    """What is to be computed, whatever the budget. base: the causal LM inside `model`."""
+    """What is to be computed, whatever the budget. base: the causal LM inside `model`, which FSDP2 may shard."""
 
     model: nn.Module
     base: PreTrainedModel
+    is_sharded: bool
     tree: PrefixTree
     edges: ScoredEdges
     backend: str
@@ -40,10 +40,6 @@ class Job:
     return_entropy: bool
     head_dtype: torch.dtype | None
     planner: Planner
-
-    @property
-    def is_sharded(self) -> bool:
-        return is_sharded(self.model)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -38,9 +38,7 @@ class Passes:
     def __init__(self, job: Job, budget: int, is_differentiable: bool) -> None:
         self.job, self.budget, self.is_differentiable = job, budget, is_differentiable
         self.plan = job.planner(job.tree, budget, is_differentiable)
-        self.calls = ModelCalls.of(self.plan)
-        if job.is_sharded:
-            self.calls = self.calls.of_all_ranks(job.model)
+        self.calls = ModelCalls.of(self.plan).of_all_ranks(job.model) if job.is_sharded else None
         self.pieces = Pieces(job.tree, job.edges, self.plan)
         self.runner = Runner(job, self.pieces.device)
         self.arena, self.path = Arena(self.plan.arena_tokens), Path(self.plan)
@@ -67,7 +65,8 @@ class Passes:
             self.path.run(index)
             for total, part in zip((logprobs, entropies), graph.outputs[1:], strict=False):
                 total[self.pieces.edges(index)] = part.detach().to(dtype)
-        self._call_along(self.calls.forward - len(self.plan.chunks))
+        if self.calls is not None:
+            self._call_along(self.calls.forward - len(self.plan.chunks))
         return logprobs, entropies, handed_out
 
     def backward(self, grad_logprobs: torch.Tensor, grad_entropies: torch.Tensor) -> GradientSums:
@@ -81,7 +80,8 @@ class Passes:
         try:
             with torch.enable_grad():
                 with gradients_held_back(self.job.model):
-                    for index in reversed(range(1, len(self.calls.before_backward))):
+                    count = len(self.plan.chunks) if self.calls is None else len(self.calls.before_backward)
+                    for index in reversed(range(1, count)):
                         self._backward(index, gradients, sums.add)
                 if self.handed_out is None:
                     self._backward(0, gradients, sums.complete if self.job.is_sharded else sums.add)
@@ -112,7 +112,7 @@ class Passes:
             sink(graph.outputs, graph.gradients(self.pieces.edges(index), *gradients), graph.parameters)
             self.path.leave(index)
         else:
-            self._call_along(self.calls.before_backward[index] - 1)
+            self._fill_up(index, own_calls=1)
             graph = self._stand_in()
             sink(graph.outputs, [torch.zeros_like(x) for x in graph.outputs], graph.parameters)
 
@@ -152,15 +152,20 @@ class Passes:
             with torch.no_grad(), self.random.again(part.chunk):
                 self.runner.run(piece, self.arena, f"{self._name(part.chunk)}, trunk")
             own_calls += 1
-        self._call_along(self.calls.before_backward[index] - own_calls)
+        self._fill_up(index, own_calls)
         if index in self.kept:
             return self.kept.pop(index)
         with self.random.again(index):
             return self.runner.run(self.pieces.whole(index), self.arena, self._name(index, again=True))
 
+    def _fill_up(self, index: int, own_calls: int) -> None:
+        """Before chunk `index` goes backward: as many calls as the rank with most makes."""
+        if self.calls is not None:
+            self._call_along(self.calls.before_backward[index] - own_calls)
+
     def _call_along(self, times: int) -> None:
         """Call the model as often as other ranks do, for nothing."""
-        for _ in range(times if self.job.is_sharded else 0):
+        for _ in range(times):
             with torch.no_grad():
                 self._stand_in()
 

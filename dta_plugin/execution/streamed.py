@@ -26,6 +26,7 @@ from dta_plugin.execution.memory import halve
 from dta_plugin.execution.model import causal_lm, tree_forward
 from dta_plugin.execution.packed import EdgeOutputs, check_finite
 from dta_plugin.execution.passes import Passes
+from dta_plugin.execution.ranks import is_sharded
 from dta_plugin.tree.layout import ScoredEdges
 from dta_plugin.tree.plan import Plan
 from dta_plugin.tree.planner import plan_chunks
@@ -52,7 +53,7 @@ def run_streamed(
     """
     base = causal_lm(model)
     install(base)
-    job = Job(model, base, tree, edges, backend, temperature, return_entropy, head_dtype, planner)
+    job = Job(model, base, is_sharded(model), tree, edges, backend, temperature, return_entropy, head_dtype, planner)
     if job.is_sharded:
         passes, logprobs, entropies = _begun(job, budget)
     else:
