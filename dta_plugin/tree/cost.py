@@ -21,12 +21,14 @@ class ModelCost:
     per_pair: attention scores and weighted values, per visible pair, summed over full-attention layers.
     per_window_pair: (window, FLOPs) of sliding-window layers, per visible pair inside the window.
     per_scored: LM head, per scored row.
+    per_call: what every call of the model costs, however small: launches, Python, the optimizer's view of gradients.
     """
 
     per_token: float
     per_pair: float
     per_scored: float
     per_window_pair: tuple[tuple[int, float], ...] = ()
+    per_call: float = 0.0
 
     def flops(self, tokens: int, depths: np.ndarray, scored: int) -> float:
         """Forward FLOPs of `tokens` tokens at `depths` (int [tokens], 0-based) with `scored` LM-head rows."""
