@@ -44,8 +44,14 @@ class TreeConfig:
     )
     min_saving: float = _option(
         0.0,
-        "Share of dense FLOPs that the tree must avoid, in [0, 1); below it the dense path runs. 0: always the tree, "
-        "which without sharing is plain padding-free packing.",
+        "Share of the dense path's time that the tree must save, in [0, 1); below it the dense path runs. Time is "
+        "predicted from what `dta calibrate` measured, else FLOPs count; those are never more than dense, so that 0 "
+        "then always means the tree, which without sharing is plain padding-free packing.",
+    )
+    calibration: str = _option(
+        "auto",
+        "Measured speeds to decide and balance by: auto (what `dta calibrate` stored for this machine and model; FLOPs "
+        "where there is nothing), off (FLOPs), or the file that it wrote with --output.",
     )
     verify: str = _option(
         "off",

@@ -3,6 +3,7 @@
     dta inspect rollouts.jsonl       what the sequences share, and what that would save
     dta doctor --model PATH          would prefix-tree training run here, with this model?
     dta verify --model PATH          tree against dense: log-probs and gradients
+    dta calibrate --model PATH       how fast it trains here, measured once; training then decides by it
 
 Exit codes: 0 all well; 1 the check failed (`doctor`, `verify`); 2 the input cannot be used, said in one line.
 """
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Sequence
 
 from dta_plugin import __version__
-from dta_plugin.cli import doctor, inspect, verify
+from dta_plugin.cli import calibrate, doctor, inspect, verify
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 
 _EPILOG = """\
@@ -38,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dta-plugin {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for module in (inspect, doctor, verify):
+    for module in (inspect, doctor, verify, calibrate):
         module.add_parser(commands)
     return parser
 

@@ -1,7 +1,8 @@
-"""A model named on the command line -> its architecture, without its weights, and what a forward pass costs."""
+"""A model named on the command line: loaded, or its architecture without weights, and what a forward pass costs."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ from dta_plugin.errors import InvalidInputError
 from dta_plugin.tree.cost import ModelCost
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
     from transformers import PreTrainedModel
 
 _EXPECTED = "Expected a folder with a config.json, a config.json, or a model name of the Hugging Face hub."
@@ -87,6 +90,56 @@ def skeleton(path: str) -> PreTrainedModel:
             f"{path!r} is a {config.model_type!r} model, which transformers cannot build as a causal LM. Expected a "
             "decoder-only language model."
         ) from error
+
+
+def device_named(name: str | None) -> torch.device:
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InvalidInputError(
+            f"--device {name}: {reason}. Expected a device of this machine, such as cpu."
+        ) from error
+    return device
+
+
+def load_model(path: str, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, str]:
+    """(model, "its weights" or "random weights"): a config.json, or a folder without weights, has random ones."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(path)
+    folder = Path(path)
+    try:
+        if folder.is_file() or (folder.is_dir() and not _has_weights(folder)):
+            torch.manual_seed(0)
+            model, weights = AutoModelForCausalLM.from_config(config, dtype=dtype), "random weights"
+        else:
+            model, weights = AutoModelForCausalLM.from_pretrained(path, dtype=dtype), "its weights"
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InvalidInputError(f"{path!r} cannot be loaded as a causal LM: {reason}") from error
+    module: nn.Module = model
+    module.to(device)
+    return model, weights
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", "pytorch_model*.bin"))
+
+
+def add_lora(model: PreTrainedModel) -> nn.Module:
+    """Random LoRA adapters: with PEFT's usual zeros in B, half of the gradients would vanish."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise InvalidInputError("--lora needs peft, which is not installed. Run: pip install peft") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers; nothing a user can act on
+        return get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False))
 
 
 def cost_of(model: str | None, geometry: str | None) -> tuple[ModelCost, str]:

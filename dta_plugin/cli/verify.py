@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dta_plugin.errors import InvalidInputError
@@ -16,7 +14,6 @@ from dta_plugin.errors import InvalidInputError
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedModel
 
     from dta_plugin.cli.batches import Batch
     from dta_plugin.tree import TreeReport
@@ -83,12 +80,13 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from dta_plugin.cli.batches import file_batch, random_batch
+    from dta_plugin.cli.models import add_lora, device_named, load_model
     from dta_plugin.verify import compare
 
     if args.limit < 1 or args.max_tokens < 8:
         raise InvalidInputError(f"--limit {args.limit}, --max-tokens {args.max_tokens}. Expected at least 1 and 8.")
     dtype = getattr(torch, args.dtype)
-    base, weights = load_model(args.model, dtype, _device(args.device))
+    base, weights = load_model(args.model, dtype, device_named(args.device))
     if args.file is None:
         batch = random_batch(base.config.get_text_config().vocab_size, args.max_tokens)
     else:
@@ -103,58 +101,6 @@ def run(args: argparse.Namespace) -> int:
     passed = difference.logprob_mean <= allowed.logprob and difference.worst_gradient[1] <= allowed.gradient
     print("PASS" if passed else "FAIL: please report this with the output of `dta doctor`")
     return 0 if passed else 1
-
-
-def _device(name: str | None) -> torch.device:
-    import torch
-
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InvalidInputError(
-            f"--device {name}: {reason}. Expected a device of this machine, such as cpu."
-        ) from error
-    return device
-
-
-def load_model(path: str, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, str]:
-    """(model, "its weights" or "random weights"): a config.json, or a folder without weights, has random ones."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from dta_plugin.cli.models import load_config
-
-    config = load_config(path)
-    folder = Path(path)
-    try:
-        if folder.is_file() or (folder.is_dir() and not _has_weights(folder)):
-            torch.manual_seed(0)
-            model, weights = AutoModelForCausalLM.from_config(config, dtype=dtype), "random weights"
-        else:
-            model, weights = AutoModelForCausalLM.from_pretrained(path, dtype=dtype), "its weights"
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InvalidInputError(f"{path!r} cannot be loaded as a causal LM: {reason}") from error
-    module: nn.Module = model
-    module.to(device)
-    return model, weights
-
-
-def _has_weights(folder: Path) -> bool:
-    return any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", "pytorch_model*.bin"))
-
-
-def add_lora(model: PreTrainedModel) -> nn.Module:
-    """Random LoRA adapters: with PEFT's usual zeros in B, half of the gradients would vanish."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise InvalidInputError("--lora needs peft, which is not installed. Run: pip install peft") from error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers; nothing a user can act on
-        return get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False))
 
 
 def time_both(model: nn.Module, batch: Batch) -> tuple[float, float, TreeReport]:

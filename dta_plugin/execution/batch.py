@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from dta_plugin.execution.calibration import calibration_of
 from dta_plugin.execution.model import causal_lm, input_device, model_cost
 from dta_plugin.execution.ranks import gathered, is_collective
 from dta_plugin.execution.support import unsupported_reason
-from dta_plugin.tree.cost import CostEstimate, estimate
+from dta_plugin.tree.cost import CostEstimate, Padded, estimate
 from dta_plugin.tree.layout import Scored, ScoredEdges
 from dta_plugin.tree.report import TreeReport
 from dta_plugin.tree.trie import PrefixTree, TokenSequence
@@ -44,7 +45,8 @@ class SequenceLogProbs:
 class Batch:
     """A batch that is ready to run: its tree, what is scored, and the decision with its reason.
 
-    sequences: without any, the tree is of a stand-in that takes part in what the other ranks do.
+    sequences: without any, the tree is of a stand-in that takes part in what the other ranks do. cost: in FLOPs.
+    is_gated: the tree would be exact, but does not save enough.
     """
 
     sequences: list[TokenSequence]
@@ -54,10 +56,20 @@ class Batch:
     cost: CostEstimate
     use_tree: bool
     reason: str
+    is_gated: bool = False
 
 
-def prepare(model: nn.Module, sequences: Sequence[TokenSequence], scored: Scored | None, config: TreeConfig) -> Batch:
+def prepare(
+    model: nn.Module,
+    sequences: Sequence[TokenSequence],
+    scored: Scored | None,
+    config: TreeConfig,
+    instead: Sequence[Padded] = (),
+) -> Batch:
     """Build the tree and decide between tree and dense.
+
+    instead: the dense micro-batches that would run in place of the tree. With them and a calibration, the gate goes by
+    predicted time, else by FLOPs.
 
     Raises InvalidInputError for unusable sequences, UnsupportedModelError where the tree would not be exact and
     ``config.on_unsupported == "error"``.
@@ -72,21 +84,34 @@ def prepare(model: nn.Module, sequences: Sequence[TokenSequence], scored: Scored
     edges = ScoredEdges.from_tree(tree, None if stands_in else scored, input_device(base))
     scored_tokens = int((edges.edge_of_token < len(edges.target)).sum())
     cost = estimate(tree, model_cost(base), scored_tokens, len(edges.rows))
-    use_tree = reason is None
-    if reason is None:
-        use_tree, reason = _gate(model, cost, config.min_saving)
-    return Batch(list(sequences), scored, tree, edges, cost, use_tree, reason)
+    if reason is not None:
+        return Batch(list(sequences), scored, tree, edges, cost, False, reason)
+    use_tree, reason = _gate(model, cost, _predicted(model, tree, edges, config, instead), config.min_saving)
+    return Batch(list(sequences), scored, tree, edges, cost, use_tree, reason, is_gated=not use_tree)
 
 
-def _gate(model: nn.Module, cost: CostEstimate, min_saving: float) -> tuple[bool, str]:
+def _predicted(
+    model: nn.Module, tree: PrefixTree, edges: ScoredEdges, config: TreeConfig, instead: Sequence[Padded]
+) -> CostEstimate | None:
+    """Seconds of both ways, if they were measured."""
+    found = calibration_of(model, config) if instead else None
+    if found is None:
+        return None
+    cost = model_cost(causal_lm(model))
+    dense = sum(found.dense.seconds(cost.padded_parts(batch)) for batch in instead)
+    return CostEstimate(dense, found.tree.seconds(cost.parts(tree.tree_tokens, tree.depth, len(edges.rows))))
+
+
+def _gate(model: nn.Module, flops: CostEstimate, seconds: CostEstimate | None, min_saving: float) -> tuple[bool, str]:
     """Whether the tree saves enough, and the reason. Ranks that are tied together decide by what all of them save."""
-    where = ""
-    if min_saving and is_collective(model):
+    cost, where = seconds or flops, ""
+    if (min_saving or seconds) and is_collective(model):
         costs = gathered(model, cost)
         cost = CostEstimate(sum(c.dense for c in costs), sum(c.tree for c in costs))
         where = " on all ranks" if len(costs) > 1 else ""
+    what = "FLOPs" if seconds is None else "time"
     gate = f", min_saving {min_saving:.0%}" if min_saving else ""
-    saved = f"{cost.saving:.0%} of dense FLOPs saved{where}{gate}"
+    saved = f"{cost.saving:.0%} of dense {what} saved{where}{gate}" + (", as calibrated" if seconds else "")
     return (True, saved) if cost.saving >= min_saving else (False, f"only {saved}")
 
 

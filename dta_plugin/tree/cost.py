@@ -1,7 +1,8 @@
-"""What a micro-batch costs with and without sharing, in FLOPs: the ceiling of any speed-up.
+"""What a micro-batch costs with and without sharing: in FLOPs, the ceiling of any speed-up, or in seconds.
 
-Linear layers count on tokens, attention on visible query-key pairs, the LM head on scored tokens. The same counts
-drive the gate (`min_saving`), `dta inspect`'s prediction and the ceiling column of the benchmarks.
+Linear layers count on tokens, attention on visible query-key pairs, the LM head on scored tokens, and every call of the
+model costs something by itself. The same counts drive the gate (`min_saving`), balancing, `dta inspect`'s prediction
+and the ceiling column of the benchmarks. Seconds come from a measured `Speed` (see `dta calibrate`).
 """
 
 from __future__ import annotations
@@ -10,18 +11,32 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dta_plugin.tree.speed import Parts, Speed
 from dta_plugin.tree.trie import PrefixTree
 
 
 @dataclass(frozen=True, slots=True)
+class Padded:
+    """A dense micro-batch as frameworks run it: `rows` of `width` tokens, the last `columns` of each scored.
+
+    has_padding: then attention computes whole squares under a mask, else causal triangles.
+    """
+
+    rows: int
+    width: int
+    columns: int
+    has_padding: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ModelCost:
-    """Forward FLOPs of a model's parts.
+    """Forward FLOPs of a model's parts; or, after `at`, their seconds forward and backward.
 
     per_token: linear layers of all decoder layers, per token.
     per_pair: attention scores and weighted values, per visible pair, summed over full-attention layers.
     per_window_pair: (window, FLOPs) of sliding-window layers, per visible pair inside the window.
     per_scored: LM head, per scored row.
-    per_call: what every call of the model costs, however small: launches, Python, the optimizer's view of gradients.
+    per_call: what every call of the model costs, however small.
     """
 
     per_token: float
@@ -30,16 +45,39 @@ class ModelCost:
     per_window_pair: tuple[tuple[int, float], ...] = ()
     per_call: float = 0.0
 
-    def flops(self, tokens: int, depths: np.ndarray, scored: int) -> float:
-        """Forward FLOPs of `tokens` tokens at `depths` (int [tokens], 0-based) with `scored` LM-head rows."""
+    def at(self, speed: Speed) -> ModelCost:
+        """The same in seconds."""
+        return ModelCost(
+            per_token=self.per_token * speed.linear,
+            per_pair=self.per_pair * speed.attention,
+            per_scored=self.per_scored * speed.head,
+            per_window_pair=tuple((window, cost * speed.attention) for window, cost in self.per_window_pair),
+            per_call=speed.call,
+        )
+
+    def parts(self, tokens: int, depths: np.ndarray, scored: int) -> Parts:
+        """One call with `tokens` tokens at `depths` (int [tokens], 0-based) and `scored` LM-head rows."""
         visible = depths + 1
         attention = self.per_pair * float(visible.sum())
         for window, cost in self.per_window_pair:
             attention += cost * float(np.minimum(visible, window).sum())
-        return self.per_token * tokens + attention + self.per_scored * scored
+        return Parts(1.0, self.per_token * tokens, attention, self.per_scored * scored)
+
+    def padded_parts(self, batch: Padded) -> Parts:
+        """One dense call; masked attention computes every pair of a square, windows or not."""
+        keys = batch.width if batch.has_padding else (batch.width + 1) / 2
+        per_pair = self.per_pair + sum(cost for _, cost in self.per_window_pair)
+        tokens = batch.rows * batch.width
+        return Parts(
+            1.0, self.per_token * tokens, per_pair * tokens * keys, self.per_scored * batch.rows * batch.columns
+        )
+
+    def flops(self, tokens: int, depths: np.ndarray, scored: int) -> float:
+        """Cost of `parts` without that of the call."""
+        return self.parts(tokens, depths, scored).flops
 
     def path_flops(self, lengths: np.ndarray) -> np.ndarray:
-        """Forward FLOPs of the first `lengths` tokens of a sequence, without LM head. lengths: int [...]."""
+        """Cost of the first `lengths` tokens of a sequence, without LM head and call. lengths: int [...]."""
         n = lengths.astype(np.float64)
         cost = self.per_token * n + self.per_pair * n * (n + 1) / 2
         for window, per_pair in self.per_window_pair:
@@ -50,7 +88,7 @@ class ModelCost:
 
 @dataclass(frozen=True, slots=True)
 class CostEstimate:
-    """Forward FLOPs of one micro-batch, dense (every sequence whole) and as a tree. Backward scales both alike."""
+    """One micro-batch dense and as a tree, in forward FLOPs (which backward scales alike) or in seconds."""
 
     dense: float
     tree: float
@@ -62,7 +100,7 @@ class CostEstimate:
 
     @property
     def saving(self) -> float:
-        """Share of dense FLOPs that the tree avoids, in [0, 1)."""
+        """Share of the dense cost that the tree avoids, below 1; negative where it costs more."""
         return 1.0 - self.tree / self.dense
 
 

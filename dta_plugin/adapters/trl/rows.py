@@ -9,16 +9,21 @@ import numpy as np
 import torch
 
 from dta_plugin.errors import InvalidInputError
+from dta_plugin.tree.cost import Padded
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MicroBatch:
-    """sequences: real token ids per row. first_scored: per row, its prompt tokens. completion: bool [B, P + C]."""
+    """sequences: real token ids per row. first_scored: per row, its prompt tokens. completion: bool [B, P + C].
+
+    columns: C. shape: what TRL's dense path runs.
+    """
 
     sequences: list[np.ndarray]
     first_scored: list[int]
     completion: torch.Tensor
     columns: int
+    shape: Padded
 
     @classmethod
     def from_padded(cls, input_ids: torch.Tensor, attention_mask: torch.Tensor, columns: int) -> MicroBatch:
@@ -28,7 +33,8 @@ class MicroBatch:
         completion[:, :-columns] = False
         ids, mask = input_ids.cpu().numpy(), real.cpu().numpy()
         sequences = [row[keep] for row, keep in zip(ids, mask, strict=True)]
-        return cls(sequences, _first_scored(real, completion), completion, columns)
+        shape = Padded(len(ids), ids.shape[1], columns, has_padding=not mask.all())
+        return cls(sequences, _first_scored(real, completion), completion, columns, shape)
 
     @classmethod
     def from_inputs(cls, inputs: dict[str, Any]) -> MicroBatch:

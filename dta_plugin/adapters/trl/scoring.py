@@ -73,10 +73,9 @@ def tree_log_probs(
         return hook_values(*waiting)
     together = state.windows.begin(trainer, micro_batch) if is_policy else [micro_batch]
     target = model if len(together) == 1 else unwrapped(model)
-    batch = prepare(model, *joined(together), state.config)
-    if not batch.use_tree:
-        below_gate = batch.cost.saving < state.config.min_saving  # a reason with a number, different in every batch
-        return run_dense(batch.reason, "min_saving" if below_gate else None)
+    batch = prepare(model, *joined(together), state.config, [micro_batch.shape for micro_batch in together])
+    if not batch.use_tree:  # the gate's reason has a number, different in every batch
+        return run_dense(batch.reason, "min_saving" if batch.is_gated else None)
 
     try:
         result = _run(trainer, state, target, batch, compute_entropy, compute_aux_loss)

@@ -24,8 +24,9 @@ from dta_plugin.balance.costs import SequenceCosts
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.execution.batch import SequenceLogProbs
+from dta_plugin.execution.calibration import tree_cost
 from dta_plugin.execution.memory import token_budget
-from dta_plugin.execution.model import causal_lm, input_device, model_cost, tree_forward
+from dta_plugin.execution.model import causal_lm, input_device, tree_forward
 from dta_plugin.execution.ranks import gathered, is_collective
 from dta_plugin.tree.cost import ModelCost
 
@@ -84,11 +85,11 @@ def _is_plain(trainer: Any) -> bool:
 
 def _pays(trainer: Any, config: TreeConfig, window: list[Inputs], alternative: list[Inputs]) -> bool:
     model = causal_lm(trainer.model)
-    cost = model_cost(model)
+    cost = tree_cost(trainer.model, config)
 
     def of(batches: list[MicroBatch], cost: ModelCost) -> float:
         sequences, first_scored = joined(batches)
-        return SequenceCosts.of(sequences, cost, first_scored).total
+        return cost.per_call + SequenceCosts.of(sequences, cost, first_scored).total
 
     together = [MicroBatch.from_inputs(batch) for batch in window]
     budget = token_budget(model, input_device(model), config.max_tree_tokens_per_chunk)

@@ -1,0 +1,208 @@
+"""Measure how fast a model trains as a tree and densely on this machine, and fit a `Calibration` to it.
+
+A dozen batches that differ in what they ask for (tokens, attention, scored tokens, almost nothing) run forward and
+backward, tree and dense in turn, several rounds; the median counts. They are as large as the time allows.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from dta_plugin.config import TreeConfig
+from dta_plugin.errors import InvalidInputError
+from dta_plugin.execution.auto import run_tree
+from dta_plugin.execution.batch import prepare
+from dta_plugin.execution.calibration import Calibration, describe
+from dta_plugin.execution.model import input_device, model_cost
+from dta_plugin.tree.cost import Padded
+from dta_plugin.tree.speed import Parts, Speed
+
+_ROUNDS = 5
+_LEAST, _MOST = 256, 16384  # dense tokens of the largest batch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """A dense micro-batch: prompts padded left, completions right.
+
+    input_ids, attention_mask: int64 [B, P + C]. columns: C.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    columns: int
+
+    @classmethod
+    def of(cls, case: Case, device: torch.device) -> Rows:
+        prompt = max(case.first_scored)
+        columns = max(len(s) - first for s, first in zip(case.sequences, case.first_scored, strict=True))
+        ids = np.zeros((len(case.sequences), prompt + columns), dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for row, (sequence, first) in enumerate(zip(case.sequences, case.first_scored, strict=True)):
+            place = slice(prompt - first, prompt - first + len(sequence))
+            ids[row, place], mask[row, place] = sequence, 1
+        return cls(torch.as_tensor(ids, device=device), torch.as_tensor(mask, device=device), columns)
+
+    @property
+    def shape(self) -> Padded:
+        rows, width = self.input_ids.shape
+        return Padded(rows, width, self.columns, has_padding=not bool(self.attention_mask.all()))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Case:
+    """A batch to measure. first_scored: per sequence, where its completion begins."""
+
+    name: str
+    sequences: list[np.ndarray]
+    first_scored: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What a case took, forward and backward."""
+
+    name: str
+    tree_parts: Parts
+    dense_parts: Parts
+    tree_seconds: float
+    dense_seconds: float
+
+
+DensePath = Callable[[PreTrainedModel, Rows], torch.Tensor]
+"""Scores a dense micro-batch: -> log-probs [B, C] of its completions, differentiable."""
+
+
+def padded_logprobs(model: PreTrainedModel, rows: Rows) -> torch.Tensor:
+    """Log-probs of completions as a plain trainer computes them: one padded call, LM head on the last columns."""
+    output = model(
+        input_ids=rows.input_ids,
+        attention_mask=rows.attention_mask,
+        logits_to_keep=rows.columns + 1,
+        use_cache=False,
+    )
+    log_p = output.logits[:, :-1].float().log_softmax(dim=-1)
+    return log_p.gather(2, rows.input_ids[:, -rows.columns :, None])[..., 0]
+
+
+def calibrate(
+    model: PreTrainedModel,
+    *,
+    seconds: float = 60.0,
+    dense: DensePath = padded_logprobs,
+    dense_path: str = "padded",
+    return_entropy: bool = False,
+    progress: Callable[[str], None] = lambda line: None,
+) -> tuple[Calibration, list[Sample]]:
+    """Measure for about `seconds`. model: loaded, on its device, as it is trained (dtype, checkpointing, adapters).
+
+    dense: the dense path to compare with, named `dense_path`. return_entropy: the tree gives entropies too.
+    Gradients of the model are None afterwards. Raises InvalidInputError for less than a second.
+    """
+    if not seconds >= 1:
+        raise InvalidInputError(f"seconds={seconds}. Expected at least 1.")
+    model.train()
+    vocab = model.config.get_text_config().vocab_size
+    tokens = _affordable(model, vocab, seconds, dense, return_entropy)
+    found = []
+    for case in cases(vocab, tokens):
+        found.append(_sample(model, case, dense, return_entropy, _ROUNDS))
+        progress(f"{case.name}: dense {found[-1].dense_seconds:.3f} s, tree {found[-1].tree_seconds:.3f} s")
+    tree, tree_error = _fitted([sample.tree_parts for sample in found], [sample.tree_seconds for sample in found])
+    flat, flat_error = _fitted([sample.dense_parts for sample in found], [sample.dense_seconds for sample in found])
+    about = describe(model)
+    return Calibration(tree, flat, dense_path, max(tree_error, flat_error), about), found
+
+
+def cases(vocab: int, tokens: int) -> Iterator[Case]:
+    """Batches of at most about `tokens` dense tokens. vocab: token ids are below it."""
+    generator = np.random.default_rng(0)
+
+    def draw(share: float) -> np.ndarray:
+        return generator.integers(vocab, size=max(2, round(tokens * share)))
+
+    def star(name: str, prompt: float, completions: Sequence[float]) -> Case:
+        shared = draw(prompt)
+        return Case(name, [np.concatenate([shared, draw(c)]) for c in completions], [len(shared)] * len(completions))
+
+    def single(name: str, share: float, scored: float) -> Case:
+        sequence = draw(share)
+        return Case(name, [sequence], [max(1, round(len(sequence) * (1 - scored)))])
+
+    yield single("next to nothing", 0, 1.0)
+    yield single("a short sequence", 1 / 32, 1.0)
+    yield single("one sequence, all scored", 1 / 2, 1.0)
+    yield single("one sequence, little scored", 1 / 2, 1 / 16)
+    unrelated = [draw(1 / 16) for _ in range(16)]
+    yield Case("unrelated, equal lengths", unrelated, [max(1, len(s) // 4) for s in unrelated])
+    uneven = [draw((1 + i) / 64) for i in range(8)]
+    yield Case("unrelated, uneven", uneven, [max(1, len(s) // 2) for s in uneven])
+    yield star("2 completions of one prompt", 1 / 8, [3 / 8, 1 / 8])
+    yield star("8 short completions", 1 / 10, [1 / 40, 1 / 80] * 4)
+    yield star("8 long completions", 1 / 40, [1 / 10, 1 / 20] * 4)
+    yield star("32 completions", 1 / 40, [1 / 160] * 32)
+    conversation = [draw(1 / 32) for _ in range(7)]
+    turns = [np.concatenate(conversation[: turn + 1]) for turn in range(1, 7)]
+    yield Case("a conversation, turn by turn", turns, [len(t) - len(conversation[0]) for t in turns])
+
+
+def _affordable(model: PreTrainedModel, vocab: int, seconds: float, dense: DensePath, return_entropy: bool) -> int:
+    """Dense tokens of the largest case such that all rounds of all cases take about `seconds`."""
+    probes = list(cases(vocab, _LEAST))
+    samples = [_sample(model, case, dense, return_entropy, rounds=1) for case in probes]
+    per_token = sum(sample.tree_seconds + sample.dense_seconds for sample in samples) / _LEAST
+    return int(np.clip(seconds / (per_token * (_ROUNDS + 1)), _LEAST, _MOST))
+
+
+def _sample(model: PreTrainedModel, case: Case, dense: DensePath, return_entropy: bool, rounds: int) -> Sample:
+    """One round to warm up, then `rounds` in turn; medians."""
+    device, config = input_device(model), TreeConfig(calibration="off")
+    rows = Rows.of(case, device)
+    batch = prepare(model, case.sequences, case.first_scored, config)
+
+    def tree_step() -> None:
+        made = prepare(model, case.sequences, case.first_scored, config)
+        result = run_tree(model, made, config, return_entropy=return_entropy)
+        torch.cat(result.logprobs).sum().backward()
+
+    def dense_step() -> None:
+        scored = rows.attention_mask[:, -rows.columns :].bool()
+        dense(model, rows)[scored].sum().backward()
+
+    taken: dict[Callable[[], None], list[float]] = {tree_step: [], dense_step: []}
+    for _ in range(rounds + 1):
+        for step, times in taken.items():
+            times.append(_timed(model, step, device))
+    tree_seconds, dense_seconds = (statistics.median(times[1:]) for times in taken.values())
+    cost = model_cost(model)
+    tree_parts = cost.parts(batch.tree.tree_tokens, batch.tree.depth, len(batch.edges.rows))
+    return Sample(case.name, tree_parts, cost.padded_parts(rows.shape), tree_seconds, dense_seconds)
+
+
+def _timed(model: PreTrainedModel, step: Callable[[], None], device: torch.device) -> float:
+    model.zero_grad(set_to_none=True)
+    _wait_for(device)
+    start = time.perf_counter()
+    step()
+    _wait_for(device)
+    seconds = time.perf_counter() - start
+    model.zero_grad(set_to_none=True)
+    return seconds
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _fitted(parts: list[Parts], seconds: list[float]) -> tuple[Speed, float]:
+    """(speed, largest relative error)."""
+    speed = Speed.fit(parts, seconds)
+    return speed, max(abs(speed.seconds(p) / s - 1) for p, s in zip(parts, seconds, strict=True))
