@@ -91,9 +91,9 @@ def _dense_path(name: str, model: PreTrainedModel) -> DensePath:
         return padded_logprobs
     if find_spec("trl") is None:
         raise InvalidInputError("--dense trl: TRL is not installed. Expected it beside dta-plugin, or --dense padded.")
-    from dta_plugin.adapters.trl.dense import dense_path
+    from dta_plugin.adapters.trl.dense import DenseScorer
 
-    return dense_path(model)
+    return DenseScorer(model)
 
 
 def _report(found: Calibration, samples: list[Sample], cost: ModelCost) -> Iterator[str]:

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
-from dta_plugin.execution.calibration import calibration_of
+from dta_plugin.execution.calibration import Calibration, calibration_of
 from dta_plugin.execution.model import causal_lm, input_device, model_cost
 from dta_plugin.execution.ranks import gathered, is_collective
 from dta_plugin.execution.support import unsupported_reason
-from dta_plugin.tree.cost import CostEstimate, Padded, estimate
+from dta_plugin.tree.cost import CostEstimate, ModelCost, Padded, estimate
 from dta_plugin.tree.layout import Scored, ScoredEdges
 from dta_plugin.tree.report import TreeReport
 from dta_plugin.tree.trie import PrefixTree, TokenSequence
@@ -83,23 +83,23 @@ def prepare(
     _check_vocabulary(tree, base)
     edges = ScoredEdges.from_tree(tree, None if stands_in else scored, input_device(base))
     scored_tokens = int((edges.edge_of_token < len(edges.target)).sum())
-    cost = estimate(tree, model_cost(base), scored_tokens, len(edges.rows))
+    weights = model_cost(base)
+    cost = estimate(tree, weights, scored_tokens, len(edges.rows))
     if reason is not None:
         return Batch(list(sequences), scored, tree, edges, cost, False, reason)
-    use_tree, reason = _gate(model, cost, _predicted(model, tree, edges, config, instead), config.min_saving)
+    speeds = calibration_of(model, config) if instead else None
+    seconds = None if speeds is None else _predicted(speeds, weights, tree, edges, instead)
+    use_tree, reason = _gate(model, cost, seconds, config.min_saving)
     return Batch(list(sequences), scored, tree, edges, cost, use_tree, reason, is_gated=not use_tree)
 
 
 def _predicted(
-    model: nn.Module, tree: PrefixTree, edges: ScoredEdges, config: TreeConfig, instead: Sequence[Padded]
-) -> CostEstimate | None:
-    """Seconds of both ways, if they were measured."""
-    found = calibration_of(model, config) if instead else None
-    if found is None:
-        return None
-    cost = model_cost(causal_lm(model))
-    dense = sum(found.dense.seconds(cost.padded_parts(batch)) for batch in instead)
-    return CostEstimate(dense, found.tree.seconds(cost.parts(tree.tree_tokens, tree.depth, len(edges.rows))))
+    speeds: Calibration, weights: ModelCost, tree: PrefixTree, edges: ScoredEdges, instead: Sequence[Padded]
+) -> CostEstimate:
+    """Seconds of both ways."""
+    as_tree = weights.parts(tree.tree_tokens, tree.depth, len(edges.rows))
+    dense = sum(speeds.dense.seconds(weights.padded_parts(batch)) for batch in instead)
+    return CostEstimate(dense, speeds.tree.seconds(as_tree))
 
 
 def _gate(model: nn.Module, flops: CostEstimate, seconds: CostEstimate | None, min_saving: float) -> tuple[bool, str]:

@@ -121,7 +121,7 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
         "model": type(model).__name__,
         **{size: getattr(config, size, None) for size in _SIZES},
         "dtype": str(model.dtype).removeprefix("torch."),
-        "checkpointing": bool(model.is_gradient_checkpointing),
+        "checkpointing": any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
         "trained": "all" if all(p.requires_grad for p in model.parameters()) else "adapters",
         "device": torch.cuda.get_device_name(device) if is_cuda else _processor(),
         "threads": None if is_cuda else torch.get_num_threads(),

@@ -1,12 +1,11 @@
 """Measure how fast a model trains as a tree and densely on this machine, and fit a `Calibration` to it.
 
 A dozen batches that differ in what they ask for (tokens, attention, scored tokens, almost nothing) run forward and
-backward, tree and dense in turn, several rounds; the median counts. They are as large as the time allows.
+backward, tree and dense in turn, several rounds; the fastest run counts. They are as large as the time allows.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,13 +17,14 @@ from transformers import PreTrainedModel
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.execution.auto import run_tree
-from dta_plugin.execution.batch import prepare
+from dta_plugin.execution.batch import Batch, prepare
 from dta_plugin.execution.calibration import Calibration, describe
 from dta_plugin.execution.model import input_device, model_cost
 from dta_plugin.tree.cost import Padded
 from dta_plugin.tree.speed import Parts, Speed
 
-_ROUNDS = 5
+_CONFIG = TreeConfig(calibration="off")
+_ROUNDS = 3
 _LEAST, _MOST = 256, 16384  # dense tokens of the largest batch
 
 
@@ -99,26 +99,30 @@ def calibrate(
     dense: DensePath = padded_logprobs,
     dense_path: str = "padded",
     return_entropy: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[str], None] = lambda line: None,
 ) -> tuple[Calibration, list[Sample]]:
     """Measure for about `seconds`. model: loaded, on its device, as it is trained (dtype, checkpointing, adapters).
 
     dense: the dense path to compare with, named `dense_path`. return_entropy: the tree gives entropies too.
-    Gradients of the model are None afterwards. Raises InvalidInputError for less than a second.
+    clock: seconds; process time suits one CPU thread on a machine that is busy otherwise. progress: gets a line per
+        round. Gradients of the model are None afterwards. Raises InvalidInputError for less than a second.
     """
     if not seconds >= 1:
         raise InvalidInputError(f"seconds={seconds}. Expected at least 1.")
     model.train()
     vocab = model.config.get_text_config().vocab_size
-    tokens = _affordable(model, vocab, seconds, dense, return_entropy)
-    found = []
-    for case in cases(vocab, tokens):
-        found.append(_sample(model, case, dense, return_entropy, _ROUNDS))
-        progress(f"{case.name}: dense {found[-1].dense_seconds:.3f} s, tree {found[-1].tree_seconds:.3f} s")
-    tree, tree_error = _fitted([sample.tree_parts for sample in found], [sample.tree_seconds for sample in found])
-    flat, flat_error = _fitted([sample.dense_parts for sample in found], [sample.dense_seconds for sample in found])
-    about = describe(model)
-    return Calibration(tree, flat, dense_path, max(tree_error, flat_error), about), found
+    probe = [Bench(model, case, dense, return_entropy, clock) for case in cases(vocab, _LEAST)]
+    once = sum(sum(bench.run()) for bench in [*probe, *probe]) / 2
+    tokens = int(np.clip(_LEAST * seconds / (once * _ROUNDS), _LEAST, _MOST))
+    benches = [Bench(model, case, dense, return_entropy, clock) for case in cases(vocab, tokens)]
+    for number in range(1, _ROUNDS + 1):
+        taken = sum(sum(bench.run()) for bench in benches)
+        progress(f"round {number} of {_ROUNDS}, up to {tokens} dense tokens: {taken:.1f} s")
+    found = [bench.sample() for bench in benches]
+    tree, tree_error = _fitted([s.tree_parts for s in found], [s.tree_seconds for s in found])
+    flat, flat_error = _fitted([s.dense_parts for s in found], [s.dense_seconds for s in found])
+    return Calibration(tree, flat, dense_path, max(tree_error, flat_error), describe(model)), found
 
 
 def cases(vocab: int, tokens: int) -> Iterator[Case]:
@@ -153,48 +157,55 @@ def cases(vocab: int, tokens: int) -> Iterator[Case]:
     yield Case("a conversation, turn by turn", turns, [len(t) - len(conversation[0]) for t in turns])
 
 
-def _affordable(model: PreTrainedModel, vocab: int, seconds: float, dense: DensePath, return_entropy: bool) -> int:
-    """Dense tokens of the largest case such that all rounds of all cases take about `seconds`."""
-    probes = list(cases(vocab, _LEAST))
-    samples = [_sample(model, case, dense, return_entropy, rounds=1) for case in probes]
-    per_token = sum(sample.tree_seconds + sample.dense_seconds for sample in samples) / _LEAST
-    return int(np.clip(seconds / (per_token * (_ROUNDS + 1)), _LEAST, _MOST))
+class Bench:
+    """One case, run as a tree and densely as often as asked."""
 
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        case: Case,
+        dense: DensePath,
+        return_entropy: bool,
+        clock: Callable[[], float],
+    ) -> None:
+        self.model, self.case, self.dense = model, case, dense
+        self.return_entropy, self.clock = return_entropy, clock
+        self.device = input_device(model)
+        self.rows = Rows.of(case, self.device)
+        self.taken: list[tuple[float, float]] = []
 
-def _sample(model: PreTrainedModel, case: Case, dense: DensePath, return_entropy: bool, rounds: int) -> Sample:
-    """One round to warm up, then `rounds` in turn; medians."""
-    device, config = input_device(model), TreeConfig(calibration="off")
-    rows = Rows.of(case, device)
-    batch = prepare(model, case.sequences, case.first_scored, config)
+    def run(self) -> tuple[float, float]:
+        """Seconds of the tree and of the dense path."""
+        self.taken.append((self._timed(self._tree), self._timed(self._dense)))
+        return self.taken[-1]
 
-    def tree_step() -> None:
-        made = prepare(model, case.sequences, case.first_scored, config)
-        result = run_tree(model, made, config, return_entropy=return_entropy)
+    def sample(self) -> Sample:
+        """The fastest run of each: what else the machine does only ever adds."""
+        tree_seconds, dense_seconds = (min(times) for times in zip(*self.taken, strict=True))
+        cost, batch = model_cost(self.model), self._prepared()
+        tree_parts = cost.parts(batch.tree.tree_tokens, batch.tree.depth, len(batch.edges.rows))
+        return Sample(self.case.name, tree_parts, cost.padded_parts(self.rows.shape), tree_seconds, dense_seconds)
+
+    def _prepared(self) -> Batch:
+        return prepare(self.model, self.case.sequences, self.case.first_scored, _CONFIG)
+
+    def _tree(self) -> None:
+        result = run_tree(self.model, self._prepared(), _CONFIG, return_entropy=self.return_entropy)
         torch.cat(result.logprobs).sum().backward()
 
-    def dense_step() -> None:
-        scored = rows.attention_mask[:, -rows.columns :].bool()
-        dense(model, rows)[scored].sum().backward()
+    def _dense(self) -> None:
+        scored = self.rows.attention_mask[:, -self.rows.columns :].bool()
+        self.dense(self.model, self.rows)[scored].sum().backward()
 
-    taken: dict[Callable[[], None], list[float]] = {tree_step: [], dense_step: []}
-    for _ in range(rounds + 1):
-        for step, times in taken.items():
-            times.append(_timed(model, step, device))
-    tree_seconds, dense_seconds = (statistics.median(times[1:]) for times in taken.values())
-    cost = model_cost(model)
-    tree_parts = cost.parts(batch.tree.tree_tokens, batch.tree.depth, len(batch.edges.rows))
-    return Sample(case.name, tree_parts, cost.padded_parts(rows.shape), tree_seconds, dense_seconds)
-
-
-def _timed(model: PreTrainedModel, step: Callable[[], None], device: torch.device) -> float:
-    model.zero_grad(set_to_none=True)
-    _wait_for(device)
-    start = time.perf_counter()
-    step()
-    _wait_for(device)
-    seconds = time.perf_counter() - start
-    model.zero_grad(set_to_none=True)
-    return seconds
+    def _timed(self, step: Callable[[], None]) -> float:
+        self.model.zero_grad(set_to_none=True)
+        _wait_for(self.device)
+        start = self.clock()
+        step()
+        _wait_for(self.device)
+        seconds = self.clock() - start
+        self.model.zero_grad(set_to_none=True)
+        return seconds
 
 
 def _wait_for(device: torch.device) -> None:

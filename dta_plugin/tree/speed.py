@@ -46,7 +46,7 @@ class Speed:
     head: float
 
     def seconds(self, parts: Parts) -> float:
-        return float(np.dot(astuple(self), parts))
+        return sum(rate * part for rate, part in zip(astuple(self), parts, strict=True))
 
     @classmethod
     def fit(cls, parts: Sequence[Parts], seconds: Sequence[float]) -> Speed:
