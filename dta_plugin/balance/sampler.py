@@ -9,6 +9,7 @@ alike: they are neighbours in the order of their costs. All of it is linear in t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -95,7 +96,7 @@ def _families(costs: SequenceCosts, most: int, least_shared: float) -> list[Run]
     parts = (costs.shared[1:] < least_shared * cheaper) | (costs.shared[1:] <= 0)
     starts = [0, *(np.flatnonzero(parts) + 1).tolist(), len(costs)]
     families = []
-    for start, stop in zip(starts[:-1], starts[1:], strict=True):
+    for start, stop in pairwise(starts):
         while stop - start > most:
             near = np.arange(start + most, start + most // 2, -1)  # of equal cuts, the one that leaves most together
             cut = int(near[costs.shared[near].argmin()])

@@ -21,7 +21,7 @@ from dta_plugin.attention import TreeMask
 from dta_plugin.attention.hf import install
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
-from dta_plugin.execution.model import causal_lm, model_cost
+from dta_plugin.execution.model import causal_lm, decoder_of, model_cost
 from dta_plugin.execution.packed import check_every_layer_hit, model_inputs
 from dta_plugin.execution.padded import PaddedBatch, spread
 from dta_plugin.execution.support import dropout_reason, unsupported_reason
@@ -57,7 +57,7 @@ def share_prefixes(model: nn.Module, config: TreeConfig | None = None) -> Prefix
     config = config or TreeConfig()
     _check_options(config)
     base = causal_lm(model)
-    decoder = base.base_model
+    decoder = decoder_of(base)
     reason = unsupported_reason(model) or _decoder_reason(decoder)
     if reason is not None and config.on_unsupported == "error":
         raise UnsupportedModelError(f"Prefixes cannot be shared exactly here: {reason}; or on_unsupported='dense'.")
@@ -227,8 +227,9 @@ def _decoder_reason(decoder: PreTrainedModel) -> str | None:
             f"{type(decoder).__name__} is more than a text decoder, and its rows are more than their tokens; use a "
             "text-only causal model"
         )
-    attention = [module for module in decoder.modules() if hasattr(module, "layer_idx") and hasattr(module, "is_causal")]
-    if not attention or not all(module.is_causal for module in attention):
+    layers = [module for module in decoder.modules() if hasattr(module, "layer_idx")]
+    causal = [module.is_causal for module in layers if hasattr(module, "is_causal")]
+    if not causal or not all(causal):
         return f"{type(decoder).__name__} does not say that its attention is causal; use a causal model"
     return None
 
@@ -239,6 +240,6 @@ def _check_options(config: TreeConfig) -> None:
     if other:
         raise InvalidInputError(
             f"share_prefixes got {', '.join(f'{name}={getattr(config, name)!r}' for name in other)}. Expected "
-            f"{', '.join(sorted(_OPTIONS))} only: each call runs its own batch as one packed tree. For trees larger than "
+            f"{', '.join(sorted(_OPTIONS))} only: each call runs its batch as one packed tree. For trees larger than "
             "memory use dta_plugin.sequence_logprobs, which streams."
         )

@@ -378,9 +378,7 @@ UNSUPPORTED: dict[str, tuple[Callable[[], torch.nn.Module], str]] = {
     "encoder": (encoder, "causal"),
     "bidirectional": (lambda: tiny_model("qwen3", is_causal=False), "both directions"),
     "prompt tuning": (
-        lambda: get_peft_model(
-            tiny_model("qwen3"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
-        ),
+        lambda: get_peft_model(tiny_model("qwen3"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)),
         "virtual tokens",
     ),
     "dropout": (lambda: tiny_model("qwen3", attention_dropout=0.1).train(), "attention_dropout is 0.1"),

@@ -24,7 +24,7 @@ from dta_plugin.balance import SiblingSampler
 from dta_plugin.balance.examples import token_columns, token_path
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError
-from dta_plugin.execution.model import causal_lm, model_cost
+from dta_plugin.execution.model import causal_lm, decoder_of, model_cost
 from dta_plugin.execution.sharing import share_prefixes
 
 
@@ -60,7 +60,7 @@ class SiblingBatchesMixin:
             self._train_batch_size,  # type: ignore[attr-defined]
             world_size=args.world_size,
             seed=args.seed if args.data_seed is None else args.data_seed,
-            model=model_cost(causal_lm(self.model).base_model),  # type: ignore[attr-defined]
+            model=model_cost(decoder_of(causal_lm(self.model))),  # type: ignore[attr-defined]
         )
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -109,8 +109,14 @@ class TreeRewardTrainer(SiblingBatchesMixin, RewardTrainer):
 
 def _check_arguments(args: Any) -> None:
     for name, remedy in (
-        ("packing", "a packed row hides which tokens its sequences share; the tree is packed and without padding itself"),
-        ("padding_free", "a row of several sequences hides which tokens they share; the tree is without padding itself"),
+        (
+            "packing",
+            "a packed row hides which tokens its sequences share; the tree is packed and without padding itself",
+        ),
+        (
+            "padding_free",
+            "a row of several sequences hides which tokens they share; the tree is without padding itself",
+        ),
         ("torch_compile", "the tree of each batch is another graph"),
     ):
         if getattr(args, name, False):
