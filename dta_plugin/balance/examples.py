@@ -29,8 +29,8 @@ def token_columns(names: Iterable[str]) -> list[str]:
             prompt = [] if keys == ("input_ids",) else [key for key in _PROMPTS if key in names][:1]
             return [*prompt, *keys]
     raise InvalidInputError(
-        f"Got an example with the keys {', '.join(map(str, names)) or '(none)'}. Expected token ids under {_EXPECTED} of "
-        "each; tokenise the data set first, or give a function that returns the token ids of an example."
+        f"Got an example with the keys {', '.join(map(str, names)) or '(none)'}. Expected token ids under {_EXPECTED} "
+        "of each; tokenise the data set first, or give a function that returns the token ids of an example."
     )
 
 

@@ -49,8 +49,8 @@ class SiblingSampler(Sampler[int]):
     ) -> None:
         if not len(sequences) or batch_size < 1 or world_size < 1:
             raise InvalidInputError(
-                f"Got {len(sequences)} sequences, batch_size={batch_size}, world_size={world_size}. Expected at least 1 "
-                "of each."
+                f"Got {len(sequences)} sequences, batch_size={batch_size}, world_size={world_size}. Expected at least "
+                "1 of each."
             )
         if not 0 <= least_shared <= 1:
             raise InvalidInputError(f"Got least_shared={least_shared}. Expected a share in [0, 1].")

@@ -63,7 +63,5 @@ def test_parts_cost_alike_and_keep_siblings() -> None:
 
 
 def test_a_function_may_give_the_tokens() -> None:
-    batch = SequenceBalancingCollator("".join, token_ids=lambda text: [ord(letter) for letter in text])(
-        ["b", "aa", "a"]
-    )
-    assert batch == "aaab"
+    collator = SequenceBalancingCollator("".join, token_ids=lambda text: [ord(letter) for letter in text])
+    assert collator(["b", "aa", "a"]) == "aaab"

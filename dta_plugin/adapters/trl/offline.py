@@ -1,6 +1,6 @@
 """Offline training with shared prefixes: SFT on trajectories, preference pairs, reward models.
 
-    trainer = TreeDPOTrainer(model=..., args=DPOConfig(...), train_dataset=...)     # and TreeSFTTrainer, TreeRewardTrainer
+    trainer = TreeDPOTrainer(model=..., args=DPOConfig(...), train_dataset=...)  # TreeSFTTrainer, TreeRewardTrainer
     class MyTrainer(SiblingBatchesMixin, AnyTrainerOfTransformers): ...
 
 The decoder runs once per shared token (`dta_plugin.share_prefixes`), and batches are made of siblings
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from trl import DPOTrainer, RewardTrainer, SFTTrainer
 
 from dta_plugin.adapters.trl.state import TreeState
@@ -48,13 +48,17 @@ class SiblingBatchesMixin:
         if getattr(self, "ref_model", None) is not None:
             share_prefixes(self.ref_model, self.tree_config)  # type: ignore[attr-defined]
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset  # type: ignore[attr-defined]
-        reason = _why_own_order(self.args, dataset)  # type: ignore[attr-defined]
+    def get_train_dataloader(self) -> DataLoader:
+        reason = _why_own_order(self.args, self.train_dataset)  # type: ignore[attr-defined]
         if reason is not None:
             self._say(f"batches are the trainer's own, siblings may be apart, because {reason}", logging.WARNING)
-            return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        return super().get_train_dataloader()  # type: ignore[misc]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         args = self.args  # type: ignore[attr-defined]
+        dataset = self.train_dataset if train_dataset is None else train_dataset  # type: ignore[attr-defined]
+        if _why_own_order(args, dataset) is not None:
+            return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
         return SiblingSampler(
             _token_paths(dataset),
             self._train_batch_size,  # type: ignore[attr-defined]
@@ -111,11 +115,11 @@ def _check_arguments(args: Any) -> None:
     for name, remedy in (
         (
             "packing",
-            "a packed row hides which tokens its sequences share; the tree is packed and without padding itself",
+            "a row of several sequences hides what they share; the tree is packed itself",
         ),
         (
             "padding_free",
-            "a row of several sequences hides which tokens they share; the tree is without padding itself",
+            "a row of several sequences hides what they share; the tree has no padding either",
         ),
         ("torch_compile", "the tree of each batch is another graph"),
     ):
