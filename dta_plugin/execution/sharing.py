@@ -154,7 +154,7 @@ class PrefixSharing:
             raise UnsupportedModelError(f"Prefixes cannot be shared exactly here: {reason}; or on_unsupported='dense'.")
         if reason is not None:
             return reason
-        if call.get("use_cache") is None and decoder.config.use_cache and not decoder.training:
+        if call.get("use_cache") is None and getattr(decoder.config, "use_cache", True) and not decoder.training:
             return "the config's use_cache makes it return a cache; pass use_cache=False"
         wanted = ("output_attentions", "output_hidden_states")
         return next((f"the config's {name} is on" for name in wanted if getattr(decoder.config, name, False)), None)
@@ -216,7 +216,7 @@ def _reads_padding(labels: Any, mask: Any) -> bool:
 
 def _spread_flat(values: torch.Tensor, batch: PaddedBatch) -> torch.Tensor:
     """Router logits [T, experts] -> [B * L, experts]; the router loss leaves padding out by the attention mask."""
-    return spread(values.view(batch.tree.tree_tokens, -1), batch).flatten(0, 1)
+    return spread(values.reshape(batch.tree.tree_tokens, -1), batch).flatten(0, 1)
 
 
 def _decoder_reason(decoder: PreTrainedModel) -> str | None:

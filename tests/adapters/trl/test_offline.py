@@ -164,6 +164,26 @@ def test_equal_to_stock(model: str, tmp_path: Path, name: str, change: str) -> N
         assert entry["dta/compression_ratio"] > 1.3
 
 
+def test_kto_in_its_own_order(model: str, tmp_path: Path) -> None:
+    """KTO pairs neighbours of the data set for its KL term and asks for a sequential order, which is kept."""
+    from trl import KTOConfig, KTOTrainer
+
+    def train(trainer_class: type) -> list[dict[str, float]]:
+        set_seed(11)
+        args = KTOConfig(**{**STEPS, "output_dir": str(tmp_path)})
+        rows = [
+            {"prompt": words(8, i // 4), "completion": " " + words(5, 50 + i), "label": i % 2 == 0} for i in range(16)
+        ]
+        trainer = trainer_class(model=model, args=args, train_dataset=Dataset.from_list(rows))
+        trainer.train()
+        return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+    tree_class = type("TreeKTOTrainer", (SiblingBatchesMixin, KTOTrainer), {})
+    for dense, tree in zip(train(KTOTrainer), train(tree_class), strict=True):
+        assert all(abs(value - tree[key]) <= TOLERANCE * max(1, abs(value)) for key, value in dense.items())
+        assert tree["dta/compression_ratio"] > 1.3
+
+
 def test_a_wrong_tree_is_noticed(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = run(stock(SFTTrainer), model, tmp_path)
     merge = PaddedBatch.from_call
