@@ -37,6 +37,11 @@ def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
     return seen
 
 
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model with any head that turns token ids into hidden states; the model itself if it has no head."""
+    return getattr(model, model.base_model_prefix, model)
+
+
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where the token ids go: the device of the input embedding."""
     return next(model.get_input_embeddings().parameters()).device

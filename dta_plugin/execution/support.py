@@ -31,7 +31,7 @@ def unsupported_reason(model: nn.Module) -> str | None:
     return (
         _attention_reason(base, config)
         or _position_reason(base, config)
-        or _dropout_reason(base)
+        or dropout_reason(base)
         or _adapter_reason(model)
     )
 
@@ -50,7 +50,7 @@ def _attention_reason(model: PreTrainedModel, config: Any) -> str | None:
         )
     if config.model_type in _EXTRA_HEAD:
         return f"{type(model).__name__} transforms hidden states before its output embedding; use another model family"
-    if getattr(config, "use_bidirectional_attention", False):
+    if getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", None) is False:
         return f"{type(model).__name__} attends in both directions; use a causal model"
     if not model._can_set_attn_implementation():
         return (
@@ -69,7 +69,8 @@ def _position_reason(model: PreTrainedModel, config: Any) -> str | None:
     return None
 
 
-def _dropout_reason(model: PreTrainedModel) -> str | None:
+def dropout_reason(model: PreTrainedModel) -> str | None:
+    """The part of `unsupported_reason` that may change from call to call."""
     rate = getattr(model.config.get_text_config(), "attention_dropout", 0.0)
     if model.training and rate:
         return (

@@ -1,10 +1,21 @@
-"""TRL: trainers whose log-prob passes run as prefix trees. GRPOTrainer, RLOOTrainer and what inherits from them."""
+"""TRL: trainers that run as prefix trees. Online: GRPOTrainer, RLOOTrainer. Offline: SFT, DPO, reward models."""
 
 from dta_plugin.adapters.trl.version import check_version
 
 check_version()  # before anything that needs TRL: a release that cannot be imported gets our message, too
 
 from dta_plugin.adapters.trl.config import TreeGRPOConfig, TreeRLOOConfig
+from dta_plugin.adapters.trl.offline import SiblingBatchesMixin, TreeDPOTrainer, TreeRewardTrainer, TreeSFTTrainer
 from dta_plugin.adapters.trl.trainer import TreeGRPOTrainer, TreeRLOOTrainer, TreeTrainerMixin
 
-__all__ = ["TreeGRPOConfig", "TreeGRPOTrainer", "TreeRLOOConfig", "TreeRLOOTrainer", "TreeTrainerMixin"]
+__all__ = [
+    "SiblingBatchesMixin",
+    "TreeDPOTrainer",
+    "TreeGRPOConfig",
+    "TreeGRPOTrainer",
+    "TreeRLOOConfig",
+    "TreeRLOOTrainer",
+    "TreeRewardTrainer",
+    "TreeSFTTrainer",
+    "TreeTrainerMixin",
+]

@@ -41,6 +41,23 @@ def test_equal_to_stock(release: str, tmp_path: Path) -> None:
         assert max(differences.values()) <= TOLERANCE, f"{case}: {differences}"
 
 
+def test_offline_trainers_of_the_oldest_release(tmp_path: Path) -> None:
+    folder = install(RELEASES[0], tmp_path / "trl")
+    environment = os.environ | {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    tests = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/adapters/trl/test_offline.py",
+        "-k",
+        "equal_to_stock",
+        "-p",
+        "no:xdist",
+    ]
+    done = subprocess.run(tests, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
 @pytest.mark.parametrize("release", ["0.29.1", "2.0.0", "2.1.3"])
 def test_refuses_other_releases(release: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: release)

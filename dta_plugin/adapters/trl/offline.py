@@ -1,0 +1,144 @@
+"""Offline training with shared prefixes: SFT on trajectories, preference pairs, reward models.
+
+    trainer = TreeDPOTrainer(model=..., args=DPOConfig(...), train_dataset=...)  # TreeSFTTrainer, TreeRewardTrainer
+    class MyTrainer(SiblingBatchesMixin, AnyTrainerOfTransformers): ...
+
+The decoder runs once per shared token (`dta_plugin.share_prefixes`), and batches are made of siblings
+(`balance.SiblingSampler`); the trainer's collator, loss and metrics are its own. A batch gives the loss and gradients
+that it gives the stock trainer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sized
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from torch.utils.data import DataLoader, Sampler
+from trl import DPOTrainer, RewardTrainer, SFTTrainer
+
+from dta_plugin.adapters.trl.state import TreeState
+from dta_plugin.balance import SiblingSampler
+from dta_plugin.balance.examples import token_columns, token_path
+from dta_plugin.config import TreeConfig
+from dta_plugin.errors import InvalidInputError
+from dta_plugin.execution.model import causal_lm, decoder_of, model_cost
+from dta_plugin.execution.sharing import share_prefixes
+
+
+class SiblingBatchesMixin:
+    """Goes before a trainer of transformers or TRL in the bases.
+
+    tree_config: see `share_prefixes`; a reference model shares, too. The sampler takes the place of the random one
+    alone: a `train_sampling_strategy` of another kind, or an iterable data set, keeps the trainer's own order.
+
+    Raises InvalidInputError for packing, padding-free batches and torch.compile, UnsupportedModelError as
+    `share_prefixes` does.
+    """
+
+    tree_config = TreeConfig()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _check_arguments(self.args)  # type: ignore[attr-defined]
+        self._sharing = share_prefixes(self.model, self.tree_config)  # type: ignore[attr-defined]
+        self._counted = (0, 0, 0, 0)
+        if getattr(self, "ref_model", None) is not None:
+            share_prefixes(self.ref_model, self.tree_config)  # type: ignore[attr-defined]
+
+    def get_train_dataloader(self) -> DataLoader:
+        reason = _why_own_order(self.args, self.train_dataset)  # type: ignore[attr-defined]
+        if reason is not None:
+            self._say(f"batches are the trainer's own, siblings may be apart, because {reason}", logging.WARNING)
+        return super().get_train_dataloader()  # type: ignore[misc]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        args = self.args  # type: ignore[attr-defined]
+        dataset = self.train_dataset if train_dataset is None else train_dataset  # type: ignore[attr-defined]
+        if _why_own_order(args, dataset) is not None:
+            return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        return SiblingSampler(
+            _token_paths(dataset),
+            self._train_batch_size,  # type: ignore[attr-defined]
+            world_size=args.world_size,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            model=model_cost(decoder_of(causal_lm(self.model))),  # type: ignore[attr-defined]
+        )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        report = self._sharing.report
+        if report is not None:
+            self._say(str(report), topic="first shared step")
+        else:
+            self._say(f"the model's own path: {self._sharing.reason}", logging.WARNING)
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The trainer's own entry, with the counts of all calls of the model since the last one."""
+        counts = (
+            self._sharing.calls,
+            self._sharing.shared_calls,
+            self._sharing.flat_tokens,
+            self._sharing.tree_tokens,
+        )
+        calls, shared, flat, tree = (new - old for new, old in zip(counts, self._counted, strict=True))
+        self._counted = counts
+        if calls:
+            prefix = "" if self.model.training else "eval_"  # type: ignore[attr-defined]
+            logs[f"{prefix}dta/dense_fallback"] = 1 - shared / calls
+            if shared:
+                logs[f"{prefix}dta/flat_tokens"] = flat / shared
+                logs[f"{prefix}dta/tree_tokens"] = tree / shared
+                logs[f"{prefix}dta/compression_ratio"] = flat / tree
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _say(self, message: str, level: int = logging.INFO, topic: str | None = None) -> None:
+        TreeState.of(self, self.tree_config).say_once(self, message, topic, level)
+
+
+class TreeSFTTrainer(SiblingBatchesMixin, SFTTrainer):
+    """SFTTrainer that computes what the sequences of a batch share once, with the same losses and gradients."""
+
+
+class TreeDPOTrainer(SiblingBatchesMixin, DPOTrainer):
+    """DPOTrainer that computes what the pairs of a batch share once, with the same losses and gradients."""
+
+
+class TreeRewardTrainer(SiblingBatchesMixin, RewardTrainer):
+    """RewardTrainer that computes what the pairs of a batch share once, with the same losses and gradients."""
+
+
+def _check_arguments(args: Any) -> None:
+    for name, remedy in (
+        (
+            "packing",
+            "a row of several sequences hides what they share; the tree is packed itself",
+        ),
+        (
+            "padding_free",
+            "a row of several sequences hides what they share; the tree has no padding either",
+        ),
+        ("torch_compile", "the tree of each batch is another graph"),
+    ):
+        if getattr(args, name, False):
+            raise InvalidInputError(f"{name}=True with shared prefixes. Expected {name}=False: {remedy}.")
+
+
+def _why_own_order(args: Any, dataset: Any) -> str | None:
+    if dataset is None or not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
+        return "an iterable data set is read in its own order; load it as a Dataset to bring siblings together"
+    strategy = getattr(args, "train_sampling_strategy", "random")
+    if getattr(args, "group_by_length", False):  # transformers 4
+        strategy = "group_by_length"
+    if strategy != "random":
+        return f"train_sampling_strategy={strategy!r} asks for another; leave it at 'random' to bring siblings together"
+    return None
+
+
+def _token_paths(dataset: Any) -> list[np.ndarray]:
+    if isinstance(dataset, Dataset):
+        dataset = dataset.with_format("numpy", columns=token_columns(dataset.column_names))
+    return [token_path(example) for example in dataset]

@@ -1,0 +1,117 @@
+"""A padded batch as a prefix tree, and what the tree computes as a padded batch again.
+
+`PaddedBatch` finds the rows of a model call that can be merged, or says why the call cannot be. `spread` copies the
+value of every tree token to all rows that contain it; backward, the gradients of the copies are summed in float32 (in
+float64 for float64 models), row after row: no order of atomics, the same bits every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.autograd.function import once_differentiable
+
+from dta_plugin.tree.trie import PrefixTree
+
+# Arguments of a decoder that say nothing about single tokens, whatever their type.
+_OF_THE_CALL = {"num_items_in_batch", "use_cache", "return_dict", "output_router_logits"}
+_ROWS = {"input_ids", "attention_mask", "position_ids"}
+_OWN_PATH = {
+    "past_key_values": "it reads cached keys and values",
+    "inputs_embeds": "it gives embeddings in place of token ids",
+    "output_attentions": "it asks for attention weights",
+    "output_hidden_states": "it asks for the hidden states of every layer",
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PaddedBatch:
+    """Rows of a padded batch [B, L], left or right padded, merged.
+
+    index: int64 [B, L] layout index of every token, -1 at padding. spans: [B] first and last + 1 real position.
+    """
+
+    tree: PrefixTree
+    index: torch.Tensor
+    spans: list[tuple[int, int]]
+
+    @classmethod
+    def from_call(cls, call: Mapping[str, Any]) -> PaddedBatch | str:
+        """call: arguments of a decoder by name. Returns why it has to run as it is, where it cannot run as a tree."""
+        reason = _obstacle(call)
+        if reason is not None:
+            return reason
+        ids, mask = call["input_ids"].cpu().numpy(), call.get("attention_mask")
+        real = np.ones(ids.shape, dtype=bool) if mask is None else mask.bool().cpu().numpy()
+        counts = real.sum(axis=1)
+        starts = real.argmax(axis=1)
+        spans = [(int(start), int(start + count)) for start, count in zip(starts, counts, strict=True)]
+        if not counts.any():
+            return "every token of it is masked"
+        if not all(real[row, start:stop].all() for row, (start, stop) in enumerate(spans)):
+            return "its attention mask has holes"
+        if not _counts_up(call.get("position_ids"), real):
+            return "its position ids do not count up along the rows: packed sequences"
+        tree = PrefixTree.from_sequences([ids[row, a:b] for row, (a, b) in enumerate(spans) if b > a])
+        index = np.full(ids.shape, -1, dtype=np.int64)
+        index[real] = tree.paths  # both go row by row
+        return cls(tree, torch.from_numpy(index).to(call["input_ids"].device), spans)
+
+
+def _obstacle(call: Mapping[str, Any]) -> str | None:
+    for name, reason in _OWN_PATH.items():
+        if call.get(name) is not None and call[name] is not False:
+            return reason
+    ids, mask = call.get("input_ids"), call.get("attention_mask")
+    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.shape[0] < 2 or ids.shape[1] == 0:
+        return "it has no second row of token ids to share anything with"
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != ids.shape):
+        return "its attention mask is not one of padding, a value per token"
+    if call.get("use_cache"):
+        return "it asks for a cache of keys and values"
+    if call.get("return_dict") is False:
+        return "it asks for a tuple"
+    if call.get("is_causal") is False:
+        return "it attends in both directions"
+    for name, value in call.items():
+        if name not in _ROWS | _OF_THE_CALL and isinstance(value, torch.Tensor) and value.ndim:
+            return f"it has an argument that may differ by row or token, {name}"
+    return None
+
+
+def _counts_up(positions: torch.Tensor | None, real: np.ndarray) -> bool:
+    """Whether the positions, [B, L] or [1, L], grow by one per real token: rotary positions depend on nothing else."""
+    if positions is None:
+        return True
+    if positions.ndim != 2 or positions.shape[1] != real.shape[1] or positions.shape[0] not in (1, len(real)):
+        return False
+    steps = np.broadcast_to(np.diff(positions.cpu().numpy(), axis=1), (len(real), real.shape[1] - 1))
+    return bool((steps == 1)[real[:, 1:] & real[:, :-1]].all())
+
+
+def spread(values: torch.Tensor, batch: PaddedBatch) -> torch.Tensor:
+    """Values [T, ...] of the tree's tokens -> [B, L, ...] of the batch's, 0 at padding; differentiable."""
+    return _Spread.apply(values, batch.index.to(values.device), batch.spans)
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, index: torch.Tensor, spans: list[tuple[int, int]]):
+        ctx.save_for_backward(index)
+        ctx.spans, ctx.tokens = spans, len(values)
+        copies = values.index_select(0, index.clamp(min=0).flatten()).view(*index.shape, *values.shape[1:])
+        return copies.masked_fill_((index < 0).view(*index.shape, *[1] * (values.ndim - 1)), 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient):
+        (index,) = ctx.saved_tensors
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        total = gradient.new_zeros(ctx.tokens, *gradient.shape[2:], dtype=wide)
+        for row, (start, stop) in enumerate(ctx.spans):  # a row has no token twice
+            total.index_add_(0, index[row, start:stop], gradient[row, start:stop].to(wide))
+        return total.to(gradient.dtype), None, None

@@ -1,0 +1,245 @@
+"""`share_prefixes`: every padded batch that a model is called with runs its decoder once per shared token.
+
+Two hooks around the decoder: the first turns the rows into one packed tree, the second spreads the hidden states back
+to [B, L, H], so that the model's own head, pooling and loss, and any trainer's, run as they are. What the hooks have to
+tell each other and the attention layers travels in the call's keyword arguments. A third hook, around the whole model,
+looks at the labels alone: padding has no hidden states in a tree, so a loss that reads them takes the model's own path.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from dta_plugin.attention import TreeMask
+from dta_plugin.attention.hf import install
+from dta_plugin.config import TreeConfig
+from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from dta_plugin.execution.model import causal_lm, decoder_of, model_cost
+from dta_plugin.execution.packed import check_every_layer_hit, model_inputs
+from dta_plugin.execution.padded import PaddedBatch, spread
+from dta_plugin.execution.support import dropout_reason, unsupported_reason
+from dta_plugin.tree.cost import ModelCost, estimate
+from dta_plugin.tree.layout import TreeLayout
+from dta_plugin.tree.report import TreeReport
+
+_OPTIONS = {"backend", "min_saving", "on_unsupported"}
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def share_prefixes(model: nn.Module, config: TreeConfig | None = None) -> PrefixSharing:
+    """From now on the model computes what the rows of a batch share once, forward and backward.
+
+    model: a decoder of Hugging Face with any head (AutoModelForCausalLM, AutoModelForSequenceClassification, ...),
+        before or after PEFT, DDP or FSDP2 wrap it. Its parameters, state dict and class stay as they are.
+    config: backend, min_saving and on_unsupported apply.
+
+    Calls with ``input_ids`` [B, L] of at least two rows and, where rows are padded, ``attention_mask`` [B, L] are
+    shared. Outputs at real tokens and all gradients are those of the model's own path up to the order of sums; hidden
+    states of padding are 0. A batch that shares nothing is one packed row, which is exact, too, and spares the padding.
+    Other calls take the model's own path, untouched: caches (generation), embeddings as inputs, packed sequences,
+    hidden states or attention weights wanted, labels that score what is read from padding. In evaluation mode, so does
+    a call that leaves ``use_cache`` to a config that has it on: its caller may want the cache.
+
+    Returns a handle: ``handle.remove()`` undoes it, also at the end of ``with share_prefixes(model):``. A model that
+    shares already keeps its handle and takes the new config.
+
+    Raises UnsupportedModelError where the tree would not be exact, unless ``config.on_unsupported == "dense"``: the
+    model then keeps its own path and ``handle.reason`` says why. A layer that goes around the tree is found in the
+    first call, and is an error in either case. Raises InvalidInputError for options that do not apply.
+    """
+    config = config or TreeConfig()
+    _check_options(config)
+    base = causal_lm(model)
+    decoder = decoder_of(base)
+    reason = unsupported_reason(model) or _decoder_reason(decoder)
+    if reason is not None and config.on_unsupported == "error":
+        raise UnsupportedModelError(f"Prefixes cannot be shared exactly here: {reason}; or on_unsupported='dense'.")
+    sharing = _of(decoder) or PrefixSharing()
+    sharing.config = config
+    if reason is None:
+        install(decoder)
+        sharing.attach(base, decoder)
+    else:
+        sharing.reason = reason
+    return sharing
+
+
+class PrefixSharing:
+    """Handle of a model that shares prefixes.
+
+    report: what the last call shared, None if it took the model's own path. reason: why it did, else "".
+    calls, shared_calls, flat_tokens, tree_tokens: counted since the handle was made; tokens of shared calls only.
+    """
+
+    def __init__(self) -> None:
+        self.config = TreeConfig()
+        self.report: TreeReport | None = None
+        self.reason = ""
+        self.calls = self.shared_calls = self.flat_tokens = self.tree_tokens = 0
+        self._cost: ModelCost | None = None
+        self._hooks: list[RemovableHandle] = []
+
+    def attach(self, base: PreTrainedModel, decoder: PreTrainedModel) -> None:
+        """Put the hooks on a model and its decoder; once."""
+        if self._hooks:
+            return
+        self._hooks = [
+            decoder.register_forward_pre_hook(self.merge, with_kwargs=True),
+            decoder.register_forward_hook(self.restore, with_kwargs=True),
+        ]
+        if base is not decoder:
+            self._hooks.append(base.register_forward_pre_hook(self.look_at_labels, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Back to the model's own path. Graphs of shared calls may still be alive."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def __enter__(self) -> PrefixSharing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def look_at_labels(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        """In front of the whole model: a loss that reads padding needs what the model's own path has there."""
+        call = _named(model, args, kwargs)
+        if _reads_padding(call.get("labels"), call.get("attention_mask")):
+            return args, kwargs | {"dta_own_path": "labels other than -100 score what padding predicts"}
+        return None
+
+    def merge(self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        """In front of the decoder: rows to one packed tree."""
+        call = _named(decoder, args, kwargs)
+        if "dta_tree" in call:  # merged already, by an executor
+            return None
+        self.calls += 1
+        asked = call.pop("dta_own_path", None)
+        batch = asked or self._why_not_now(decoder, call) or PaddedBatch.from_call(call)
+        if isinstance(batch, PaddedBatch):
+            batch = self._gate(decoder, batch)
+        if isinstance(batch, str):
+            self.report, self.reason = None, batch
+            return ((), call) if asked else None
+        self.reason = ""
+        layout = TreeLayout.from_tree(batch.tree, call["input_ids"].device)
+        mask = TreeMask.from_layout(layout, self.config.backend)
+        return (), call | model_inputs(layout, mask) | {"dta_rows": batch}
+
+    def restore(self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Behind the decoder: values of tree tokens to those of rows."""
+        batch: PaddedBatch | None = kwargs.get("dta_rows")
+        if batch is None:
+            return output
+        mask: TreeMask = kwargs["dta_tree"]
+        check_every_layer_hit(decoder, mask)
+        output.last_hidden_state = spread(output.last_hidden_state[0], batch)
+        if getattr(output, "router_logits", None) is not None:
+            output.router_logits = tuple(_spread_flat(logits, batch) for logits in output.router_logits)
+        self._count(decoder, batch, "+".join(sorted(mask.backends_used)))
+        return output
+
+    def _why_not_now(self, decoder: PreTrainedModel, call: dict[str, Any]) -> str | None:
+        """Why this call takes the model's own path, by what may change from call to call."""
+        reason = dropout_reason(decoder)
+        if reason is not None and self.config.on_unsupported == "error":
+            raise UnsupportedModelError(f"Prefixes cannot be shared exactly here: {reason}; or on_unsupported='dense'.")
+        if reason is not None:
+            return reason
+        if call.get("use_cache") is None and getattr(decoder.config, "use_cache", True) and not decoder.training:
+            return "the config's use_cache makes it return a cache; pass use_cache=False"
+        wanted = ("output_attentions", "output_hidden_states")
+        return next((f"the config's {name} is on" for name in wanted if getattr(decoder.config, name, False)), None)
+
+    def _gate(self, decoder: PreTrainedModel, batch: PaddedBatch) -> PaddedBatch | str:
+        if not self.config.min_saving:
+            return batch
+        saving = estimate(batch.tree, self._cost_of(decoder), 0, 0).saving
+        if saving >= self.config.min_saving:
+            return batch
+        return f"only {saving:.0%} of dense FLOPs saved, min_saving {self.config.min_saving:.0%}"
+
+    def _cost_of(self, decoder: PreTrainedModel) -> ModelCost:
+        if self._cost is None:
+            self._cost = model_cost(decoder)
+        return self._cost
+
+    def _count(self, decoder: PreTrainedModel, batch: PaddedBatch, backend: str) -> None:
+        tree = batch.tree
+        cost = estimate(tree, self._cost_of(decoder), 0, 0)
+        self.report = TreeReport(
+            tree=tree,
+            chunks=1,
+            executor="packed",
+            backend=backend,
+            reason=f"{cost.saving:.0%} of the decoder's dense FLOPs saved",
+            ceiling=cost.ceiling,
+        )
+        self.shared_calls += 1
+        self.flat_tokens += tree.flat_tokens
+        self.tree_tokens += tree.tree_tokens
+
+
+def _of(decoder: nn.Module) -> PrefixSharing | None:
+    """The handle of a decoder that shares already; a deep copy of a model has its own."""
+    owners = (getattr(hook, "__self__", None) for hook in decoder._forward_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, PrefixSharing)), None)
+
+
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    if not args:
+        return dict(kwargs)
+    return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+
+
+def _reads_padding(labels: Any, mask: Any) -> bool:
+    """Whether labels score the output of padding, as labels of their own position or of the next one.
+
+    labels, mask: int [B, L], or anything else, which says nothing about tokens.
+    """
+    if not (isinstance(labels, torch.Tensor) and isinstance(mask, torch.Tensor)):
+        return False
+    if labels.ndim != 2 or labels.shape != mask.shape:
+        return False
+    scored, padding = labels != -100, ~mask.bool()
+    return bool(((scored & padding).any() | (scored[:, 1:] & padding[:, :-1]).any()).item())
+
+
+def _spread_flat(values: torch.Tensor, batch: PaddedBatch) -> torch.Tensor:
+    """Router logits [T, experts] -> [B * L, experts]; the router loss leaves padding out by the attention mask."""
+    return spread(values.reshape(batch.tree.tree_tokens, -1), batch).flatten(0, 1)
+
+
+def _decoder_reason(decoder: PreTrainedModel) -> str | None:
+    """What matters of a model with any head, where `unsupported_reason` expects one of a causal LM."""
+    config = decoder.config
+    if config.is_encoder_decoder or config.get_text_config() is not config:
+        return (
+            f"{type(decoder).__name__} is more than a text decoder, and its rows are more than their tokens; use a "
+            "text-only causal model"
+        )
+    layers = [module for module in decoder.modules() if hasattr(module, "layer_idx")]
+    causal = [module.is_causal for module in layers if hasattr(module, "is_causal")]
+    if not causal or not all(causal):
+        return f"{type(decoder).__name__} does not say that its attention is causal; use a causal model"
+    return None
+
+
+def _check_options(config: TreeConfig) -> None:
+    given = [f.name for f in fields(TreeConfig) if getattr(config, f.name) != f.default]
+    other = [name for name in given if name not in _OPTIONS and (name, config.executor) != ("executor", "packed")]
+    if other:
+        raise InvalidInputError(
+            f"share_prefixes got {', '.join(f'{name}={getattr(config, name)!r}' for name in other)}. Expected "
+            f"{', '.join(sorted(_OPTIONS))} only: each call runs its batch as one packed tree. For trees larger than "
+            "memory use dta_plugin.sequence_logprobs, which streams."
+        )
