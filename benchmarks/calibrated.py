@@ -38,8 +38,8 @@ from dta_plugin.adapters.trl.state import TreeState
 from dta_plugin.execution.measure import Bench, Case, Rows, calibrate
 
 CPU = torch.device("cpu")
-# layers, hidden size, vocabulary
-MODEL, SMALL_MODEL = (4, 256, 8192), (2, 64, 512)
+# Layers, hidden size, vocabulary; and how long the sequences of the gate's batches are, relative to those of the first.
+MODEL, SMALL_MODEL = ((4, 256, 8192), 1.0), ((2, 64, 512), 4.0)
 
 
 def main() -> None:
@@ -51,12 +51,12 @@ def main() -> None:
     gated: list[dict[str, Any]] = []
     models = []
     with tempfile.TemporaryDirectory() as folder:
-        for size in (SMALL_MODEL,) if args.smoke else (MODEL, SMALL_MODEL):
+        for size, longer in (SMALL_MODEL,) if args.smoke else (MODEL, SMALL_MODEL):
             subject = Subject(size, args, Path(folder))
             models.append(subject.described | {"calibration": asdict(subject.calibration)})
             if not predicted:
                 predicted = [subject.predict(case) for case in varied(subject.vocab, args.batches, args.scale)]
-            graded_cases = list(graded(subject.vocab, args.scale))[:: 8 if args.smoke else 1]
+            graded_cases = list(graded(subject.vocab, longer * args.scale))[:: 8 if args.smoke else 1]
             gated += [subject.gate(case) for case in graded_cases]
     found = checks(predicted, gated, args.clock)
     print(f"\n{prediction_table(predicted)}\n\n{gate_table(gated, args.clock)}\n")

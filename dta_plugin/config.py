@@ -45,8 +45,8 @@ class TreeConfig:
     min_saving: float = _option(
         0.0,
         "Share of the dense path's time that the tree must save, in [0, 1); below it the dense path runs. Time is "
-        "predicted from what `dta calibrate` measured, else FLOPs count; those are never more than dense, so that 0 "
-        "then always means the tree, which without sharing is plain padding-free packing.",
+        "predicted if `dta calibrate` has measured it, else FLOPs count, of which a tree never needs more: 0 then "
+        "means always the tree, which without sharing is plain padding-free packing.",
     )
     calibration: str = _option(
         "auto",
@@ -82,7 +82,7 @@ class TreeConfig:
                 f"max_tree_tokens_per_chunk={self.max_tree_tokens_per_chunk}. Expected None or at least 1."
             )
         if not 0.0 <= self.min_saving < 1.0:
-            raise InvalidInputError(f"min_saving={self.min_saving}. Expected a share of FLOPs in [0, 1).")
+            raise InvalidInputError(f"min_saving={self.min_saving}. Expected a share in [0, 1).")
         if not re.fullmatch(r"off|first|every:[1-9]\d*", str(self.verify)):
             raise InvalidInputError(
                 f"verify={self.verify!r}. Expected 'off', 'first' or 'every:N' with N >= 1 (a bare off in YAML means "

@@ -159,7 +159,9 @@ def usage() -> str:
     lines = [(__doc__ or "").strip(), "", "options:"]
     for name, default, text in options:
         lines.append(f"  --{name} (default {default})")
-        lines.append(textwrap.fill(text, width=100, initial_indent=" " * 6, subsequent_indent=" " * 6))
+        lines += textwrap.wrap(
+            text, width=100, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
+        )
     return "\n".join(lines)
 
 

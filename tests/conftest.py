@@ -1,10 +1,13 @@
-"""Settings of the whole suite: one thread (tiny tensors), hypothesis examples that are the same in every run, and
-Triton's CPU interpreter where there is no GPU (Triton reads the variable when it is first imported)."""
+"""Settings of the whole suite: one thread (tiny tensors), hypothesis examples that are the same in every run, no
+calibration that this machine happens to have, and Triton's CPU interpreter where there is no GPU (Triton reads the
+variable when it is first imported)."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -14,3 +17,12 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def calibrations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where `dta calibrate` writes and training looks: an empty folder."""
+    folder = tmp_path / "calibrations"
+    folder.mkdir()
+    monkeypatch.setattr("dta_plugin.execution.calibration.cached_assets_path", lambda *_, **__: folder)
+    return folder

@@ -14,7 +14,7 @@ INVALID: dict[str, tuple[dict[str, object], str]] = {
     "on_unsupported": ({"on_unsupported": "warn"}, r"on_unsupported='warn'. Expected one of error, dense"),
     "no tokens": ({"max_tree_tokens_per_chunk": 0}, r"max_tree_tokens_per_chunk=0. Expected None or at least 1"),
     "negative tokens": ({"max_tree_tokens_per_chunk": -5}, r"max_tree_tokens_per_chunk=-5"),
-    "saving 1": ({"min_saving": 1.0}, r"min_saving=1.0. Expected a share of FLOPs in \[0, 1\)"),
+    "saving 1": ({"min_saving": 1.0}, r"min_saving=1.0. Expected a share in \[0, 1\)"),
     "saving < 0": ({"min_saving": -0.1}, r"min_saving=-0.1"),
     "saving NaN": ({"min_saving": float("nan")}, r"min_saving=nan"),
     "verify": ({"verify": "always"}, r"verify='always'. Expected 'off', 'first' or 'every:N' with N >= 1"),

@@ -129,7 +129,7 @@ WRONG = {
     "--use_dta true --dta_verify often": "--dta_verify='often'. Expected 'off', 'first' or 'every:N'",
     "--use_dta false --dta_verify often": "--dta_verify='often'",
     "--use_dta true --dta_min_saving some": "--dta_min_saving='some'. Expected a value of type float",
-    "--use_dta true --dta_min_saving 2": "--dta_min_saving=2.0. Expected a share of FLOPs",
+    "--use_dta true --dta_min_saving 2": "--dta_min_saving=2.0. Expected a share",
     "--dta_verify first": "Got --dta_verify without --use_dta. Expected --use_dta true",
     "--use_dta true --dta_verify": "--dta_verify has no value",
 }

@@ -12,6 +12,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
@@ -103,8 +104,18 @@ def _shape(parameter: torch.nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
+# Looked at once per model: adapters that come later change little.
+_costs: WeakKeyDictionary[PreTrainedModel, ModelCost] = WeakKeyDictionary()
+
+
 def model_cost(model: PreTrainedModel) -> ModelCost:
     """Forward FLOPs of the model's parts, two per multiply-add; experts count as far as they are active."""
+    if model not in _costs:
+        _costs[model] = _counted(model)
+    return _costs[model]
+
+
+def _counted(model: PreTrainedModel) -> ModelCost:
     config = model.config.get_text_config()
     decoder_matrices = {id(p): (name, p) for name, p in model.named_parameters() if len(_shape(p)) >= 2}
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())

@@ -25,7 +25,7 @@ from dta_plugin.execution.model import causal_lm, decoder_of, model_cost
 from dta_plugin.execution.packed import check_every_layer_hit, model_inputs
 from dta_plugin.execution.padded import PaddedBatch, spread
 from dta_plugin.execution.support import dropout_reason, unsupported_reason
-from dta_plugin.tree.cost import ModelCost, estimate
+from dta_plugin.tree.cost import estimate
 from dta_plugin.tree.layout import TreeLayout
 from dta_plugin.tree.report import TreeReport
 
@@ -83,7 +83,6 @@ class PrefixSharing:
         self.report: TreeReport | None = None
         self.reason = ""
         self.calls = self.shared_calls = self.flat_tokens = self.tree_tokens = 0
-        self._cost: ModelCost | None = None
         self._hooks: list[RemovableHandle] = []
 
     def attach(self, base: PreTrainedModel, decoder: PreTrainedModel) -> None:
@@ -162,19 +161,14 @@ class PrefixSharing:
     def _gate(self, decoder: PreTrainedModel, batch: PaddedBatch) -> PaddedBatch | str:
         if not self.config.min_saving:
             return batch
-        saving = estimate(batch.tree, self._cost_of(decoder), 0, 0).saving
+        saving = estimate(batch.tree, model_cost(decoder), 0, 0).saving
         if saving >= self.config.min_saving:
             return batch
         return f"only {saving:.0%} of dense FLOPs saved, min_saving {self.config.min_saving:.0%}"
 
-    def _cost_of(self, decoder: PreTrainedModel) -> ModelCost:
-        if self._cost is None:
-            self._cost = model_cost(decoder)
-        return self._cost
-
     def _count(self, decoder: PreTrainedModel, batch: PaddedBatch, backend: str) -> None:
         tree = batch.tree
-        cost = estimate(tree, self._cost_of(decoder), 0, 0)
+        cost = estimate(tree, model_cost(decoder), 0, 0)
         self.report = TreeReport(
             tree=tree,
             chunks=1,
