@@ -1,0 +1,76 @@
+"""Rows between ranks: two processes under DDP train as stock does, with siblings that were generated apart together."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.adapters.trl.exchange_script import CASES
+from tests.adapters.trl.support import Run, assert_equal, difference
+from tests.adapters.trl.test_regroup import EXTREMES, TOKEN_MEANS
+from tests.support.ranks import REPOSITORY, free_port
+
+Runs = dict[str, tuple[Run, Run]]
+EXACT = 5e-6
+# One micro-batch per step: whoever computes a row, TRL's metrics are over the same ones.
+ONE_MICRO_BATCH = ("apart", "together", "declined")
+
+
+@pytest.fixture(scope="module")
+def ranks(model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Runs], str]:
+    """Every case's runs on both ranks, and what was printed."""
+    folder = tmp_path_factory.mktemp("exchange")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    done = subprocess.run(
+        [*launcher, "-m", "tests.adapters.trl.exchange_script", model, str(folder)],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    loaded = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    return loaded, done.stdout + done.stderr
+
+
+def logged(ranks: list[Runs], case: str, metric: str) -> list[list[float]]:
+    """Per rank, the metric of every optimizer step."""
+    return [[entry[f"dta/{metric}"] for entry in runs[case][1].dta] for runs in ranks]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_stock(ranks: tuple[list[Runs], str], name: str) -> None:
+    ignore = () if name in ONE_MICRO_BATCH else (*EXTREMES, *TOKEN_MEANS)
+    for runs in ranks[0]:
+        dense, tree = runs[name]
+        assert_equal(dense, tree, ignore)
+        assert difference(dense, tree, ignore) <= EXACT
+        assert all(torch.equal(weight, ranks[0][0][name][1].weights[key]) for key, weight in tree.weights.items())
+
+
+def test_siblings_meet(ranks: tuple[list[Runs], str]) -> None:
+    """Both ranks have both prompts of 16 tokens, and then one each."""
+    apart, together = (logged(ranks[0], case, "tree_tokens") for case in ("apart", "together"))
+    for step in range(2):
+        saved = [before[step] - after[step] for before, after in zip(apart, together, strict=True)]
+        assert sum(saved) >= 2 * 16 and min(saved) >= 8
+    assert logged(ranks[0], "together", "duplicated_prefix_tokens") == [[0, 0]] * 2
+
+
+def test_loads_are_those_of_all_ranks(ranks: tuple[list[Runs], str]) -> None:
+    for name in CASES:
+        for metric in ("rank_load_predicted", "rank_load_measured", "duplicated_prefix_tokens"):
+            first, second = logged(ranks[0], name, metric)
+            assert first == second
+            assert all(1 <= value <= 2 for value in first) or metric == "duplicated_prefix_tokens"
+    assert max(logged(ranks[0], "together", "rank_load_predicted")[0]) < 1.05
+
+
+def test_says_why_rows_stay(ranks: tuple[list[Runs], str]) -> None:
+    assert ranks[1].count("rows stay on the ranks that generated them because loss_type='bnpo'") == 1
+    assert ranks[1].count("rows stay on the ranks") == 1
