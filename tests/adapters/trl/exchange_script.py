@@ -12,7 +12,7 @@ from typing import Any
 from datasets import Dataset
 from trl import RLOOConfig, RLOOTrainer
 
-from dta_plugin.adapters.trl import TreeRLOOConfig, TreeRLOOTrainer
+from dta_plugin.adapters.trl import TreeRLOOConfig, TreeRLOOTrainer, exchange
 from tests.adapters.trl.ddp_script import run_cases
 from tests.adapters.trl.rollouts import Rollouts, as_if_vllm
 
@@ -34,10 +34,24 @@ def alternating() -> Dataset:
     return Dataset.from_list([{"prompt": text} for text in [first, second] * 8])
 
 
+def as_if_vllm_with_wrong_padding(trainer: Any) -> None:
+    """Negative control: ratios padded with 0, which vespo sums the logarithms of. To run last."""
+    as_if_vllm(trainer)
+    exchange._PADDING.pop("importance_sampling_ratio", None)
+
+
 ALWAYS = {"dta_balance_ranks": "always"}
 SEPARATE = {"dta_merge_window": "never", **ALWAYS}
 TURNS: dict[str, Any] = {"shuffle_dataset": False, "trainer_options": {"train_dataset": alternating()}}
 SPREAD = {"per_device_train_batch_size": 4, "steps_per_generation": 4, "gradient_accumulation_steps": 2, "max_steps": 4}
+CORRECTED: dict[str, Any] = {
+    "loss_type": "vespo",
+    "prepare": as_if_vllm,
+    "vllm_importance_sampling_mode": "token_truncate",
+    "dta": SEPARATE,
+    **SPREAD,
+    "trainer_options": {"rollout_func": RaggedRollouts(environment=True)},
+}
 CASES: dict[str, dict[str, Any]] = {
     "apart": {"num_iterations": 2, "max_steps": 2, **TURNS},
     "together": {"num_iterations": 2, "max_steps": 2, "beta": 0.4, "dta": ALWAYS, **TURNS},
@@ -50,17 +64,11 @@ CASES: dict[str, dict[str, Any]] = {
         "dta": SEPARATE,
         **SPREAD,
     },
-    "corrected": {
-        "loss_type": "vespo",
-        "prepare": as_if_vllm,
-        "dta": SEPARATE,
-        "vllm_importance_sampling_mode": "token_truncate",
-        **SPREAD,
-        "trainer_options": {"rollout_func": RaggedRollouts(environment=True)},
-    },
+    "corrected": CORRECTED,
     "declined": {"loss_type": "bnpo", "dta": ALWAYS, "max_steps": 1},
 }
+CONTROLS = {"wrong_padding": CORRECTED | {"prepare": as_if_vllm_with_wrong_padding, "max_steps": 2}}
 
 
 if __name__ == "__main__":
-    run_cases(CASES, *sys.argv[1:])
+    run_cases(CASES | CONTROLS, *sys.argv[1:])

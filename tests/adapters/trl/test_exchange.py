@@ -53,6 +53,12 @@ def test_equals_stock(ranks: tuple[list[Runs], str], name: str) -> None:
         assert all(torch.equal(weight, ranks[0][0][name][1].weights[key]) for key, weight in tree.weights.items())
 
 
+def test_negative_control_padding(ranks: tuple[list[Runs], str]) -> None:
+    """Rows do move in the case "corrected", to a rank of another width."""
+    dense, tree = ranks[0][0]["wrong_padding"]
+    assert difference(dense, tree, (*EXTREMES, *TOKEN_MEANS)) > 1000 * EXACT
+
+
 def test_siblings_meet(ranks: tuple[list[Runs], str]) -> None:
     """Both ranks have both prompts of 16 tokens, and then one each."""
     apart, together = (logged(ranks[0], case, "tree_tokens") for case in ("apart", "together"))
