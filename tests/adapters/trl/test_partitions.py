@@ -1,8 +1,8 @@
 """Any deal of a window's rows over its micro-batches gives the gradient of stock TRL, unequal contents or not.
 
 Rows of very different lengths are dealt out at random, and the gradient of each optimizer step, the second of them
-off-policy, is compared with stock TRL's: the norm of the difference over the norm of the gradient. Log-probs and losses are
-float32, as ever; the model is float64, because dense and tree differ by 1e-6 in float32 however rows are dealt.
+off-policy, is compared with stock TRL's: the norm of the difference over the norm of the gradient. Log-probs and losses
+are float32; the model is float64, because dense and tree differ by 1e-6 in float32 however rows are dealt.
 """
 
 from __future__ import annotations
