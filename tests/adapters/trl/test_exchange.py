@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from dta_plugin.adapters.trl import exchange
 from tests.adapters.trl.exchange_script import CASES
 from tests.adapters.trl.support import Run, assert_equal, difference
 from tests.adapters.trl.test_regroup import EXTREMES, TOKEN_MEANS
@@ -36,6 +39,45 @@ def ranks(model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Ru
     assert done.returncode == 0, done.stderr[-5000:]
     loaded = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
     return loaded, done.stdout + done.stderr
+
+
+def offer(**shapes: tuple[torch.dtype, tuple[int, ...]]) -> exchange._Offer:
+    ids = {"prompt_ids": (torch.int64, (5,)), "completion_ids": (torch.int64, (7,))}
+    return exchange._Offer(None, sizes=[4, 4], shapes=ids | shapes)
+
+
+WIDER = {"completion_ids": (torch.int64, (9,))}
+MISMATCHES: dict[str, tuple[list[exchange._Offer], str | None]] = {
+    "alike": ([offer(x=(torch.float32, (3,)))] * 2, None),
+    "padded": ([offer(old=(torch.float32, (7,))), offer(old=(torch.float32, (9,)), **WIDER)], None),
+    "sequence_level": ([offer(ratio=(torch.float32, (1,))), offer(ratio=(torch.float32, (1,)), **WIDER)], None),
+    "unknown_padding": ([offer(x=(torch.float32, (3,))), offer(x=(torch.float32, (4,)))], "x has different widths"),
+    "dtypes": ([offer(x=(torch.float32, (7,))), offer(x=(torch.int64, (7,)))], "x is of different kinds"),
+    "missing": ([offer(x=(torch.float32, ())), offer()], "x is of different kinds"),
+    "extra": ([offer(), offer(x=(torch.float32, ()))], "x is not there on every rank"),
+    "rows": ([offer(), exchange._Offer(None, sizes=[4, 3])], "ranks have different numbers of rows"),
+}
+
+
+@pytest.mark.parametrize("name", MISMATCHES)
+def test_rows_of_ranks_must_fit(name: str) -> None:
+    offers, reason = MISMATCHES[name]
+    found = exchange._mismatch(offers)
+    assert found is None if reason is None else str(found).startswith(reason)
+
+
+def test_obstacles(monkeypatch: pytest.MonkeyPatch) -> None:
+    def obstacle(parallel: int = 1, batch: dict[str, Any] | None = None, **options: Any) -> str | None:
+        accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(non_data_parallel_size=parallel))
+        return exchange._obstacle(SimpleNamespace(accelerator=accelerator, **options), [batch or {}])
+
+    assert obstacle() is obstacle(loss_type="luspo") is None
+    assert "images" in str(obstacle(batch={"pixel_values": None}))
+    assert "tensor, context or sequence parallelism" in str(obstacle(parallel=2))
+    assert "each micro-batch" in str(obstacle(top_entropy_quantile=0.5))
+    monkeypatch.setattr(exchange, "version", lambda _: "1.9.2")
+    assert "padding before TRL 1.10" in str(obstacle(loss_type="luspo"))
+    assert obstacle(loss_type="grpo") is None
 
 
 def logged(ranks: list[Runs], case: str, metric: str) -> list[list[float]]:
