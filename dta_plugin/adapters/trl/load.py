@@ -83,6 +83,12 @@ class Loads(TrainerCallback):
             self._current.append(_MicroStep(*self._plan[slot], self._merged))
             self._begun = _mark(self._device)
 
+    def runs_dense(self) -> None:
+        """The micro-step builds no tree: what was predicted does not describe it."""
+        if self._begun is not None:
+            self._begun = None
+            self._current.pop()
+
     def scored(self, logprobs: torch.Tensor) -> None:
         """The micro-step has its log-probs; it goes on when their gradient arrives."""
         if self._begun is None or not logprobs.requires_grad:
