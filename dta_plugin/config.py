@@ -16,6 +16,7 @@ from dta_plugin.errors import InvalidInputError
 BACKENDS = ("auto", "cpu", "flex", "reference", "triton")
 _EXECUTORS = ("auto", "packed", "streamed")
 _REGROUP = ("auto", "always", "never")
+_BALANCE_RANKS = ("never", "always")
 _ON_UNSUPPORTED = ("error", "dense")
 
 
@@ -67,6 +68,11 @@ class TreeConfig:
         "One tree for all micro-batches of a gradient-accumulation window, so that siblings meet even with a batch of "
         "one: auto (where that saves more than separate trees), always, or never. Same gradient, loss and metrics.",
     )
+    balance_ranks: str = _option(
+        "never",
+        "Move rows between ranks after a generation, within their optimizer step, so that siblings meet and every rank "
+        "costs alike: never, or always (where the gradient cannot change). Ranks exchange token ids and moved rows.",
+    )
     on_unsupported: str = _option(
         "error", "What to do where the tree would not be exact: error, or dense (run the dense path, say so once)."
     )
@@ -76,6 +82,7 @@ class TreeConfig:
         _choice("executor", self.executor, _EXECUTORS)
         _choice("regroup", self.regroup, _REGROUP)
         _choice("merge_window", self.merge_window, _REGROUP)
+        _choice("balance_ranks", self.balance_ranks, _BALANCE_RANKS)
         _choice("on_unsupported", self.on_unsupported, _ON_UNSUPPORTED)
         if self.max_tree_tokens_per_chunk is not None and self.max_tree_tokens_per_chunk < 1:
             raise InvalidInputError(

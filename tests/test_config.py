@@ -12,6 +12,7 @@ INVALID: dict[str, tuple[dict[str, object], str]] = {
     "backend": ({"backend": "cuda"}, r"backend='cuda'. Expected one of auto, cpu, flex, reference"),
     "executor": ({"executor": "chunked"}, r"executor='chunked'. Expected one of auto, packed"),
     "on_unsupported": ({"on_unsupported": "warn"}, r"on_unsupported='warn'. Expected one of error, dense"),
+    "balance_ranks": ({"balance_ranks": "auto"}, r"balance_ranks='auto'. Expected one of never, always"),
     "no tokens": ({"max_tree_tokens_per_chunk": 0}, r"max_tree_tokens_per_chunk=0. Expected None or at least 1"),
     "negative tokens": ({"max_tree_tokens_per_chunk": -5}, r"max_tree_tokens_per_chunk=-5"),
     "saving 1": ({"min_saving": 1.0}, r"min_saving=1.0. Expected a share in \[0, 1\)"),

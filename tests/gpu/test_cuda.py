@@ -86,3 +86,21 @@ def test_long_rows_are_exact_and_bitwise_repeatable(head_dim: int) -> None:
     expected += [torch.stack([t[i] for t in truth]).sum(dim=0) for i in (2, 3)]
     for actual, wanted in zip(first, expected, strict=True):
         assert (actual.float() - wanted).norm() <= 1e-2 * wanted.norm()
+
+
+def test_loads_are_measured_without_synchronising() -> None:
+    """CUDA events: nothing waits for the device until the seconds are read."""
+    load = pytest.importorskip("dta_plugin.adapters.trl.load")
+    loads = load.Loads()
+    loads._plan, loads._device = [(1.0, 0.0)], torch.device("cuda")
+    weight = torch.randn(4096, 4096, device="cuda", requires_grad=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loads.hands_out(0)
+        logprobs = weight @ weight
+        loads.scored(logprobs)
+        logprobs.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    (step,) = loads._current
+    assert len(step.spans) == 2 and 0 < step.seconds < 60

@@ -8,13 +8,16 @@ from typing import Any
 
 import torch
 
+from dta_plugin.adapters.trl.buffer import Inputs
 from dta_plugin.adapters.trl.config import tree_config
+from dta_plugin.adapters.trl.exchange import exchange
 from dta_plugin.adapters.trl.regroup import composition_reason, regroup
 from dta_plugin.adapters.trl.scoring import Hook, tree_log_probs
 from dta_plugin.adapters.trl.state import TreeState
-from dta_plugin.adapters.trl.window import merges
+from dta_plugin.adapters.trl.window import merges, window_size
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.execution.calibration import tree_cost
 from dta_plugin.execution.support import unsupported_reason
 
 
@@ -25,11 +28,15 @@ def log_probs(
     config = active_config(trainer, default)
     if config is None:
         return own(*args, **kwargs)
-    return tree_log_probs(trainer, TreeState.of(trainer, config), own, *args, **kwargs)
+    state = TreeState.of(trainer, config)
+    values = tree_log_probs(trainer, state, own, *args, **kwargs)
+    if values[0] is not None:
+        state.loads.scored(values[0])
+    return values
 
 
 def prepare_inputs(trainer: Any, own: Callable[[Any], Any], default: TreeConfig | None, generation_batch: Any) -> Any:
-    """In front of `_prepare_inputs`: merge or regroup a new generation batch, then hand out the step's micro-batch."""
+    """In front of `_prepare_inputs`: deal a new generation batch out anew, then hand out the step's micro-batch."""
     config = active_config(trainer, default)
     if config is None:
         return own(generation_batch)
@@ -40,17 +47,36 @@ def prepare_inputs(trainer: Any, own: Callable[[Any], Any], default: TreeConfig 
     before = trainer._buffered_inputs
     inputs = own(generation_batch)
     buffer = trainer._buffered_inputs
-    if buffer is before or buffer is None or unsupported_reason(trainer.model) is not None:
-        return inputs  # nothing new; or the dense path will run, on exactly what TRL made
-    own_order = _why_not_regroup(trainer, config, buffer)
-    separate = regroup(buffer, trainer.args.gradient_accumulation_steps) if own_order is None else buffer
-    state.windows.merges = merges(trainer, state, buffer, separate)
-    if state.windows.merges:
+    if not trainer.model.training or buffer is None:
         return inputs
-    if own_order:
+    if buffer is not before:
+        if unsupported_reason(trainer.model) is not None:
+            return inputs  # the dense path will run, on exactly what TRL made
+        trainer._buffered_inputs = _dealt_out(trainer, config, state, buffer)
+    slot = trainer._step % trainer.args.steps_per_generation
+    state.loads.hands_out(slot)
+    return trainer._buffered_inputs[slot]
+
+
+def _dealt_out(trainer: Any, config: TreeConfig, state: TreeState, buffer: list[Inputs]) -> list[Inputs]:
+    """A new generation batch with its rows where they cost least, and the decision whether windows are merged."""
+    cost = tree_cost(trainer.model, config)
+    size = window_size(trainer, buffer)
+    repeated: list[float] = []
+    if config.balance_ranks == "always" and trainer.accelerator.num_processes > 1:
+        found = exchange(trainer, buffer, size, cost)
+        if isinstance(found, str):
+            state.say_once(trainer, f"rows stay on the ranks that generated them because {found}")
+        else:
+            buffer, repeated = found.buffer, found.repeated
+    own_order = _why_not_regroup(trainer, config, buffer)
+    separate = regroup(buffer, trainer.args.gradient_accumulation_steps, cost) if own_order is None else buffer
+    merged = state.windows.merges = merges(trainer, state, buffer, separate)
+    if own_order and not merged:
         state.say_once(trainer, f"micro-batches stay as TRL shuffled them, siblings apart, because {own_order}")
-    trainer._buffered_inputs = separate
-    return trainer._buffered_inputs[trainer._step % trainer.args.steps_per_generation]
+    chosen = buffer if merged else separate
+    state.loads.plan(trainer, chosen, size, merged, cost, repeated)
+    return chosen
 
 
 def active_config(trainer: Any, default: TreeConfig | None) -> TreeConfig | None:
@@ -60,7 +86,7 @@ def active_config(trainer: Any, default: TreeConfig | None) -> TreeConfig | None
     return default
 
 
-def _why_not_regroup(trainer: Any, config: TreeConfig, buffer: list[dict[str, Any]]) -> str | None:
+def _why_not_regroup(trainer: Any, config: TreeConfig, buffer: list[Inputs]) -> str | None:
     """None: regroup. Otherwise why not, empty where there is nothing to say."""
     if config.regroup == "never" or len(buffer) == 1 or any("pixel_values" in batch for batch in buffer):
         return ""

@@ -2,7 +2,7 @@
 
 TRL shuffles a generation batch row by row before it splits it into micro-batches, which tears groups apart. Within
 the micro-batches of one accumulation window the order of rows does not matter to the summed gradient, so there (and
-only there) rows are sorted by their tokens: siblings become neighbours. Row counts stay as they were.
+only there) rows are dealt out anew: siblings together, micro-batches of like cost. Row counts stay as they were.
 
 The gradient would change where a loss normalises over the tokens of each micro-batch; those cases are named by
 `composition_reason`.
@@ -11,12 +11,12 @@ The gradient would change where a loss normalises over the tokens of each micro-
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from typing import Any
 
-import torch
-
-Inputs = dict[str, Any]
+from dta_plugin.adapters.trl.buffer import Inputs, Rows
+from dta_plugin.adapters.trl.deal import to_micro_batches
+from dta_plugin.adapters.trl.rows import MicroBatch, joined
+from dta_plugin.tree.cost import ModelCost
 
 
 def composition_reason(trainer: Any) -> str | None:
@@ -32,55 +32,23 @@ def composition_reason(trainer: Any) -> str | None:
     return None
 
 
-def regroup(buffer: list[Inputs], accumulation_steps: int) -> list[Inputs]:
-    """Sort the rows of a generation batch within each accumulation window.
+def regroup(buffer: list[Inputs], accumulation_steps: int, model: ModelCost) -> list[Inputs]:
+    """Deal the rows of a generation batch out anew within each accumulation window.
 
     buffer: micro-batches in the order of their steps, tensors [B, ...] padded alike. accumulation_steps: micro-batches
-    per optimizer step. Returns micro-batches with the same number of rows each.
+    per optimizer step. model: what the model's parts cost. Returns micro-batches with the same number of rows each.
     """
     window = math.gcd(len(buffer), accumulation_steps)  # slots that always fall into the same optimizer step
     result: list[Inputs] = []
     for start in range(0, len(buffer), window):
-        result.extend(_sorted_window(buffer[start : start + window]))
+        result.extend(_regrouped(buffer[start : start + window], model))
     return result
 
 
-def _sorted_window(batches: list[Inputs]) -> list[Inputs]:
+def _regrouped(batches: list[Inputs], model: ModelCost) -> list[Inputs]:
     if len(batches) == 1:
         return batches
-    sizes = [len(batch["prompt_ids"]) for batch in batches]
-    order = _token_order(batches)
-    merged = {key: _merge([batch[key] for batch in batches], order, sum(sizes)) for key in batches[0]}
-    bounds = torch.tensor([0, *sizes]).cumsum(0).tolist()
-    return [
-        {key: value[start:stop] if _has_rows(value, sum(sizes)) else value for key, value in merged.items()}
-        for start, stop in pairwise(bounds)
-    ]
-
-
-def _token_order(batches: list[Inputs]) -> list[int]:
-    """Row indices in lexicographic order of their real tokens."""
-    keys: list[bytes] = []
-    for batch in batches:
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1).cpu().numpy()
-        real = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1).bool().cpu().numpy()
-        keys.extend(row[keep].astype(">u4").tobytes() for row, keep in zip(ids, real, strict=True))
-    return sorted(range(len(keys)), key=keys.__getitem__)
-
-
-def _has_rows(value: Any, rows: int) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.ndim > 0 and value.shape[0] == rows
-    return isinstance(value, list) and len(value) == rows
-
-
-def _merge(values: list[Any], order: list[int], rows: int) -> Any:
-    """Concatenate and reorder what has one entry per row; anything else is the same in every micro-batch."""
-    first = values[0]
-    if isinstance(first, torch.Tensor) and first.ndim > 0:
-        joined = torch.cat(values)
-        return joined[torch.tensor(order, device=joined.device)] if joined.shape[0] == rows else first
-    if isinstance(first, list):
-        joined_list = [item for value in values for item in value]
-        return [joined_list[i] for i in order] if len(joined_list) == rows else first
-    return first
+    rows = Rows.of(batches)
+    sequences, first_scored = joined([MicroBatch.from_inputs(batch) for batch in batches])
+    bins = to_micro_batches(sequences, first_scored, rows.sizes, model)
+    return rows.taken([row for members in bins for row in members]).batches()

@@ -48,6 +48,7 @@ def tree_log_probs(
         state.say_once(trainer, f"dense path: {reason}", topic, logging.WARNING)
         if torch.is_grad_enabled():
             state.log_metrics(trainer, None)
+            state.loads.runs_dense()
         kwargs = {"compute_entropy": compute_entropy, **inputs}
         if _returns_aux_loss(dense):
             kwargs["compute_aux_loss"] = compute_aux_loss

@@ -6,6 +6,7 @@ import logging
 import sys
 from typing import Any
 
+from dta_plugin.adapters.trl.load import Loads
 from dta_plugin.adapters.trl.window import Windows
 from dta_plugin.config import TreeConfig
 from dta_plugin.execution.batch import SequenceLogProbs
@@ -20,6 +21,7 @@ class TreeState:
         self.config = config
         self.calls = 0
         self.windows = Windows()
+        self.loads = Loads()
         self._said: set[str] = set()
 
     @classmethod

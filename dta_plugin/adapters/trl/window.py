@@ -19,6 +19,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
+from dta_plugin.adapters.trl.buffer import Inputs
+from dta_plugin.adapters.trl.deal import TOKENS
 from dta_plugin.adapters.trl.rows import MicroBatch, joined
 from dta_plugin.balance.costs import SequenceCosts
 from dta_plugin.config import TreeConfig
@@ -30,13 +32,10 @@ from dta_plugin.execution.model import causal_lm, input_device, tree_forward
 from dta_plugin.execution.ranks import gathered, is_collective
 from dta_plugin.tree.cost import ModelCost
 
-Inputs = dict[str, Any]
-
 # One tree must save this share of what separate ones compute: it holds more activations at a time.
 _WORTH = 0.05
 # A tree that is streamed runs forward twice.
 _STREAMED = 4 / 3
-_TOKENS = ModelCost(per_token=1.0, per_pair=0.0, per_scored=0.0)
 
 
 def window_size(trainer: Any, buffer: list[Inputs]) -> int:
@@ -93,7 +92,7 @@ def _pays(trainer: Any, config: TreeConfig, window: list[Inputs], alternative: l
 
     together = [MicroBatch.from_inputs(batch) for batch in window]
     budget = token_budget(model, input_device(model), config.max_tree_tokens_per_chunk)
-    is_streamed = of(together, _TOKENS) > budget
+    is_streamed = of(together, TOKENS) > budget
     if is_streamed and (config.executor == "packed" or config.backend not in ("auto", "cpu", "triton")):
         return False  # all of it would be held at a time
     streamed = _STREAMED if is_streamed else 1.0

@@ -43,13 +43,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def main(model: str, folder: str, *names: str) -> None:
+def run_cases(cases: dict[str, dict[str, Any]], model: str, folder: str, *names: str) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    runs = {name: dense_and_tree(model, Path(folder), **CASES[name]) for name in names or CASES}
+    runs = {name: dense_and_tree(model, Path(folder), **cases[name]) for name in names or cases}
     torch.save(runs, Path(folder, f"rank{distributed.get_rank()}.pt"))
     distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_cases(CASES, *sys.argv[1:])

@@ -153,6 +153,7 @@ def test_one_report_per_trainer(model: str, tmp_path: Path, said: Callable[[], l
         "flops_ceiling",
         "chunks",
         "recomputed_tokens",
+        "duplicated_prefix_tokens",
     }
     assert [set(entry) for entry in run.dta] == [{f"dta/{name}" for name in names}] * 3
     for entry in run.dta:

@@ -11,9 +11,11 @@ import torch
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 
-from dta_plugin import TreeConfig
+from dta_plugin import PrefixTree, TreeConfig
 from dta_plugin.adapters.trl import TreeGRPOConfig, TreeGRPOTrainer, TreeRLOOConfig, TreeRLOOTrainer, hooks
-from dta_plugin.adapters.trl.regroup import Inputs, regroup
+from dta_plugin.adapters.trl.buffer import Inputs
+from dta_plugin.adapters.trl.regroup import regroup
+from dta_plugin.balance.costs import TYPICAL
 from tests.adapters.trl.support import TOLERANCE, Run, assert_equal, dense_and_tree, difference, train
 from tests.adapters.trl.test_equality_trainers import TreeGMPOTrainer
 
@@ -68,6 +70,11 @@ def numbers(batches: list[Inputs]) -> list[int]:
     return [int(n) for batch in batches for n in batch["advantages"]]
 
 
+def tree_tokens(batches: list[Inputs]) -> int:
+    rows = [[real_tokens(batch, row) for row in range(len(batch["prompt_ids"]))] for batch in batches]
+    return sum(PrefixTree.from_sequences(sequences).tree_tokens for sequences in rows)
+
+
 def real_tokens(batch: Inputs, row: int) -> list[int]:
     ids = torch.cat([batch["prompt_ids"][row], batch["completion_ids"][row]])
     return ids[torch.cat([batch["prompt_mask"][row], batch["completion_mask"][row]]).bool()].tolist()
@@ -79,13 +86,12 @@ def real_tokens(batch: Inputs, row: int) -> list[int]:
 def test_rows_stay_whole_and_in_their_window(count: int, accumulation: int, window: int) -> None:
     before = micro_batches(count, rows=6)
     original = {int(n): (batch, row) for batch in before for row, n in enumerate(batch["advantages"])}
-    after = regroup(before, accumulation)
+    after = regroup(before, accumulation, TYPICAL)
     assert [len(batch["prompt_ids"]) for batch in after] == [6] * count
     for start in range(0, count, window):
         old, new = before[start : start + window], after[start : start + window]
         assert sorted(numbers(old)) == sorted(numbers(new))
-        tokens = [real_tokens(batch, row) for batch in new for row in range(6)]
-        assert window == 1 or tokens == sorted(tokens)
+        assert window == 1 or tree_tokens(new) < tree_tokens(old)
     for batch in after:
         assert batch.keys() == before[0].keys()
         for row, number in enumerate(batch["advantages"]):
@@ -168,7 +174,7 @@ def test_regrouping_across_windows_is_another_training(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str
 ) -> None:
     """Negative control: windows matter."""
-    monkeypatch.setattr(hooks, "regroup", lambda buffer, accumulation: regroup(buffer, len(buffer)))
+    monkeypatch.setattr(hooks, "regroup", lambda buffer, accumulation, cost: regroup(buffer, len(buffer), cost))
     run = {"loss_type": loss, "gradient_accumulation_steps": 2, **SPREAD, **SAME_LENGTH, "max_steps": 2}
     dense = train(model, tmp_path, GRPOTrainer, GRPOConfig, **run)
     tree = train(model, tmp_path, TreeGRPOTrainer, TreeGRPOConfig, **SEPARATE, **run)
