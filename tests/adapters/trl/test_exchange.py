@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dta_plugin.adapters.trl import exchange
+from dta_plugin.balance.costs import TYPICAL
 from tests.adapters.trl.exchange_script import CASES
 from tests.adapters.trl.support import Run, assert_equal, difference
 from tests.adapters.trl.test_regroup import EXTREMES, TOKEN_MEANS
@@ -43,7 +44,7 @@ def ranks(model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Ru
 
 def offer(**shapes: tuple[torch.dtype, tuple[int, ...]]) -> exchange._Offer:
     ids = {"prompt_ids": (torch.int64, (5,)), "completion_ids": (torch.int64, (7,))}
-    return exchange._Offer(None, sizes=[4, 4], shapes=ids | shapes)
+    return exchange._Offer(None, TYPICAL, sizes=[4, 4], shapes=ids | shapes)
 
 
 WIDER = {"completion_ids": (torch.int64, (9,))}
@@ -55,7 +56,7 @@ MISMATCHES: dict[str, tuple[list[exchange._Offer], str | None]] = {
     "dtypes": ([offer(x=(torch.float32, (7,))), offer(x=(torch.int64, (7,)))], "x is of different kinds"),
     "missing": ([offer(x=(torch.float32, ())), offer()], "x is of different kinds"),
     "extra": ([offer(), offer(x=(torch.float32, ()))], "x is not there on every rank"),
-    "rows": ([offer(), exchange._Offer(None, sizes=[4, 3])], "ranks have different numbers of rows"),
+    "rows": ([offer(), exchange._Offer(None, TYPICAL, sizes=[4, 3])], "ranks have different numbers of rows"),
 }
 
 

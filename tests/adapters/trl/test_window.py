@@ -14,6 +14,7 @@ from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 from dta_plugin import InvalidInputError
 from dta_plugin.adapters.trl import TreeGRPOConfig, TreeGRPOTrainer, TreeRLOOConfig, TreeRLOOTrainer, window
 from dta_plugin.adapters.trl.rows import MicroBatch
+from dta_plugin.execution import calibration
 from tests.adapters.trl.support import (
     LORA,
     TOLERANCE,
@@ -85,15 +86,20 @@ def test_a_window_shares_what_separate_batches_cannot(model: str, tmp_path: Path
     assert ratios["auto"] == ratios["always"] > 1.5
 
 
-def test_auto_leaves_alone_what_would_not_pay(model: str, tmp_path: Path) -> None:
-    """Whole groups in every micro-batch: one tree for all of them would only take more memory."""
+@pytest.mark.parametrize("call_tokens", [0, 64])
+def test_auto_leaves_alone_what_would_not_pay(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call_tokens: int
+) -> None:
+    """Whole groups in every micro-batch: one tree for all of them saves a call, and nothing else."""
+    monkeypatch.setattr(calibration, "_CALL_TOKENS", call_tokens)
     whole = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "max_steps": 2}
     runs = {
         option: train(model, tmp_path, TreeGRPOTrainer, TreeGRPOConfig, dta_merge_window=option, **whole)
         for option in ("never", "auto", "always")
     }
     tokens = {option: [entry["dta/tree_tokens"] for entry in run.dta] for option, run in runs.items()}
-    assert tokens["auto"] == tokens["never"] != tokens["always"]
+    assert tokens["never"] != tokens["always"]
+    assert tokens["auto"] == tokens["always" if call_tokens else "never"]
 
 
 def test_always_says_why_not(moe_model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
