@@ -45,7 +45,7 @@ def on_two_ranks(module: str, folder: Path, *arguments: str, dies: bool = False)
 
 
 def under_torchrun(module: str, model: str, folder: Path) -> tuple[list[Any], str]:
-    """What each of two ranks of `torchrun -m module model folder` saved as <folder>/rank<n>.pt, and what they printed."""
+    """What two ranks of `torchrun -m module model folder` saved as <folder>/rank<n>.pt, and what they printed."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
     done = subprocess.run(
         [*launcher, "-m", module, model, str(folder)],
