@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from tests.adapters.trl.ddp_script import CASES
 from tests.adapters.trl.support import Run, assert_equal
 from tests.adapters.trl.test_regroup import EXTREMES, TOKEN_MEANS
-from tests.support.ranks import REPOSITORY, free_port
+from tests.support.ranks import under_torchrun
 
 Runs = dict[str, tuple[Run, Run]]
 
@@ -20,19 +16,7 @@ Runs = dict[str, tuple[Run, Run]]
 @pytest.fixture(scope="module")
 def ranks(model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Runs], str]:
     """Every case's runs on both ranks, and what was printed."""
-    folder = tmp_path_factory.mktemp("ddp")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    done = subprocess.run(
-        [*launcher, "-m", "tests.adapters.trl.ddp_script", model, str(folder)],
-        cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    loaded = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
-    return loaded, done.stdout + done.stderr
+    return under_torchrun("tests.adapters.trl.ddp_script", model, tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.mark.parametrize("name", CASES)
