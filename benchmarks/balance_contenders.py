@@ -19,7 +19,7 @@ from itertools import pairwise
 import numpy as np
 
 from dta_plugin.balance import partition
-from dta_plugin.balance.costs import Run, SequenceCosts
+from dta_plugin.balance.costs import SequenceCosts
 from dta_plugin.tree.cost import ModelCost
 
 SEEDS = 5
@@ -90,4 +90,4 @@ def loads(costs: SequenceCosts, bins: Bins) -> list[float]:
     """What every bin's prefix tree costs; tests compare it with trees that are built."""
     rank = np.empty(len(costs), dtype=np.int64)
     rank[costs.order] = np.arange(len(costs))
-    return [costs.of_runs([Run(place, place + 1) for place in rank[members].tolist()]) for members in bins]
+    return [costs.of_ranks(np.sort(rank[members])) for members in bins]

@@ -38,16 +38,23 @@ class SequenceCosts:
     """Costs of sequences by rank, their place in depth-first order. S = sequences; costs are float64.
 
     order: int64 [S] sequence of each rank. path: [S] cost of each sequence alone. shared: [S] what it shares with the
-    rank before, 0 where a new tree begins.
+    rank before, 0 where a new tree begins. per_call: cost of a bin that is not empty, whatever it holds.
     """
 
     order: np.ndarray
     path: np.ndarray
     shared: np.ndarray
+    per_call: float = 0.0
     _before: np.ndarray = field(init=False)  # [S + 1] cost of the ranks before, each without what it shares
+    _least: np.ndarray = field(init=False)  # [levels, S] least of the 2 ** level entries of `shared` that begin there
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_before", np.concatenate([[0.0], np.cumsum(self.path - self.shared)]))
+        levels = [self.shared]
+        while 1 << len(levels) <= len(self):
+            half = 1 << len(levels) - 1
+            levels.append(np.minimum(levels[-1], np.append(levels[-1][half:], np.zeros(half))))
+        object.__setattr__(self, "_least", np.stack(levels))
 
     @classmethod
     def of(
@@ -69,7 +76,7 @@ class SequenceCosts:
         def cost(tokens: np.ndarray) -> np.ndarray:
             return model.path_flops(tokens) + model.per_scored * np.maximum(tokens - begin, 0)
 
-        return cls(order, cost(lengths), cost(lcp))
+        return cls(order, cost(lengths), cost(lcp), model.per_call)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -79,16 +86,26 @@ class SequenceCosts:
         """Cost of what all sequences share: a system prompt, a chat template's first tokens."""
         return float(self.shared[1:].min()) if len(self) > 1 else 0.0
 
-    def without_trunk(self) -> SequenceCosts:
-        """The same sequences without what all of them share, which every bin pays whatever it gets."""
+    @property
+    def every_bin(self) -> float:
+        """What every bin pays that is not empty, whatever it gets: a model call and the trunk."""
+        return self.per_call + self.trunk
+
+    def without_every_bin(self) -> SequenceCosts:
+        """The same sequences without that: what balancing can change."""
         shared = self.shared - self.trunk
         shared[0] = 0.0
         return SequenceCosts(self.order, self.path - self.trunk, shared)
 
     @property
     def total(self) -> float:
-        """Cost of all sequences as one tree."""
-        return float(self._before[-1])
+        """Cost of all sequences as one tree, in one call."""
+        return self.per_call + float(self._before[-1])
+
+    def lower_bound(self, bins: int) -> float:
+        """No partition has a costliest bin below it: the mean if only the trunk were computed twice, or a sequence."""
+        own = self.without_every_bin()
+        return self.every_bin + max(own.total / bins, float(own.path.max()))
 
     @property
     def trees(self) -> list[Run]:
@@ -96,18 +113,44 @@ class SequenceCosts:
         starts = np.flatnonzero(self.shared == 0).tolist()
         return [Run(a, b) for a, b in zip(starts, [*starts[1:], len(self)], strict=True)]
 
-    def of_run(self, run: Run) -> float:
-        return float(self._before[run.stop] - self._before[run.start] + self.shared[run.start])
+    def pieces(self, most: float, longest: int) -> list[Run]:
+        """Subtrees of at most `most` cost and `longest` sequences, cut at forks only; siblings that are leaves stay."""
+        found, waiting = [], self.trees
+        while waiting:
+            run = waiting.pop()
+            inner = self.shared[run.start + 1 : run.stop]
+            fits = len(run) <= longest and self.of_run(run) <= most
+            forks = [] if fits or not len(inner) else (np.flatnonzero(inner == inner.min()) + run.start + 1).tolist()
+            parts = [Run(a, b) for a, b in pairwise([run.start, *forks, run.stop])]
+            joined = [parts[0]]
+            for last, part in pairwise(parts):
+                if len(last) == len(part) == 1:
+                    joined[-1] = Run(joined[-1].start, part.stop)
+                else:
+                    joined.append(part)
+            if len(joined) == 1:
+                found.append(run)
+            else:
+                waiting += joined
+        return found
 
-    def of_runs(self, runs: Sequence[Run]) -> float:
-        """Cost of disjoint runs as one tree."""
-        ordered = sorted(runs, key=lambda run: run.start)
-        overlaps = (self.shared[a.stop : b.start + 1].min() for a, b in pairwise(ordered))
-        return sum(map(self.of_run, ordered)) - float(sum(overlaps))
+    def overlap(self, stop: np.ndarray, start: np.ndarray) -> np.ndarray:
+        """What a run that ends at `stop` shares with a later one that begins at `start`, elementwise: int64 [...]."""
+        level = np.frexp((start - stop + 1).astype(np.float64))[1] - 1
+        return np.minimum(self._least[level, stop], self._least[level, start + 1 - (1 << level)])
+
+    def of_run(self, run: Run) -> float:
+        return self.per_call + float(self._before[run.stop] - self._before[run.start] + self.shared[run.start])
+
+    def of_ranks(self, ranks: np.ndarray) -> float:
+        """Cost of a bin with these sequences; of none: 0. ranks: int64 [R], ascending."""
+        if not len(ranks):
+            return 0.0
+        return self.per_call + float(self.path[ranks].sum() - self.overlap(ranks[:-1] + 1, ranks[1:]).sum())
 
     def longest_within(self, run: Run, budget: float) -> Run:
         """The run's first part that costs at most `budget`, cut where little is shared; empty if one is too much."""
-        most = self._before[run.start] - self.shared[run.start] + budget
+        most = self._before[run.start] - self.shared[run.start] + budget - self.per_call
         stop = min(int(np.searchsorted(self._before, most, side="right")) - 1, run.stop)
         if stop <= run.start:
             return Run(run.start, run.start)

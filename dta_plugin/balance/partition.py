@@ -16,17 +16,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dta_plugin.balance.costs import TYPICAL, Run, SequenceCosts
+from dta_plugin.balance.costs import TYPICAL, SequenceCosts
+from dta_plugin.balance.starts import free_starts, sized_starts
+from dta_plugin.balance.search import relieved
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.tree.cost import ModelCost
 from dta_plugin.tree.trie import TokenSequence
 
 # Bisection ends where the capacity is known this well.
-_PRECISION = 1e-3
+_NEAR = 1.1
 # Changes between two bins that are tried in full, of those that look best; sequences up to which single ones move.
 _TRIED, _MOST_SINGLES = 8, 2048
 
-Bins = list[list[Run]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,6 +62,7 @@ def partition(
     model: ModelCost = TYPICAL,
     first_scored: Sequence[int] | None = None,
     sizes: Sequence[int] | None = None,
+    allow_empty: bool = False,
 ) -> Partition:
     """Deal `sequences` out to `bins` bins.
 
@@ -82,139 +84,22 @@ def partition(
             f"negative, that add up to {len(sequences)}."
         )
     costs = SequenceCosts.of(sequences, model, first_scored)
-    own = costs.without_trunk()
-    filled = _free(own, bins) if sizes is None else _sized(own, list(sizes))
-    filled = _improved(own, filled, swaps_only=sizes is not None)
-    loads = [costs.of_runs(runs) for runs in filled]
-    members = [
-        [
-            int(costs.order[rank])
-            for run in sorted(runs, key=lambda run: run.start)
-            for rank in range(run.start, run.stop)
-        ]
-        for runs in filled
-    ]
-    lower_bound = costs.trunk + _least_capacity(own, bins)
-    return Partition(members, loads, lower_bound, sum(loads) - costs.total)
+    own = costs.without_every_bin()
+    starts = free_starts(own, bins) if sizes is None else sized_starts(own, list(sizes))
+    if sizes is None and not allow_empty:
+        starts = [_spread(start) for start in starts]
+    worst = [max(map(own.of_ranks, start)) for start in starts]
+    near = [start for start, load in zip(starts, worst, strict=True) if load <= _NEAR * min(worst)]
+    done = [relieved(own, start, swaps_only=sizes is not None) for start in near]
+    filled = min(done, key=lambda f: max(map(own.of_ranks, f)))
+    loads = [costs.of_ranks(ranks) for ranks in filled]
+    members = [costs.order[ranks].tolist() for ranks in filled]
+    repeated = sum(loads) - costs.total - costs.per_call * (sum(map(bool, members)) - 1)
+    return Partition(members, loads, costs.lower_bound(bins), repeated)
 
-
-def _least_capacity(costs: SequenceCosts, bins: int) -> float:
-    return max(costs.total / bins, float(costs.path.max()))
-
-
-def _free(costs: SequenceCosts, bins: int) -> Bins:
-    low = _least_capacity(costs, bins)
-    high, best = low, _packed(costs, bins, low)
-    while best is None:
-        low, high = high, 2 * high
-        best = _packed(costs, bins, high)
-    while high > low * (1 + _PRECISION):
-        middle = (low + high) / 2
-        found = _packed(costs, bins, middle)
-        if found is None:
-            low = middle
-        else:
-            high, best = middle, found
-    return best
-
-
-def _packed(costs: SequenceCosts, bins: int, capacity: float) -> Bins | None:
-    """Everything within `capacity` per bin, or None if this way of packing does not manage."""
-    filled: Bins = [[] for _ in range(bins)]
-    room = np.full(bins, capacity)
-
-    def put(run: Run, into: int) -> None:
-        filled[into].append(run)
-        room[into] -= costs.of_run(run)
-
-    left = []
-    for run in sorted(costs.trees, key=costs.of_run, reverse=True):
-        fitting = np.where(room >= costs.of_run(run), room, np.inf)
-        tightest = int(fitting.argmin())
-        if np.isfinite(fitting[tightest]):
-            put(run, tightest)
-        else:
-            left.append(run)
-    for run in left:
-        while len(run):
-            widest = int(room.argmax())
-            part = costs.longest_within(run, float(room[widest]))
-            if not len(part):
-                return None
-            put(part, widest)
-            run = Run(part.stop, run.stop)
-    return filled
-
-
-def _sized(costs: SequenceCosts, sizes: list[int]) -> Bins:
-    filled: Bins = [[] for _ in sizes]
-    room, loads = np.array(sizes), np.zeros(len(sizes))
-    largest = max(sizes)
-    runs = [
-        Run(start, min(start + largest, tree.stop))
-        for tree in costs.trees
-        for start in range(tree.start, tree.stop, largest)
-    ]
-    waiting = sorted(runs, key=costs.of_run)
-    while waiting:
-        run = waiting.pop()
-        takes = room >= len(run)
-        if takes.any():
-            into = int(np.lexsort((room, np.where(takes, loads, np.inf)))[0])  # of equal ones, where it fits tightest
-        else:  # cut it to fill the bin with most room; the rest waits
-            into = int(room.argmax())
-            waiting.append(Run(run.start + int(room[into]), run.stop))
-            run = Run(run.start, run.start + int(room[into]))
-        filled[into].append(run)
-        room[into] -= len(run)
-        loads[into] = costs.of_runs(filled[into])
-    return filled
-
-
-def _improved(costs: SequenceCosts, bins: Bins, swaps_only: bool) -> Bins:
-    """Move or swap whole runs, then single sequences, while that relieves the costliest bin."""
-    bins = _relieved(costs, bins, swaps_only)
-    if len(costs) > _MOST_SINGLES:
-        return bins
-    singles = [[Run(rank, rank + 1) for run in runs for rank in range(run.start, run.stop)] for runs in bins]
-    return _relieved(costs, singles, swaps_only)
-
-
-def _relieved(costs: SequenceCosts, bins: Bins, swaps_only: bool) -> Bins:
-    """Change after change, the best one first, between the costliest bin and any other."""
-    bins = [list(runs) for runs in bins]
-    loads = [costs.of_runs(runs) for runs in bins]
-    while True:
-        top = int(np.argmax(loads))
-        best, change = loads[top] * (1 - _PRECISION), None
-        for other in sorted(range(len(bins)), key=loads.__getitem__):
-            if loads[other] >= best:
-                break
-            for here, there in _exchanges(costs, bins[top], bins[other], loads[top], loads[other], swaps_only):
-                worst = max(costs.of_runs(here), costs.of_runs(there))
-                if worst < best:
-                    best, change = worst, (other, here, there)
-        if change is None:
-            return bins
-        other, bins[top], bins[other] = change
-        loads[top], loads[other] = costs.of_runs(bins[top]), costs.of_runs(bins[other])
-
-
-def _exchanges(
-    costs: SequenceCosts, here: list[Run], there: list[Run], load: float, other: float, swaps_only: bool
-) -> Iterator[tuple[list[Run], list[Run]]]:
-    """Both bins after the most promising changes, by what the runs cost apart from what the bins share."""
-    given = np.array([costs.of_run(run) for run in here])
-    taken = np.array([costs.of_run(run) for run in there] + [0.0])  # the last one: nothing in return
-    moved = given[:, None] - taken[None, :]
-    worst = np.maximum(load - moved, other + moved)
-    if swaps_only:
-        sizes = np.array([len(run) for run in there] + [0])
-        worst[np.array([len(run) for run in here])[:, None] != sizes[None, :]] = np.inf
-    elif len(here) == 1:
-        worst[:, -1] = np.inf  # no bin is left empty
-    for place in np.argsort(worst, axis=None)[:_TRIED]:
-        i, j = divmod(int(place), worst.shape[1])
-        if worst[i, j] < load:
-            returned = [there[j]] if j < len(there) else []
-            yield here[:i] + here[i + 1 :] + returned, [run for run in there if run not in returned] + [here[i]]
+def _spread(bins):
+    for empty in [b for b in range(len(bins)) if not len(bins[b])]:
+        full = max(range(len(bins)), key=lambda b: len(bins[b]))
+        if len(bins[full])<2: break
+        bins[empty], bins[full] = bins[full][-1:], bins[full][:-1]
+    return bins
