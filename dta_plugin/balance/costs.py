@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 
@@ -20,6 +19,8 @@ from dta_plugin.tree.trie import TokenSequence, depth_first, token_rows
 # Linear layers, and one token's attention worth as much as a token's linear layers at a context of 8k, about what
 # models of 1 to 8 billion parameters have.
 TYPICAL = ModelCost(per_token=1.0, per_pair=1.0 / 8192, per_scored=0.0)
+# What token budgets count: tree tokens.
+TOKENS = ModelCost(per_token=1.0, per_pair=0.0, per_scored=0.0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,6 +98,11 @@ class SequenceCosts:
         shared[0] = 0.0
         return SequenceCosts(self.order, self.path - self.trunk, shared)
 
+    def subset(self, ranks: np.ndarray) -> SequenceCosts:
+        """Some of the sequences. ranks: int64 [R], ascending, at least one."""
+        shared = np.append(0.0, self.overlap(ranks[:-1] + 1, ranks[1:]))
+        return SequenceCosts(self.order[ranks], self.path[ranks], shared, self.per_call)
+
     @property
     def total(self) -> float:
         """Cost of all sequences as one tree, in one call."""
@@ -112,27 +118,6 @@ class SequenceCosts:
         """The runs that share nothing with each other."""
         starts = np.flatnonzero(self.shared == 0).tolist()
         return [Run(a, b) for a, b in zip(starts, [*starts[1:], len(self)], strict=True)]
-
-    def pieces(self, most: float, longest: int) -> list[Run]:
-        """Subtrees of at most `most` cost and `longest` sequences, cut at forks only; siblings that are leaves stay."""
-        found, waiting = [], self.trees
-        while waiting:
-            run = waiting.pop()
-            inner = self.shared[run.start + 1 : run.stop]
-            fits = len(run) <= longest and self.of_run(run) <= most
-            forks = [] if fits or not len(inner) else (np.flatnonzero(inner == inner.min()) + run.start + 1).tolist()
-            parts = [Run(a, b) for a, b in pairwise([run.start, *forks, run.stop])]
-            joined = [parts[0]]
-            for last, part in pairwise(parts):
-                if len(last) == len(part) == 1:
-                    joined[-1] = Run(joined[-1].start, part.stop)
-                else:
-                    joined.append(part)
-            if len(joined) == 1:
-                found.append(run)
-            else:
-                waiting += joined
-        return found
 
     def overlap(self, stop: np.ndarray, start: np.ndarray) -> np.ndarray:
         """What a run that ends at `stop` shares with a later one that begins at `start`, elementwise: int64 [...]."""

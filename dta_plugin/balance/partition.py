@@ -1,40 +1,34 @@
 """Deal sequences out to bins (ranks, micro-batches) so that the costliest bin costs as little as possible.
 
 A bin computes the prefix tree of its sequences: siblings in one bin share their prefix, siblings in two bins pay for
-it twice. So trees stay whole where that balances, and are cut in depth-first order where it pays.
-
-With free sizes: the smallest capacity at which everything fits is found by bisection (MULTIFIT; Coffman, Garey and
-Johnson 1978, doi:10.1137/0207001). At each capacity, whole trees go into the fullest bin that takes them, largest
-first, and what does not fit is cut to fill the gaps. With given sizes: largest run first into the cheapest bin with
-room. Then runs are moved and swapped between the costliest bin and the others while that helps.
+it twice. So trees stay whole where that balances, and are cut where it pays. `starts` deals everything out in several
+ways, `search` improves on them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-
-import numpy as np
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from dta_plugin.balance.costs import TYPICAL, SequenceCosts
-from dta_plugin.balance.starts import free_starts, sized_starts
-from dta_plugin.balance.search import relieved
+from dta_plugin.balance.search import searched
+from dta_plugin.balance.starts import Ranks, free_starts, sized_starts, without_empty
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.tree.cost import ModelCost
 from dta_plugin.tree.trie import TokenSequence
 
-# Bisection ends where the capacity is known this well.
-_NEAR = 1.1
-# Changes between two bins that are tried in full, of those that look best; sequences up to which single ones move.
-_TRIED, _MOST_SINGLES = 8, 2048
-
+Effort = Literal["fast", "thorough"]
+# Times that the search is shaken; see `searched`.
+_SHAKES: dict[Effort, int] = {"fast": 10, "thorough": 100}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Partition:
     """bins: per bin the sequence indices, siblings next to each other. loads: predicted cost of each bin.
 
-    lower_bound: no partition has a costliest bin below it. repeated: cost of prefixes that several bins compute.
+    lower_bound: no partition into as many bins has a costliest bin below it. repeated: cost of prefixes that several
+    bins compute.
     """
 
     bins: list[list[int]]
@@ -42,10 +36,32 @@ class Partition:
     lower_bound: float
     repeated: float
 
+    @classmethod
+    def of(cls, costs: SequenceCosts, filled: Ranks) -> Partition:
+        loads = [costs.of_ranks(ranks) for ranks in filled]
+        calls = sum(costs.per_call for ranks in filled if len(ranks))
+        repeated = sum(loads) - calls - (costs.total - costs.per_call)
+        return cls([costs.order[ranks].tolist() for ranks in filled], loads, costs.lower_bound(len(filled)), repeated)
+
     @property
     def imbalance(self) -> float:
         """Largest load over the mean: 1.0 is even."""
         return max(self.loads) * len(self.loads) / sum(self.loads)
+
+    @property
+    def weights(self) -> list[float]:
+        """Per bin the factor of its loss that makes unequal counts exact.
+
+        Frameworks average over ranks, or micro-batches, what each averaged over its sequences. The mean over bins of
+        weight * (mean over the bin's sequences) is the mean over all sequences: weight = count * bins / all. For a
+        loss that averages over tokens, count tokens instead. An empty bin weighs 0 and has no mean: give it loss 0.
+        """
+        total = sum(map(len, self.bins))
+        return [len(members) * len(self.bins) / total for members in self.bins]
+
+    def renumbered(self, indices: Sequence[int]) -> Partition:
+        """The same for the batch that the sequences were taken from: sequence i is its sequence indices[i]."""
+        return replace(self, bins=[[indices[s] for s in members] for members in self.bins])
 
     def __str__(self) -> str:
         share = self.repeated / max(sum(self.loads) - self.repeated, 1e-30)
@@ -61,16 +77,20 @@ def partition(
     *,
     model: ModelCost = TYPICAL,
     first_scored: Sequence[int] | None = None,
-    sizes: Sequence[int] | None = None,
+    sizes: Sequence[int] | Literal["equal"] | None = None,
     allow_empty: bool = False,
+    effort: Effort = "fast",
 ) -> Partition:
     """Deal `sequences` out to `bins` bins.
 
-    model: what a token, a pair and a scored token cost; see `execution.model.model_cost`. first_scored: per sequence,
-        where its completion begins (only scored tokens pay for the LM head). sizes: sequences per bin, for frameworks
-        that need equal counts; None: whatever balances, and bins stay empty where using them would lower nothing.
+    model: what a token, a pair, a scored token and a bin cost; see `execution.model.model_cost`. first_scored: per
+        sequence, where its completion begins (only scored tokens pay for the LM head). sizes: sequences per bin, or
+        "equal", for frameworks that need equal counts; None: whatever balances, see `Partition.weights`.
+    allow_empty: with sizes=None, bins stay empty where using them would lower nothing. effort: "thorough" searches
+        about a hundred times as long, for 1 to 4 % where a bin holds less than a few trees.
 
-    Raises InvalidInputError for no sequences, fewer than one bin, and sizes or first_scored that do not fit.
+    Raises InvalidInputError for no sequences, fewer than one bin, fewer sequences than bins unless allow_empty, and
+    sizes, first_scored or effort that do not fit.
     """
     if not len(sequences):
         raise InvalidInputError(
@@ -78,28 +98,75 @@ def partition(
         )
     if bins < 1:
         raise InvalidInputError(f"Got bins={bins}. Expected at least 1.")
-    if sizes is not None and (len(sizes) != bins or sum(sizes) != len(sequences) or min(sizes) < 0):
-        raise InvalidInputError(
-            f"Got sizes={list(sizes)} for {len(sequences)} sequences in {bins} bins. Expected {bins} counts, none "
-            f"negative, that add up to {len(sequences)}."
-        )
+    if effort not in _SHAKES:
+        raise InvalidInputError(f"Got effort={effort!r}. Expected one of {', '.join(map(repr, _SHAKES))}.")
+    counts = _counts(len(sequences), bins, sizes)
+    if counts is None and not allow_empty:
+        check_enough(len(sequences), bins)
     costs = SequenceCosts.of(sequences, model, first_scored)
     own = costs.without_every_bin()
-    starts = free_starts(own, bins) if sizes is None else sized_starts(own, list(sizes))
-    if sizes is None and not allow_empty:
-        starts = [_spread(start) for start in starts]
-    worst = [max(map(own.of_ranks, start)) for start in starts]
-    near = [start for start, load in zip(starts, worst, strict=True) if load <= _NEAR * min(worst)]
-    done = [relieved(own, start, swaps_only=sizes is not None) for start in near]
-    filled = min(done, key=lambda f: max(map(own.of_ranks, f)))
-    loads = [costs.of_ranks(ranks) for ranks in filled]
-    members = [costs.order[ranks].tolist() for ranks in filled]
-    repeated = sum(loads) - costs.total - costs.per_call * (sum(map(bool, members)) - 1)
-    return Partition(members, loads, costs.lower_bound(bins), repeated)
+    if counts is not None:
+        starts = sized_starts(own, counts)
+    elif allow_empty:
+        starts = free_starts(own, bins)
+    else:
+        starts = [without_empty(own, filled) for filled in free_starts(own, bins)]
+    return Partition.of(costs, searched(own, starts, swaps_only=counts is not None, shakes=_SHAKES[effort]))
 
-def _spread(bins):
-    for empty in [b for b in range(len(bins)) if not len(bins[b])]:
-        full = max(range(len(bins)), key=lambda b: len(bins[b]))
-        if len(bins[full])<2: break
-        bins[empty], bins[full] = bins[full][-1:], bins[full][:-1]
-    return bins
+
+def partition_each(
+    sequences: Sequence[TokenSequence],
+    shares: Sequence[Sequence[int]],
+    bins: int,
+    *,
+    first_scored: Sequence[int] | None = None,
+    **options: Any,
+) -> list[Partition]:
+    """Deal every share of a batch out to `bins` bins by itself, with indices into the batch.
+
+    shares: sequence indices of each optimizer step (mini-batch), so that none leaves its step; or `bins` of a partition
+    over ranks, to cut every rank's share into micro-batches. options: as for `partition`. A batch for two ranks, each
+    with as many rows of every step:
+
+        steps = partition_each(sequences, [range(0, 32), range(32, 64)], 2, sizes="equal")
+        rows = [[s for step in steps for s in step.bins[rank]] for rank in range(2)]
+
+    Raises InvalidInputError for an index that is no sequence's or is in two shares, and what `partition` raises.
+    """
+    indices = [s for share in shares for s in share]
+    if len(set(indices)) < len(indices) or not all(0 <= s < len(sequences) for s in indices):
+        raise InvalidInputError(
+            f"Got shares with {len(indices)} indices, {len(set(indices))} of them different, from "
+            f"{min(indices)} to {max(indices)}. Expected indices into {len(sequences)} sequences, each once."
+        )
+    found = []
+    for share in shares:
+        begins = None if first_scored is None else [first_scored[s] for s in share]
+        found.append(partition([sequences[s] for s in share], bins, first_scored=begins, **options).renumbered(share))
+    return found
+
+
+def check_enough(sequences: int, bins: int) -> None:
+    if sequences < bins:
+        raise InvalidInputError(
+            f"Got {sequences} sequences for {bins} bins. Expected at least one per bin; ask for at most {sequences} "
+            "bins, or call partition with allow_empty=True if bins may stay empty."
+        )
+
+
+def _counts(sequences: int, bins: int, sizes: Sequence[int] | Literal["equal"] | None) -> list[int] | None:
+    if sizes is None:
+        return None
+    if isinstance(sizes, str):
+        if sizes != "equal" or sequences % bins:
+            raise InvalidInputError(
+                f"Got sizes={sizes!r} for {sequences} sequences in {bins} bins. Expected counts, None, or "
+                "'equal' where the bins divide the sequences; with None, losses are exact with Partition.weights."
+            )
+        return [sequences // bins] * bins
+    if len(sizes) != bins or sum(sizes) != sequences or min(sizes) < 0:
+        raise InvalidInputError(
+            f"Got sizes={list(sizes)} for {sequences} sequences in {bins} bins. Expected {bins} counts, none "
+            f"negative, that add up to {sequences}."
+        )
+    return list(sizes)

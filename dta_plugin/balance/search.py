@@ -2,12 +2,14 @@
 
 A bin's sequences, in depth-first order, form a tree of their own. What it costs less without one of its subtrees, and
 what another bin costs more with it, are differences of prefix sums and a few overlaps: all pairs of subtrees of two
-bins are weighed at once, and the best looking exchanges computed in full.
+bins are weighed at once, and the best looking exchanges computed in full. Where that ends, random moves shake the bins
+and the search goes on from there (iterated local search; Lourenço, Martin and Stützle 2003,
+doi:10.1007/0-306-48056-5_11).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -16,102 +18,152 @@ from dta_plugin.balance.starts import Ranks
 
 # A change has to lower the costlier of two bins by this share of it.
 _PRECISION = 1e-3
-# Exchanges between two bins that are computed in full; subtrees of a bin that are considered.
-_TRIED, _MOST = 8, 512
+# Exchanges between two bins that are computed in full; subtrees of a bin, and other bins, that are considered.
+_TRIED, _MOST, _OTHERS = 8, 512, 64
+# Random moves before the search goes on.
+_MOVES = 2
 
 
 class Bin:
-    """A bin and what it could give away. C = its sequences and its subtrees of several.
+    """A bin and what it could give away. C = its sequences and its subtrees of several, or a choice of them.
 
-    ranks: int64 [R], ascending. starts, stops: int64 [C], places in `ranks`. saved: [C] what it costs less without.
-    alone: [C] what they cost by themselves.
+    ranks: int64 [R], ascending. load: its cost. starts, stops: int64 [C], places in `ranks`. alone: float64 [C] what
+    they cost by themselves. saved: float64 [C] what the bin costs less without.
     """
 
     def __init__(self, costs: SequenceCosts, ranks: np.ndarray) -> None:
         self.costs, self.ranks, self.load = costs, ranks, costs.of_ranks(ranks)
-        overlap = costs.overlap(ranks[:-1] + 1, ranks[1:])
-        beside = np.concatenate([[0.0], overlap, [0.0]])[: len(ranks) + 1]  # [R + 1] before each place
+        inner = costs.overlap(ranks[:-1] + 1, ranks[1:])
+        beside = np.concatenate([[0.0], inner, [0.0]])[: len(ranks) + 1]  # [R + 1] what two neighbours share
         before = np.concatenate([[0.0], np.cumsum(costs.path[ranks] - beside[:-1])])
-        self.starts, self.stops = np.array(sorted(_subtrees(overlap.tolist(), len(ranks))), dtype=np.int64).reshape(-1, 2).T
-        self.alone = before[self.stops] - before[self.starts] + beside[self.starts]
-        inside = (self.starts > 0) & (self.stops < len(ranks))
-        closed = np.zeros(len(self.starts))
-        a, b = self.starts[inside], self.stops[inside]
-        closed[inside] = costs.overlap(ranks[a - 1] + 1, ranks[b])
-        self.saved = self.alone - beside[self.starts] - beside[self.stops] + closed
-        if len(self.saved) > _MOST:  # of all sizes
-            chosen = self.saved.argsort()[np.linspace(0, len(self.saved) - 1, _MOST).astype(np.int64)]
-            self.starts, self.stops, self.alone, self.saved = (
-                values[chosen] for values in (self.starts, self.stops, self.alone, self.saved)
-            )
+        a, b = np.array(sorted(_subtrees(inner.tolist(), len(ranks))), dtype=np.int64).reshape(-1, 2).T
+        alone = before[b] - before[a] + beside[a]
+        between = (a > 0) & (b < len(ranks))
+        meeting = np.zeros(len(a))  # what the neighbours of a subtree share without it
+        meeting[between] = costs.overlap(ranks[a[between] - 1] + 1, ranks[b[between]])
+        saved = alone - beside[a] - beside[b] + meeting
+        some = saved.argsort()[np.linspace(0, len(a) - 1, min(_MOST, len(a))).astype(np.int64)]  # of all sizes
+        self.starts, self.stops, self.alone, self.saved = a[some], b[some], alone[some], saved[some]
 
-    def added(self, to: Bin) -> np.ndarray:
-        """[C] what `to` costs more with each of them; too much where its own sequences stand between theirs."""
+    @property
+    def sizes(self) -> np.ndarray:
+        return self.stops - self.starts
+
+    def added_to(self, other: Bin) -> np.ndarray:
+        """[C] what `other` would cost more with each; too much where sequences of `other` belong between theirs."""
         firsts, lasts = self.ranks[self.starts], self.ranks[self.stops - 1]
-        left, right = np.searchsorted(to.ranks, firsts), np.searchsorted(to.ranks, lasts)
-        has_left, has_right = left > 0, right < len(to.ranks)
+        left, right = np.searchsorted(other.ranks, firsts), np.searchsorted(other.ranks, lasts)
+        has_left, has_right = left > 0, right < len(other.ranks)
         shared = np.zeros((2, len(firsts)))
-        shared[0, has_left] = self.costs.overlap(to.ranks[left[has_left] - 1] + 1, firsts[has_left])
-        shared[1, has_right] = self.costs.overlap(lasts[has_right] + 1, to.ranks[right[has_right]])
+        shared[0, has_left] = self.costs.overlap(other.ranks[left[has_left] - 1] + 1, firsts[has_left])
+        shared[1, has_right] = self.costs.overlap(lasts[has_right] + 1, other.ranks[right[has_right]])
         return self.alone - shared.max(axis=0)
 
+    def parted(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """The ranks of one of the C, and the bin's others."""
+        start, stop = self.starts[index], self.stops[index]
+        return self.ranks[start:stop], np.delete(self.ranks, slice(start, stop))
 
-def relieved(costs: SequenceCosts, bins: Ranks, swaps_only: bool) -> Ranks:
-    """The bins after changes to the costliest one, until none helps. swaps_only: counts stay. No bin is left empty."""
-    filled = [Bin(costs, ranks) for ranks in bins]
+
+Bins = list[Bin]
+
+
+def searched(costs: SequenceCosts, starts: Sequence[Ranks], swaps_only: bool, shakes: int = 0) -> Ranks:
+    """The best of what local search makes of `starts`. swaps_only: bins keep their counts.
+
+    shakes: times that random moves take the search out of where it ended. No bin is left empty that was not.
+    """
+    best = min((_relieved([Bin(costs, ranks) for ranks in start], swaps_only) for start in starts), key=_height)
+    generator = np.random.default_rng(0)
+    for _ in range(shakes):
+        if _height(best)[0] <= costs.lower_bound(len(best)) * (1 + _PRECISION):
+            break
+        best = min(_relieved(_shaken(best, generator, swaps_only), swaps_only), best, key=_height)
+    return [one.ranks for one in best]
+
+
+def _height(bins: Bins) -> tuple[float, float]:
+    """The lower, the better: the costliest bin; then what all cost."""
+    loads = [one.load for one in bins]
+    return max(loads), sum(loads)
+
+
+def _relieved(bins: Bins, swaps_only: bool) -> Bins:
+    """After changes to the costliest bin, until none with a cheap one helps."""
+    bins = list(bins)
     while True:
-        top = max(range(len(filled)), key=lambda index: filled[index].load)
-        best = filled[top].load * (1 - _PRECISION)
-        change = None
-        for other in sorted(range(len(filled)), key=lambda index: filled[index].load):
-            if filled[other].load >= best:
+        by_load = sorted(range(len(bins)), key=lambda index: bins[index].load)
+        top = by_load[-1]
+        for other in by_load[:-1][:_OTHERS]:
+            if changed := _relief(bins[top], bins[other], swaps_only):
+                bins[top], bins[other] = changed
                 break
-            for here, there in _exchanges(filled[top], filled[other], best, swaps_only):
-                worst = max(costs.of_ranks(here), costs.of_ranks(there))
-                if worst < best:
-                    best, change = worst, (other, here, there)
-            if change is not None:
-                break
-        if change is None:
-            return [one.ranks for one in filled]
-        other, here, there = change
-        filled[top], filled[other] = Bin(costs, here), Bin(costs, there)
+        else:
+            return bins
+
+
+def _relief(here: Bin, there: Bin, swaps_only: bool) -> tuple[Bin, Bin] | None:
+    """Both after the best change, if it lowers the first, costlier one."""
+    best, change = here.load * (1 - _PRECISION), None
+    if there.load >= best:
+        return None
+    for pair in _exchanges(here, there, best, swaps_only):
+        worst = max(map(here.costs.of_ranks, pair))
+        if worst < best:
+            best, change = worst, pair
+    return change and (Bin(here.costs, change[0]), Bin(here.costs, change[1]))
 
 
 def _exchanges(here: Bin, there: Bin, best: float, swaps_only: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Both bins' ranks after the most promising changes, by what they would cost if the two exchanged were strangers."""
-    after_here = (here.load - here.saved)[:, None] + np.append(there.added(here), 0.0)  # the last: nothing in return
-    after_there = (there.load + here.added(there))[:, None] - np.append(there.saved, 0.0)
+    """Both bins' ranks after the most promising changes: what they would cost if those exchanged shared nothing."""
+    after_here = (here.load - here.saved)[:, None] + np.append(there.added_to(here), 0.0)  # last: nothing in return
+    after_there = (there.load + here.added_to(there))[:, None] - np.append(there.saved, 0.0)
     worst = np.maximum(after_here, after_there)
     if swaps_only:
-        worst[(here.stops - here.starts)[:, None] != np.append(there.stops - there.starts, 0)] = np.inf
+        worst[here.sizes[:, None] != np.append(there.sizes, 0)] = np.inf
     else:
-        worst[here.stops - here.starts == len(here.ranks), -1] = np.inf
+        worst[here.sizes == len(here.ranks), -1] = np.inf
     flat = worst.ravel()
     tried = np.argpartition(flat, _TRIED)[:_TRIED] if len(flat) > _TRIED else np.arange(len(flat))
     for place in tried[flat[tried] < best].tolist():
-        i, j = divmod(place, worst.shape[1])
-        given, kept = _parted(here, i)
-        returned, left = _parted(there, j) if j < len(there.saved) else (there.ranks[:0], there.ranks)
-        yield np.sort(np.concatenate([kept, returned])), np.sort(np.concatenate([left, given]))
+        given, returned = divmod(place, worst.shape[1])
+        yield _exchanged(here, there, given, returned if returned < len(there.sizes) else None)
 
 
-def _parted(one: Bin, index: int) -> tuple[np.ndarray, np.ndarray]:
-    start, stop = one.starts[index], one.stops[index]
-    return one.ranks[start:stop], np.concatenate([one.ranks[:start], one.ranks[stop:]])
+def _exchanged(here: Bin, there: Bin, given: int, returned: int | None) -> tuple[np.ndarray, np.ndarray]:
+    gift, kept = here.parted(given)
+    back, left = (there.ranks[:0], there.ranks) if returned is None else there.parted(returned)
+    return np.sort(np.concatenate([kept, back])), np.sort(np.concatenate([left, gift]))
 
 
-def _subtrees(overlap: list[float], count: int) -> set[tuple[int, int]]:
-    """Neighbours [start, stop) that share more with each other than with those around them, and every one alone."""
+def _shaken(bins: Bins, generator: np.random.Generator, swaps_only: bool) -> Bins:
+    """After random moves, or exchanges of as many sequences, out of the costliest bin."""
+    bins = list(bins)
+    for _ in range(_MOVES):
+        top = max(range(len(bins)), key=lambda index: bins[index].load)
+        other, given = int(generator.integers(len(bins))), int(generator.integers(len(bins[top].sizes)))
+        size = int(bins[top].sizes[given])
+        fitting = np.flatnonzero(bins[other].sizes == size) if swaps_only else np.array([-1])
+        if other == top or not len(fitting) or (size == len(bins[top].ranks) and not swaps_only):
+            continue
+        returned = int(generator.choice(fitting)) if swaps_only else None
+        pair = _exchanged(bins[top], bins[other], given, returned)
+        bins[top], bins[other] = (Bin(bins[top].costs, ranks) for ranks in pair)
+    return bins
+
+
+def _subtrees(shared: list[float], count: int) -> set[tuple[int, int]]:
+    """Neighbours [start, stop) that share more with each other than with those around them, and every one alone.
+
+    shared: [count - 1] what one of `count` shares with the next.
+    """
     found = {(place, place + 1) for place in range(count)}
-    if not overlap:
-        return found
-    opened: list[tuple[float, int]] = []  # overlap within, first place
-    for place, shared in enumerate([*overlap, -1.0]):
+    opened: list[tuple[float, int]] = []  # what is shared within, first place
+    for place, least in enumerate([*shared, -1.0] if shared else []):
         start = place
-        while opened and opened[-1][0] > shared:
+        while opened and opened[-1][0] > least:
             start = opened.pop()[1]
             found.add((start, place + 1))
-        if not opened or opened[-1][0] < shared:
-            opened.append((shared, start))
+        if not opened or opened[-1][0] < least:
+            opened.append((least, start))
     return found

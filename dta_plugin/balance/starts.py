@@ -2,8 +2,9 @@
 
 With free sizes the smallest capacity at which everything fits is found by bisection (MULTIFIT; Coffman, Garey and
 Johnson 1978, doi:10.1137/0207001), for two ways to fill bins up to a capacity: whole trees first and what does not fit
-cut to fill the gaps, and depth-first order cut where a bin is full. With given sizes, and as a third way: largest run
-first into the cheapest bin with room (LPT; Graham 1969, doi:10.1137/0117039).
+cut to fill the gaps, and depth-first order cut where a bin is full. A third way, also with given sizes: largest tree
+first into the cheapest bin with room (LPT; Graham 1969, doi:10.1137/0117039). With given sizes also depth-first order,
+cut by count.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ from dta_plugin.balance.costs import Run, SequenceCosts
 
 # Bisection ends where the capacity is known this well.
 _PRECISION = 1e-3
-# Trees are dealt out whole, or as subtrees that cost at most this share of a bin.
-_PIECE = 1 / 4
 
 Bins = list[list[Run]]
 Ranks = list[np.ndarray]  # per bin int64 [R], ascending
@@ -26,18 +25,17 @@ Ranks = list[np.ndarray]  # per bin int64 [R], ascending
 
 def free_starts(costs: SequenceCosts, bins: int) -> list[Ranks]:
     """Several ways, all with any number of sequences per bin."""
-    subtrees = costs.pieces(_PIECE * costs.total / bins, len(costs))
-    found = [least_capacity(costs, bins, fill) for fill in (packed, _contiguous)]
-    return [ranks_of(filled) for filled in (*found, _largest_first(costs, subtrees, [len(costs)] * bins))]
+    filled = [_least_capacity(costs, bins, fill) for fill in (packed, _contiguous)]
+    return [ranks_of(bins) for bins in (*filled, _largest_first(costs, [len(costs)] * bins))]
 
 
 def sized_starts(costs: SequenceCosts, sizes: Sequence[int]) -> list[Ranks]:
     """Several ways, all with `sizes` sequences in the bins."""
-    subtrees = costs.pieces(_PIECE * costs.total / len(sizes), max(sizes))
-    return [ranks_of(_largest_first(costs, runs, sizes)) for runs in (costs.trees, subtrees)]
+    in_order = np.split(np.arange(len(costs)), np.cumsum(sizes)[:-1])
+    return [ranks_of(_largest_first(costs, sizes)), in_order]
 
 
-def least_capacity(costs: SequenceCosts, bins: int, fill: Callable[[SequenceCosts, int, float], Bins | None]) -> Bins:
+def _least_capacity(costs: SequenceCosts, bins: int, fill: Callable[[SequenceCosts, int, float], Bins | None]) -> Bins:
     """What `fill` does at the smallest capacity that suffices it."""
     low = high = costs.lower_bound(bins)
     best = fill(costs, bins, low)
@@ -93,12 +91,12 @@ def _contiguous(costs: SequenceCosts, bins: int, capacity: float) -> Bins | None
     return None if len(rest) else filled
 
 
-def _largest_first(costs: SequenceCosts, runs: Sequence[Run], sizes: Sequence[int]) -> Bins:
+def _largest_first(costs: SequenceCosts, sizes: Sequence[int]) -> Bins:
     filled: Bins = [[] for _ in sizes]
     room, loads = np.array(sizes), np.zeros(len(sizes))
     largest = max(sizes)
-    waiting = [Run(a, min(a + largest, run.stop)) for run in runs for a in range(run.start, run.stop, largest)]
-    waiting.sort(key=costs.of_run)
+    cuts = [(start, tree.stop) for tree in costs.trees for start in range(tree.start, tree.stop, largest)]
+    waiting = sorted((Run(start, min(start + largest, stop)) for start, stop in cuts), key=costs.of_run)
     while waiting:
         run = waiting.pop()
         takes = room >= len(run)
@@ -120,3 +118,13 @@ def _largest_first(costs: SequenceCosts, runs: Sequence[Run], sizes: Sequence[in
 def ranks_of(bins: Bins) -> Ranks:
     none = np.empty(0, dtype=np.int64)
     return [np.sort(np.concatenate([none, *(np.arange(run.start, run.stop) for run in runs)])) for runs in bins]
+
+
+def without_empty(costs: SequenceCosts, filled: Ranks) -> Ranks:
+    """As many bins, none of them empty: others are cut where that repeats least. Needs as many sequences as bins."""
+    whole = [ranks for ranks in filled if len(ranks)]
+    before = [np.append(np.inf, costs.overlap(ranks[:-1] + 1, ranks[1:])) for ranks in whole]
+    repeated = np.concatenate(before)  # by a cut before each sequence; inf where a bin begins
+    cuts = repeated.argsort(kind="stable")[: len(filled) - len(whole)]
+    starts = np.concatenate([np.flatnonzero(np.isinf(repeated)), cuts])
+    return np.split(np.concatenate(whole), np.sort(starts)[1:])
