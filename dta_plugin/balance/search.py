@@ -19,7 +19,7 @@ from dta_plugin.balance.starts import Ranks
 # A change has to lower the costlier of two bins by this share of it.
 _PRECISION = 1e-3
 # Exchanges between two bins that are computed in full; subtrees of a bin, and other bins, that are considered.
-_TRIED, _MOST, _OTHERS = 8, 512, 64
+_TRIED, _MOST, _OTHERS = 8, 512, 128
 # Random moves before the search goes on.
 _MOVES = 2
 
