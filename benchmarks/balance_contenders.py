@@ -33,9 +33,9 @@ Bins = list[list[int]]
 
 def contenders(rows: Rows, bins: int) -> dict[str, Callable[[], Bins]]:
     """Those that can deal `rows` out to `bins` bins."""
-    found: dict[str, Callable[[], Bins]] = {"ours": lambda: partition(rows, bins).bins}
+    found: dict[str, Callable[[], Bins]] = {"ours": lambda: partition(rows, bins, allow_empty=len(rows) < bins).bins}
     if len(rows) % bins == 0:
-        found["equal counts"] = lambda: partition(rows, bins, sizes=[len(rows) // bins] * bins).bins
+        found["equal counts"] = lambda: partition(rows, bins, sizes="equal").bins
     found["contiguous"] = lambda: contiguous(rows, bins)
     found["longest first"] = lambda: longest_first(rows, bins)
     return found | {f"random {seed}": partial(shuffled, rows, bins, seed) for seed in range(SEEDS)}
