@@ -108,10 +108,14 @@ class SequenceCosts:
         """Cost of all sequences as one tree, in one call."""
         return self.per_call + float(self._before[-1])
 
-    def lower_bound(self, bins: int) -> float:
-        """No partition has a costliest bin below it: the mean if only the trunk were computed twice, or a sequence."""
-        own = self.without_every_bin()
-        return self.every_bin + max(own.total / bins, float(own.path.max()))
+    def nodes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Per node of the trees, float64 [nodes]: cost of its path to where it begins and ends, and of all below it."""
+        starts, stops = np.array(sorted(subtrees(self.shared[1:].tolist(), len(self))), dtype=np.int64).T
+        begin = np.maximum(self.shared[starts], np.append(self.shared, 0.0)[stops])
+        end = self.path[starts]
+        inner = stops - starts > 1
+        end[inner] = self.overlap(starts[inner] + 1, stops[inner] - 1)
+        return begin, end, self._before[stops] - self._before[starts] + self.shared[starts] - end
 
     @property
     def trees(self) -> list[Run]:
@@ -145,3 +149,20 @@ class SequenceCosts:
         near = np.arange(max(run.start + 1, stop - (stop - run.start) // 4), stop + 1)
         price = self.shared[near] + 0.5 * (most - self._before[near])
         return Run(run.start, int(near[price.argmin()]))
+
+
+def subtrees(shared: list[float], count: int) -> set[tuple[int, int]]:
+    """Neighbours [start, stop) that share more with each other than with those around them, and every one alone.
+
+    They are the nodes of the tree of `count` sequences. shared: [count - 1] what each shares with the next.
+    """
+    found = {(place, place + 1) for place in range(count)}
+    opened: list[tuple[float, int]] = []  # what is shared within, first place
+    for place, least in enumerate([*shared, -1.0] if shared else []):
+        start = place
+        while opened and opened[-1][0] > least:
+            start = opened.pop()[1]
+            found.add((start, place + 1))
+        if not opened or opened[-1][0] < least:
+            opened.append((least, start))
+    return found

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from dta_plugin.balance.bound import lower_bound
 from dta_plugin.balance.costs import TYPICAL, SequenceCosts
 from dta_plugin.balance.search import searched
 from dta_plugin.balance.starts import Ranks, free_starts, sized_starts, without_empty
@@ -41,7 +42,7 @@ class Partition:
         loads = [costs.of_ranks(ranks) for ranks in filled]
         calls = sum(costs.per_call for ranks in filled if len(ranks))
         repeated = sum(loads) - calls - (costs.total - costs.per_call)
-        return cls([costs.order[ranks].tolist() for ranks in filled], loads, costs.lower_bound(len(filled)), repeated)
+        return cls([costs.order[ranks].tolist() for ranks in filled], loads, lower_bound(costs, len(filled)), repeated)
 
     @property
     def imbalance(self) -> float:
@@ -111,7 +112,8 @@ def partition(
         starts = free_starts(own, bins)
     else:
         starts = [without_empty(own, filled) for filled in free_starts(own, bins)]
-    return Partition.of(costs, searched(own, starts, swaps_only=counts is not None, shakes=_SHAKES[effort]))
+    filled = searched(own, starts, counts is not None, _SHAKES[effort], enough=lower_bound(own, bins))
+    return Partition.of(costs, filled)
 
 
 def partition_each(

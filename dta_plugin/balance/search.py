@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from dta_plugin.balance.costs import SequenceCosts
+from dta_plugin.balance.costs import SequenceCosts, subtrees
 from dta_plugin.balance.starts import Ranks
 
 # A change has to lower the costlier of two bins by this share of it.
@@ -36,7 +36,7 @@ class Bin:
         inner = costs.overlap(ranks[:-1] + 1, ranks[1:])
         beside = np.concatenate([[0.0], inner, [0.0]])[: len(ranks) + 1]  # [R + 1] what two neighbours share
         before = np.concatenate([[0.0], np.cumsum(costs.path[ranks] - beside[:-1])])
-        a, b = np.array(sorted(_subtrees(inner.tolist(), len(ranks))), dtype=np.int64).reshape(-1, 2).T
+        a, b = np.array(sorted(subtrees(inner.tolist(), len(ranks))), dtype=np.int64).reshape(-1, 2).T
         alone = before[b] - before[a] + beside[a]
         between = (a > 0) & (b < len(ranks))
         meeting = np.zeros(len(a))  # what the neighbours of a subtree share without it
@@ -68,15 +68,16 @@ class Bin:
 Bins = list[Bin]
 
 
-def searched(costs: SequenceCosts, starts: Sequence[Ranks], swaps_only: bool, shakes: int = 0) -> Ranks:
+def searched(costs: SequenceCosts, starts: Sequence[Ranks], swaps_only: bool, shakes: int, enough: float) -> Ranks:
     """The best of what local search makes of `starts`. swaps_only: bins keep their counts.
 
-    shakes: times that random moves take the search out of where it ended. No bin is left empty that was not.
+    shakes: times that random moves take the search out of where it ended, unless the costliest bin costs `enough`, a
+    lower bound. No bin is left empty that was not.
     """
     best = min((_relieved([Bin(costs, ranks) for ranks in start], swaps_only) for start in starts), key=_height)
     generator = np.random.default_rng(0)
     for _ in range(shakes):
-        if _height(best)[0] <= costs.lower_bound(len(best)) * (1 + _PRECISION):
+        if _height(best)[0] <= enough * (1 + _PRECISION):
             break
         best = min(_relieved(_shaken(best, generator, swaps_only), swaps_only), best, key=_height)
     return [one.ranks for one in best]
@@ -150,20 +151,3 @@ def _shaken(bins: Bins, generator: np.random.Generator, swaps_only: bool) -> Bin
         pair = _exchanged(bins[top], bins[other], given, returned)
         bins[top], bins[other] = (Bin(bins[top].costs, ranks) for ranks in pair)
     return bins
-
-
-def _subtrees(shared: list[float], count: int) -> set[tuple[int, int]]:
-    """Neighbours [start, stop) that share more with each other than with those around them, and every one alone.
-
-    shared: [count - 1] what one of `count` shares with the next.
-    """
-    found = {(place, place + 1) for place in range(count)}
-    opened: list[tuple[float, int]] = []  # what is shared within, first place
-    for place, least in enumerate([*shared, -1.0] if shared else []):
-        start = place
-        while opened and opened[-1][0] > least:
-            start = opened.pop()[1]
-            found.add((start, place + 1))
-        if not opened or opened[-1][0] < least:
-            opened.append((least, start))
-    return found

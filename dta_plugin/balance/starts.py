@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from dta_plugin.balance.bound import lower_bound
 from dta_plugin.balance.costs import Run, SequenceCosts
 
 # Bisection ends where the capacity is known this well.
@@ -37,7 +38,7 @@ def sized_starts(costs: SequenceCosts, sizes: Sequence[int]) -> list[Ranks]:
 
 def _least_capacity(costs: SequenceCosts, bins: int, fill: Callable[[SequenceCosts, int, float], Bins | None]) -> Bins:
     """What `fill` does at the smallest capacity that suffices it."""
-    low = high = costs.lower_bound(bins)
+    low = high = lower_bound(costs, bins)
     best = fill(costs, bins, low)
     while best is None:
         low, high = high, 2 * high
