@@ -88,7 +88,7 @@ def partition(
         sequence, where its completion begins (only scored tokens pay for the LM head). sizes: sequences per bin, or
         "equal", for frameworks that need equal counts; None: whatever balances, see `Partition.weights`.
     allow_empty: with sizes=None, bins stay empty where using them would lower nothing. effort: "thorough" searches
-        about a hundred times as long, for 1 to 4 % where a bin holds less than a few trees.
+        ten times as long, for up to 2 % where bins hold few trees or parts of one.
 
     Raises InvalidInputError for no sequences, fewer than one bin, fewer sequences than bins unless allow_empty, and
     sizes, first_scored or effort that do not fit.

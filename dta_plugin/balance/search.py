@@ -52,12 +52,15 @@ class Bin:
     def added_to(self, other: Bin) -> np.ndarray:
         """[C] what `other` would cost more with each; too much where sequences of `other` belong between theirs."""
         firsts, lasts = self.ranks[self.starts], self.ranks[self.stops - 1]
-        left, right = np.searchsorted(other.ranks, firsts), np.searchsorted(other.ranks, lasts)
-        has_left, has_right = left > 0, right < len(other.ranks)
-        shared = np.zeros((2, len(firsts)))
-        shared[0, has_left] = self.costs.overlap(other.ranks[left[has_left] - 1] + 1, firsts[has_left])
-        shared[1, has_right] = self.costs.overlap(lasts[has_right] + 1, other.ranks[right[has_right]])
-        return self.alone - shared.max(axis=0)
+        right = np.searchsorted(other.ranks, lasts)
+        left = np.searchsorted(other.ranks, firsts) - 1
+        has_left, has_right = left >= 0, right < len(other.ranks)
+        has_both = has_left & has_right
+        added = self.alone.copy()
+        added[has_left] -= self.costs.overlap(other.ranks[left[has_left]] + 1, firsts[has_left])
+        added[has_right] -= self.costs.overlap(lasts[has_right] + 1, other.ranks[right[has_right]])
+        added[has_both] += self.costs.overlap(other.ranks[left[has_both]] + 1, other.ranks[right[has_both]])
+        return added
 
     def parted(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The ranks of one of the C, and the bin's others."""
