@@ -63,7 +63,7 @@ class SequenceCosts:
     ) -> SequenceCosts:
         """model: FLOPs, or seconds, of a model's parts. first_scored: per sequence, where its completion begins.
 
-        A shared token that is scored in one sequence and not in another counts as in the one that comes first.
+        A shared token is scored once if one of two neighbours scores it; of more sequences, perhaps more than once.
         """
         rows = token_rows(sequences)
         if first_scored is not None and len(first_scored) != len(rows):
@@ -74,10 +74,12 @@ class SequenceCosts:
         lengths = np.array([len(row) for row in rows], dtype=np.int64)[order]
         begin = lengths if first_scored is None else np.asarray(first_scored, dtype=np.int64)[order]
 
-        def cost(tokens: np.ndarray) -> np.ndarray:
+        both_score = np.maximum(begin, np.roll(begin, 1))
+
+        def cost(tokens: np.ndarray, begin: np.ndarray) -> np.ndarray:
             return model.path_flops(tokens) + model.per_scored * np.maximum(tokens - begin, 0)
 
-        return cls(order, cost(lengths), cost(lcp), model.per_call)
+        return cls(order, cost(lengths, begin), cost(lcp, both_score), model.per_call)
 
     def __len__(self) -> int:
         return len(self.order)

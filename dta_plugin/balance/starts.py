@@ -9,7 +9,6 @@ cut by count.
 
 from __future__ import annotations
 
-from bisect import bisect
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -26,8 +25,9 @@ Ranks = list[np.ndarray]  # per bin int64 [R], ascending
 
 def free_starts(costs: SequenceCosts, bins: int) -> list[Ranks]:
     """Several ways, all with any number of sequences per bin."""
-    filled = [_least_capacity(costs, bins, fill) for fill in (packed, _contiguous)]
-    return [ranks_of(bins) for bins in (*filled, _largest_first(costs, [len(costs)] * bins))]
+    within_capacity = [_least_capacity(costs, bins, fill) for fill in (packed, _contiguous)]
+    any_count = [len(costs)] * bins
+    return [ranks_of(filled) for filled in (*within_capacity, _largest_first(costs, any_count))]
 
 
 def sized_starts(costs: SequenceCosts, sizes: Sequence[int]) -> list[Ranks]:
@@ -107,12 +107,9 @@ def _largest_first(costs: SequenceCosts, sizes: Sequence[int]) -> Bins:
             into = int(room.argmax())
             waiting.append(Run(run.start + int(room[into]), run.stop))
             run = Run(run.start, run.start + int(room[into]))
-        place = bisect(filled[into], run.start, key=lambda other: other.start)
-        before, after = filled[into][:place][-1:], filled[into][place:][:1]
-        beside = [(other.stop, run.start) for other in before] + [(run.stop, other.start) for other in after]
-        loads[into] += costs.of_run(run) - max((costs.shared[a : b + 1].min() for a, b in beside), default=0.0)
+        filled[into].append(run)
+        loads[into] += costs.of_run(run)
         room[into] -= len(run)
-        filled[into].insert(place, run)
     return filled
 
 

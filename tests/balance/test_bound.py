@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dta_plugin import PrefixTree
 from dta_plugin.balance import partition
 from dta_plugin.balance.bound import lower_bound
 from dta_plugin.balance.costs import TOKENS, TYPICAL, SequenceCosts
+from dta_plugin.tree.cost import ModelCost
 from tests.support.balance import CLOSE, best_of_all, groups, tree_cost
 from tests.support.trees import Sequences, run, sequence_batches, star
 
@@ -19,6 +21,19 @@ def test_no_assignment_is_below(sequences: Sequences, bins: int) -> None:
     bound = lower_bound(SequenceCosts.of(sequences), bins)
     assert bound <= best_of_all(sequences, bins) * (1 + CLOSE)
     assert bound >= max(tree_cost(sequences) / bins, *(tree_cost([s]) for s in sequences), 0.0) * (1 - CLOSE)
+
+
+@given(st.data(), sequence_batches(max_sequences=10), st.integers(1, 4))
+def test_siblings_that_disagree_on_what_is_scored(data: st.DataObject, sequences: Sequences, bins: int) -> None:
+    """What a set costs is at least what each of its sequences does, or the bound would be none."""
+    model = ModelCost(per_token=1.0, per_pair=0.1, per_scored=10.0)
+    begins = [data.draw(st.integers(0, len(sequence))) for sequence in sequences]
+    found = partition(sequences, bins, model=model, first_scored=begins, allow_empty=True)
+    assert found.lower_bound <= max(found.loads) * (1 + CLOSE)
+    everything = partition(sequences, 1, model=model, first_scored=begins).loads[0]
+    tree = PrefixTree.from_sequences(sequences)
+    tokens = {token for s, begin in enumerate(begins) for token in tree.path(s)[begin:].tolist()}
+    assert everything >= model.flops(tree.tree_tokens, tree.depth, len(tokens)) * (1 - CLOSE)
 
 
 @given(sequence_batches(max_sequences=12), st.integers(1, 6))
