@@ -57,7 +57,7 @@ def shown(check: dict[str, Any]) -> str:
         return f"{check['claim']}: no such row"
     exceptions = check["exceptions"]
     verdict = f"NOT MET in {len(exceptions)} of {check['rows']} rows" if exceptions else "met"
-    return "\n".join([f"{check['claim']}: worst {check['worst']:.3f}, {verdict}", *(f"    {e}" for e in exceptions)])
+    return "\n".join([f"{check['claim']}: worst {check['worst']:.4f}, {verdict}", *(f"    {e}" for e in exceptions)])
 
 
 def draw(rows: list[Row], path: Path) -> None:

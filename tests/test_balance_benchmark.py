@@ -73,7 +73,7 @@ def test_checks_are_printed(done: SimpleNamespace) -> None:
     assert len(done.result["checks"]) == 2 + 3 + 1 + 1
     for check in done.result["checks"]:
         assert check["met"] == (not check["exceptions"])
-        assert f"{check['claim']}: worst {check['worst']:.3f}, {'met' if check['met'] else 'NOT MET'}" in done.printed
+        assert f"{check['claim']}: worst {check['worst']:.4f}, {'met' if check['met'] else 'NOT MET'}" in done.printed
         assert all(f"    {exception}\n" in done.printed for exception in check["exceptions"])
 
 
