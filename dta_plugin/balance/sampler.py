@@ -58,7 +58,7 @@ class SiblingSampler(Sampler[int]):
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
         self.epoch = 0
         self._costs = SequenceCosts.of(sequences, model)
-        self._families = _families(self._costs.without_trunk(), batch_size, least_shared)
+        self._families = _families(self._costs.without_every_bin(), batch_size, least_shared)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next iteration."""
@@ -80,10 +80,13 @@ class SiblingSampler(Sampler[int]):
         last = [] if sum(map(len, batches[-1])) == self.batch_size else [batches.pop()]
         return self._in_turns(batches, generator) + ([] if self.drop_last else last)
 
+    def _cost_of(self, batch: list[Run]) -> float:
+        return self._costs.of_ranks(np.concatenate([np.arange(run.start, run.stop) for run in batch]))
+
     def _in_turns(self, batches: list[list[Run]], generator: np.random.Generator | None) -> list[list[Run]]:
         """Full batches such that each turn of `world_size` ones costs alike; turns in random order, short one last."""
         if self.world_size > 1:
-            batches = sorted(batches, key=self._costs.of_runs, reverse=True)
+            batches = sorted(batches, key=self._cost_of, reverse=True)
         turns = [batches[i : i + self.world_size] for i in range(0, len(batches), self.world_size)]
         short = [turns.pop()] if turns and len(turns[-1]) < self.world_size else []
         order = range(len(turns)) if generator is None else generator.permutation(len(turns))

@@ -11,13 +11,10 @@ from itertools import accumulate, pairwise
 import numpy as np
 
 from dta_plugin.balance import partition
-from dta_plugin.balance.costs import Run, SequenceCosts
+from dta_plugin.balance.costs import SequenceCosts
 from dta_plugin.tree.cost import ModelCost
 
 Bins = list[list[int]]
-
-# What counts tokens.
-TOKENS = ModelCost(per_token=1.0, per_pair=0.0, per_scored=0.0)
 
 # Loads closer than this are as good as each other: predictions are no better, and moving rows is not free.
 _TIE = 0.01
@@ -64,7 +61,7 @@ def loads(costs: SequenceCosts, bins: Iterable[Sequence[int]]) -> list[float]:
     """Cost of each bin of sequences as one tree."""
     rank = np.empty(len(costs), dtype=np.int64)
     rank[costs.order] = np.arange(len(costs))
-    return [costs.of_runs([Run(r, r + 1) for r in np.sort(rank[list(rows)]).tolist()]) for rows in bins]
+    return [costs.of_ranks(np.sort(rank[list(rows)])) for rows in bins]
 
 
 def _improves(new: list[float], old: list[float], *by: Callable[[list[float]], float]) -> bool:

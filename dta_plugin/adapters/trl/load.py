@@ -20,9 +20,9 @@ from torch import distributed
 from transformers import TrainerCallback
 
 from dta_plugin.adapters.trl.buffer import Inputs
-from dta_plugin.adapters.trl.deal import TOKENS, loads
+from dta_plugin.adapters.trl.deal import loads
 from dta_plugin.adapters.trl.rows import MicroBatch, joined
-from dta_plugin.balance.costs import SequenceCosts
+from dta_plugin.balance.costs import TOKENS, SequenceCosts
 from dta_plugin.tree.cost import ModelCost
 
 Mark = float | torch.cuda.Event
@@ -150,11 +150,11 @@ def _window_loads(batches: list[Inputs], merged: bool, model: ModelCost) -> tupl
     sequences, first_scored = joined(micro_batches)
     costs = SequenceCosts.of(sequences, model, first_scored)
     if merged:
-        return [model.per_call + costs.total] + [0.0] * (len(batches) - 1), 0.0
+        return [costs.total] + [0.0] * (len(batches) - 1), 0.0
     rows = iter(range(len(sequences)))
     bins = [[next(rows) for _ in batch.sequences] for batch in micro_batches]
     tokens = SequenceCosts.of(sequences, TOKENS)
-    return [model.per_call + load for load in loads(costs, bins)], sum(loads(tokens, bins)) - tokens.total
+    return loads(costs, bins), sum(loads(tokens, bins)) - tokens.total
 
 
 def _of_all_ranks(value: list[list[float]]) -> list[list[list[float]]]:

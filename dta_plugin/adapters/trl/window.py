@@ -20,9 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from dta_plugin.adapters.trl.buffer import Inputs
-from dta_plugin.adapters.trl.deal import TOKENS
 from dta_plugin.adapters.trl.rows import MicroBatch, joined
-from dta_plugin.balance.costs import SequenceCosts
+from dta_plugin.balance.costs import TOKENS, SequenceCosts
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.execution.batch import SequenceLogProbs
@@ -88,7 +87,7 @@ def _pays(trainer: Any, config: TreeConfig, window: list[Inputs], alternative: l
 
     def of(batches: list[MicroBatch], cost: ModelCost) -> float:
         sequences, first_scored = joined(batches)
-        return cost.per_call + SequenceCosts.of(sequences, cost, first_scored).total
+        return SequenceCosts.of(sequences, cost, first_scored).total
 
     together = [MicroBatch.from_inputs(batch) for batch in window]
     budget = token_budget(model, input_device(model), config.max_tree_tokens_per_chunk)
