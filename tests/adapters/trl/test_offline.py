@@ -25,22 +25,20 @@ from dta_plugin import InvalidInputError, TreeConfig
 from dta_plugin.adapters.trl import SiblingBatchesMixin, TreeDPOTrainer, TreeRewardTrainer, TreeSFTTrainer
 from dta_plugin.balance import SequenceBalancingCollator, SiblingSampler
 from dta_plugin.execution.padded import PaddedBatch
-from tests.adapters.trl.support import LORA, NOT_COMPARED, TOLERANCE, VOCABULARY, Run, difference, moved, tokenizer
+from tests.adapters.trl.support import (
+    LORA,
+    NOT_COMPARED,
+    TOLERANCE,
+    TRAINING,
+    VOCABULARY,
+    Run,
+    difference,
+    moved,
+    tokenizer,
+)
 
-STEPS: dict[str, Any] = {
-    "per_device_train_batch_size": 4,
-    "max_steps": 3,
-    "learning_rate": 3e-3,
-    "adam_epsilon": 1e-3,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "disable_tqdm": True,
-    "seed": 11,
-}
+ONLINE = ("num_generations", "max_completion_length")
+STEPS = {name: value for name, value in TRAINING.items() if name not in ONLINE} | {"per_device_train_batch_size": 4}
 
 
 class Ordered:
