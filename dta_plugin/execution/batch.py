@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -91,6 +92,22 @@ def prepare(
     seconds = None if speeds is None else _predicted(speeds, weights, tree, edges, instead)
     use_tree, reason = _gate(model, cost, seconds, config.min_saving)
     return Batch(list(sequences), scored, tree, edges, cost, use_tree, reason, is_gated=not use_tree)
+
+
+def hopeless(model: nn.Module, longest: int, scored: int, instead: Sequence[Padded], config: TreeConfig) -> str | None:
+    """Why no tree can pay, whatever is shared: one of the longest row alone is predicted to take longer than `instead`.
+
+    longest, scored: the most tokens, and scored tokens, of any row. Spares small batches the making of the tree.
+    """
+    speeds = None if is_collective(model) else calibration_of(model, config)  # ranks decide by all of their batches
+    if speeds is None:
+        return None
+    weights = model_cost(causal_lm(model))
+    dense = sum(speeds.dense.seconds(weights.padded_parts(batch)) for batch in instead)
+    tree = speeds.tree.seconds(weights.parts(longest, np.arange(longest), scored))
+    if tree <= (1 - config.min_saving) * dense:
+        return None
+    return f"no tree is faster than {dense * 1e3:.0f} ms, what the dense path takes as calibrated"
 
 
 def _predicted(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from dta_plugin import InvalidInputError, TreeConfig
 from dta_plugin.execution import calibration
-from dta_plugin.execution.batch import Batch, prepare
+from dta_plugin.execution.batch import Batch, hopeless, prepare
 from dta_plugin.execution.calibration import Calibration, calibration_of, describe, find, tree_cost
 from dta_plugin.execution.measure import Rows, calibrate, cases, padded_logprobs
 from dta_plugin.execution.model import model_cost
@@ -129,6 +129,16 @@ def test_gate_goes_by_predicted_time() -> None:
     shared = prepared(model, TreeConfig(), star(16))
     assert shared.use_tree and not shared.is_gated, "sharing outweighs a slower tree"
     assert prepare(model, star(1), None, TreeConfig()).use_tree, "no dense path to compare with"
+
+
+def test_what_no_sharing_can_save_is_seen_without_a_tree() -> None:
+    model = tiny_model("qwen3")
+    made_up(model, SLOW, FAST).save()
+    row = [Padded(1, 40, 39, False)]
+    reason = hopeless(model, 40, 39, row, TreeConfig())
+    assert reason is not None and reason.endswith("what the dense path takes as calibrated")
+    assert hopeless(model, 40, 39, [Padded(16, 40, 39, False)] * 2, TreeConfig()) is None
+    assert hopeless(model, 40, 39, row, TreeConfig(calibration="off")) is None
 
 
 def test_min_saving_asks_for_more() -> None:

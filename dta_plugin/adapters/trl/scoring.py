@@ -18,7 +18,7 @@ from dta_plugin.adapters.trl.state import TreeState
 from dta_plugin.adapters.trl.window import unwrapped
 from dta_plugin.errors import UnsupportedModelError
 from dta_plugin.execution.auto import run_tree
-from dta_plugin.execution.batch import Batch, SequenceLogProbs, prepare
+from dta_plugin.execution.batch import Batch, SequenceLogProbs, hopeless, prepare
 from dta_plugin.verify import check_logprobs
 
 Hook = Callable[..., tuple[torch.Tensor | None, ...]]
@@ -74,7 +74,12 @@ def tree_log_probs(
         return hook_values(*waiting)
     together = state.windows.begin(trainer, micro_batch) if is_policy else [micro_batch]
     target = model if len(together) == 1 else unwrapped(model)
-    batch = prepare(model, *joined(together), state.config, [micro_batch.shape for micro_batch in together])
+    sequences, first_scored = joined(together)
+    instead = [batch.shape for batch in together]
+    most_scored = max(len(row) - first for row, first in zip(sequences, first_scored, strict=True))
+    if (why := hopeless(model, max(map(len, sequences)), most_scored, instead, state.config)) is not None:
+        return run_dense(why, "min_saving")
+    batch = prepare(model, sequences, first_scored, state.config, instead)
     if not batch.use_tree:  # the gate's reason has a number, different in every batch
         return run_dense(batch.reason, "min_saving" if batch.is_gated else None)
 
