@@ -31,10 +31,6 @@ class Parts(NamedTuple):
     def flops(self) -> float:
         return self.linear + self.attention + self.head
 
-    def __add__(self, other: object) -> Parts:
-        assert isinstance(other, Parts)
-        return Parts(*(a + b for a, b in zip(self, other, strict=True)))
-
 
 @dataclass(frozen=True, slots=True)
 class Speed:
