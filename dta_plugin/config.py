@@ -84,6 +84,11 @@ class TreeConfig:
         _choice("merge_window", self.merge_window, _REGROUP)
         _choice("balance_ranks", self.balance_ranks, _BALANCE_RANKS)
         _choice("on_unsupported", self.on_unsupported, _ON_UNSUPPORTED)
+        if not isinstance(self.calibration, str) or not self.calibration:
+            raise InvalidInputError(
+                f"calibration={self.calibration!r}. Expected auto, off or a file that `dta calibrate --output` wrote "
+                "(a bare off in YAML means false: quote it)."
+            )
         if self.max_tree_tokens_per_chunk is not None and self.max_tree_tokens_per_chunk < 1:
             raise InvalidInputError(
                 f"max_tree_tokens_per_chunk={self.max_tree_tokens_per_chunk}. Expected None or at least 1."

@@ -18,6 +18,8 @@ INVALID: dict[str, tuple[dict[str, object], str]] = {
     "saving 1": ({"min_saving": 1.0}, r"min_saving=1.0. Expected a share in \[0, 1\)"),
     "saving < 0": ({"min_saving": -0.1}, r"min_saving=-0.1"),
     "saving NaN": ({"min_saving": float("nan")}, r"min_saving=nan"),
+    "calibration off in YAML": ({"calibration": False}, r"calibration=False. Expected auto, off or a file .* quote it"),
+    "no calibration": ({"calibration": ""}, r"calibration=''. Expected auto, off or a file"),
     "verify": ({"verify": "always"}, r"verify='always'. Expected 'off', 'first' or 'every:N' with N >= 1"),
     "every 0": ({"verify": "every:0"}, r"verify='every:0'"),
     "every nothing": ({"verify": "every:"}, r"verify='every:'"),

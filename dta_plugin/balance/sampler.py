@@ -85,10 +85,14 @@ class SiblingSampler(Sampler[int]):
 
     def _in_turns(self, batches: list[list[Run]], generator: np.random.Generator | None) -> list[list[Run]]:
         """Full batches such that each turn of `world_size` ones costs alike; turns in random order, short one last."""
+        over = len(batches) % self.world_size
+        if over and generator is not None:  # in each epoch others, since a short turn may be left out
+            batches = [batches[index] for index in generator.permutation(len(batches))]
+        short = [batches[len(batches) - over :]] if over else []
+        batches = batches[: len(batches) - over]
         if self.world_size > 1:
             batches = sorted(batches, key=self._cost_of, reverse=True)
         turns = [batches[i : i + self.world_size] for i in range(0, len(batches), self.world_size)]
-        short = [turns.pop()] if turns and len(turns[-1]) < self.world_size else []
         order = range(len(turns)) if generator is None else generator.permutation(len(turns))
         return [batch for turn in [*(turns[i] for i in order), *short] for batch in turn]
 

@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 examples:
-  dta calibrate --model Qwen/Qwen3-0.6B --dtype bfloat16 --gradient-checkpointing    as TRL trains by default
-  dta calibrate --model PATH --lora --seconds 120                                    adapters, measured for longer
-  dta calibrate --model PATH --output speeds.json                                    and --dta_calibration speeds.json
+  dta calibrate --model Qwen/Qwen3-0.6B --autocast bfloat16 --gradient-checkpointing   as TRL trains by default
+  dta calibrate --model PATH --lora --seconds 120                                      adapters, measured for longer
+  dta calibrate --model PATH --output speeds.json                                      and --dta_calibration speeds.json
 
 what it is for: with measured seconds instead of FLOPs, training
   runs a micro-batch densely where the tree is predicted to be slower (min_saving asks for more than that),
   merges the micro-batches of an accumulation window where that saves time,
   and deals sequences out to micro-batches and ranks by the time they take.
 
-The result is stored in the Hugging Face cache and found again for the same model class and sizes, dtype, gradient
-checkpointing, adapters or all weights, device, CPU threads and version of torch: measure as you train, and with nothing
-else running. "dense" is what TRL runs, where TRL is installed, else a plain padded forward pass.
+The result is stored in the Hugging Face cache and found again for the same model class and sizes, dtype, autocast,
+gradient checkpointing, adapters or all weights, device, CPU threads and version of torch: measure as you train, and
+with nothing else running. "dense" is what TRL runs, where TRL is installed, else a plain padded forward pass.
 """
 
 
@@ -45,6 +45,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--model", required=True, metavar="PATH", help="folder, config.json or hub name")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
+    parser.add_argument("--autocast", choices=("bfloat16", "float16"), help="as a trainer's bf16=True or fp16=True")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ..; default: a GPU if there is one")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="as TRL trains unless told otherwise")
     parser.add_argument("--lora", action="store_true", help="train LoRA adapters on all linear layers")
@@ -76,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         dense=dense,
         dense_path=name,
         return_entropy=name == "trl",
+        autocast=getattr(torch, args.autocast) if args.autocast else None,
         progress=lambda line: print(f"  {line}", flush=True),
     )
     path = found.save(args.output)

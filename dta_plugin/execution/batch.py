@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 from dta_plugin.execution.calibration import Calibration, calibration_of
+from dta_plugin.execution.memory import token_budget
 from dta_plugin.execution.model import causal_lm, input_device, model_cost
 from dta_plugin.execution.ranks import gathered, is_collective
 from dta_plugin.execution.support import unsupported_reason
@@ -89,6 +90,8 @@ def prepare(
     if reason is not None:
         return Batch(list(sequences), scored, tree, edges, cost, False, reason)
     speeds = calibration_of(model, config) if instead else None
+    if speeds is not None and _streams_anywhere(model, tree.tree_tokens, config):
+        speeds = None  # what memory asks for is not compared by time
     seconds = None if speeds is None else _predicted(speeds, weights, tree, edges, instead)
     use_tree, reason = _gate(model, cost, seconds, config.min_saving)
     return Batch(list(sequences), scored, tree, edges, cost, use_tree, reason, is_gated=not use_tree)
@@ -105,9 +108,17 @@ def hopeless(model: nn.Module, longest: int, scored: int, instead: Sequence[Padd
     weights = model_cost(causal_lm(model))
     dense = sum(speeds.dense.seconds(weights.padded_parts(batch)) for batch in instead)
     tree = speeds.tree.seconds(weights.parts(longest, np.arange(longest), scored))
-    if tree <= (1 - config.min_saving) * dense:
+    if tree <= (1 - config.min_saving) * dense or _streams_anywhere(model, longest, config):
         return None
     return f"no tree is faster than {dense * 1e3:.0f} ms, what the dense path takes as calibrated"
+
+
+def _streams_anywhere(model: nn.Module, tree_tokens: int, config: TreeConfig) -> bool:
+    """Whether the tree of this rank, or of one that is tied to it, is larger than memory allows at once."""
+    base = causal_lm(model)
+    budget = token_budget(base, input_device(base), config.max_tree_tokens_per_chunk)
+    streams = config.executor == "streamed" or (config.executor == "auto" and tree_tokens > budget)
+    return any(gathered(model, streams)) if is_collective(model) else streams
 
 
 def _predicted(

@@ -1,14 +1,15 @@
 """What `dta calibrate` measured, kept per machine and model: how fast trees and dense batches run here.
 
 A calibration is a small JSON file in the assets folder of the Hugging Face cache (or wherever the user put it). It is
-found again by what decides speed: the model's class and sizes, dtype, checkpointing, what is trained, the device, the
-number of CPU threads, torch. Without one, decisions go by FLOPs.
+found again by what decides speed: the model's class and sizes, dtype, autocast, checkpointing, what is trained, the
+device, the number of CPU threads, torch. Without one, decisions go by FLOPs.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import platform
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from huggingface_hub import cached_assets_path
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from dta_plugin.config import TreeConfig
@@ -26,6 +28,8 @@ from dta_plugin.execution.model import causal_lm, input_device, model_cost
 from dta_plugin.execution.ranks import gathered, is_collective
 from dta_plugin.tree.cost import ModelCost
 from dta_plugin.tree.speed import Speed
+
+logger = logging.getLogger("dta_plugin")
 
 # A call costs about as much as this many tokens where nothing was measured: 55 on x86 with one thread.
 _CALL_TOKENS = 64
@@ -111,22 +115,32 @@ def find(model: PreTrainedModel) -> Calibration | None:
         return Calibration.load(path) if path.exists() else None
     except OSError:  # no cache folder, and none can be made
         return None
+    except InvalidInputError:  # half written, or of another version
+        logger.warning("dta: %s is no calibration of this version and is ignored: run `dta calibrate` again", path)
+        return None
 
 
 def describe(model: PreTrainedModel) -> dict[str, Any]:
-    """What decides how fast `model` trains here."""
+    """What decides how fast `model` trains here, under the autocast that is on."""
     config, device = model.config.get_text_config(), input_device(model)
     is_cuda = device.type == "cuda"
     return {
-        "model": type(model).__name__,
+        "model": next(c.__name__ for c in type(model).__mro__ if not issubclass(c, FSDPModule)),  # renames its models
         **{size: getattr(config, size, None) for size in _SIZES},
         "dtype": str(model.dtype).removeprefix("torch."),
+        "autocast": _autocast(device.type),
         "checkpointing": any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
         "trained": "all" if all(p.requires_grad for p in model.parameters()) else "adapters",
         "device": torch.cuda.get_device_name(device) if is_cuda else _processor(),
         "threads": None if is_cuda else torch.get_num_threads(),
         "torch": torch.__version__,
     }
+
+
+def _autocast(device_type: str) -> str | None:
+    if not torch.is_autocast_enabled(device_type):
+        return None
+    return str(torch.get_autocast_dtype(device_type)).removeprefix("torch.")
 
 
 def _look_up(option: str, model: PreTrainedModel) -> Calibration | None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,30 +102,39 @@ def calibrate(
     dense: DensePath = padded_logprobs,
     dense_path: str = "padded",
     return_entropy: bool = False,
+    autocast: torch.dtype | None = None,
     clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[str], None] = lambda line: None,
 ) -> tuple[Calibration, list[Sample]]:
     """Measure for about `seconds`. model: loaded, on its device, as it is trained (dtype, checkpointing, adapters).
 
     dense: the dense path to compare with, named `dense_path`. return_entropy: the tree gives entropies too.
+    autocast: dtype of torch.autocast around forward passes, as with a trainer's bf16=True; None: without.
     clock: seconds; process time suits one CPU thread on a machine that is busy otherwise. progress: gets a line per
         round. Gradients of the model are None afterwards. Raises InvalidInputError for less than a second.
     """
     if not seconds >= 1:
         raise InvalidInputError(f"seconds={seconds}. Expected at least 1.")
     model.train()
-    vocab = model.config.get_text_config().vocab_size
-    probe = [Bench(model, case, dense, return_entropy, clock) for case in cases(vocab, _LEAST)]
+    vocab, device_type = model.config.get_text_config().vocab_size, input_device(model).type
+    forward = nullcontext if autocast is None else partial(torch.autocast, device_type, autocast)
+
+    def benches_of(tokens: int) -> list[Bench]:
+        return [Bench(model, case, dense, return_entropy, clock, forward) for case in cases(vocab, tokens)]
+
+    probe = benches_of(_LEAST)
     once = sum(sum(bench.run()) for bench in [*probe, *probe]) / 2
     tokens = int(np.clip(_LEAST * seconds / (once * _ROUNDS), _LEAST, _MOST))
-    benches = [Bench(model, case, dense, return_entropy, clock) for case in cases(vocab, tokens)]
+    benches = benches_of(tokens)
     for number in range(1, _ROUNDS + 1):
         taken = sum(sum(bench.run()) for bench in benches)
         progress(f"round {number} of {_ROUNDS}, up to {tokens} dense tokens: {taken:.1f} s")
     found = [bench.sample() for bench in benches]
     tree, tree_error = _fitted([s.tree_parts for s in found], [s.tree_seconds for s in found])
     flat, flat_error = _fitted([s.dense_parts for s in found], [s.dense_seconds for s in found])
-    return Calibration(tree, flat, dense_path, max(tree_error, flat_error), describe(model)), found
+    with forward():
+        about = describe(model)
+    return Calibration(tree, flat, dense_path, max(tree_error, flat_error), about), found
 
 
 def cases(vocab: int, tokens: int) -> Iterator[Case]:
@@ -167,9 +179,10 @@ class Bench:
         dense: DensePath,
         return_entropy: bool,
         clock: Callable[[], float],
+        forward: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.model, self.case, self.dense = model, case, dense
-        self.return_entropy, self.clock = return_entropy, clock
+        self.return_entropy, self.clock, self.forward = return_entropy, clock, forward
         self.device = input_device(model)
         self.rows = Rows.of(case, self.device)
         self.taken: list[tuple[float, float]] = []
@@ -190,12 +203,15 @@ class Bench:
         return prepare(self.model, self.case.sequences, self.case.first_scored, _CONFIG)
 
     def _tree(self) -> None:
-        result = run_tree(self.model, self._prepared(), _CONFIG, return_entropy=self.return_entropy)
+        with self.forward():
+            result = run_tree(self.model, self._prepared(), _CONFIG, return_entropy=self.return_entropy)
         torch.cat(result.logprobs).sum().backward()
 
     def _dense(self) -> None:
         scored = self.rows.attention_mask[:, -self.rows.columns :].bool()
-        self.dense(self.model, self.rows)[scored].sum().backward()
+        with self.forward():
+            logprobs = self.dense(self.model, self.rows)
+        logprobs[scored].sum().backward()
 
     def _timed(self, step: Callable[[], None]) -> float:
         self.model.zero_grad(set_to_none=True)

@@ -32,7 +32,7 @@ def watches_gradients(model: nn.Module) -> bool:
 
 def is_collective(model: nn.Module) -> bool:
     """Whether ranks are tied together, so that one without sequences has to take part."""
-    return watches_gradients(model) or is_sharded(model)
+    return watches_gradients(model) or is_sharded(model) or is_zero3(model)
 
 
 def has_tensor_parallel(model: nn.Module) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GenericForSequenceClassification
 
 from dta_plugin.attention import TreeMask
 from dta_plugin.attention.hf import install
@@ -84,23 +85,24 @@ class PrefixSharing:
         self.reason = ""
         self.calls = self.shared_calls = self.flat_tokens = self.tree_tokens = 0
         self._hooks: list[RemovableHandle] = []
+        self._watched: list[PreTrainedModel] = []
 
     def attach(self, base: PreTrainedModel, decoder: PreTrainedModel) -> None:
-        """Put the hooks on a model and its decoder; once."""
-        if self._hooks:
-            return
-        self._hooks = [
-            decoder.register_forward_pre_hook(self.merge, with_kwargs=True),
-            decoder.register_forward_hook(self.restore, with_kwargs=True),
-        ]
-        if base is not decoder:
+        """Put the hooks on a decoder, once, and on every model that has it."""
+        if not self._hooks:
+            self._hooks = [
+                decoder.register_forward_pre_hook(self.merge, with_kwargs=True),
+                decoder.register_forward_hook(self.restore, with_kwargs=True),
+            ]
+        if base is not decoder and not any(base is known for known in self._watched):
+            self._watched.append(base)
             self._hooks.append(base.register_forward_pre_hook(self.look_at_labels, with_kwargs=True))
 
     def remove(self) -> None:
         """Back to the model's own path. Graphs of shared calls may still be alive."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
+        self._hooks, self._watched = [], []
 
     def __enter__(self) -> PrefixSharing:
         return self
@@ -108,13 +110,16 @@ class PrefixSharing:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
+    @torch.compiler.disable
     def look_at_labels(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """In front of the whole model: a loss that reads padding needs what the model's own path has there."""
         call = _named(model, args, kwargs)
+        reason = _head_reads_padding(model, call)
         if _reads_padding(call.get("labels"), call.get("attention_mask")):
-            return args, kwargs | {"dta_own_path": "labels other than -100 score what padding predicts"}
-        return None
+            reason = "labels other than -100 score what padding predicts"
+        return None if reason is None else (args, kwargs | {"dta_own_path": reason})
 
+    @torch.compiler.disable
     def merge(self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """In front of the decoder: rows to one packed tree."""
         call = _named(decoder, args, kwargs)
@@ -133,6 +138,7 @@ class PrefixSharing:
         mask = TreeMask.from_layout(layout, self.config.backend)
         return (), call | model_inputs(layout, mask) | {"dta_rows": batch}
 
+    @torch.compiler.disable
     def restore(self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Behind the decoder: values of tree tokens to those of rows."""
         batch: PaddedBatch | None = kwargs.get("dta_rows")
@@ -206,6 +212,23 @@ def _reads_padding(labels: Any, mask: Any) -> bool:
         return False
     scored, padding = labels != -100, ~mask.bool()
     return bool(((scored & padding).any() | (scored[:, 1:] & padding[:, :-1]).any()).item())
+
+
+def _head_reads_padding(model: nn.Module, call: dict[str, Any]) -> str | None:
+    """Whether heads of transformers read the output of padding: spans over all of a row, the last token by its id."""
+    ids, mask = call.get("input_ids"), call.get("attention_mask")
+    if not (isinstance(ids, torch.Tensor) and isinstance(mask, torch.Tensor)) or mask.shape != ids.shape:
+        return None
+    if hasattr(model, "qa_outputs") and not bool(mask.all()):
+        return "a span is a choice among all positions, padding too"
+    if not isinstance(model, GenericForSequenceClassification):
+        return None
+    config: Any = model.config
+    pad = config.get_text_config().pad_token_id
+    if pad is None:
+        return None if bool(mask[:, -1].all()) else "the last position is pooled, and is padding"
+    last = (torch.arange(ids.shape[1], device=ids.device) * (ids != pad)).argmax(dim=1, keepdim=True)
+    return None if bool(mask.gather(1, last).all()) else f"what is pooled is padding, whose id is not {pad}"
 
 
 def _spread_flat(values: torch.Tensor, batch: PaddedBatch) -> torch.Tensor:

@@ -7,9 +7,10 @@ import time
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from dta_plugin import InvalidInputError, PrefixTree
 from dta_plugin.balance import SiblingSampler
@@ -131,3 +132,14 @@ def test_refusals() -> None:
         SiblingSampler([[1]], 0)
     with pytest.raises(InvalidInputError, match="least_shared=2"):
         SiblingSampler([[1]], 1, least_shared=2)
+
+
+def test_no_example_is_left_out_for_good() -> None:
+    rows = [np.random.default_rng(i).integers(1000, size=5 + 8 * i) for i in range(23)]
+    sampler = SiblingSampler(rows, 1, world_size=4)
+    seen: set[int] = set()
+    for epoch in range(20):
+        sampler.set_epoch(epoch)
+        for rank in range(4):
+            seen.update(i for b in BatchSamplerShard(BatchSampler(sampler, 1, True), 4, rank) for i in b)
+    assert seen == set(range(23))

@@ -6,6 +6,7 @@ No timing is asserted: gates are tested with speeds that are made up.
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -168,3 +169,35 @@ def test_file_is_readable(tmp_path: Path) -> None:
 def test_refuses_no_time(seconds: float) -> None:
     with pytest.raises(InvalidInputError, match="Expected at least 1"):
         calibrate(tiny_model("qwen3"), seconds=seconds)
+
+
+def barely_slower(model: PreTrainedModel) -> Path:
+    return made_up(model, FAST, replace(FAST, linear=0.9e-9)).save()
+
+
+def test_a_spoilt_cache_stops_no_training(calibrations: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model("qwen3")
+    path = barely_slower(model)
+    path.write_text(path.read_text()[:100])
+    with caplog.at_level(logging.WARNING):
+        assert calibration_of(model, TreeConfig()) is None
+    assert "dta calibrate" in caplog.text
+
+
+def test_what_streams_is_not_compared_by_time(calibrations: Path) -> None:
+    model = tiny_model("qwen3").train()
+    barely_slower(model)
+    rows = [[1 + i] * 3 + [2] * 60 for i in range(8)]
+    for executor in ("auto", "streamed"):
+        config = TreeConfig(executor=executor, max_tree_tokens_per_chunk=64)
+        assert prepare(model, rows, [3] * 8, config, [Padded(8, 63, 60, False)]).use_tree
+    assert not prepare(model, rows, [3] * 8, TreeConfig(), [Padded(8, 63, 60, False)]).use_tree
+
+
+def test_fsdp_renames_classes(calibrations: Path) -> None:
+    from torch.distributed.fsdp import FSDPModule
+
+    model = tiny_model("qwen3")
+    barely_slower(model)
+    model.__class__ = type(f"FSDP{type(model).__name__}", (FSDPModule, type(model)), {})
+    assert find(model) is not None

@@ -16,8 +16,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, ModernBertConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    ModernBertConfig,
+    PreTrainedModel,
+)
 
 import dta_plugin
 from dta_plugin import InvalidInputError, TreeConfig, UnsupportedModelError, share_prefixes
@@ -414,3 +421,51 @@ def test_a_layer_that_goes_around_the_tree() -> None:
     attention.config._attn_implementation = "sdpa"
     with pytest.raises(UnsupportedModelError, match=r"layer\(s\) \[1\]"):
         model(**padded_batch(star(3)), use_cache=False)
+
+
+ROWS = [[5, 6, 7, 8, 9, 10], [5, 6, 7, 8, 11], [5, 6, 12]]
+
+
+def built(kind: Any, pad: int | None = 0) -> nn.Module:
+    config = tiny_config("qwen3")
+    config.use_cache, config.pad_token_id = False, pad
+    torch.manual_seed(0)
+    return kind.from_config(config).train()
+
+
+def padded(pad: int = 0) -> dict[str, torch.Tensor]:
+    ids = torch.full((len(ROWS), 9), pad)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(ROWS):
+        ids[row, : len(tokens)], mask[row, : len(tokens)] = torch.tensor(tokens), 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("head", ["span", "pooled_padding", "pooled"])
+def test_heads_that_read_padding(head: str) -> None:
+    kind = AutoModelForQuestionAnswering if head == "span" else AutoModelForSequenceClassification
+    spans = {"start_positions": torch.tensor([1, 2, 1]), "end_positions": torch.tensor([3, 4, 2])}
+    labels = spans if head == "span" else {"labels": torch.tensor([0, 1, 0])}
+    inputs = padded(3 if head == "pooled_padding" else 0) | labels
+    stock = built(kind)
+    model = copy.deepcopy(stock)
+    sharing = share_prefixes(model)
+    assert torch.allclose(model(**inputs).loss, stock(**inputs).loss, atol=1e-6)
+    assert sharing.shared_calls == (head == "pooled")
+
+
+def test_labels_are_looked_at_in_every_model_of_a_decoder() -> None:
+    model = built(AutoModelForCausalLM)
+    stock = copy.deepcopy(model)
+    share_prefixes(model.model)  # type: ignore[arg-type]
+    share_prefixes(model)
+    inputs = padded()
+    inputs["labels"] = inputs["input_ids"]
+    assert torch.equal(model(**inputs).loss, stock(**inputs).loss)
+
+
+def test_compiled_model_shares() -> None:
+    model = built(AutoModelForCausalLM)
+    sharing = share_prefixes(model)
+    torch.compile(model, backend="eager")(**padded())
+    assert sharing.shared_calls == 1

@@ -60,7 +60,8 @@ def prepare_inputs(trainer: Any, own: Callable[[Any], Any], default: TreeConfig 
 
 def _dealt_out(trainer: Any, config: TreeConfig, state: TreeState, buffer: list[Inputs]) -> list[Inputs]:
     """A new generation batch with its rows where they cost least, and the decision whether windows are merged."""
-    cost = tree_cost(trainer.model, config)
+    with trainer.accelerator.autocast():  # measured speeds are those of a precision
+        cost = tree_cost(trainer.model, config)
     size = window_size(trainer, buffer)
     repeated: list[float] = []
     if config.balance_ranks == "always" and trainer.accelerator.num_processes > 1:
@@ -71,7 +72,7 @@ def _dealt_out(trainer: Any, config: TreeConfig, state: TreeState, buffer: list[
             buffer, repeated = found.buffer, found.repeated
     own_order = _why_not_regroup(trainer, config, buffer)
     separate = regroup(buffer, trainer.args.gradient_accumulation_steps, cost) if own_order is None else buffer
-    merged = state.windows.merges = merges(trainer, state, buffer, separate)
+    merged = state.windows.merges = merges(trainer, state, buffer, separate, cost)
     if own_order and not merged:
         state.say_once(trainer, f"micro-batches stay as TRL shuffled them, siblings apart, because {own_order}")
     chosen = buffer if merged else separate

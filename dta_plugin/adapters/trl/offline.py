@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer
 from trl import DPOTrainer, RewardTrainer, SFTTrainer
 
 from dta_plugin.adapters.trl.state import TreeState
@@ -44,7 +45,8 @@ class SiblingBatchesMixin:
         super().__init__(*args, **kwargs)
         _check_arguments(self.args)  # type: ignore[attr-defined]
         self._sharing = share_prefixes(self.model, self.tree_config)  # type: ignore[attr-defined]
-        self._counted = (0, 0, 0, 0)
+        self._counted: tuple[int, ...] = (0, 0, 0, 0)
+        self._since: dict[str, tuple[int, ...]] = {"": (0, 0, 0, 0), "eval_": (0, 0, 0, 0)}  # since the last entry
         if getattr(self, "ref_model", None) is not None:
             share_prefixes(self.ref_model, self.tree_config)  # type: ignore[attr-defined]
 
@@ -55,20 +57,18 @@ class SiblingBatchesMixin:
         return super().get_train_dataloader()  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        args = self.args  # type: ignore[attr-defined]
-        dataset = self.train_dataset if train_dataset is None else train_dataset  # type: ignore[attr-defined]
-        if _why_own_order(args, dataset) is not None:
+        if _next_sampler(type(self)) is not Trainer._get_train_sampler:
+            self._say("batches are in the order of this trainer's own sampler, siblings may be apart", logging.WARNING)
             return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
-        return SiblingSampler(
-            _token_paths(dataset),
-            self._train_batch_size,  # type: ignore[attr-defined]
-            world_size=args.world_size,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            model=model_cost(decoder_of(causal_lm(self.model))),  # type: ignore[attr-defined]
-        )
+        dataset = self.train_dataset if train_dataset is None else train_dataset  # type: ignore[attr-defined]
+        if _why_own_order(self.args, dataset) is not None:  # type: ignore[attr-defined]
+            return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        return sibling_sampler(self, dataset)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._count("eval_")
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        self._count("")
         report = self._sharing.report
         if report is not None:
             self._say(str(report), topic="first shared step")
@@ -78,22 +78,31 @@ class SiblingBatchesMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The trainer's own entry, with the counts of all calls of the model since the last one."""
-        counts = (
-            self._sharing.calls,
-            self._sharing.shared_calls,
-            self._sharing.flat_tokens,
-            self._sharing.tree_tokens,
-        )
-        calls, shared, flat, tree = (new - old for new, old in zip(counts, self._counted, strict=True))
-        self._counted = counts
+        prefix = "" if self.model.training else "eval_"  # type: ignore[attr-defined]
+        self._count(prefix)
+        calls, shared, flat, tree = self._since[prefix]
+        self._since[prefix] = (0, 0, 0, 0)
         if calls:
-            prefix = "" if self.model.training else "eval_"  # type: ignore[attr-defined]
             logs[f"{prefix}dta/dense_fallback"] = 1 - shared / calls
             if shared:
                 logs[f"{prefix}dta/flat_tokens"] = flat / shared
                 logs[f"{prefix}dta/tree_tokens"] = tree / shared
                 logs[f"{prefix}dta/compression_ratio"] = flat / tree
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _count(self, prefix: str) -> None:
+        """What the model was called with since the last count belongs to training, or to an evaluation."""
+        sharing = self._sharing
+        counts = (sharing.calls, sharing.shared_calls, sharing.flat_tokens, sharing.tree_tokens)
+        sums = zip(self._since[prefix], counts, self._counted, strict=True)
+        self._since[prefix] = tuple(total + now - before for total, now, before in sums)
+        self._counted = counts
+
+    def call_model_init(self, *args: Any, **kwargs: Any) -> Any:
+        model = super().call_model_init(*args, **kwargs)  # type: ignore[misc]
+        if "_sharing" in self.__dict__:  # training begins with a new model
+            self._sharing, self._counted = share_prefixes(model, self.tree_config), (0, 0, 0, 0)
+        return model
 
     def _say(self, message: str, level: int = logging.INFO, topic: str | None = None) -> None:
         TreeState.of(self, self.tree_config).say_once(self, message, topic, level)
@@ -111,6 +120,18 @@ class TreeRewardTrainer(SiblingBatchesMixin, RewardTrainer):
     """RewardTrainer that computes what the pairs of a batch share once, with the same losses and gradients."""
 
 
+def sibling_sampler(trainer: Any, dataset: Any) -> SiblingSampler:
+    """The order of a tokenised, map-style data set that suits a trainer's batches."""
+    args = trainer.args
+    return SiblingSampler(
+        _token_paths(dataset),
+        trainer._train_batch_size,
+        world_size=args.world_size,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        model=model_cost(decoder_of(causal_lm(trainer.model))),
+    )
+
+
 def _check_arguments(args: Any) -> None:
     for name, remedy in (
         (
@@ -121,10 +142,19 @@ def _check_arguments(args: Any) -> None:
             "padding_free",
             "a row of several sequences hides what they share; the tree has no padding either",
         ),
+        ("neftune_noise_alpha", "its noise depends on the length of a row, and the tree is another"),
         ("torch_compile", "the tree of each batch is another graph"),
     ):
-        if getattr(args, name, False):
-            raise InvalidInputError(f"{name}=True with shared prefixes. Expected {name}=False: {remedy}.")
+        value = getattr(args, name, False)
+        if value:
+            other = False if value is True else None
+            raise InvalidInputError(f"{name}={value} with shared prefixes. Expected {name}={other}: {remedy}.")
+
+
+def _next_sampler(trainer: type) -> Any:
+    """What `_get_train_sampler` of the bases behind the mixin is."""
+    behind = trainer.__mro__[trainer.__mro__.index(SiblingBatchesMixin) + 1 :]
+    return next((vars(base)["_get_train_sampler"] for base in behind if "_get_train_sampler" in vars(base)), None)
 
 
 def _why_own_order(args: Any, dataset: Any) -> str | None:
@@ -141,4 +171,4 @@ def _why_own_order(args: Any, dataset: Any) -> str | None:
 def _token_paths(dataset: Any) -> list[np.ndarray]:
     if isinstance(dataset, Dataset):
         dataset = dataset.with_format("numpy", columns=token_columns(dataset.column_names))
-    return [token_path(example) for example in dataset]
+    return [token_path(dataset[index]) for index in range(len(dataset))]

@@ -77,9 +77,11 @@ def tree_log_probs(
     sequences, first_scored = joined(together)
     instead = [batch.shape for batch in together]
     most_scored = max(len(row) - first for row, first in zip(sequences, first_scored, strict=True))
-    if (why := hopeless(model, max(map(len, sequences)), most_scored, instead, state.config)) is not None:
-        return run_dense(why, "min_saving")
-    batch = prepare(model, sequences, first_scored, state.config, instead)
+    with trainer.accelerator.autocast():  # measured speeds are those of a precision
+        why = hopeless(model, max(map(len, sequences)), most_scored, instead, state.config)
+        batch = prepare(model, sequences, first_scored, state.config, instead) if why is None else None
+    if batch is None:
+        return run_dense(str(why), "min_saving")
     if not batch.use_tree:  # the gate's reason has a number, different in every batch
         return run_dense(batch.reason, "min_saving" if batch.is_gated else None)
 

@@ -25,7 +25,6 @@ from dta_plugin.balance.costs import TOKENS, SequenceCosts
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.execution.batch import SequenceLogProbs
-from dta_plugin.execution.calibration import tree_cost
 from dta_plugin.execution.memory import token_budget
 from dta_plugin.execution.model import causal_lm, input_device, tree_forward
 from dta_plugin.execution.ranks import gathered, is_collective
@@ -42,10 +41,10 @@ def window_size(trainer: Any, buffer: list[Inputs]) -> int:
     return math.gcd(len(buffer), trainer.args.gradient_accumulation_steps)
 
 
-def merges(trainer: Any, state: Any, buffer: list[Inputs], separate: list[Inputs]) -> bool:
+def merges(trainer: Any, state: Any, buffer: list[Inputs], separate: list[Inputs], cost: ModelCost) -> bool:
     """Whether the windows of a new generation batch are to run as one tree each; on all ranks alike.
 
-    separate: the micro-batches that would run otherwise, regrouped or not.
+    separate: the micro-batches that would run otherwise, regrouped or not. cost: what to weigh trees by.
     """
     config, size = state.config, window_size(trainer, buffer)
     if config.merge_window == "never" or size == 1:
@@ -55,7 +54,7 @@ def merges(trainer: Any, state: Any, buffer: list[Inputs], separate: list[Inputs
         state.say_once(trainer, f"accumulation windows are not merged because of {obstacle}", level=logging.WARNING)
     wanted = obstacle is None and (
         config.merge_window == "always"
-        or (_is_plain(trainer) and _pays(trainer, config, buffer[:size], separate[:size]))
+        or (_is_plain(trainer) and _pays(trainer, config, cost, buffer[:size], separate[:size]))
     )
     model = trainer.model_wrapped
     return all(gathered(model, wanted)) if is_collective(model) else wanted
@@ -81,9 +80,8 @@ def _is_plain(trainer: Any) -> bool:
     return all(method.__module__.partition(".")[0] in ("trl", "transformers") for method in methods)
 
 
-def _pays(trainer: Any, config: TreeConfig, window: list[Inputs], alternative: list[Inputs]) -> bool:
+def _pays(trainer: Any, config: TreeConfig, cost: ModelCost, window: list[Inputs], alternative: list[Inputs]) -> bool:
     model = causal_lm(trainer.model)
-    cost = tree_cost(trainer.model, config)
 
     def of(batches: list[MicroBatch], cost: ModelCost) -> float:
         sequences, first_scored = joined(batches)

@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from torch.utils.data import Dataset as MapDataset
+from torch.utils.data import SequentialSampler
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
+    PreTrainedModel,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -23,6 +26,7 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, S
 
 from dta_plugin import InvalidInputError, TreeConfig
 from dta_plugin.adapters.trl import SiblingBatchesMixin, TreeDPOTrainer, TreeRewardTrainer, TreeSFTTrainer
+from dta_plugin.adapters.trl.offline import _token_paths, sibling_sampler
 from dta_plugin.balance import SequenceBalancingCollator, SiblingSampler
 from dta_plugin.execution.padded import PaddedBatch
 from tests.adapters.trl.support import (
@@ -36,6 +40,7 @@ from tests.adapters.trl.support import (
     moved,
     tokenizer,
 )
+from tests.support.models import tiny_config
 
 ONLINE = ("num_generations", "max_completion_length")
 STEPS = {name: value for name, value in TRAINING.items() if name not in ONLINE} | {"per_device_train_batch_size": 4}
@@ -45,9 +50,7 @@ class Ordered:
     """Before a stock trainer: the order of the sibling sampler, and nothing else of the plugin."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SiblingSampler:
-        sampler = SiblingBatchesMixin._get_train_sampler(self, train_dataset)  # type: ignore[arg-type]
-        assert isinstance(sampler, SiblingSampler)
-        return sampler
+        return sibling_sampler(self, self.train_dataset if train_dataset is None else train_dataset)  # type: ignore[attr-defined]
 
 
 class TreeTrainer(SiblingBatchesMixin, Trainer):
@@ -251,3 +254,61 @@ def test_a_batch_of_one_says_that_nothing_is_shared(
 def test_options_of_a_subclass(model: str, tmp_path: Path) -> None:
     thrifty = type("Thrifty", (TreeSFTTrainer,), {"tree_config": TreeConfig(min_saving=0.9)})
     assert all(entry["dta/dense_fallback"] == 1 for entry in run(thrifty, model, tmp_path).dta)
+
+
+def plain_model() -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config("qwen3"))
+    model.config.use_cache = False
+    return model.train()
+
+
+class Endless(MapDataset):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        assert index < 8
+        return {"input_ids": [1, 2, index], "labels": [1, 2, index]}
+
+
+def test_data_sets_without_index_errors() -> None:
+    assert len(_token_paths(Endless())) == 8
+
+
+class InOrder(Trainer):
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+
+
+class SharedInOrder(SiblingBatchesMixin, InOrder):
+    pass
+
+
+def arguments(tmp_path: Path, **options: Any) -> TrainingArguments:
+    common = {"use_cpu": True, "report_to": [], "save_strategy": "no", "per_device_train_batch_size": 4}
+    return TrainingArguments(str(tmp_path), **(common | {"logging_steps": 4, "max_steps": 4} | options))
+
+
+def test_a_trainers_own_sampler_stays(tmp_path: Path) -> None:
+    trainer = SharedInOrder(plain_model(), arguments(tmp_path), train_dataset=Endless())
+    assert isinstance(trainer._get_train_sampler(), SequentialSampler)
+
+
+def test_noise_of_embeddings_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="neftune"):
+        TreeTrainer(plain_model(), arguments(tmp_path, neftune_noise_alpha=5.0), train_dataset=Endless())
+
+
+def test_a_model_made_when_training_begins_shares(tmp_path: Path) -> None:
+    trainer = TreeTrainer(model_init=plain_model, args=arguments(tmp_path), train_dataset=Endless())
+    trainer.train()
+    assert any("dta/flat_tokens" in entry for entry in trainer.state.log_history)
+
+
+def test_evaluations_do_not_take_the_counts_of_training(tmp_path: Path) -> None:
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=8)
+    trainer = TreeTrainer(plain_model(), args, train_dataset=Endless(), eval_dataset=Endless())
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if any("dta/flat_tokens" in key for key in entry)]
+    assert [entry.get("eval_dta/flat_tokens", entry.get("dta/flat_tokens")) for entry in entries] == [24, 12, 24]
