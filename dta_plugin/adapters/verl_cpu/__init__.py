@@ -6,6 +6,6 @@ the plugin on: stock verl runs on it as well. Every process of a run has to impo
 arguments of `python -m verl.trainer.main_ppo`, sets that up.
 """
 
-from dta_plugin.adapters.verl_cpu import platform
+from dta_plugin.adapters.verl_cpu import install
 
-platform.install()
+install.install()

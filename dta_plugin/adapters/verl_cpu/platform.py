@@ -137,6 +137,7 @@ def _device_module() -> ModuleType:
         return found.available, found.total
 
     module.__dict__.update(
+        get_device_name=lambda *_: "CPU",
         memory_allocated=memory,
         memory_reserved=memory,
         max_memory_allocated=memory,
