@@ -28,7 +28,7 @@ options=(
 
   # The token budget of a micro-batch: with the plugin, of tokens after sharing.
   actor_rollout_ref.actor.use_dynamic_bsz=True
-  actor_rollout_ref.actor.ppo_max_token_len_per_gpu=16384
+  actor_rollout_ref.actor.ppo_max_token_len_per_gpu=2048
 
   # GRPO with a KL term to the first policy.
   algorithm.adv_estimator=grpo
@@ -52,7 +52,7 @@ options=(
   data.dataloader_num_workers=0
 
   # Every metric of every step as a JSON line in $folder/grpo.jsonl; no validation, no checkpoints.
-  trainer.logger='[file]'
+  trainer.logger='[console, file]'
   trainer.val_before_train=False
   trainer.resume_mode=disable
   hydra.run.dir="$folder/hydra"
