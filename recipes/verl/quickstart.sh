@@ -3,7 +3,7 @@
 #   python recipes/quickstart/build.py --output runs/quickstart && python recipes/verl/build.py runs/quickstart
 #   recipes/verl/quickstart.sh                                                 # from the repository root
 #   recipes/verl/quickstart.sh actor_rollout_ref.model.external_lib=null       # stock verl
-#   python recipes/verl/report.py runs/quickstart/verl/grpo.jsonl
+#   python recipes/quickstart/report.py runs/quickstart --run verl
 # On a machine with GPUs the same options go to `python -m verl.trainer.main_ppo`, with a rollout.name of yours.
 set -euo pipefail
 folder=${QUICKSTART:-runs/quickstart}/verl
@@ -51,12 +51,12 @@ options=(
   transfer_queue.backend.SimpleStorage.num_data_storage_units=1
   data.dataloader_num_workers=0
 
-  # Every metric of every step as a JSON line in $folder/grpo.jsonl; no validation, no checkpoints.
+  # Every metric of every step in the console and, as JSON, in $folder/metrics.jsonl; no validation, no checkpoints.
   trainer.logger='[console, file]'
   trainer.val_before_train=False
   trainer.resume_mode=disable
   hydra.run.dir="$folder/hydra"
 )
-export VERL_FILE_LOGGER_PATH=${VERL_FILE_LOGGER_PATH:-$folder/grpo.jsonl}
+export VERL_FILE_LOGGER_PATH=${VERL_FILE_LOGGER_PATH:-$folder/metrics.jsonl}
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 exec python -m dta_plugin.adapters.verl_cpu "${options[@]}" "$@"

@@ -1,4 +1,4 @@
-"""verl's replay buffer, looking for finished rollouts ten times a second: verl's two seconds are most of a small step."""
+"""verl's replay buffer, looking for finished rollouts more often: every two seconds would be most of a small step."""
 
 from __future__ import annotations
 
