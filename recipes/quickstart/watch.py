@@ -16,7 +16,7 @@ from dataclasses import dataclass
 WIDTH = 40
 VERL_ENTRY = re.compile(r"step:\d+ - .*")  # `name:value - name:value - ...`, after the name of a Ray process
 SAID = re.compile(r"dta: .*")
-ERROR = re.compile(r"(\w*Error\b|Error executing job)")
+ERROR = re.compile(r"(\S*\(.+ pid=\d+\)\S* )?(\w+\.)*\w*(Error|Exception)\b")  # at the start of what a process says
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def main() -> None:
             if found[0] not in said:
                 print(found[0], flush=True)
             said.add(found[0])
-        elif line.startswith("dta") or ERROR.search(line):
+        elif line.startswith("dta") or ERROR.match(line):
             print(line, end="", flush=True)
 
 

@@ -40,6 +40,7 @@ options=(
   actor_rollout_ref.actor.clip_ratio_high=0.28
   actor_rollout_ref.actor.optim.lr=1e-6
   actor_rollout_ref.actor.strategy=fsdp2
+  actor_rollout_ref.ref.strategy=fsdp2
   actor_rollout_ref.model.enable_gradient_checkpointing=True
 
   actor_rollout_ref.rollout.name=vllm

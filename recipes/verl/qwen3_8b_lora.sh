@@ -38,6 +38,7 @@ options=(
   actor_rollout_ref.actor.kl_loss_type=low_var_kl
 
   actor_rollout_ref.actor.strategy=fsdp2
+  actor_rollout_ref.ref.strategy=fsdp2
   actor_rollout_ref.model.enable_gradient_checkpointing=True
 
   # vLLM gets the base model once, and the adapters after every step.

@@ -20,6 +20,7 @@ DEFAULTS = [
     "actor_rollout_ref.rollout.tensor_model_parallel_size=1",
     "actor_rollout_ref.rollout.dtype=float32",
     "actor_rollout_ref.actor.strategy=fsdp2",
+    "actor_rollout_ref.ref.strategy=fsdp2",
     "actor_rollout_ref.actor.fsdp_config.use_torch_compile=False",  # for an entropy over the vocabulary
     "actor_rollout_ref.ref.fsdp_config.use_torch_compile=False",
     "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
@@ -29,13 +30,17 @@ DEFAULTS = [
 ]
 
 
+def with_defaults(overrides: list[str]) -> list[str]:
+    """Hydra overrides for a CPU, then the given ones; as many logical GPUs as ranks."""
+    found = [*DEFAULTS, *overrides]
+    ranks = [value for name, _, value in (text.partition("=") for text in found) if name == RANKS][-1]
+    return [f"+ray_kwargs.ray_init.num_gpus={ranks}", *found]
+
+
 def main() -> None:
-    os.environ["VERL_USE_EXTERNAL_MODULES"] = ",".join(
-        dict.fromkeys([MODULE, *filter(None, os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(","))])
-    )
-    overrides = [*DEFAULTS, *sys.argv[1:]]
-    ranks = [value for name, _, value in (text.partition("=") for text in overrides) if name == RANKS][-1]
-    sys.argv[1:] = [f"+ray_kwargs.ray_init.num_gpus={ranks}", *overrides]
+    others = filter(None, os.environ.get("VERL_USE_EXTERNAL_MODULES", "").split(","))
+    os.environ["VERL_USE_EXTERNAL_MODULES"] = ",".join(dict.fromkeys([MODULE, *others]))
+    sys.argv[1:] = with_defaults(sys.argv[1:])
 
     from verl.trainer.main_ppo import main as train
 
