@@ -79,3 +79,8 @@ def final_number(text: str) -> float:
     """The number after "####" at the very end of a text; where there is none NaN, which equals nothing."""
     found = re.search(r"####\s*(-?\d[\d,]*(?:\.\d+)?)\s*$", text)
     return float(found[1].replace(",", "") if found else "nan")
+
+
+def compute_score(solution_str: str, ground_truth: str, **_: Any) -> float:
+    """For verl (`reward.custom_reward_function.path`): 1 if a rollout, all turns of it, ends with the right number."""
+    return float(final_number(solution_str) == float(ground_truth))

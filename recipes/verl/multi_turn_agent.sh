@@ -10,7 +10,7 @@ options=(
   data.train_files=data/stories/train.jsonl
   data.val_files=data/stories/test.jsonl
   +data.apply_chat_template_kwargs.enable_thinking=False
-  reward.custom_reward_function.path=recipes/verl/tools.py
+  reward.custom_reward_function.path=recipes/stories.py
 
   # The plugin. `external_lib=null` after this script's name is the stock run.
   actor_rollout_ref.model.external_lib=dta_plugin.adapters.verl

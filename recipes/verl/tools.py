@@ -1,23 +1,18 @@
-"""The tool and the reward of multi_turn_agent.sh; its task is in recipes/stories.py.
+"""The tool of multi_turn_agent.sh; its task and its reward are in recipes/stories.py.
 
-actor_rollout_ref.rollout.multi_turn.function_tool_path=recipes/verl/tools.py
-reward.custom_reward_function.path=recipes/verl/tools.py
+    actor_rollout_ref.rollout.multi_turn.function_tool_path=recipes/verl/tools.py
+
+A file of its own: verl takes for a file's tools those that appear when it is imported, so nothing else may import it.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from verl.tools.function_tool import function_tool
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from recipes import stories
+from recipes.stories import calculate
 
-function_tool("calculate")(stories.calculate)
-
-
-def compute_score(solution_str: str, ground_truth: str, **_: Any) -> float:
-    """1 if the rollout, all turns of it, ends with the right number, else 0."""
-    return float(stories.final_number(solution_str) == float(ground_truth))
+function_tool("calculate")(calculate)

@@ -16,6 +16,8 @@ from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 from verl.utils.import_utils import load_module
 
+from recipes import stories
+
 RECIPES = Path(__file__).parents[3] / "recipes"
 SCRIPTS = sorted((RECIPES / "verl").glob("*.sh"))
 SHOW_ARGUMENTS = f"""#!{sys.executable}
@@ -83,6 +85,5 @@ def test_data_and_tool(tmp_path: Path) -> None:
     assert [message["role"] for message in row["prompt"]] == ["system", "user"]
     [tool] = load_all_tools(None, str(RECIPES / "verl" / "tools.py"))
     assert tool.name == "calculate" and tool.fn("(12 + 5) * 3") == "51"
-    score = load_module(str(RECIPES / "verl" / "tools.py")).compute_score
     answer = row["reward_model"]["ground_truth"]
-    assert (score(f"So:\n#### {answer}", answer), score(f"{answer}", answer)) == (1.0, 0.0)
+    assert [stories.compute_score(text, answer) for text in (f"So:\n#### {answer}", answer)] == [1.0, 0.0]
