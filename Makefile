@@ -58,7 +58,7 @@ test: $(INSTALLED) ## the test suite, on a CPU
 test-slow: $(INSTALLED) ## long fuzzing and many trainer runs
 	$(PYTEST) --numprocesses $(WORKERS) --dist worksteal -m "slow and not gpu"
 
-test-verl: $(VERL_INSTALLED) ## the adapter for verl, up to its whole training loop, on a CPU; creates $(VERL_VENV)
+test-verl: $(VERL_INSTALLED) ## the adapter for verl, up to its whole training loop, on a CPU; creates .venv-verl
 	$(PYTEST) --numprocesses $(WORKERS) --dist loadfile $(wildcard tests/adapters/verl*)
 
 lint: $(INSTALLED) ## style and types
@@ -78,7 +78,7 @@ quickstart-lora: $(INSTALLED) ## the same with LoRA
 	$(QUIET) python recipes/quickstart/speed.py recipes/trl/quickstart_lora.yaml
 	python recipes/quickstart/report.py runs/quickstart --run lora
 
-quickstart-verl: $(VERL_INSTALLED) ## the same with verl: its own training loop, two FSDP2 ranks; creates $(VERL_VENV)
+quickstart-verl: $(VERL_INSTALLED) ## the same with verl: its own training loop, two FSDP2 ranks; creates .venv-verl
 	python recipes/quickstart/build.py --output runs/quickstart
 	python recipes/verl/build.py runs/quickstart
 	$(QUIET) recipes/verl/quickstart.sh 2>&1 | python recipes/quickstart/watch.py

@@ -24,8 +24,6 @@ DEFAULTS = [
     "actor_rollout_ref.actor.fsdp_config.use_torch_compile=False",  # for an entropy over the vocabulary
     "actor_rollout_ref.ref.fsdp_config.use_torch_compile=False",
     "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
-    f"trainer.v1.sampler.custom_sampler.path=pkg://{MODULE}.replay",
-    "trainer.v1.sampler.custom_sampler.name=EagerReplayBuffer",
     "ray_kwargs.ray_init.num_cpus=32",  # logical: what verl's actors ask for, not what they use
 ]
 
