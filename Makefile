@@ -14,6 +14,7 @@ TRITON ?= triton==3.9.0
 # verl has an environment of its own: it needs other releases than TRL, and Python 3.10 to 3.12.
 VERL_VENV ?= .venv-verl
 VERL ?= verl==0.9.1
+VERL_OLDEST ?= verl==0.9.0
 
 ifneq ($(VENV),)
 export PATH := $(abspath $(VENV))/bin:$(PATH)
@@ -21,7 +22,7 @@ INSTALLED := $(VENV)/.installed
 endif
 ifneq ($(VERL_VENV),)
 VERL_INSTALLED := $(VERL_VENV)/.installed
-test-verl quickstart-verl $(VERL_INSTALLED): export PATH := $(abspath $(VERL_VENV))/bin:$(PATH)
+test-verl test-verl-oldest quickstart-verl $(VERL_INSTALLED): export PATH := $(abspath $(VERL_VENV))/bin:$(PATH)
 endif
 # The suite's tensors are tiny: one thread per process. Nothing here needs a hub.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m pytest
@@ -29,7 +30,8 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m pytest
 QUIET := HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow test-verl lint quickstart quickstart-lora quickstart-verl bench bench-streamed bench-balance gpu
+.PHONY: help venv test test-slow test-verl test-verl-oldest lint quickstart quickstart-lora quickstart-verl bench
+.PHONY: bench-streamed bench-balance gpu
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -60,6 +62,12 @@ test-slow: $(INSTALLED) ## long fuzzing and many trainer runs
 
 test-verl: $(VERL_INSTALLED) ## the adapter for verl, up to its whole training loop, on a CPU; creates .venv-verl
 	$(PYTEST) --numprocesses $(WORKERS) --dist loadfile $(wildcard tests/adapters/verl*)
+
+# The same environment, with the older verl in front of the newer one.
+OVERLAY := $(abspath $(or $(VERL_VENV),build))/oldest
+test-verl-oldest: $(VERL_INSTALLED) ## the training loop of the oldest verl that is supported, likewise
+	test -d $(OVERLAY) || python -m pip install --quiet --no-deps --target $(OVERLAY) $(VERL_OLDEST)
+	PYTHONPATH=$(OVERLAY) $(PYTEST) tests/adapters/verl_cpu/test_quickstart.py
 
 lint: $(INSTALLED) ## style and types
 	ruff check .

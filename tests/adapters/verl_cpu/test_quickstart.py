@@ -35,10 +35,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(folder: Path, *overrides: str) -> tuple[Metrics, str]:
     """The recipe for a few steps: what it logged for every step, and what it said."""
+    path = [os.environ.get("PYTHONPATH", ""), str(RECIPES.parent)]
     done = subprocess.run(
         [RECIPES / "verl" / "quickstart.sh", f"trainer.total_training_steps={STEPS}", *overrides],
         cwd=RECIPES.parent,
-        env=os.environ | {"QUICKSTART": str(folder), "PYTHONPATH": str(RECIPES.parent), "HF_HUB_OFFLINE": "1"},
+        env=os.environ | {"QUICKSTART": str(folder), "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
