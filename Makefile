@@ -11,10 +11,18 @@ RESULTS ?= benchmarks/results
 TORCH ?= torch==2.13.0
 TRL ?= trl==1.16.0
 TRITON ?= triton==3.9.0
+# verl has an environment of its own: it needs other releases than TRL, and Python 3.10 to 3.12.
+VERL_VENV ?= .venv-verl
+VERL ?= verl==0.9.1
+VERL_OLDEST ?= verl==0.9.0
 
 ifneq ($(VENV),)
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 INSTALLED := $(VENV)/.installed
+endif
+ifneq ($(VERL_VENV),)
+VERL_INSTALLED := $(VERL_VENV)/.installed
+test-verl test-verl-oldest quickstart-verl $(VERL_INSTALLED): export PATH := $(abspath $(VERL_VENV))/bin:$(PATH)
 endif
 # The suite's tensors are tiny: one thread per process. Nothing here needs a hub.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m pytest
@@ -22,7 +30,8 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m pytest
 QUIET := HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow lint quickstart quickstart-lora bench bench-streamed bench-balance gpu
+.PHONY: help venv test test-slow test-verl test-verl-oldest lint quickstart quickstart-lora quickstart-verl bench
+.PHONY: bench-streamed bench-balance gpu
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -37,11 +46,28 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 endif
 
+ifneq ($(VERL_VENV),)
+$(VERL_VENV)/.installed: pyproject.toml
+	test -d $(VERL_VENV) || python3 -m venv $(VERL_VENV)
+	python -m pip install --quiet $(TORCH)
+	python -m pip install --quiet --editable '.[verl,test]' $(VERL)
+	touch $@
+endif
+
 test: $(INSTALLED) ## the test suite, on a CPU
 	$(PYTEST) --numprocesses $(WORKERS) --dist loadfile -m "not slow and not gpu"
 
 test-slow: $(INSTALLED) ## long fuzzing and many trainer runs
 	$(PYTEST) --numprocesses $(WORKERS) --dist worksteal -m "slow and not gpu"
+
+test-verl: $(VERL_INSTALLED) ## the adapter for verl, up to its whole training loop, on a CPU; creates .venv-verl
+	$(PYTEST) --numprocesses $(WORKERS) --dist loadfile $(wildcard tests/adapters/verl*)
+
+# The same environment, with the older verl in front of the newer one.
+OVERLAY := $(abspath $(or $(VERL_VENV),build))/oldest
+test-verl-oldest: $(VERL_INSTALLED) ## the training loop of the oldest verl that is supported, likewise
+	test -d $(OVERLAY) || python -m pip install --quiet --no-deps --target $(OVERLAY) $(VERL_OLDEST)
+	PYTHONPATH=$(OVERLAY) $(PYTEST) tests/adapters/verl_cpu/test_quickstart.py -k plugin
 
 lint: $(INSTALLED) ## style and types
 	ruff check .
@@ -59,6 +85,12 @@ quickstart-lora: $(INSTALLED) ## the same with LoRA
 	$(QUIET) trl grpo --config recipes/trl/quickstart_lora.yaml | python recipes/quickstart/watch.py
 	$(QUIET) python recipes/quickstart/speed.py recipes/trl/quickstart_lora.yaml
 	python recipes/quickstart/report.py runs/quickstart --run lora
+
+quickstart-verl: $(VERL_INSTALLED) ## the same with verl: its own training loop, two FSDP2 ranks; creates .venv-verl
+	python recipes/quickstart/build.py --output runs/quickstart
+	python recipes/verl/build.py runs/quickstart
+	$(QUIET) recipes/verl/quickstart.sh 2>&1 | python recipes/quickstart/watch.py
+	python recipes/quickstart/report.py runs/quickstart --run verl
 
 bench: $(INSTALLED) ## measure the policy update, dense against tree
 	python benchmarks/policy_update.py

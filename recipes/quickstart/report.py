@@ -2,11 +2,13 @@
 
     python recipes/quickstart/report.py runs/quickstart                # the full fine-tune
     python recipes/quickstart/report.py runs/quickstart --run lora     # the LoRA variant
+    python recipes/quickstart/report.py runs/quickstart --run verl     # the same task with verl
 
 Promises: it reads only `<folder>/<run>/checkpoint-*/trainer_state.json` (TRL's own log, the newest
-checkpoint) and writes only `<folder>/reward.png` (`reward_<run>.png` for another run than `grpo`);
-it needs neither torch nor TRL. `dta/*` metrics are shown when the log holds them, and the speed-up where
-speed.py has measured it (`<folder>/<run>/speed.json`), so it works alike for stock TRL and for the plugin.
+checkpoint) or `<folder>/<run>/metrics.jsonl` (verl's own log), and writes only `<folder>/reward.png`
+(`reward_<run>.png` for another run than `grpo`); it needs neither torch nor TRL nor verl. `dta/*` metrics
+are shown when the log holds them, and the speed-up where speed.py has measured it
+(`<folder>/<run>/speed.json`), so it works alike for stock runs and for the plugin.
 """
 
 from __future__ import annotations
@@ -24,17 +26,32 @@ from matplotlib import pyplot as plt
 
 History = list[dict[str, Any]]  # one entry per log line, as in trainer_state.json
 SHARING = "dta/compression_ratio"
+FROM_VERL = {  # verl's names of what is shown
+    "critic/score/mean": "reward",
+    "response_length/mean": "completions/mean_length",
+    "timing_s/step": "step_time",
+}
 
 
 def read_history(run: Path) -> History:
-    """The training log lines (those with a reward) of the newest checkpoint of a run."""
+    """The training log lines (those with a reward) of a verl run, or of the newest checkpoint of a TRL run."""
+    if (verl := run / "metrics.jsonl").exists():
+        return [from_verl(json.loads(line)) for line in verl.read_text().splitlines()]
     states = sorted(run.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
     if not states:
-        raise SystemExit(f"no checkpoint-*/trainer_state.json in {run}: did the training finish?")
+        raise SystemExit(
+            f"neither checkpoint-*/trainer_state.json nor metrics.jsonl in {run}: did the training finish?"
+        )
     history = [line for line in json.loads(states[-1].read_text())["log_history"] if "reward" in line]
     if not history:
         raise SystemExit(f"no reward in {states[-1]}")
     return history
+
+
+def from_verl(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of verl's log under TRL's names; the policy update's `actor/dta/*` become `dta/*`."""
+    renamed = {FROM_VERL.get(name, name.removeprefix("actor/")): value for name, value in line["data"].items()}
+    return {"step": line["step"], **renamed}
 
 
 def series(history: History, key: str) -> tuple[list[int], list[float]]:

@@ -24,3 +24,8 @@ def parse_answer(completion: str) -> int | None:
 def right_answer(completions: list[str], answer: list[int], **_: Any) -> list[float]:
     """1 for a well-formed completion that ends on the exact answer, 0 for anything else."""
     return [float(parse_answer(text) == truth) for text, truth in zip(completions, answer, strict=True)]
+
+
+def compute_score(solution_str: str, ground_truth: str, **_: Any) -> float:
+    """The same for verl, one completion at a time: `reward.custom_reward_function.path` is this file."""
+    return float(parse_answer(solution_str) == int(ground_truth))

@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# GSM8K with verl: LoRA on Qwen3-8B on 8 GPUs with FSDP2 (written for 80 GB each, not yet run on them).
+#   pip install 'dta-plugin[verl]' vllm && python recipes/verl/data.py gsm8k
+#   recipes/verl/qwen3_8b_lora.sh                    # more options of verl may follow
+set -euo pipefail
+
+options=(
+  actor_rollout_ref.model.path=Qwen/Qwen3-8B
+  data.train_files=data/gsm8k/train.jsonl
+  data.val_files=data/gsm8k/test.jsonl
+  +data.apply_chat_template_kwargs.enable_thinking=False
+
+  # The plugin. `external_lib=null` after this script's name is the stock run.
+  actor_rollout_ref.model.external_lib=dta_plugin.adapters.verl
+  +actor_rollout_ref.rollout.custom.dta.verify=first # compare the first batch with verl's own path, then never again
+
+  # Adapters on every linear layer; verl's have no dropout. The reference is the model with its adapters off.
+  actor_rollout_ref.model.lora_rank=32
+  actor_rollout_ref.model.lora_alpha=64
+  actor_rollout_ref.model.target_modules=all-linear
+  actor_rollout_ref.actor.optim.lr=1e-5 # about ten times that of full fine-tuning
+
+  # 128 prompts x 8 completions per step, in mini-batches of 32 prompts: whole groups on every rank.
+  trainer.n_gpus_per_node=8
+  data.train_batch_size=128
+  actor_rollout_ref.rollout.n=8
+  actor_rollout_ref.actor.ppo_mini_batch_size=32
+  data.max_prompt_length=512
+  data.max_response_length=1024
+
+  # The memory knob: tokens per micro-batch, counted after sharing. LoRA leaves room for more.
+  actor_rollout_ref.actor.use_dynamic_bsz=True
+  actor_rollout_ref.actor.ppo_max_token_len_per_gpu=32768
+
+  algorithm.adv_estimator=grpo
+  actor_rollout_ref.actor.use_kl_loss=True
+  actor_rollout_ref.actor.kl_loss_coef=0.001
+  actor_rollout_ref.actor.kl_loss_type=low_var_kl
+
+  actor_rollout_ref.actor.strategy=fsdp2
+  actor_rollout_ref.ref.strategy=fsdp2
+  actor_rollout_ref.model.enable_gradient_checkpointing=True
+
+  # vLLM gets the base model once, and the adapters after every step.
+  actor_rollout_ref.rollout.name=vllm
+  actor_rollout_ref.rollout.tensor_model_parallel_size=1
+  actor_rollout_ref.rollout.gpu_memory_utilization=0.6
+  actor_rollout_ref.rollout.load_format=safetensors
+
+  trainer.logger='[console, file]' # or wandb, tensorboard, ...
+  trainer.project_name=dta
+  trainer.experiment_name=qwen3_8b_lora
+  trainer.total_epochs=1
+  trainer.save_freq=50
+  trainer.test_freq=10
+)
+exec python -m verl.trainer.main_ppo "${options[@]}" "$@"

@@ -1,0 +1,95 @@
+"""verl's own training loop, end to end: Ray, agent loop, reward, reference, two FSDP2 ranks, weight sync."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes.quickstart.rewards import compute_score
+from tests.adapters.verl_cpu.test_recipes import RECIPES
+
+STEPS = 3
+Metrics = list[dict[str, Any]]
+
+needs_plugin = pytest.mark.skipif(
+    importlib.util.find_spec("dta_plugin.adapters.verl") is None, reason="the verl adapter is not here"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's model, hardly trained, and its data."""
+    path = tmp_path_factory.mktemp("quickstart")
+    build = RECIPES / "quickstart" / "build.py"
+    subprocess.run([sys.executable, build, "--output", path, "--steps", "40", "--prompts", "64"], check=True)
+    subprocess.run([sys.executable, RECIPES / "verl" / "build.py", path], check=True)
+    return path
+
+
+def train(folder: Path, *overrides: str) -> tuple[Metrics, str]:
+    """The recipe for a few steps: what it logged for every step, and what it said."""
+    path = [os.environ.get("PYTHONPATH", ""), str(RECIPES.parent)]
+    done = subprocess.run(
+        [RECIPES / "verl" / "quickstart.sh", f"trainer.total_training_steps={STEPS}", *overrides],
+        cwd=RECIPES.parent,
+        env=os.environ | {"QUICKSTART": str(folder), "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    lines = (folder / "verl" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["data"] for line in lines], done.stdout
+
+
+def check_learning(steps: Metrics) -> None:
+    """Rewards come in, gradients flow, and rollouts are sampled from the weights that the steps before left."""
+    assert len(steps) == STEPS
+    for step in steps:
+        assert 0 <= step["critic/score/mean"] <= 1
+        assert step["training/rollout_probs_diff_valid"] == 1
+        assert step["training/rollout_probs_diff_max"] < 5e-5
+        assert step["training/rollout_probs_diff_mean"] < 2e-6
+    assert steps[0]["actor/kl_loss"] == pytest.approx(0.0, abs=1e-6)
+    assert steps[-1]["actor/kl_loss"] > 1e-5
+    assert max(step["actor/grad_norm"] for step in steps) > 1e-3
+
+
+def test_stock(folder: Path) -> None:
+    steps, said = train(folder, "actor_rollout_ref.model.external_lib=null")
+    check_learning(steps)
+    assert not [name for name in steps[0] if "dta/" in name] and "dta: " not in said
+
+
+@needs_plugin
+def test_plugin(folder: Path) -> None:
+    """One line more: the same training, and most tokens are computed once; no group is split across ranks."""
+    steps, said = train(folder)
+    check_learning(steps)
+    assert f"for verl {version('verl')}, process" in said
+    for step in steps:
+        assert step["actor/dta/compression_ratio"] > 5
+        assert step["actor/dta/dense_fallback"] == 0
+        assert step["dta/groups_split"] == 0
+
+
+def test_prompts_are_those_of_trl(folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    ours, verls = (AutoTokenizer.from_pretrained(folder / name) for name in ("model", "verl/model"))
+    rows = [folder / "data" / "train.jsonl", folder / "verl" / "train.jsonl"]
+    for ours_text, verls_text in zip(*(path.read_text().splitlines() for path in rows), strict=True):
+        row, converted = json.loads(ours_text), json.loads(verls_text)
+        rendered = verls.apply_chat_template(converted["prompt"], add_generation_prompt=True, return_dict=False)
+        assert rendered == ours(row["prompt"]).input_ids
+        assert compute_score(f"guess {row['answer']} ", converted["reward_model"]["ground_truth"]) == 1.0
+        assert compute_score(f"guess {row['answer'] + 1}", converted["reward_model"]["ground_truth"]) == 0.0

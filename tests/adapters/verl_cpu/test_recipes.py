@@ -1,0 +1,89 @@
+"""Every recipe's options are verl's: Hydra composes them, verl's dataclasses and checks accept them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig
+from verl.tools.tool_registry import load_all_tools
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.utils.config import omega_conf_to_dataclass, validate_config
+from verl.utils.import_utils import load_module
+
+from recipes import stories
+
+RECIPES = Path(__file__).parents[3] / "recipes"
+SCRIPTS = sorted((RECIPES / "verl").glob("*.sh"))
+SHOW_ARGUMENTS = f"""#!{sys.executable}
+import json, sys
+print(json.dumps(sys.argv[1:]))
+"""
+
+
+def command_of(script: Path, folder: Path) -> list[str]:
+    """What a recipe hands to Python."""
+    python = folder / "python"
+    python.write_text(SHOW_ARGUMENTS)
+    python.chmod(0o755)
+    done = subprocess.run(
+        [script, "trainer.total_epochs=7"],
+        env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+def config_of(script: Path, folder: Path) -> tuple[str, DictConfig]:
+    """The module that a recipe runs, and its config."""
+    dash_m, module, *overrides = command_of(script, folder)
+    assert dash_m == "-m" and overrides[-1] == "trainer.total_epochs=7", "options of the command line come last"
+    if module == "dta_plugin.adapters.verl_cpu":
+        from dta_plugin.adapters.verl_cpu.__main__ import with_defaults
+
+        overrides = with_defaults(overrides)
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return module, compose("ppo_trainer", [text for text in overrides if not text.startswith("hydra.")])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_config(script: Path, tmp_path: Path) -> None:
+    module, config = config_of(script, tmp_path)
+    assert module == ("dta_plugin.adapters.verl_cpu" if script.stem == "quickstart" else "verl.trainer.main_ppo")
+    if module == "verl.trainer.main_ppo":
+        assert config.actor_rollout_ref.rollout.name == "vllm"
+        config.actor_rollout_ref.rollout.name = "hf_cpu"  # verl's checks of LoRA import vLLM
+    validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
+    rollout = omega_conf_to_dataclass(config.actor_rollout_ref.rollout)
+    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    assert config.actor_rollout_ref.model.external_lib == "dta_plugin.adapters.verl"
+    assert (actor.strategy, config.actor_rollout_ref.actor.use_dynamic_bsz) == ("fsdp2", True)
+    assert (config.actor_rollout_ref.ref.strategy, rollout.n > 1) == ("fsdp2", True)
+    ranks, prompts = config.trainer.n_gpus_per_node, config.actor_rollout_ref.actor.ppo_mini_batch_size
+    assert prompts % ranks == 0, "every rank gets whole groups of every mini-batch"
+    assert config.data.train_batch_size % prompts == 0
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    assert longest <= config.actor_rollout_ref.actor.ppo_max_token_len_per_gpu
+    reward = config.reward.custom_reward_function.path
+    assert reward is None or callable(load_module(str(RECIPES.parent / reward)).compute_score)
+
+
+def test_data_and_tool(tmp_path: Path) -> None:
+    """The agent's stories, its tool as verl's agent loop sees it, and its reward."""
+    script = RECIPES / "verl" / "data.py"
+    subprocess.run([sys.executable, script, "stories", "--output", tmp_path], check=True)
+    train, test = ((tmp_path / "stories" / f"{split}.jsonl").read_text().splitlines() for split in ("train", "test"))
+    assert len(train) == 4000 and not set(train) & set(test)
+    row = json.loads(train[0])
+    assert [message["role"] for message in row["prompt"]] == ["system", "user"]
+    [tool] = load_all_tools(None, str(RECIPES / "verl" / "tools.py"))
+    assert tool.name == "calculate" and tool.fn("(12 + 5) * 3") == "51"
+    answer = row["reward_model"]["ground_truth"]
+    assert [stories.compute_score(text, answer) for text in (f"So:\n#### {answer}", answer)] == [1.0, 0.0]
