@@ -12,8 +12,7 @@ sequence per assistant turn. The contenders are described in balance_contenders.
 
 How to read the table: a contender's figures are its costliest bin over the lower bound, the cost of prefixes that
 several bins compute over that of the whole batch as one tree, and the CPU time it took. No way to deal has a costliest
-bin below the bound (the mean if nothing were computed twice, or the costliest sequence), but the bound may be out of
-reach: bins that share a trunk must each compute it.
+bin below the bound (see dta_plugin/balance/bound.py), but the bound may be out of reach.
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ from harness import CLOCKS, environment, interleaved, write_json
 from workloads import ROLLOUTS
 
 from dta_plugin.balance import partition
+from dta_plugin.balance.bound import lower_bound
 from dta_plugin.balance.costs import TYPICAL, SequenceCosts
 
 BINS, SMOKE_BINS = (2, 4, 8, 16, 32, 64), (2, 4)
@@ -124,7 +124,7 @@ def _dealt(batch: Batch, costs: SequenceCosts, bins: int) -> dict[str, Any]:
         dealt[name] = result
 
     clocks = interleaved(contenders(batch.sequences, bins), 1, lambda: None, keep, CPU)
-    bound = max(costs.total / bins, float(costs.path.max()))
+    bound = lower_bound(costs, bins)
     results = {}
     for name, result in dealt.items():
         if sorted(place for members in result for place in members) != list(range(len(costs))):

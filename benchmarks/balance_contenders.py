@@ -19,7 +19,7 @@ from itertools import pairwise
 import numpy as np
 
 from dta_plugin.balance import partition
-from dta_plugin.balance.costs import Run, SequenceCosts
+from dta_plugin.balance.costs import SequenceCosts
 from dta_plugin.tree.cost import ModelCost
 
 SEEDS = 5
@@ -33,9 +33,9 @@ Bins = list[list[int]]
 
 def contenders(rows: Rows, bins: int) -> dict[str, Callable[[], Bins]]:
     """Those that can deal `rows` out to `bins` bins."""
-    found: dict[str, Callable[[], Bins]] = {"ours": lambda: partition(rows, bins).bins}
+    found: dict[str, Callable[[], Bins]] = {"ours": lambda: partition(rows, bins, allow_empty=len(rows) < bins).bins}
     if len(rows) % bins == 0:
-        found["equal counts"] = lambda: partition(rows, bins, sizes=[len(rows) // bins] * bins).bins
+        found["equal counts"] = lambda: partition(rows, bins, sizes="equal").bins
     found["contiguous"] = lambda: contiguous(rows, bins)
     found["longest first"] = lambda: longest_first(rows, bins)
     return found | {f"random {seed}": partial(shuffled, rows, bins, seed) for seed in range(SEEDS)}
@@ -90,4 +90,4 @@ def loads(costs: SequenceCosts, bins: Bins) -> list[float]:
     """What every bin's prefix tree costs; tests compare it with trees that are built."""
     rank = np.empty(len(costs), dtype=np.int64)
     rank[costs.order] = np.arange(len(costs))
-    return [costs.of_runs([Run(place, place + 1) for place in rank[members].tolist()]) for members in bins]
+    return [costs.of_ranks(np.sort(rank[members])) for members in bins]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 
@@ -20,6 +19,8 @@ from dta_plugin.tree.trie import TokenSequence, depth_first, token_rows
 # Linear layers, and one token's attention worth as much as a token's linear layers at a context of 8k, about what
 # models of 1 to 8 billion parameters have.
 TYPICAL = ModelCost(per_token=1.0, per_pair=1.0 / 8192, per_scored=0.0)
+# What token budgets count: tree tokens.
+TOKENS = ModelCost(per_token=1.0, per_pair=0.0, per_scored=0.0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,16 +39,23 @@ class SequenceCosts:
     """Costs of sequences by rank, their place in depth-first order. S = sequences; costs are float64.
 
     order: int64 [S] sequence of each rank. path: [S] cost of each sequence alone. shared: [S] what it shares with the
-    rank before, 0 where a new tree begins.
+    rank before, 0 where a new tree begins. per_call: cost of a bin that is not empty, whatever it holds.
     """
 
     order: np.ndarray
     path: np.ndarray
     shared: np.ndarray
+    per_call: float = 0.0
     _before: np.ndarray = field(init=False)  # [S + 1] cost of the ranks before, each without what it shares
+    _least: np.ndarray = field(init=False)  # [levels, S] least of the 2 ** level entries of `shared` that begin there
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_before", np.concatenate([[0.0], np.cumsum(self.path - self.shared)]))
+        levels = [self.shared]
+        while 1 << len(levels) <= len(self):
+            half = 1 << len(levels) - 1
+            levels.append(np.minimum(levels[-1], np.append(levels[-1][half:], np.zeros(half))))
+        object.__setattr__(self, "_least", np.stack(levels))
 
     @classmethod
     def of(
@@ -55,7 +63,7 @@ class SequenceCosts:
     ) -> SequenceCosts:
         """model: FLOPs, or seconds, of a model's parts. first_scored: per sequence, where its completion begins.
 
-        A shared token that is scored in one sequence and not in another counts as in the one that comes first.
+        A shared token is scored once if one of two neighbours scores it; of more sequences, perhaps more than once.
         """
         rows = token_rows(sequences)
         if first_scored is not None and len(first_scored) != len(rows):
@@ -66,10 +74,12 @@ class SequenceCosts:
         lengths = np.array([len(row) for row in rows], dtype=np.int64)[order]
         begin = lengths if first_scored is None else np.asarray(first_scored, dtype=np.int64)[order]
 
-        def cost(tokens: np.ndarray) -> np.ndarray:
+        both_score = np.maximum(begin, np.roll(begin, 1))
+
+        def cost(tokens: np.ndarray, begin: np.ndarray) -> np.ndarray:
             return model.path_flops(tokens) + model.per_scored * np.maximum(tokens - begin, 0)
 
-        return cls(order, cost(lengths), cost(lcp))
+        return cls(order, cost(lengths, begin), cost(lcp, both_score), model.per_call)
 
     def __len__(self) -> int:
         return len(self.order)
@@ -79,16 +89,35 @@ class SequenceCosts:
         """Cost of what all sequences share: a system prompt, a chat template's first tokens."""
         return float(self.shared[1:].min()) if len(self) > 1 else 0.0
 
-    def without_trunk(self) -> SequenceCosts:
-        """The same sequences without what all of them share, which every bin pays whatever it gets."""
+    @property
+    def every_bin(self) -> float:
+        """What every bin pays that is not empty, whatever it gets: a model call and the trunk."""
+        return self.per_call + self.trunk
+
+    def without_every_bin(self) -> SequenceCosts:
+        """The same sequences without that: what balancing can change."""
         shared = self.shared - self.trunk
         shared[0] = 0.0
         return SequenceCosts(self.order, self.path - self.trunk, shared)
 
+    def subset(self, ranks: np.ndarray) -> SequenceCosts:
+        """Some of the sequences. ranks: int64 [R], ascending, at least one."""
+        shared = np.append(0.0, self.overlap(ranks[:-1] + 1, ranks[1:]))
+        return SequenceCosts(self.order[ranks], self.path[ranks], shared, self.per_call)
+
     @property
     def total(self) -> float:
-        """Cost of all sequences as one tree."""
-        return float(self._before[-1])
+        """Cost of all sequences as one tree, in one call."""
+        return self.per_call + float(self._before[-1])
+
+    def nodes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Per node of the trees, float64 [nodes]: cost of its path to where it begins and ends, and of all below it."""
+        starts, stops = np.array(sorted(subtrees(self.shared[1:].tolist(), len(self))), dtype=np.int64).T
+        begin = np.maximum(self.shared[starts], np.append(self.shared, 0.0)[stops])
+        end = self.path[starts]
+        inner = stops - starts > 1
+        end[inner] = self.overlap(starts[inner] + 1, stops[inner] - 1)
+        return begin, end, self._before[stops] - self._before[starts] + self.shared[starts] - end
 
     @property
     def trees(self) -> list[Run]:
@@ -96,18 +125,23 @@ class SequenceCosts:
         starts = np.flatnonzero(self.shared == 0).tolist()
         return [Run(a, b) for a, b in zip(starts, [*starts[1:], len(self)], strict=True)]
 
-    def of_run(self, run: Run) -> float:
-        return float(self._before[run.stop] - self._before[run.start] + self.shared[run.start])
+    def overlap(self, stop: np.ndarray, start: np.ndarray) -> np.ndarray:
+        """What a run that ends at `stop` shares with a later one that begins at `start`, elementwise: int64 [...]."""
+        level = np.frexp((start - stop + 1).astype(np.float64))[1] - 1
+        return np.minimum(self._least[level, stop], self._least[level, start + 1 - (1 << level)])
 
-    def of_runs(self, runs: Sequence[Run]) -> float:
-        """Cost of disjoint runs as one tree."""
-        ordered = sorted(runs, key=lambda run: run.start)
-        overlaps = (self.shared[a.stop : b.start + 1].min() for a, b in pairwise(ordered))
-        return sum(map(self.of_run, ordered)) - float(sum(overlaps))
+    def of_run(self, run: Run) -> float:
+        return self.per_call + float(self._before[run.stop] - self._before[run.start] + self.shared[run.start])
+
+    def of_ranks(self, ranks: np.ndarray) -> float:
+        """Cost of a bin with these sequences; of none: 0. ranks: int64 [R], ascending."""
+        if not len(ranks):
+            return 0.0
+        return self.per_call + float(self.path[ranks].sum() - self.overlap(ranks[:-1] + 1, ranks[1:]).sum())
 
     def longest_within(self, run: Run, budget: float) -> Run:
         """The run's first part that costs at most `budget`, cut where little is shared; empty if one is too much."""
-        most = self._before[run.start] - self.shared[run.start] + budget
+        most = self._before[run.start] - self.shared[run.start] + budget - self.per_call
         stop = min(int(np.searchsorted(self._before, most, side="right")) - 1, run.stop)
         if stop <= run.start:
             return Run(run.start, run.start)
@@ -117,3 +151,20 @@ class SequenceCosts:
         near = np.arange(max(run.start + 1, stop - (stop - run.start) // 4), stop + 1)
         price = self.shared[near] + 0.5 * (most - self._before[near])
         return Run(run.start, int(near[price.argmin()]))
+
+
+def subtrees(shared: list[float], count: int) -> set[tuple[int, int]]:
+    """Neighbours [start, stop) that share more with each other than with those around them, and every one alone.
+
+    They are the nodes of the tree of `count` sequences. shared: [count - 1] what each shares with the next.
+    """
+    found = {(place, place + 1) for place in range(count)}
+    opened: list[tuple[float, int]] = []  # what is shared within, first place
+    for place, least in enumerate([*shared, -1.0] if shared else []):
+        start = place
+        while opened and opened[-1][0] > least:
+            start = opened.pop()[1]
+            found.add((start, place + 1))
+        if not opened or opened[-1][0] < least:
+            opened.append((least, start))
+    return found

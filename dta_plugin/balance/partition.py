@@ -1,39 +1,35 @@
 """Deal sequences out to bins (ranks, micro-batches) so that the costliest bin costs as little as possible.
 
 A bin computes the prefix tree of its sequences: siblings in one bin share their prefix, siblings in two bins pay for
-it twice. So trees stay whole where that balances, and are cut in depth-first order where it pays.
-
-With free sizes: the smallest capacity at which everything fits is found by bisection (MULTIFIT; Coffman, Garey and
-Johnson 1978, doi:10.1137/0207001). At each capacity, whole trees go into the fullest bin that takes them, largest
-first, and what does not fit is cut to fill the gaps. With given sizes: largest run first into the cheapest bin with
-room. Then runs are moved and swapped between the costliest bin and the others while that helps.
+it twice. So trees stay whole where that balances, and are cut where it pays. `starts` deals everything out in several
+ways, `search` improves on them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-import numpy as np
-
-from dta_plugin.balance.costs import TYPICAL, Run, SequenceCosts
+from dta_plugin.balance.bound import lower_bound
+from dta_plugin.balance.costs import TYPICAL, SequenceCosts
+from dta_plugin.balance.search import searched
+from dta_plugin.balance.starts import Ranks, free_starts, sized_starts, without_empty
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.tree.cost import ModelCost
 from dta_plugin.tree.trie import TokenSequence
 
-# Bisection ends where the capacity is known this well.
-_PRECISION = 1e-3
-# Changes between two bins that are tried in full, of those that look best; sequences up to which single ones move.
-_TRIED, _MOST_SINGLES = 8, 2048
-
-Bins = list[list[Run]]
+Effort = Literal["fast", "thorough"]
+# Times that the search is shaken; see `searched`.
+_SHAKES: dict[Effort, int] = {"fast": 10, "thorough": 100}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Partition:
     """bins: per bin the sequence indices, siblings next to each other. loads: predicted cost of each bin.
 
-    lower_bound: no partition has a costliest bin below it. repeated: cost of prefixes that several bins compute.
+    lower_bound: no partition into as many bins has a costliest bin below it. repeated: cost of prefixes that several
+    bins compute.
     """
 
     bins: list[list[int]]
@@ -41,10 +37,32 @@ class Partition:
     lower_bound: float
     repeated: float
 
+    @classmethod
+    def of(cls, costs: SequenceCosts, filled: Ranks) -> Partition:
+        loads = [costs.of_ranks(ranks) for ranks in filled]
+        calls = sum(costs.per_call for ranks in filled if len(ranks))
+        repeated = sum(loads) - calls - (costs.total - costs.per_call)
+        return cls([costs.order[ranks].tolist() for ranks in filled], loads, lower_bound(costs, len(filled)), repeated)
+
     @property
     def imbalance(self) -> float:
         """Largest load over the mean: 1.0 is even."""
         return max(self.loads) * len(self.loads) / sum(self.loads)
+
+    @property
+    def weights(self) -> list[float]:
+        """Per bin the factor of its loss that makes unequal counts exact.
+
+        Frameworks average over ranks, or micro-batches, what each averaged over its sequences. The mean over bins of
+        weight * (mean over the bin's sequences) is the mean over all sequences: weight = count * bins / all. For a
+        loss that averages over tokens, count tokens instead. An empty bin weighs 0 and has no mean: give it loss 0.
+        """
+        total = sum(map(len, self.bins))
+        return [len(members) * len(self.bins) / total for members in self.bins]
+
+    def renumbered(self, indices: Sequence[int]) -> Partition:
+        """The same for the batch that the sequences were taken from: sequence i is its sequence indices[i]."""
+        return replace(self, bins=[[indices[s] for s in members] for members in self.bins])
 
     def __str__(self) -> str:
         share = self.repeated / max(sum(self.loads) - self.repeated, 1e-30)
@@ -60,15 +78,20 @@ def partition(
     *,
     model: ModelCost = TYPICAL,
     first_scored: Sequence[int] | None = None,
-    sizes: Sequence[int] | None = None,
+    sizes: Sequence[int] | Literal["equal"] | None = None,
+    allow_empty: bool = False,
+    effort: Effort = "fast",
 ) -> Partition:
     """Deal `sequences` out to `bins` bins.
 
-    model: what a token, a pair and a scored token cost; see `execution.model.model_cost`. first_scored: per sequence,
-        where its completion begins (only scored tokens pay for the LM head). sizes: sequences per bin, for frameworks
-        that need equal counts; None: whatever balances, and bins stay empty where using them would lower nothing.
+    model: what a token, a pair, a scored token and a bin cost; see `execution.model.model_cost`. first_scored: per
+        sequence, where its completion begins (only scored tokens pay for the LM head). sizes: sequences per bin, or
+        "equal", for frameworks that need equal counts; None: whatever balances, see `Partition.weights`.
+    allow_empty: with sizes=None, bins stay empty where using them would lower nothing. effort: "thorough" searches
+        ten times as long, for up to 2 % where bins hold few trees or parts of one.
 
-    Raises InvalidInputError for no sequences, fewer than one bin, and sizes or first_scored that do not fit.
+    Raises InvalidInputError for no sequences, fewer than one bin, fewer sequences than bins unless allow_empty, and
+    sizes, first_scored or effort that do not fit.
     """
     if not len(sequences):
         raise InvalidInputError(
@@ -76,145 +99,76 @@ def partition(
         )
     if bins < 1:
         raise InvalidInputError(f"Got bins={bins}. Expected at least 1.")
-    if sizes is not None and (len(sizes) != bins or sum(sizes) != len(sequences) or min(sizes) < 0):
-        raise InvalidInputError(
-            f"Got sizes={list(sizes)} for {len(sequences)} sequences in {bins} bins. Expected {bins} counts, none "
-            f"negative, that add up to {len(sequences)}."
-        )
+    if effort not in _SHAKES:
+        raise InvalidInputError(f"Got effort={effort!r}. Expected one of {', '.join(map(repr, _SHAKES))}.")
+    counts = _counts(len(sequences), bins, sizes)
+    if counts is None and not allow_empty:
+        check_enough(len(sequences), bins)
     costs = SequenceCosts.of(sequences, model, first_scored)
-    own = costs.without_trunk()
-    filled = _free(own, bins) if sizes is None else _sized(own, list(sizes))
-    filled = _improved(own, filled, swaps_only=sizes is not None)
-    loads = [costs.of_runs(runs) for runs in filled]
-    members = [
-        [
-            int(costs.order[rank])
-            for run in sorted(runs, key=lambda run: run.start)
-            for rank in range(run.start, run.stop)
-        ]
-        for runs in filled
-    ]
-    lower_bound = costs.trunk + _least_capacity(own, bins)
-    return Partition(members, loads, lower_bound, sum(loads) - costs.total)
+    own = costs.without_every_bin()
+    if counts is not None:
+        starts = sized_starts(own, counts)
+    elif allow_empty:
+        starts = free_starts(own, bins)
+    else:
+        starts = [without_empty(own, filled) for filled in free_starts(own, bins)]
+    filled = searched(own, starts, counts is not None, _SHAKES[effort], enough=lower_bound(own, bins))
+    return Partition.of(costs, filled)
 
 
-def _least_capacity(costs: SequenceCosts, bins: int) -> float:
-    return max(costs.total / bins, float(costs.path.max()))
+def partition_each(
+    sequences: Sequence[TokenSequence],
+    shares: Sequence[Sequence[int]],
+    bins: int,
+    *,
+    first_scored: Sequence[int] | None = None,
+    **options: Any,
+) -> list[Partition]:
+    """Deal every share of a batch out to `bins` bins by itself, with indices into the batch.
+
+    shares: sequence indices of each optimizer step (mini-batch), so that none leaves its step; or `bins` of a partition
+    over ranks, to cut every rank's share into micro-batches. options: as for `partition`. A batch for two ranks, each
+    with as many rows of every step:
+
+        steps = partition_each(sequences, [range(0, 32), range(32, 64)], 2, sizes="equal")
+        rows = [[s for step in steps for s in step.bins[rank]] for rank in range(2)]
+
+    Raises InvalidInputError for an index that is no sequence's or is in two shares, and what `partition` raises.
+    """
+    indices = [s for share in shares for s in share]
+    if len(set(indices)) < len(indices) or not all(0 <= s < len(sequences) for s in indices):
+        raise InvalidInputError(
+            f"Got shares with {len(indices)} indices, {len(set(indices))} of them different, from "
+            f"{min(indices)} to {max(indices)}. Expected indices into {len(sequences)} sequences, each once."
+        )
+    found = []
+    for share in shares:
+        begins = None if first_scored is None else [first_scored[s] for s in share]
+        found.append(partition([sequences[s] for s in share], bins, first_scored=begins, **options).renumbered(share))
+    return found
 
 
-def _free(costs: SequenceCosts, bins: int) -> Bins:
-    low = _least_capacity(costs, bins)
-    high, best = low, _packed(costs, bins, low)
-    while best is None:
-        low, high = high, 2 * high
-        best = _packed(costs, bins, high)
-    while high > low * (1 + _PRECISION):
-        middle = (low + high) / 2
-        found = _packed(costs, bins, middle)
-        if found is None:
-            low = middle
-        else:
-            high, best = middle, found
-    return best
+def check_enough(sequences: int, bins: int) -> None:
+    if sequences < bins:
+        raise InvalidInputError(
+            f"Got {sequences} sequences for {bins} bins. Expected at least one per bin; ask for at most {sequences} "
+            "bins, or call partition with allow_empty=True if bins may stay empty."
+        )
 
 
-def _packed(costs: SequenceCosts, bins: int, capacity: float) -> Bins | None:
-    """Everything within `capacity` per bin, or None if this way of packing does not manage."""
-    filled: Bins = [[] for _ in range(bins)]
-    room = np.full(bins, capacity)
-
-    def put(run: Run, into: int) -> None:
-        filled[into].append(run)
-        room[into] -= costs.of_run(run)
-
-    left = []
-    for run in sorted(costs.trees, key=costs.of_run, reverse=True):
-        fitting = np.where(room >= costs.of_run(run), room, np.inf)
-        tightest = int(fitting.argmin())
-        if np.isfinite(fitting[tightest]):
-            put(run, tightest)
-        else:
-            left.append(run)
-    for run in left:
-        while len(run):
-            widest = int(room.argmax())
-            part = costs.longest_within(run, float(room[widest]))
-            if not len(part):
-                return None
-            put(part, widest)
-            run = Run(part.stop, run.stop)
-    return filled
-
-
-def _sized(costs: SequenceCosts, sizes: list[int]) -> Bins:
-    filled: Bins = [[] for _ in sizes]
-    room, loads = np.array(sizes), np.zeros(len(sizes))
-    largest = max(sizes)
-    runs = [
-        Run(start, min(start + largest, tree.stop))
-        for tree in costs.trees
-        for start in range(tree.start, tree.stop, largest)
-    ]
-    waiting = sorted(runs, key=costs.of_run)
-    while waiting:
-        run = waiting.pop()
-        takes = room >= len(run)
-        if takes.any():
-            into = int(np.lexsort((room, np.where(takes, loads, np.inf)))[0])  # of equal ones, where it fits tightest
-        else:  # cut it to fill the bin with most room; the rest waits
-            into = int(room.argmax())
-            waiting.append(Run(run.start + int(room[into]), run.stop))
-            run = Run(run.start, run.start + int(room[into]))
-        filled[into].append(run)
-        room[into] -= len(run)
-        loads[into] = costs.of_runs(filled[into])
-    return filled
-
-
-def _improved(costs: SequenceCosts, bins: Bins, swaps_only: bool) -> Bins:
-    """Move or swap whole runs, then single sequences, while that relieves the costliest bin."""
-    bins = _relieved(costs, bins, swaps_only)
-    if len(costs) > _MOST_SINGLES:
-        return bins
-    singles = [[Run(rank, rank + 1) for run in runs for rank in range(run.start, run.stop)] for runs in bins]
-    return _relieved(costs, singles, swaps_only)
-
-
-def _relieved(costs: SequenceCosts, bins: Bins, swaps_only: bool) -> Bins:
-    """Change after change, the best one first, between the costliest bin and any other."""
-    bins = [list(runs) for runs in bins]
-    loads = [costs.of_runs(runs) for runs in bins]
-    while True:
-        top = int(np.argmax(loads))
-        best, change = loads[top] * (1 - _PRECISION), None
-        for other in sorted(range(len(bins)), key=loads.__getitem__):
-            if loads[other] >= best:
-                break
-            for here, there in _exchanges(costs, bins[top], bins[other], loads[top], loads[other], swaps_only):
-                worst = max(costs.of_runs(here), costs.of_runs(there))
-                if worst < best:
-                    best, change = worst, (other, here, there)
-        if change is None:
-            return bins
-        other, bins[top], bins[other] = change
-        loads[top], loads[other] = costs.of_runs(bins[top]), costs.of_runs(bins[other])
-
-
-def _exchanges(
-    costs: SequenceCosts, here: list[Run], there: list[Run], load: float, other: float, swaps_only: bool
-) -> Iterator[tuple[list[Run], list[Run]]]:
-    """Both bins after the most promising changes, by what the runs cost apart from what the bins share."""
-    given = np.array([costs.of_run(run) for run in here])
-    taken = np.array([costs.of_run(run) for run in there] + [0.0])  # the last one: nothing in return
-    moved = given[:, None] - taken[None, :]
-    worst = np.maximum(load - moved, other + moved)
-    if swaps_only:
-        sizes = np.array([len(run) for run in there] + [0])
-        worst[np.array([len(run) for run in here])[:, None] != sizes[None, :]] = np.inf
-    elif len(here) == 1:
-        worst[:, -1] = np.inf  # no bin is left empty
-    for place in np.argsort(worst, axis=None)[:_TRIED]:
-        i, j = divmod(int(place), worst.shape[1])
-        if worst[i, j] < load:
-            returned = [there[j]] if j < len(there) else []
-            yield here[:i] + here[i + 1 :] + returned, [run for run in there if run not in returned] + [here[i]]
+def _counts(sequences: int, bins: int, sizes: Sequence[int] | Literal["equal"] | None) -> list[int] | None:
+    if sizes is None:
+        return None
+    if isinstance(sizes, str):
+        if sizes != "equal" or sequences % bins:
+            raise InvalidInputError(
+                f"Got sizes={sizes!r} for {sequences} sequences in {bins} bins. Expected counts, None, or "
+                "'equal' where the bins divide the sequences; with None, losses are exact with Partition.weights."
+            )
+        return [sequences // bins] * bins
+    if len(sizes) != bins or sum(sizes) != sequences or min(sizes) < 0:
+        raise InvalidInputError(
+            f"Got sizes={list(sizes)} for {sequences} sequences in {bins} bins. Expected {bins} counts, none "
+            f"negative, that add up to {sequences}."
+        )
+    return list(sizes)

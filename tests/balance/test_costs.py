@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dta_plugin import InvalidInputError, PrefixTree
+from dta_plugin.balance.bound import lower_bound
 from dta_plugin.balance.costs import TYPICAL, Run, SequenceCosts
 from dta_plugin.tree.cost import ModelCost
 from tests.support.trees import BLOCK_FORKS, SHAPES, WIDE, Sequences, comb, sequence_batches, star
@@ -37,6 +39,10 @@ def disjoint_runs(draw: st.DrawFn, count: int) -> list[Run]:
     return draw(st.permutations(runs))
 
 
+def ranks(runs: list[Run]) -> np.ndarray:
+    return np.array(sorted(rank for run in runs for rank in range(run.start, run.stop)), dtype=np.int64)
+
+
 def members(costs: SequenceCosts, runs: list[Run]) -> list[int]:
     return [int(costs.order[rank]) for run in runs for rank in range(run.start, run.stop)]
 
@@ -46,7 +52,7 @@ def test_runs_cost_what_their_tree_costs(data: st.DataObject, sequences: Sequenc
     costs = SequenceCosts.of(sequences, MODELS[model])
     runs = data.draw(disjoint_runs(len(sequences)))
     chosen = [sequences[s] for s in members(costs, runs)]
-    assert costs.of_runs(runs) == pytest.approx(tree_cost(chosen, MODELS[model]), rel=CLOSE, abs=0)
+    assert costs.of_ranks(ranks(runs)) == pytest.approx(tree_cost(chosen, MODELS[model]), rel=CLOSE, abs=0)
     assert costs.total == pytest.approx(tree_cost(sequences, MODELS[model]), rel=CLOSE)
     for run in runs:
         alone = [sequences[s] for s in members(costs, [run])]
@@ -62,7 +68,7 @@ def test_scored_tokens_count_where_sequences_agree_on_them(
     runs = data.draw(disjoint_runs(len(sequences)))
     chosen = members(costs, runs)
     expected = tree_cost([sequences[s] for s in chosen], WINDOWED, [begin] * len(chosen))
-    assert costs.of_runs(runs) == pytest.approx(expected, rel=CLOSE, abs=0)
+    assert costs.of_ranks(ranks(runs)) == pytest.approx(expected, rel=CLOSE, abs=0)
 
 
 @given(st.data(), st.integers(1, 8), st.integers(1, 4))
@@ -73,7 +79,7 @@ def test_scored_tokens_count_where_a_turn_is_the_next_ones_prompt(data: st.DataO
     runs = data.draw(disjoint_runs(turns))
     chosen = members(costs, runs)
     expected = tree_cost([sequences[s] for s in chosen], WINDOWED, [begins[s] for s in chosen])
-    assert costs.of_runs(runs) == pytest.approx(expected, rel=CLOSE, abs=0)
+    assert costs.of_ranks(ranks(runs)) == pytest.approx(expected, rel=CLOSE, abs=0)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -85,7 +91,42 @@ def test_every_shape(name: str, model: str) -> None:
     assert costs.total == pytest.approx(tree_cost(sequences, MODELS[model]), rel=CLOSE)
     odd = [Run(rank, rank + 1) for rank in range(1, len(costs), 2)]
     chosen = [sequences[s] for s in members(costs, odd)]
-    assert costs.of_runs(odd) == pytest.approx(tree_cost(chosen, MODELS[model]), rel=CLOSE, abs=0)
+    assert costs.of_ranks(ranks(odd)) == pytest.approx(tree_cost(chosen, MODELS[model]), rel=CLOSE, abs=0)
+
+
+@given(st.data(), sequence_batches(max_sequences=12))
+def test_overlap_is_what_all_between_share(data: st.DataObject, sequences: Sequences) -> None:
+    costs = SequenceCosts.of(sequences, MODELS["tokens"])
+    stop = data.draw(st.integers(1, len(sequences)))
+    start = data.draw(st.integers(stop, len(sequences)))
+    if start == len(sequences):
+        return
+    first, *others = (sequences[s] for s in costs.order[stop - 1 : start + 1].tolist())
+    alike = (all(i < len(other) and other[i] == token for other in others) for i, token in enumerate(first))
+    expected = next((i for i, same in enumerate(alike) if not same), len(first))
+    assert costs.overlap(np.array([stop]), np.array([start])).tolist() == [expected]
+
+
+@given(st.data(), sequence_batches(max_sequences=10))
+def test_a_subset_costs_what_it_costs_by_itself(data: st.DataObject, sequences: Sequences) -> None:
+    costs = SequenceCosts.of(sequences, WINDOWED)
+    chosen = sorted(data.draw(st.sets(st.integers(0, len(sequences) - 1), min_size=1)))
+    subset = costs.subset(np.array(chosen))
+    assert subset.total == pytest.approx(costs.of_ranks(np.array(chosen)), rel=CLOSE)
+    assert subset.order.tolist() == costs.order[chosen].tolist()
+    assert subset.of_ranks(np.arange(len(chosen))) == pytest.approx(subset.total, rel=CLOSE)
+
+
+@given(sequence_batches(max_sequences=10), st.integers(1, 4))
+def test_a_call_is_paid_once_per_bin(sequences: Sequences, bins: int) -> None:
+    free, paid = (SequenceCosts.of(sequences, replace(TYPICAL, per_call=per_call)) for per_call in (0.0, 100.0))
+    everything = np.arange(len(sequences))
+    assert paid.of_ranks(everything) == pytest.approx(free.of_ranks(everything) + 100.0)
+    assert paid.of_run(Run(0, 1)) == pytest.approx(free.of_run(Run(0, 1)) + 100.0)
+    assert paid.total == pytest.approx(free.total + 100.0)
+    assert lower_bound(paid, bins) == pytest.approx(lower_bound(free, bins) + 100.0)
+    assert paid.of_ranks(everything[:0]) == 0.0
+    assert paid.without_every_bin().total == pytest.approx(free.without_every_bin().total)
 
 
 @given(sequence_batches(max_sequences=10))

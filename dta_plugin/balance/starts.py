@@ -1,0 +1,128 @@
+"""Ways to deal sequences out at one go; `search` improves on them.
+
+With free sizes the smallest capacity at which everything fits is found by bisection (MULTIFIT; Coffman, Garey and
+Johnson 1978, doi:10.1137/0207001), for two ways to fill bins up to a capacity: whole trees first and what does not fit
+cut to fill the gaps, and depth-first order cut where a bin is full. A third way, also with given sizes: largest tree
+first into the cheapest bin with room (LPT; Graham 1969, doi:10.1137/0117039). With given sizes also depth-first order,
+cut by count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from dta_plugin.balance.bound import lower_bound
+from dta_plugin.balance.costs import Run, SequenceCosts
+
+# Bisection ends where the capacity is known this well.
+_PRECISION = 1e-3
+
+Bins = list[list[Run]]
+Ranks = list[np.ndarray]  # per bin int64 [R], ascending
+
+
+def free_starts(costs: SequenceCosts, bins: int) -> list[Ranks]:
+    """Several ways, all with any number of sequences per bin."""
+    within_capacity = [_least_capacity(costs, bins, fill) for fill in (packed, _contiguous)]
+    any_count = [len(costs)] * bins
+    return [ranks_of(filled) for filled in (*within_capacity, _largest_first(costs, any_count))]
+
+
+def sized_starts(costs: SequenceCosts, sizes: Sequence[int]) -> list[Ranks]:
+    """Several ways, all with `sizes` sequences in the bins."""
+    in_order = np.split(np.arange(len(costs)), np.cumsum(sizes)[:-1])
+    return [ranks_of(_largest_first(costs, sizes)), in_order]
+
+
+def _least_capacity(costs: SequenceCosts, bins: int, fill: Callable[[SequenceCosts, int, float], Bins | None]) -> Bins:
+    """What `fill` does at the smallest capacity that suffices it."""
+    low = high = lower_bound(costs, bins)
+    best = fill(costs, bins, low)
+    while best is None:
+        low, high = high, 2 * high
+        best = fill(costs, bins, high)
+    while high > low * (1 + _PRECISION):
+        middle = (low + high) / 2
+        found = fill(costs, bins, middle)
+        if found is None:
+            low = middle
+        else:
+            high, best = middle, found
+    return best
+
+
+def packed(costs: SequenceCosts, bins: int, capacity: float) -> Bins | None:
+    """Everything within `capacity` per bin, or None if this way of packing does not manage."""
+    filled: Bins = [[] for _ in range(bins)]
+    room = np.full(bins, capacity)
+
+    def put(run: Run, into: int) -> None:
+        filled[into].append(run)
+        room[into] -= costs.of_run(run)
+
+    left = []
+    for run in sorted(costs.trees, key=costs.of_run, reverse=True):
+        fitting = np.where(room >= costs.of_run(run), room, np.inf)
+        tightest = int(fitting.argmin())
+        if np.isfinite(fitting[tightest]):
+            put(run, tightest)
+        else:
+            left.append(run)
+    for run in left:
+        while len(run):
+            widest = int(room.argmax())
+            part = costs.longest_within(run, float(room[widest]))
+            if not len(part):
+                return None
+            put(part, widest)
+            run = Run(part.stop, run.stop)
+    return filled
+
+
+def _contiguous(costs: SequenceCosts, bins: int, capacity: float) -> Bins | None:
+    """Depth-first order in pieces of at most `capacity`."""
+    filled: Bins = [[] for _ in range(bins)]
+    rest = Run(0, len(costs))
+    for runs in filled:
+        part = costs.longest_within(rest, capacity) if len(rest) else rest
+        runs.append(part)
+        rest = Run(part.stop, rest.stop)
+    return None if len(rest) else filled
+
+
+def _largest_first(costs: SequenceCosts, sizes: Sequence[int]) -> Bins:
+    filled: Bins = [[] for _ in sizes]
+    room, loads = np.array(sizes), np.zeros(len(sizes))
+    largest = max(sizes)
+    cuts = [(start, tree.stop) for tree in costs.trees for start in range(tree.start, tree.stop, largest)]
+    waiting = sorted((Run(start, min(start + largest, stop)) for start, stop in cuts), key=costs.of_run)
+    while waiting:
+        run = waiting.pop()
+        takes = room >= len(run)
+        if takes.any():
+            into = int(np.lexsort((room, np.where(takes, loads, np.inf)))[0])  # of equal ones, where it fits tightest
+        else:  # cut it to fill the bin with most room; the rest waits
+            into = int(room.argmax())
+            waiting.append(Run(run.start + int(room[into]), run.stop))
+            run = Run(run.start, run.start + int(room[into]))
+        filled[into].append(run)
+        loads[into] += costs.of_run(run)
+        room[into] -= len(run)
+    return filled
+
+
+def ranks_of(bins: Bins) -> Ranks:
+    none = np.empty(0, dtype=np.int64)
+    return [np.sort(np.concatenate([none, *(np.arange(run.start, run.stop) for run in runs)])) for runs in bins]
+
+
+def without_empty(costs: SequenceCosts, filled: Ranks) -> Ranks:
+    """As many bins, none of them empty: others are cut where that repeats least. Needs as many sequences as bins."""
+    whole = [ranks for ranks in filled if len(ranks)]
+    before = [np.append(np.inf, costs.overlap(ranks[:-1] + 1, ranks[1:])) for ranks in whole]
+    repeated = np.concatenate(before)  # by a cut before each sequence; inf where a bin begins
+    cuts = repeated.argsort(kind="stable")[: len(filled) - len(whole)]
+    starts = np.concatenate([np.flatnonzero(np.isinf(repeated)), cuts])
+    return np.split(np.concatenate(whole), np.sort(starts)[1:])
