@@ -6,6 +6,6 @@ verl imports the module in the task runner and in every worker. Options are fiel
 `+actor_rollout_ref.rollout.custom.dta.<field>=<value>`; see `config`.
 """
 
-from dta_plugin.adapters.verl.install import install
+from dta_plugin.adapters.verl import install
 
-install()
+install.install()
