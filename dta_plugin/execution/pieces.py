@@ -85,4 +85,4 @@ class Pieces:
         arrays = (tree.tokens[tokens], tree.depth[tokens], exit_)
         ids, depth, exit_tensor = (torch.from_numpy(array).to(self.device) for array in arrays)
         rest = (torch.from_numpy(array).to(self.device) for array in (trunk, edges, targets, rows, row_of_edge))
-        return Piece(ids, depth, exit_tensor, first, *rest, temperature=temperature)
+        return Piece(ids, depth, exit_tensor, first, *rest, temperature)  # type: ignore[arg-type]

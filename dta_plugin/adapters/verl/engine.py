@@ -23,6 +23,7 @@ from dta_plugin.adapters.logs import say
 from dta_plugin.adapters.verl.call import TreeCall, TreeOutputs
 from dta_plugin.adapters.verl.guards import batch_reason, engine_reason
 from dta_plugin.adapters.verl.micro_batches import Planner, agreed, clear_plan, may_regroup, set_plan
+from dta_plugin.adapters.verl.registry import registered
 from dta_plugin.adapters.verl.rows import Rows
 from dta_plugin.adapters.verl.tally import Tally
 from dta_plugin.attention.hf import uninstall
@@ -43,8 +44,11 @@ class _Run:
     tally: Tally = field(default_factory=Tally)
 
 
+@registered
 class TreeEngine(FSDPEngineWithLMHead):
     """Same arguments as the engine it extends. Until `configure` is called, options have their defaults."""
+
+    module: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -55,14 +59,13 @@ class TreeEngine(FSDPEngineWithLMHead):
 
     def configure(self, config: TreeConfig | None) -> None:
         """Options from now on; None: verl's own path. Raises InvalidInputError for what the strategy cannot do."""
-        if config is not None and self.engine_config.strategy == "fsdp":
-            if config.executor == "streamed" or config.max_tree_tokens_per_chunk is not None:
-                raise InvalidInputError(
-                    f"Got executor={config.executor!r}, max_tree_tokens_per_chunk={config.max_tree_tokens_per_chunk} "
-                    "with strategy=fsdp, which cannot run a micro-batch in chunks. Expected "
-                    "actor_rollout_ref.actor.strategy=fsdp2 (and .ref.strategy), or ppo_max_token_len_per_gpu, which "
-                    "counts tree tokens, for the memory bound."
-                )
+        in_chunks = config is not None and (config.executor == "streamed" or config.max_tree_tokens_per_chunk)
+        if in_chunks and self.engine_config.strategy == "fsdp":
+            raise InvalidInputError(
+                "Got executor=streamed or max_tree_tokens_per_chunk with strategy=fsdp, which cannot run a micro-batch "
+                "in chunks. Expected actor_rollout_ref.actor.strategy=fsdp2 (and .ref.strategy); or bound memory with "
+                "ppo_max_token_len_per_gpu, which counts tree tokens."
+            )
         self._dta_config = config
 
     def _build_fsdp_module(self, module: nn.Module) -> Any:

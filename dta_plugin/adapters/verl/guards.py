@@ -69,5 +69,5 @@ def _position_reason(data: TensorDict) -> str | None:
     lengths = offsets.diff()
     expected = torch.arange(int(offsets[-1]), device=offsets.device) - offsets[:-1].repeat_interleave(lengths)
     if not torch.equal(positions.values().to(expected), expected):
-        return "position ids are not 0, 1, 2, ... in every row, which a token's depth in the tree is; leave them as verl sets them"
+        return "position ids are not 0, 1, 2, ..., a token's depth in the tree; leave them as verl sets them"
     return None

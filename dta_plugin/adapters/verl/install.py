@@ -8,6 +8,7 @@ batches that our engine has planned. Task runner: `balance.install()`, after a t
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -42,19 +43,8 @@ def install() -> None:
     say(f"dta-plugin {dta_plugin.__version__} for verl {found}, process {os.getpid()}: extends {', '.join(extended)}")
 
 
-def _register_engine(module: ModuleType) -> None:
-    from verl.utils.device import get_device_name, get_vendor
-    from verl.workers.engine.base import EngineRegistry
-
-    from dta_plugin.adapters.verl.engine import TreeEngine
-    from dta_plugin.adapters.verl.micro_batches import as_planned
-
-    # Where EngineRegistry.get_engine_cls looks first: the two variables are verl's own.
-    device = os.getenv("VERL_ENGINE_DEVICE") or get_device_name()
-    vendor = os.getenv("VERL_ENGINE_VENDOR") or get_vendor()
-    register = EngineRegistry.register("language_model", ["fsdp", "fsdp2"], device=device, vendor=vendor)
-    register(TreeEngine)
-    module.prepare_micro_batches = as_planned(module.prepare_micro_batches)  # type: ignore[attr-defined]
+def _register_engine(_: ModuleType) -> None:
+    import_module("dta_plugin.adapters.verl.engine")  # registers itself, also if it is what has begun this import
 
 
 def _pass_options_on(module: ModuleType) -> None:
@@ -65,6 +55,4 @@ def _pass_options_on(module: ModuleType) -> None:
 
 
 def _balance(_: ModuleType) -> None:
-    from dta_plugin.adapters.verl import balance
-
-    balance.install()
+    import_module(_BALANCE).install()

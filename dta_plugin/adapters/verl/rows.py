@@ -30,7 +30,7 @@ class Rows:
 
     @classmethod
     def of(cls, data: TensorDict) -> Rows:
-        ids = data["input_ids"]
+        ids: Any = data["input_ids"]
         sequences = _split(ids)
         return cls(sequences, _scored(data, sequences), _temperature(data), ids.offsets())
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from torch import distributed
+
+if find_spec("verl"):
+    from dta_plugin.adapters import verl_cpu  # noqa: F401  (verl's modules ask for the platform as they are imported)
 
 
 @pytest.fixture(scope="package")

@@ -9,26 +9,14 @@ from transformers import Qwen3ForCausalLM
 
 pytest.importorskip("verl", reason="verl is not installed: pip install 'dta-plugin[verl]'")
 
+from dta_plugin.adapters.verl.micro_batches import ADDITIVE
 from dta_plugin.config import TreeConfig
 from dta_plugin.tree.layout import ScoredEdges, TreeLayout
 from tests.adapters.verl.steps import DYNAMIC, STATIC, STEPS, STREAMED
 from tests.adapters.verl.support import Setup, Step, build, difference, differences, train
 
 TOLERANCE = 1e-5
-LOSSES = [
-    "vanilla",
-    "dppo_tv",
-    "dppo_kl",
-    "gspo",
-    "sapo",
-    "gpg",
-    "dro",
-    "cispo",
-    "clip_cov",
-    "kl_cov",
-    "geo_mean",
-    "bypass_mode",
-]
+LOSSES = [*sorted(ADDITIVE), "clip_cov", "kl_cov", "geo_mean", "bypass_mode"]
 AGGREGATIONS = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean"]
 
 
