@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ class Pieces:
         positions = np.searchsorted(chunk.tokens, self.rows[rows])
         temperature = None if self.temperature is None else self.temperature[torch.from_numpy(rows).to(self.device)]
         arrays = (chunk.trunk, edges, positions, row_of_edge)
-        return self._piece(chunk.tokens, chunk.first_depth, *arrays, temperature=temperature)
+        return replace(self._piece(chunk.tokens, chunk.first_depth, *arrays), temperature=temperature)
 
     def trunk(self, index: int, start: int) -> Piece:
         """Only the trunk of a chunk, from its token number `start` on; nothing scored."""
@@ -77,7 +77,6 @@ class Pieces:
         edges: np.ndarray,
         rows: np.ndarray,
         row_of_edge: np.ndarray,
-        temperature: torch.Tensor | None = None,
     ) -> Piece:
         tree = self.tree
         exit_ = np.searchsorted(tokens, tree.exit[tokens])
@@ -85,4 +84,4 @@ class Pieces:
         arrays = (tree.tokens[tokens], tree.depth[tokens], exit_)
         ids, depth, exit_tensor = (torch.from_numpy(array).to(self.device) for array in arrays)
         rest = (torch.from_numpy(array).to(self.device) for array in (trunk, edges, targets, rows, row_of_edge))
-        return Piece(ids, depth, exit_tensor, first, *rest, temperature)  # type: ignore[arg-type]
+        return Piece(ids, depth, exit_tensor, first, *rest)

@@ -46,7 +46,7 @@ def token_rows(data: TensorDict) -> list[np.ndarray]:
     return _split(data["input_ids"])
 
 
-def _split(nested: torch.Tensor) -> list[np.ndarray]:
+def _split(nested: Any) -> list[np.ndarray]:
     values, offsets = nested.values().cpu().numpy(), nested.offsets().cpu().numpy()
     return np.split(values, offsets[1:-1])
 
