@@ -13,6 +13,11 @@ from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError
 
 KEY = "actor_rollout_ref.rollout.custom.dta"
+# Fields of TreeConfig that verl has no use for, and what decides in their place.
+_ELSEWHERE = {
+    "merge_window": "ppo_max_token_len_per_gpu with use_dynamic_bsz=True decides how much runs as one tree",
+    "calibration": "min_saving goes by FLOPs here",
+}
 
 
 def tree_config(rollout: Any) -> TreeConfig | None:
@@ -32,6 +37,9 @@ def tree_config(rollout: Any) -> TreeConfig | None:
     use_dta = options.pop("use_dta", True)
     if not isinstance(use_dta, bool):
         raise InvalidInputError(f"Got {KEY}.use_dta={use_dta!r}. Expected true or false.")
+    for name, instead in _ELSEWHERE.items():
+        if name in options:
+            raise InvalidInputError(f"Got {KEY}.{name}, which does nothing with verl: {instead}. Leave it out.")
     try:
         config = TreeConfig.from_options(options)
     except InvalidInputError as error:

@@ -53,14 +53,22 @@ def _split(nested: Any) -> list[np.ndarray]:
 
 def _scored(data: TensorDict, sequences: list[np.ndarray]) -> Scored | None:
     """RL batches say where responses begin; SFT batches have a mask over all tokens."""
-    if "prompts" in data and data["prompts"].is_nested:
-        return [max(1, int(length)) for length in data["prompts"].offsets().diff().tolist()]
+    if "prompts" in data:
+        return [max(1, int(length)) for length in _prompt_lengths(data).tolist()]
     mask: Any = data.get("loss_mask", None)
     if mask is not None and mask.is_nested:
         masks = _split(mask)
         if all(len(row) == len(sequence) for row, sequence in zip(masks, sequences, strict=True)):
             return [row.astype(bool) for row in masks]
     return None
+
+
+def _prompt_lengths(data: TensorDict) -> torch.Tensor:
+    """int64 [S]. The trainer of `trainer.use_v1=False` keeps prompts padded."""
+    prompts: Any = data["prompts"]
+    if prompts.is_nested:
+        return prompts.offsets().diff()
+    return data["attention_mask"][:, : prompts.shape[1]].sum(dim=1)
 
 
 def _temperature(data: TensorDict) -> float | list[float]:

@@ -82,6 +82,7 @@ def test_options() -> None:
         ({"executor": "fast"}, "executor='fast'. Expected one of auto, packed, streamed"),
         ({"use_dta": "no"}, "use_dta='no'. Expected true or false"),
         ("packed", "custom.dta='packed'"),
+        ({"merge_window": "always"}, "does nothing with verl: ppo_max_token_len_per_gpu"),
     ],
 )
 def test_wrong_options_raise(options: Any, message: str) -> None:

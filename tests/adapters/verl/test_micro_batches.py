@@ -162,6 +162,18 @@ def test_rows_and_back(folder: Path) -> None:
     assert all((row[:-1] == value).all() and row[-1] == 0 for row, value in zip(back.unbind(), values, strict=True))
 
 
+def test_padded_prompts_of_the_older_trainer() -> None:
+    """trainer.use_v1=False: prompts padded left, and kept so."""
+    data = mini_batch(Step())
+    expected = Rows.of(data).scored
+    prompts = data["prompts"].unbind()
+    width = max(map(len, prompts))
+    padded = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0)) for row in prompts])
+    data["prompts"] = padded
+    data["attention_mask"] = torch.cat([(padded > 0).long(), torch.ones(len(data), 9, dtype=torch.long)], dim=1)
+    assert Rows.of(data).scored == expected
+
+
 def test_sft_batches_are_scored_by_their_mask() -> None:
     data = mini_batch(Step())
     del data["prompts"]
