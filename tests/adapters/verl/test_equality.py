@@ -53,11 +53,19 @@ def test_every_policy_loss_and_aggregation(folder: Path) -> None:
     assert by_loss["kl_cov"]["dta"]["dta/micro_batches"] > by_loss["vanilla"]["dta"]["dta/micro_batches"]
 
 
-def test_fused_kernels_do_not_matter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tree never calls the forward that they replace. (Stock verl's own fused path is what it is compared with.)"""
+FUSED = {"use_fused_kernels": True, "fused_kernel_options": {"impl_backend": "torch"}}
+DENSE_ONLY = {
+    "fused_kernels": (Setup("fsdp", model=FUSED), Step(extra={"use_fused_kernels": True})),
+    "pad_to_length": (Setup(engine={"pad_to_length": True, "pad_to_length_bucket": 64}), Step()),
+}
+
+
+@pytest.mark.parametrize("what", DENSE_ONLY)
+def test_what_only_changes_how_dense_runs(what: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tree does without: it never calls the forward that fused kernels replace, and pads nothing."""
     monkeypatch.setattr(Qwen3ForCausalLM, "forward", Qwen3ForCausalLM.forward)  # verl replaces it for good
-    model = {"use_fused_kernels": True, "fused_kernel_options": {"impl_backend": "torch"}}
-    found, _ = differences(Setup("fsdp", model=model), [Step(extra={"use_fused_kernels": True})], folder)
+    setup, step = DENSE_ONLY[what]
+    found, _ = differences(setup, [step], folder)
     assert max(found) < TOLERANCE, found
 
 
