@@ -27,7 +27,7 @@ def sequence_logprobs(
     model: nn.Module,
     sequences: Sequence[TokenSequence],
     config: TreeConfig | None = None,
-    temperature: float = 1.0,
+    temperature: float | Sequence[float] = 1.0,
     return_entropy: bool = False,
     scored: Scored | None = None,
 ) -> SequenceLogProbs:
@@ -36,7 +36,8 @@ def sequence_logprobs(
     model: a Hugging Face causal LM, possibly inside PEFT, DDP or FSDP2; training mode and gradients as usual.
     sequences: lists of ints or 1-D int tensors, unpadded; prompt and completion in one row. A DDP or FSDP2 rank that
         has none calls this all the same, and takes ``anchor`` as its loss.
-    temperature: logits are divided by it. return_entropy: also the entropy of each next-token distribution.
+    temperature: logits are divided by it; a list of one per sequence where they differ. return_entropy: also the
+        entropy of each next-token distribution.
     scored: per sequence a bool mask over its tokens, or an int b >= 1 meaning "tokens b.. are scored". The LM head runs
         only there and the other entries are exactly 0. None: all tokens but the first.
 
@@ -48,23 +49,25 @@ def sequence_logprobs(
     positive, or NaN in the model's output; UnsupportedModelError where the tree would not be exact (unless
     ``config.on_unsupported == "dense"``).
     """
-    if not temperature > 0:
-        raise InvalidInputError(f"temperature={temperature}. Expected a number above 0; 1.0 leaves logits as they are.")
+    own = None if isinstance(temperature, (int, float)) else list(temperature)
+    common = float(temperature) if isinstance(temperature, (int, float)) else 1.0
+    if not common > 0:
+        raise InvalidInputError(f"temperature={common}. Expected a number above 0; 1.0 leaves logits as they are.")
     config = config or TreeConfig()
-    batch = prepare(model, sequences, scored, config)
+    batch = prepare(model, sequences, scored, config, temperatures=own)
     if not batch.use_tree:
-        return run_dense(model, batch, temperature=temperature, return_entropy=return_entropy)
+        return run_dense(model, batch, temperature=common, return_entropy=return_entropy)
     if config.verify != "off":
         call = _calls[model] = _calls.get(model, -1) + 1
         if config.verifies(call):
-            check_logprobs(model, batch, config, temperature)
+            check_logprobs(model, batch, config, common)
     try:
-        return run_tree(model, batch, config, temperature=temperature, return_entropy=return_entropy)
+        return run_tree(model, batch, config, temperature=common, return_entropy=return_entropy)
     except UnsupportedModelError as error:  # found only while running, such as a layer that bypasses the tree
         if config.on_unsupported == "error":
             raise
         batch = replace(batch, reason=str(error))
-        return run_dense(model, batch, temperature=temperature, return_entropy=return_entropy)
+        return run_dense(model, batch, temperature=common, return_entropy=return_entropy)
 
 
 @contextmanager

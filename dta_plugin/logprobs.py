@@ -58,13 +58,13 @@ def edge_logprobs(
     head: LMHead,
     targets: torch.Tensor,
     row_of_edge: torch.Tensor,
-    temperature: float = 1.0,
+    temperature: float | torch.Tensor = 1.0,
     return_entropy: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Log-probs of edges and entropies of rows; both differentiable in hidden, weight and bias.
 
     hidden: [R, d] hidden states of the rows. targets: int64 [E] token ids. row_of_edge: int64 [E] indices into rows.
-    temperature: logits are divided by it, after scale and soft-cap.
+    temperature: logits are divided by it, after scale and soft-cap; a number, or one per row, [R].
 
     Returns (logprobs [E], entropies [R] in nats or None), float32 (float64 for float64 hidden states).
     """
@@ -73,6 +73,8 @@ def edge_logprobs(
     weight, bias = head.module.weight, head.module.bias
     dtype = head.dtype or _autocast_dtype(hidden)
     weight, bias = (None if x is None else x.to(dtype) for x in (weight, bias))
+    if isinstance(temperature, torch.Tensor):
+        temperature = temperature.to(torch.promote_types(dtype, torch.float32))
     scores = _Scores(head.scale, head.softcap, temperature)
     with torch.autocast(hidden.device.type, enabled=False):  # the dtype was chosen above
         logprobs, entropies = _EdgeLogProbs.apply(
@@ -88,23 +90,39 @@ def _autocast_dtype(hidden: torch.Tensor) -> torch.dtype:
 
 @dataclass(frozen=True, slots=True)
 class _Scores:
-    """Raw logits y -> scaled logits z, and the slope dz/dy."""
+    """Raw logits y -> scaled logits z, and the slope dz/dy. temperature: a number, or one per row."""
 
     scale: float
     softcap: float | None
-    temperature: float
+    temperature: float | torch.Tensor
+
+    def at(self, rows: slice | torch.Tensor) -> _Scores:
+        """Those of some rows."""
+        if not isinstance(self.temperature, torch.Tensor):
+            return self
+        return _Scores(self.scale, self.softcap, self.temperature[rows])
 
     def apply_(self, y: torch.Tensor) -> torch.Tensor:
         """y -> z, in place."""
+        temperature = self._like(y)
         if self.softcap is None:
-            factor = self.scale / self.temperature
-            return y if factor == 1.0 else y.mul_(factor)
-        return y.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
+            factor = self.scale / temperature
+            return y if isinstance(factor, float) and factor == 1.0 else y.mul_(factor)
+        return y.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / temperature)
 
     def slope(self, z: torch.Tensor) -> torch.Tensor | float:
         """dz/dy at z."""
-        factor = self.scale / self.temperature
-        return factor if self.softcap is None else factor * (1 - (z * (self.temperature / self.softcap)) ** 2)
+        temperature = self._like(z)
+        factor = self.scale / temperature
+        return factor if self.softcap is None else factor * (1 - (z * (temperature / self.softcap)) ** 2)
+
+    def _like(self, z: torch.Tensor) -> float | torch.Tensor:
+        """The temperature such that it broadcasts with z, [rows] or [rows, columns]."""
+        return (
+            self.temperature[:, None]
+            if isinstance(self.temperature, torch.Tensor) and z.ndim == 2
+            else self.temperature
+        )
 
 
 class _EdgeLogProbs(torch.autograd.Function):
@@ -119,7 +137,7 @@ class _EdgeLogProbs(torch.autograd.Function):
         mean_logit = hidden.new_zeros(rows, dtype=accumulate)  # sum of p * z
         chosen = hidden.new_zeros(targets.shape[0], dtype=accumulate)
         for r, c in _tiles(rows, vocab):
-            z = scores.apply_(_raw_logits(hidden, weight, bias, r, c, accumulate))
+            z = scores.at(r).apply_(_raw_logits(hidden, weight, bias, r, c, accumulate))
             tile_lse, tile_mean = _row_statistics(z, want_entropy)
             new_lse = torch.logaddexp(lse[r], tile_lse)
             if want_entropy:
@@ -152,12 +170,13 @@ class _EdgeLogProbs(torch.autograd.Function):
         kept, ctx.kept = ctx.kept, {}  # consumed in place below; a second backward pass recomputes
         for r, c in _tiles(hidden.shape[0], weight.shape[0]):
             z = kept.pop((r.start, c.start), None)
+            scores = ctx.scores.at(r)
             if z is None:
-                z = ctx.scores.apply_(_raw_logits(hidden, weight, bias, r, c, accumulate))
+                z = scores.apply_(_raw_logits(hidden, weight, bias, r, c, accumulate))
             edges, in_row, in_col = _edges_in_tile(targets, row_of_edge, r, c)
-            slope_at_edges = ctx.scores.slope(z[in_row, in_col])
+            slope_at_edges = scores.at(in_row).slope(z[in_row, in_col])
             row_entropy_grad = None if grad_entropy is None else grad_entropy[r]
-            _gradient_(z, lse[r], row_grad[r], row_entropy_grad, entropy[r], ctx.scores)
+            _gradient_(z, lse[r], row_grad[r], row_entropy_grad, entropy[r], scores)
             z.index_put_((in_row, in_col), grad_logprobs[edges] * slope_at_edges, accumulate=True)
             grad = z.to(hidden.dtype)
             if grad_hidden is not None:
@@ -200,7 +219,7 @@ def _gradient_(
 ) -> None:
     """z [rows, columns] -> d(loss)/d(raw logits) of everything but the chosen logits, in place."""
     for rows in _cache_blocks(z):
-        slope = scores.slope(z[rows])
+        slope = scores.at(rows).slope(z[rows])
         log_p = z[rows].sub_(lse[rows, None])
         factor = -logprob_grad[rows, None]
         if entropy_grad is not None:
@@ -236,16 +255,19 @@ def _through_module(
     head: LMHead,
     targets: torch.Tensor,
     row_of_edge: torch.Tensor,
-    temperature: float,
+    temperature: float | torch.Tensor,
     return_entropy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """For heads that are more than a weight (an adapter, quantisation): call the module, recompute rows in backward."""
 
-    def log_softmax(rows: torch.Tensor) -> torch.Tensor:
-        return (head.logits(rows) / temperature).log_softmax(dim=-1)
+    scales = temperature[:, None] if isinstance(temperature, torch.Tensor) else None
 
-    def tile(rows: torch.Tensor, tokens: torch.Tensor, in_row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logp = log_softmax(rows)
+    def tile(
+        start: int, rows: torch.Tensor, tokens: torch.Tensor, in_row: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = head.logits(rows)
+        scale = temperature if scales is None else scales[start : start + _TILE_ROWS].to(logits.dtype)
+        logp = (logits / scale).log_softmax(dim=-1)
         return logp[in_row, tokens], -(logp.exp() * logp).sum(dim=-1)
 
     logprobs, entropies = [], []
@@ -253,7 +275,9 @@ def _through_module(
     for start in range(0, max(len(hidden), 1), _TILE_ROWS):
         rows = hidden[start : start + _TILE_ROWS]
         in_tile = edge_order[(row_of_edge[edge_order] >= start) & (row_of_edge[edge_order] < start + _TILE_ROWS)]
-        chosen, entropy = checkpoint(tile, rows, targets[in_tile], row_of_edge[in_tile] - start, use_reentrant=False)
+        chosen, entropy = checkpoint(
+            tile, start, rows, targets[in_tile], row_of_edge[in_tile] - start, use_reentrant=False
+        )
         logprobs.append(chosen)
         entropies.append(entropy)
     back = torch.argsort(edge_order)

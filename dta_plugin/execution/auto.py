@@ -183,7 +183,9 @@ def run_dense(
     calls = max(gathered(model, count)) if is_collective(model) else count
     sequences = [*batch.sequences, *[STAND_IN] * (calls - count)]
     rows = [torch.as_tensor(sequence, dtype=torch.int64, device=device) for sequence in sequences]
-    logprobs, entropies = dense_logprobs(model, rows, temperature, return_entropy)
+    temperatures = [temperature] * count if batch.temperatures is None else list(batch.temperatures)
+    temperatures += [1.0] * (calls - count)
+    logprobs, entropies = dense_logprobs(model, rows, temperatures, return_entropy)
     anchor = _zero(logprobs)
     unscored = (batch.edges.edge_of_token == len(batch.edges.target)).split(batch.edges.lengths)
     # The anchor makes the stand-ins go backward with the others.
@@ -197,4 +199,5 @@ def run_dense(
 def _chunk(batch: Batch, group: np.ndarray) -> tuple[PrefixTree, ScoredEdges]:
     tree = PrefixTree.from_sequences([batch.sequences[s] for s in group])
     scored = None if batch.scored is None else [batch.scored[s] for s in group]
-    return tree, ScoredEdges.from_tree(tree, scored, batch.edges.target.device)
+    temperatures = None if batch.temperatures is None else [batch.temperatures[s] for s in group]
+    return tree, ScoredEdges.from_tree(tree, scored, batch.edges.target.device, temperatures)

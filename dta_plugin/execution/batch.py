@@ -48,7 +48,8 @@ class Batch:
     """A batch that is ready to run: its tree, what is scored, and the decision with its reason.
 
     sequences: without any, the tree is of a stand-in that takes part in what the other ranks do. cost: in FLOPs.
-    is_gated: the tree would be exact, but does not save enough.
+    is_gated: the tree would be exact, but does not save enough. temperatures: per sequence, where they differ; these
+    count then, not the one that `run_tree` is given.
     """
 
     sequences: list[TokenSequence]
@@ -59,6 +60,7 @@ class Batch:
     use_tree: bool
     reason: str
     is_gated: bool = False
+    temperatures: Sequence[float] | None = None
 
 
 def prepare(
@@ -67,11 +69,15 @@ def prepare(
     scored: Scored | None,
     config: TreeConfig,
     instead: Sequence[Padded] = (),
+    *,
+    temperatures: Sequence[float] | None = None,
+    device: torch.device | None = None,
 ) -> Batch:
     """Build the tree and decide between tree and dense.
 
     instead: the dense micro-batches that would run in place of the tree. With them and a calibration, the gate goes by
-    predicted time, else by FLOPs.
+    predicted time, else by FLOPs. temperatures: per sequence, where they differ. device: where the model computes,
+    None for where its input embedding is (which an offloaded one is not).
 
     Raises InvalidInputError for unusable sequences, UnsupportedModelError where the tree would not be exact and
     ``config.on_unsupported == "error"``.
@@ -83,18 +89,20 @@ def prepare(
         raise UnsupportedModelError(f"Prefix-tree execution is not exact here: {reason}; or on_unsupported='dense'.")
     base = causal_lm(model)
     _check_vocabulary(tree, base)
-    edges = ScoredEdges.from_tree(tree, None if stands_in else scored, input_device(base))
+    if stands_in:
+        scored = temperatures = None
+    edges = ScoredEdges.from_tree(tree, scored, device or input_device(base), temperatures)
     scored_tokens = int((edges.edge_of_token < len(edges.target)).sum())
     weights = model_cost(base)
     cost = estimate(tree, weights, scored_tokens, len(edges.rows))
     if reason is not None:
-        return Batch(list(sequences), scored, tree, edges, cost, False, reason)
+        return Batch(list(sequences), scored, tree, edges, cost, False, reason, temperatures=temperatures)
     speeds = calibration_of(model, config) if instead else None
     if speeds is not None and _streams_anywhere(model, tree.tree_tokens, config):
         speeds = None  # what memory asks for is not compared by time
     seconds = None if speeds is None else _predicted(speeds, weights, tree, edges, instead)
     use_tree, reason = _gate(model, cost, seconds, config.min_saving)
-    return Batch(list(sequences), scored, tree, edges, cost, use_tree, reason, is_gated=not use_tree)
+    return Batch(list(sequences), scored, tree, edges, cost, use_tree, reason, not use_tree, temperatures)
 
 
 def hopeless(model: nn.Module, longest: int, scored: int, instead: Sequence[Padded], config: TreeConfig) -> str | None:

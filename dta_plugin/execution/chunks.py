@@ -105,6 +105,6 @@ class Runner:
         count = len(piece.edges)
         nothing = piece.depth.new_zeros(1)
         rows, targets, row_of_edge = (x if count else nothing for x in (piece.rows, piece.targets, piece.row_of_edge))
-        options = (self.job.temperature, self.job.return_entropy)
-        scores = score(hidden.index_select(0, rows), self.head, targets, row_of_edge, *options)
+        own = piece.temperature if piece.temperature is not None and count else self.job.temperature
+        scores = score(hidden.index_select(0, rows), self.head, targets, row_of_edge, own, self.job.return_entropy)
         return [values if count else values[:0].clone() for values in scores if values is not None]

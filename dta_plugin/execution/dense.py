@@ -14,17 +14,18 @@ from torch import nn
 def dense_logprobs(
     model: nn.Module,
     sequences: Sequence[torch.Tensor],
-    temperature: float = 1.0,
+    temperature: float | Sequence[float] = 1.0,
     return_entropy: bool = False,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
     """Log-probs (and entropies in nats) of tokens 1.. of each sequence, [len - 1] each, in float32 or float64.
 
-    sequences: int64 [len] on the model's device.
+    sequences: int64 [len] on the model's device. temperature: of all, or one per sequence.
     """
     logprobs, entropies = [], []
-    for sequence in sequences:
+    temperatures = [temperature] * len(sequences) if isinstance(temperature, (int, float)) else temperature
+    for sequence, own in zip(sequences, temperatures, strict=True):
         logits = model(input_ids=sequence[None], use_cache=False).logits[0, :-1]
-        log_p = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(dim=-1)
+        log_p = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / own).log_softmax(dim=-1)
         logprobs.append(log_p.gather(1, sequence[1:, None])[:, 0])
         if return_entropy:
             entropies.append(-(log_p.exp() * log_p).sum(dim=-1))

@@ -86,7 +86,8 @@ def run_packed(
             output = backbone(**inputs, **({"output_router_logits": True} if return_router_loss else {}))
             targets = layout.input_ids[edges.target]
             rows = output.last_hidden_state[0].index_select(0, edges.rows)
-            logprobs, entropies = score(rows, head, targets, edges.row_of_edge, temperature, return_entropy)
+            own = temperature if edges.temperature is None else edges.temperature
+            logprobs, entropies = score(rows, head, targets, edges.row_of_edge, own, return_entropy)
             result["logprobs"].append(logprobs)
             if entropies is not None:
                 result["entropies"].append(entropies)
@@ -110,7 +111,7 @@ def score(
     head: LMHead,
     targets: torch.Tensor,
     row_of_edge: torch.Tensor,
-    temperature: float,
+    temperature: float | torch.Tensor,
     return_entropy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Edge log-probs [E] and edge entropies [E] from the hidden states `rows` [R, H]; see `edge_logprobs`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,7 +14,10 @@ from dta_plugin.tree.trie import PrefixTree
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
-    """A chunk as tensors. edges: int64 [E'] those whose rows are in it; rows: [R'] positions in the chunk."""
+    """A chunk as tensors. edges: int64 [E'] those whose rows are in it; rows: [R'] positions in the chunk.
+
+    temperature: [R'], where rows have their own.
+    """
 
     input_ids: torch.Tensor
     depth: torch.Tensor
@@ -25,6 +28,7 @@ class Piece:
     targets: torch.Tensor
     rows: torch.Tensor
     row_of_edge: torch.Tensor
+    temperature: torch.Tensor | None = None
 
 
 class Pieces:
@@ -33,11 +37,12 @@ class Pieces:
     def __init__(self, tree: PrefixTree, edges: ScoredEdges, plan: Plan) -> None:
         self.tree, self.plan, self.device = tree, plan, edges.target.device
         self.target = edges.target.cpu().numpy()
-        self.row = edges.rows[edges.row_of_edge].cpu().numpy()
+        self.rows, self.row_of_edge = edges.rows.cpu().numpy(), edges.row_of_edge.cpu().numpy()
+        self.temperature = edges.temperature
         chunk_of = np.empty(tree.tree_tokens, dtype=np.int64)
         for index, chunk in enumerate(plan.chunks):
             chunk_of[chunk.tokens] = index
-        chunk_of_edge = chunk_of[self.row]
+        chunk_of_edge = chunk_of[self.rows[self.row_of_edge]]
         order = np.argsort(chunk_of_edge, kind="stable")
         self.edges_of = np.split(order, np.searchsorted(chunk_of_edge[order], np.arange(1, len(plan.chunks))))
 
@@ -47,9 +52,11 @@ class Pieces:
 
     def whole(self, index: int) -> Piece:
         chunk, edges = self.plan.chunks[index], self.edges_of[index]
-        rows, row_of_edge = np.unique(self.row[edges], return_inverse=True)
-        positions = np.searchsorted(chunk.tokens, rows)
-        return self._piece(chunk.tokens, chunk.first_depth, chunk.trunk, edges, positions, row_of_edge)
+        rows, row_of_edge = np.unique(self.row_of_edge[edges], return_inverse=True)
+        positions = np.searchsorted(chunk.tokens, self.rows[rows])
+        temperature = None if self.temperature is None else self.temperature[torch.from_numpy(rows).to(self.device)]
+        arrays = (chunk.trunk, edges, positions, row_of_edge)
+        return replace(self._piece(chunk.tokens, chunk.first_depth, *arrays), temperature=temperature)
 
     def trunk(self, index: int, start: int) -> Piece:
         """Only the trunk of a chunk, from its token number `start` on; nothing scored."""

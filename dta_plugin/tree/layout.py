@@ -45,6 +45,8 @@ class ScoredEdges:
     row_of_edge: int64 [E] position in ``rows`` of each edge's parent.
     edge_of_token: int64 [N - S] for tokens 1.. of every sequence, their edge, or E where unscored.
     lengths: per sequence, len - 1.
+    temperature: float64 [R] where sequences have temperatures of their own. Edges and rows are then distinct by
+    temperature too: sequences of different ones share hidden states, not log-probs.
     """
 
     target: torch.Tensor
@@ -52,27 +54,42 @@ class ScoredEdges:
     row_of_edge: torch.Tensor
     edge_of_token: torch.Tensor
     lengths: list[int]
+    temperature: torch.Tensor | None = None
 
     @classmethod
-    def from_tree(cls, tree: PrefixTree, scored: Scored | None, device: torch.device | str = "cpu") -> ScoredEdges:
-        """scored: per sequence a bool mask over its tokens, an int b ("tokens b.. are scored"), or None for all."""
+    def from_tree(
+        cls,
+        tree: PrefixTree,
+        scored: Scored | None,
+        device: torch.device | str = "cpu",
+        temperatures: Sequence[float] | None = None,
+    ) -> ScoredEdges:
+        """scored: per sequence a bool mask over its tokens, an int b ("tokens b.. are scored"), or None for all.
+
+        temperatures: one per sequence, None if all have the same.
+        """
         wanted = _scored_mask(tree, scored)
         is_first = np.zeros(tree.flat_tokens, dtype=bool)
         is_first[tree.offsets[:-1]] = True
         wanted &= ~is_first
 
-        is_edge = np.zeros(tree.tree_tokens, dtype=bool)
-        is_edge[tree.paths[wanted]] = True
-        target = np.flatnonzero(is_edge)
-        rows, row_of_edge = np.unique(tree.parent[target], return_inverse=True)
-        edge_of_layout = np.cumsum(is_edge) - 1
-        edge_of_token = np.where(wanted, edge_of_layout[tree.paths], len(target))[~is_first]
+        values, kind_of_token = _kinds(tree, temperatures)
+        kinds = len(values)
+        keys = tree.paths * kinds + kind_of_token  # a place in the layout and a temperature
+        is_edge = np.zeros(tree.tree_tokens * kinds, dtype=bool)
+        is_edge[keys[wanted]] = True
+        target, kind_of_edge = np.divmod(np.flatnonzero(is_edge), kinds)
+        row_keys, row_of_edge = np.unique(tree.parent[target] * kinds + kind_of_edge, return_inverse=True)
+        rows, kind_of_row = np.divmod(row_keys, kinds)
+        edge_of_key = np.cumsum(is_edge) - 1
+        edge_of_token = np.where(wanted, edge_of_key[keys], len(target))[~is_first]
+        temperature = None if temperatures is None else torch.from_numpy(values[kind_of_row]).to(device)
 
         def tensor(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(array.astype(np.int64, copy=False)).to(device)
 
         lengths = (np.diff(tree.offsets) - 1).tolist()
-        return cls(tensor(target), tensor(rows), tensor(row_of_edge), tensor(edge_of_token), lengths)
+        return cls(tensor(target), tensor(rows), tensor(row_of_edge), tensor(edge_of_token), lengths, temperature)
 
     def per_token(self, edge_values: torch.Tensor) -> torch.Tensor:
         """Edge values [E] -> flat values [N - S] of tokens 1.. of every sequence, 0 where unscored; differentiable."""
@@ -81,6 +98,18 @@ class ScoredEdges:
     def per_sequence(self, edge_values: torch.Tensor) -> list[torch.Tensor]:
         """Edge values [E] -> one tensor [len - 1] per sequence, 0 where unscored; differentiable."""
         return list(self.per_token(edge_values).split(self.lengths))
+
+
+def _kinds(tree: PrefixTree, temperatures: Sequence[float] | None) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct temperatures, float64, and per token of every sequence, int64 [N], which of them it has."""
+    if temperatures is None:
+        return np.ones(1), np.zeros(tree.flat_tokens, dtype=np.int64)
+    if len(temperatures) != tree.num_sequences or min(temperatures) <= 0:
+        raise InvalidInputError(
+            f"Got temperatures={list(temperatures)} for {tree.num_sequences} sequences. Expected one above 0 for each."
+        )
+    values, kind = np.unique(np.asarray(temperatures, dtype=np.float64), return_inverse=True)
+    return values, np.repeat(kind, np.diff(tree.offsets))
 
 
 def _scored_mask(tree: PrefixTree, scored: Scored | None) -> np.ndarray:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import sys
 from typing import Any
 
+from dta_plugin.adapters.logs import say
 from dta_plugin.adapters.trl.load import Loads
 from dta_plugin.adapters.trl.window import Windows
 from dta_plugin.config import TreeConfig
 from dta_plugin.execution.batch import SequenceLogProbs
-
-logger = logging.getLogger("dta_plugin")
 
 
 class TreeState:
@@ -34,11 +32,7 @@ class TreeState:
     def say(self, trainer: Any, message: str, level: int = logging.INFO) -> None:
         """One line in the log of the main process, also where the application has not set up logging."""
         if trainer.accelerator.is_main_process:
-            if logger.level == logging.NOTSET:
-                logger.setLevel(logging.INFO)
-            if not logger.hasHandlers():
-                logger.addHandler(logging.StreamHandler(sys.stdout))
-            logger.log(level, "dta: %s", message)
+            say(message, level)
 
     def say_once(self, trainer: Any, message: str, topic: str | None = None, level: int = logging.INFO) -> None:
         """The same, but a topic (default: the message itself) is spoken of only once per trainer."""

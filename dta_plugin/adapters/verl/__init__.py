@@ -1,0 +1,11 @@
+"""The plugin for verl. Importing this package turns it on in the process; nothing else has to be called.
+
+    python -m verl.trainer.main_ppo ... actor_rollout_ref.model.external_lib=dta_plugin.adapters.verl
+
+verl imports the module in the task runner and in every worker. Options are fields of TreeConfig, given as
+`+actor_rollout_ref.rollout.custom.dta.<field>=<value>`; see `config`.
+"""
+
+from dta_plugin.adapters.verl import install
+
+install.install()

@@ -1,0 +1,47 @@
+"""The plugin's options in a verl command: `+actor_rollout_ref.rollout.custom.dta.<field of TreeConfig>=<value>`.
+
+`use_dta=false` among them leaves verl's own path in place, for a comparison with the same command.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dta_plugin.config import TreeConfig
+from dta_plugin.errors import InvalidInputError
+
+KEY = "actor_rollout_ref.rollout.custom.dta"
+# Fields of TreeConfig that verl has no use for, and what decides in their place.
+_ELSEWHERE = {
+    "merge_window": "ppo_max_token_len_per_gpu with use_dynamic_bsz=True decides how much runs as one tree",
+    "calibration": "min_saving goes by FLOPs here",
+}
+
+
+def tree_config(rollout: Any) -> TreeConfig | None:
+    """The options in a rollout config (a DictConfig, or verl's RolloutConfig); None where `use_dta` is false.
+
+    Raises InvalidInputError for an unknown option, naming the known ones, and for a value that is not allowed.
+    """
+    custom = rollout.get("custom") or {}
+    options = custom.get("dta")
+    if isinstance(options, DictConfig):
+        options = OmegaConf.to_container(options, resolve=True)
+    if options is None:
+        options = {}
+    if not isinstance(options, dict):
+        raise InvalidInputError(f"Got {KEY}={options!r}. Expected fields of it, such as +{KEY}.executor=packed.")
+    options = dict(options)
+    use_dta = options.pop("use_dta", True)
+    if not isinstance(use_dta, bool):
+        raise InvalidInputError(f"Got {KEY}.use_dta={use_dta!r}. Expected true or false.")
+    for name, instead in _ELSEWHERE.items():
+        if name in options:
+            raise InvalidInputError(f"Got {KEY}.{name}, which does nothing with verl: {instead}. Leave it out.")
+    try:
+        config = TreeConfig.from_options(options)
+    except InvalidInputError as error:
+        raise InvalidInputError(f"In {KEY}: {error}") from None
+    return config if use_dta else None

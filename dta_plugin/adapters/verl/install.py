@@ -1,0 +1,58 @@
+"""What importing `dta_plugin.adapters.verl` does to a process. Each part waits until verl imports what it extends.
+
+Workers: an engine class is registered under this machine's device and vendor, where verl looks before it takes its
+own; `ActorRolloutRefWorker` tells its engines the options; the engine module's `prepare_micro_batches` takes micro-
+batches that our engine has planned. Task runner: `balance.install()`, after a trainer module has been imported.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+import dta_plugin
+from dta_plugin.adapters.logs import say
+from dta_plugin.adapters.verl.imports import when_imported
+from dta_plugin.adapters.verl.version import checked_version
+
+ENGINE = "verl.workers.engine.fsdp.transformer_impl"
+WORKERS = "verl.workers.engine_workers"
+TRAINERS = ("verl.trainer.ppo.v1.trainer_base", "verl.trainer.ppo.ray_trainer")
+_BALANCE = "dta_plugin.adapters.verl.balance"
+
+_installed = False
+
+
+def install() -> None:
+    """Turn the plugin on in this process. Idempotent. Raises UnsupportedModelError for a verl that is not supported."""
+    global _installed
+    if _installed:
+        return
+    found = checked_version()
+    when_imported(ENGINE, _register_engine)
+    when_imported(WORKERS, _pass_options_on)
+    balances = find_spec(_BALANCE) is not None
+    if balances:
+        for trainer in TRAINERS:
+            when_imported(trainer, _balance)
+    _installed = True
+    extended = ["FSDP engine for language models", "options of ActorRolloutRefWorker"]
+    extended += ["balancing of PPO trainers"] if balances else []
+    say(f"dta-plugin {dta_plugin.__version__} for verl {found}, process {os.getpid()}: extends {', '.join(extended)}")
+
+
+def _register_engine(_: ModuleType) -> None:
+    import_module("dta_plugin.adapters.verl.engine")  # registers itself, also if it is what has begun this import
+
+
+def _pass_options_on(module: ModuleType) -> None:
+    from dta_plugin.adapters.verl.workers import passing_options_on
+
+    worker = module.ActorRolloutRefWorker
+    worker.set_dispatch_collect = passing_options_on(worker.set_dispatch_collect)
+
+
+def _balance(_: ModuleType) -> None:
+    import_module(_BALANCE).install()

@@ -1,0 +1,40 @@
+"""How a worker's engines get at the plugin's options, which verl keeps in the rollout's configuration."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from dta_plugin.adapters.logs import say
+from dta_plugin.adapters.verl.config import tree_config
+from dta_plugin.errors import UnsupportedModelError
+
+
+def passing_options_on(set_dispatch_collect: Callable[..., None]) -> Callable[..., None]:
+    """`ActorRolloutRefWorker.set_dispatch_collect`, which a worker calls for each engine that it has built.
+
+    The engines then know their options. Raises InvalidInputError for wrong ones, and UnsupportedModelError for a
+    strategy that the plugin has no engine for, unless ``on_unsupported="dense"``.
+    """
+
+    @functools.wraps(set_dispatch_collect)
+    def wrapped(worker: Any, *args: Any, **kwargs: Any) -> None:
+        set_dispatch_collect(worker, *args, **kwargs)
+        from dta_plugin.adapters.verl.engine import TreeEngine
+
+        config = tree_config(worker.config.rollout)
+        for part in (worker.actor, worker.ref):
+            engine = getattr(part, "engine", None)
+            if isinstance(engine, TreeEngine):
+                engine.configure(config)
+            elif engine is not None and config is not None:
+                reason = (
+                    f"strategy {part.engine_config.strategy!r} runs in {type(engine).__name__}. Expected fsdp or fsdp2 "
+                    "on this machine's own kind of device (actor_rollout_ref.actor.strategy, .ref.strategy)"
+                )
+                if config.on_unsupported == "error":
+                    raise UnsupportedModelError(f"Prefix-tree execution is not available: {reason}.")
+                say(f"verl's own path: {reason}")
+
+    return wrapped

@@ -1,0 +1,76 @@
+"""Run by test_ranks.py, one process per rank: both engines over the same steps, and ranks that disagree.
+
+python -m tests.adapters.verl.ranks_script <folder> <strategy:full|lora> ...
+
+Each rank saves, by these texts, the differences per step and the plugin's metrics as <folder>/rank<n>.pt.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+from dta_plugin.config import TreeConfig
+from dta_plugin.errors import UnsupportedModelError
+from tests.adapters.verl.steps import DYNAMIC, SMALL_BUDGET, STATIC, STREAMED, TEMPERATURES
+from tests.adapters.verl.support import Setup, Step, build, differences, log_probs, mini_batch, save_model
+
+STEPS = {
+    "fsdp:full": [*DYNAMIC, *STATIC, *SMALL_BUDGET],
+    "fsdp:lora": [*DYNAMIC, *TEMPERATURES],
+    "fsdp2:full": [*DYNAMIC, *STATIC, *SMALL_BUDGET, *STREAMED],
+    "fsdp2:lora": [*DYNAMIC, *TEMPERATURES, *STREAMED],
+}
+
+
+def disagreeing(folder: Path) -> dict[str, Any]:
+    """Only rank 1 replays a router: both fall back, or both raise. And the gate, which adds up what both save."""
+    engine = build(Setup(), folder, tree=True)
+    step = Step(shape="turns")
+    expected = log_probs(engine, mini_batch(step))["log_probs"]
+    data = mini_batch(step)
+    if distributed.get_rank() == 1:
+        data["routed_experts"] = torch.zeros(len(data), 1)
+    engine.configure(TreeConfig(on_unsupported="dense"))
+    dense = log_probs(engine, data.copy())["log_probs"]
+    rows = zip(expected.unbind(), dense.unbind(), data["prompts"].offsets().diff().tolist(), strict=True)
+    worst = max((a - b)[begin - 1 : -1].abs().max().item() for a, b, begin in rows)
+    engine.configure(TreeConfig())
+    try:
+        log_probs(engine, data.copy())
+        error = ""
+    except UnsupportedModelError as found:
+        error = str(found)
+    ran = []
+    for min_saving in (0.1, 0.9):
+        engine.configure(TreeConfig(min_saving=min_saving))
+        log_probs(engine, mini_batch(step))
+        ran.append(engine._dta_calls)
+    return {"difference": worst, "error": error, "calls": ran}
+
+
+def main() -> None:
+    folder, jobs = Path(sys.argv[1]), sys.argv[2:]
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    if rank == 0:
+        save_model(folder / "model")
+    distributed.barrier()
+    results: dict[str, Any] = {}
+    for job in jobs:
+        if job == "disagreeing":
+            results[job] = disagreeing(folder / "model")
+            continue
+        strategy, _, kind = job.partition(":")
+        found, steps = differences(Setup(strategy, lora=kind == "lora"), STEPS[job], folder / "model")
+        results[job] = {"differences": found, "metrics": [step["dta"] for step in steps]}
+    torch.save(results, folder / f"rank{rank}.pt")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Two ranks over gloo: equal to stock verl, with different trees on each, and of one mind about falling back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("verl", reason="verl is not installed: pip install 'dta-plugin[verl]'")
+
+from tests.support.ranks import on_two_ranks
+
+SCRIPT = "tests.adapters.verl.ranks_script"
+
+
+def _check(ranks: list[dict[str, Any]], job: str) -> None:
+    for rank in ranks:
+        assert max(rank[job]["differences"]) < 1e-5, rank[job]["differences"]
+        assert all(metrics["dta/dense_fallback"] == 0 for metrics in rank[job]["metrics"])
+    first, second = (rank[job]["metrics"] for rank in ranks)
+    assert [m["dta/micro_batches"] for m in first] == [m["dta/micro_batches"] for m in second]
+    assert any(a["dta/tree_tokens"] != b["dta/tree_tokens"] for a, b in zip(first, second, strict=True))
+
+
+def test_two_ranks(tmp_path: Path) -> None:
+    ranks = on_two_ranks(SCRIPT, tmp_path, "fsdp2:full", "fsdp:lora", "disagreeing")
+    _check(ranks, "fsdp2:full")
+    _check(ranks, "fsdp:lora")
+    for rank in ranks:
+        assert rank["disagreeing"]["difference"] < 1e-5
+        assert "routed_experts" in rank["disagreeing"]["error"]
+    calls = [rank["disagreeing"]["calls"] for rank in ranks]
+    assert calls[0] == calls[1]
+    assert calls[0][0] == calls[0][1] > 0  # min_saving=0.9 ran verl's own path
+
+
+@pytest.mark.slow
+def test_two_ranks_further(tmp_path: Path) -> None:
+    ranks = on_two_ranks(SCRIPT, tmp_path, "fsdp:full", "fsdp2:lora")
+    _check(ranks, "fsdp:full")
+    _check(ranks, "fsdp2:lora")
