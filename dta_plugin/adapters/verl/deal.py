@@ -1,9 +1,10 @@
 """Which row of a batch goes to which rank and into which optimizer step: siblings together, ranks that cost alike.
 
 verl cuts a batch into one equal, contiguous part per rank, and each part into mini-batches. The k-th mini-batches of
-all ranks are one optimizer step. So every rank gets as many rows of every step, and these (a share) are whole groups. A
-group is cut only where counts leave no other way, since each share computes the group's prefix for itself. In a step
-where one has to be, others may be as well if that relieves the costliest rank.
+all ranks are one optimizer step. So every rank gets as many rows of every step, and these (a share) are whole groups,
+since each share computes a group's prefix for itself. A group is cut where counts leave no other way, and in one more
+case: few groups of very different lengths, kept whole, would make the costliest rank dearer than an even part of rows
+that share nothing, which is what verl gives it. In a step with such a cut there may be more where that pays.
 """
 
 from __future__ import annotations
@@ -86,7 +87,9 @@ def _step(sequences: list[np.ndarray], groups: np.ndarray, rows: list[int], rank
     """The rows of one optimizer step over the ranks."""
     (whole,) = partition_each(sequences, [rows], ranks, sizes="equal", whole_trees=True)
     pieces = sum(len(set(groups[share].tolist())) for share in whole.bins)
-    if pieces == len(set(groups[rows].tolist())):
+    is_cut = pieces > len(set(groups[rows].tolist()))
+    without_sharing = SequenceCosts.of([sequences[row] for row in rows], TYPICAL).path.sum()
+    if not is_cut and max(whole.loads) <= without_sharing / ranks:
         return whole
     (cut,) = partition_each(sequences, [rows], ranks, sizes="equal")
     return cut if max(cut.loads) < (1 - _WORTH_CUTTING) * max(whole.loads) else whole
