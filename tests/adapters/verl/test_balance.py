@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("verl", reason="verl is not installed; it has an environment of its own, see docs/support.md")
+pytest.importorskip("verl", reason="verl is not installed; it needs an environment of its own")
 
 from verl.trainer.ppo import padding_utils
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer

@@ -12,7 +12,7 @@ from functools import cache
 
 import pytest
 
-pytest.importorskip("verl", reason="verl is not installed; it has an environment of its own, see docs/support.md")
+pytest.importorskip("verl", reason="verl is not installed; it needs an environment of its own")
 
 import torch
 from tensordict import TensorDict
