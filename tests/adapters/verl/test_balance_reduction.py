@@ -54,7 +54,6 @@ def tree_micro_batches(step: Sequence[Sequence[Row]]) -> list[MicroBatches]:
 def reduction(micro_batches: Sequence[Sequence[Row]]) -> float:
     trees = [PrefixTree.from_sequences([row.tokens for row in rows]) for rows in micro_batches]
     assert sum(tree.num_sequences for tree in trees) == PROMPTS * N
-    assert max(tree.tree_tokens for tree in trees) <= BUDGET
     return sum(tree.flat_tokens for tree in trees) / sum(tree.tree_tokens for tree in trees)
 
 
@@ -71,4 +70,5 @@ def test_token_reduction(version: str, ranks: int) -> None:
         f"{len(worker_only)}, ours {found[2]:.3f}x in {len(ours)}, ideal {ideal:.3f}x"
     )
     assert found[2] >= 0.95 * ideal
+    assert max(PrefixTree.from_sequences([row.tokens for row in rows]).tree_tokens for rows in ours) <= BUDGET
     assert found[0] < 1.1 and found[1] < 0.8 * ideal  # negative controls: neither order nor packing alone suffices
