@@ -121,8 +121,9 @@ def _metrics(dealt: Dealt, rows: Sampled, prefix: str) -> dict[str, float]:
     """What verl's logger is to show; verl's own two numbers on the order of rows are those of the order they have now.
 
     groups_split: in several shares (a rank's part of an optimizer step), so that prefixes are computed repeatedly.
-    rank_load_predicted: largest over mean. token_reduction: flat over tree tokens, at most, and with these shares; what
-    micro-batches leave of it is the workers' compression_ratio.
+    rank_load_predicted: largest over mean. token_reduction: flat over tree tokens by what siblings share, if all of a
+    group meet, and with these shares. The workers' compression_ratio is what ran: less where micro-batches part
+    siblings, more where groups have a beginning in common.
     """
     lengths = [sum(rows.lengths[row] for row in rank) for rank in dealt.ranks]
     return {

@@ -28,8 +28,9 @@ _WORTH_CUTTING = 0.05
 class Dealt:
     """shares: [step][rank] rows, siblings next to each other. rank_loads: [step][rank] predicted cost.
 
-    groups, split: how many there are, and how many of them in several shares. flat_tokens; tree_tokens with every
-    prefix computed once per batch, and share_tokens once per share; all without padding rows.
+    groups, split: how many there are, and how many of them in several shares. flat_tokens; tree_tokens with what
+    siblings share computed once per batch, and share_tokens once per share; all without padding rows, and without what
+    different groups have in common, such as a system prompt: a micro-batch may share more.
     """
 
     shares: list[list[list[int]]]
@@ -52,10 +53,9 @@ class Dealt:
 
     def __str__(self) -> str:
         return (
-            f"{sum(map(len, self.ranks))} rows of {self.groups} groups to {len(self.ranks)} ranks in "
-            f"{len(self.shares)} optimizer steps: {self.split} groups split, max/mean load {self.imbalance:.3f}, "
-            f"{self.flat_tokens / self.share_tokens:.2f}x fewer tokens of at most "
-            f"{self.flat_tokens / self.tree_tokens:.2f}x"
+            f"{sum(map(len, self.ranks))} rows of {self.groups} groups; ranks: {len(self.ranks)}, optimizer steps: "
+            f"{len(self.shares)}, groups split: {self.split}, max/mean load: {self.imbalance:.3f}; siblings share "
+            f"{self.flat_tokens / self.share_tokens:.2f}x of {self.flat_tokens / self.tree_tokens:.2f}x"
         )
 
 

@@ -281,5 +281,5 @@ def test_what_is_said_is_said_once(shuffle: bool, caplog: pytest.LogCaptureFixtu
         for _ in range(2):
             balanced("v1", rows, {}, one)
     first, *others = caplog.messages
-    assert "64 rows of 16 groups to 2 ranks in 2 optimizer steps: 0 groups split" in first
+    assert "64 rows of 16 groups; ranks: 2, optimizer steps: 2, groups split: 0" in first
     assert [("shuffle=True" in message) for message in others] == [True] * shuffle
