@@ -7,7 +7,7 @@ them says. A partitioner can try thousands of sets per second.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -151,6 +151,13 @@ class SequenceCosts:
         near = np.arange(max(run.start + 1, stop - (stop - run.start) // 4), stop + 1)
         price = self.shared[near] + 0.5 * (most - self._before[near])
         return Run(run.start, int(near[price.argmin()]))
+
+
+def loads(costs: SequenceCosts, bins: Iterable[Sequence[int]]) -> list[float]:
+    """Cost of each bin of sequences as one tree."""
+    rank = np.empty(len(costs), dtype=np.int64)
+    rank[costs.order] = np.arange(len(costs))
+    return [costs.of_ranks(np.sort(rank[list(rows)])) for rows in bins]
 
 
 def subtrees(shared: list[float], count: int) -> set[tuple[int, int]]:

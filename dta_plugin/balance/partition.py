@@ -14,7 +14,7 @@ from typing import Any, Literal
 from dta_plugin.balance.bound import lower_bound
 from dta_plugin.balance.costs import TYPICAL, SequenceCosts
 from dta_plugin.balance.search import searched
-from dta_plugin.balance.starts import Ranks, free_starts, sized_starts, without_empty
+from dta_plugin.balance.starts import Ranks, free_starts, sized_starts, whole_starts, without_empty
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.tree.cost import ModelCost
 from dta_plugin.tree.trie import TokenSequence
@@ -80,6 +80,7 @@ def partition(
     first_scored: Sequence[int] | None = None,
     sizes: Sequence[int] | Literal["equal"] | None = None,
     allow_empty: bool = False,
+    whole_trees: bool = False,
     effort: Effort = "fast",
 ) -> Partition:
     """Deal `sequences` out to `bins` bins.
@@ -87,11 +88,12 @@ def partition(
     model: what a token, a pair, a scored token and a bin cost; see `execution.model.model_cost`. first_scored: per
         sequence, where its completion begins (only scored tokens pay for the LM head). sizes: sequences per bin, or
         "equal", for frameworks that need equal counts; None: whatever balances, see `Partition.weights`.
-    allow_empty: with sizes=None, bins stay empty where using them would lower nothing. effort: "thorough" searches
-        ten times as long, for up to 2 % where bins hold few trees or parts of one.
+    allow_empty: with sizes=None, bins stay empty where using them would lower nothing. whole_trees: with sizes given,
+        trees are cut where counts need it, not where it pays; a tree is what shares more than all sequences do.
+    effort: "thorough" searches ten times as long, for up to 2 % where bins hold few trees or parts of one.
 
     Raises InvalidInputError for no sequences, fewer than one bin, fewer sequences than bins unless allow_empty, and
-    sizes, first_scored or effort that do not fit.
+    sizes, first_scored, whole_trees or effort that do not fit.
     """
     if not len(sequences):
         raise InvalidInputError(
@@ -102,17 +104,20 @@ def partition(
     if effort not in _SHAKES:
         raise InvalidInputError(f"Got effort={effort!r}. Expected one of {', '.join(map(repr, _SHAKES))}.")
     counts = _counts(len(sequences), bins, sizes)
+    if whole_trees and counts is None:
+        raise InvalidInputError("Got whole_trees=True with sizes=None. Expected sizes, such as 'equal'.")
     if counts is None and not allow_empty:
         check_enough(len(sequences), bins)
     costs = SequenceCosts.of(sequences, model, first_scored)
     own = costs.without_every_bin()
     if counts is not None:
-        starts = sized_starts(own, counts)
+        starts = whole_starts(own, counts) if whole_trees else sized_starts(own, counts)
     elif allow_empty:
         starts = free_starts(own, bins)
     else:
         starts = [without_empty(own, filled) for filled in free_starts(own, bins)]
-    filled = searched(own, starts, counts is not None, _SHAKES[effort], enough=lower_bound(own, bins))
+    enough = lower_bound(own, bins)
+    filled = searched(own, starts, counts is not None, _SHAKES[effort], enough, whole=whole_trees)
     return Partition.of(costs, filled)
 
 

@@ -28,15 +28,19 @@ class Bin:
     """A bin and what it could give away. C = its sequences and its subtrees of several, or a choice of them.
 
     ranks: int64 [R], ascending. load: its cost. starts, stops: int64 [C], places in `ranks`. alone: float64 [C] what
-    they cost by themselves. saved: float64 [C] what the bin costs less without.
+    they cost by themselves. saved: float64 [C] what the bin costs less without. whole: it gives nothing away that
+    shares with what it keeps.
     """
 
-    def __init__(self, costs: SequenceCosts, ranks: np.ndarray) -> None:
-        self.costs, self.ranks, self.load = costs, ranks, costs.of_ranks(ranks)
+    def __init__(self, costs: SequenceCosts, ranks: np.ndarray, whole: bool = False) -> None:
+        self.costs, self.ranks, self.load, self.whole = costs, ranks, costs.of_ranks(ranks), whole
         inner = costs.overlap(ranks[:-1] + 1, ranks[1:])
         beside = np.concatenate([[0.0], inner, [0.0]])[: len(ranks) + 1]  # [R + 1] what two neighbours share
         before = np.concatenate([[0.0], np.cumsum(costs.path[ranks] - beside[:-1])])
         a, b = np.array(sorted(subtrees(inner.tolist(), len(ranks))), dtype=np.int64).reshape(-1, 2).T
+        if whole:
+            apart = (beside[a] == 0) & (beside[b] == 0)
+            a, b = a[apart], b[apart]
         alone = before[b] - before[a] + beside[a]
         between = (a > 0) & (b < len(ranks))
         meeting = np.zeros(len(a))  # what the neighbours of a subtree share without it
@@ -67,17 +71,22 @@ class Bin:
         start, stop = self.starts[index], self.stops[index]
         return self.ranks[start:stop], np.delete(self.ranks, slice(start, stop))
 
+    def holding(self, ranks: np.ndarray) -> Bin:
+        return Bin(self.costs, ranks, self.whole)
+
 
 Bins = list[Bin]
 
 
-def searched(costs: SequenceCosts, starts: Sequence[Ranks], swaps_only: bool, shakes: int, enough: float) -> Ranks:
-    """The best of what local search makes of `starts`. swaps_only: bins keep their counts.
+def searched(
+    costs: SequenceCosts, starts: Sequence[Ranks], swaps_only: bool, shakes: int, enough: float, whole: bool = False
+) -> Ranks:
+    """The best of what local search makes of `starts`. swaps_only: bins keep their counts. whole: no tree is cut anew.
 
     shakes: times that random moves take the search out of where it ended, unless the costliest bin costs `enough`, a
     lower bound. No bin is left empty that was not.
     """
-    best = min((_relieved([Bin(costs, ranks) for ranks in start], swaps_only) for start in starts), key=_height)
+    best = min((_relieved([Bin(costs, ranks, whole) for ranks in start], swaps_only) for start in starts), key=_height)
     generator = np.random.default_rng(0)
     for _ in range(shakes):
         if _height(best)[0] <= enough * (1 + _PRECISION):
@@ -115,7 +124,7 @@ def _relief(here: Bin, there: Bin, swaps_only: bool) -> tuple[Bin, Bin] | None:
         worst = max(map(here.costs.of_ranks, pair))
         if worst < best:
             best, change = worst, pair
-    return change and (Bin(here.costs, change[0]), Bin(here.costs, change[1]))
+    return change and (here.holding(change[0]), there.holding(change[1]))
 
 
 def _exchanges(here: Bin, there: Bin, best: float, swaps_only: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -152,5 +161,5 @@ def _shaken(bins: Bins, generator: np.random.Generator, swaps_only: bool) -> Bin
             continue
         returned = int(generator.choice(fitting)) if swaps_only else None
         pair = _exchanged(bins[top], bins[other], given, returned)
-        bins[top], bins[other] = (Bin(bins[top].costs, ranks) for ranks in pair)
+        bins[top], bins[other] = map(bins[top].holding, pair)
     return bins

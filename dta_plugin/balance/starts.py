@@ -36,6 +36,54 @@ def sized_starts(costs: SequenceCosts, sizes: Sequence[int]) -> list[Ranks]:
     return [ranks_of(_largest_first(costs, sizes)), in_order]
 
 
+def whole_starts(costs: SequenceCosts, sizes: Sequence[int]) -> list[Ranks]:
+    """With `sizes` sequences in the bins and as few trees cut as any way here needs."""
+    trees = costs.trees
+    exact = [
+        [Run(trees[tree].start + a, trees[tree].start + b) for tree, a, b in parts]
+        for parts in filled_in_order([len(tree) for tree in trees], sizes)
+    ]
+    ways = [_largest_first(costs, sizes), _largest_first(costs, sizes, by_count=True), exact]
+    pieces = [sum(map(len, filled)) for filled in ways]
+    return [ranks_of(filled) for filled, count in zip(ways, pieces, strict=True) if count == min(pieces)]
+
+
+def filled_in_order(counts: Sequence[int], sizes: Sequence[int]) -> list[list[tuple[int, int, int]]]:
+    """Items of `counts` parts each, dealt out to bins of `sizes` parts: per bin (item, first part, end of parts).
+
+    A bin takes the first items that fill it exactly. Where none do, it takes the first that fill it best, and the part
+    that is missing of the next one.
+    """
+    waiting = [(item, 0, count) for item, count in enumerate(counts)]
+    bins = []
+    for size in sizes:
+        chosen = _first_that_fill([b - a for _, a, b in waiting], size)
+        filled = [waiting[place] for place in chosen]
+        waiting = [part for place, part in enumerate(waiting) if place not in set(chosen)]
+        missing = size - sum(b - a for _, a, b in filled)
+        if missing:
+            item, a, b = waiting[0]
+            filled.append((item, a, a + missing))
+            waiting[0] = (item, a + missing, b)
+        bins.append(filled)
+    return bins
+
+
+def _first_that_fill(counts: Sequence[int], size: int) -> list[int]:
+    """Places whose counts add up to `size`, or to as much below it as possible; as early ones as there are."""
+    within = (1 << size + 1) - 1
+    sums = [1]  # bit s: the last counts, one more with every entry, can add up to s
+    for count in reversed(counts):
+        sums.append((sums[-1] | sums[-1] << count) & within)
+    rest = sums.pop().bit_length() - 1
+    chosen = []
+    for place, count in enumerate(counts):
+        if rest >= count and sums[-1 - place] >> (rest - count) & 1:
+            chosen.append(place)
+            rest -= count
+    return chosen
+
+
 def _least_capacity(costs: SequenceCosts, bins: int, fill: Callable[[SequenceCosts, int, float], Bins | None]) -> Bins:
     """What `fill` does at the smallest capacity that suffices it."""
     low = high = lower_bound(costs, bins)
@@ -92,12 +140,15 @@ def _contiguous(costs: SequenceCosts, bins: int, capacity: float) -> Bins | None
     return None if len(rest) else filled
 
 
-def _largest_first(costs: SequenceCosts, sizes: Sequence[int]) -> Bins:
+def _largest_first(costs: SequenceCosts, sizes: Sequence[int], by_count: bool = False) -> Bins:
+    """The costliest tree first, or the one of most sequences, into the cheapest bin with room."""
     filled: Bins = [[] for _ in sizes]
     room, loads = np.array(sizes), np.zeros(len(sizes))
     largest = max(sizes)
     cuts = [(start, tree.stop) for tree in costs.trees for start in range(tree.start, tree.stop, largest)]
     waiting = sorted((Run(start, min(start + largest, stop)) for start, stop in cuts), key=costs.of_run)
+    if by_count:
+        waiting.sort(key=len)
     while waiting:
         run = waiting.pop()
         takes = room >= len(run)

@@ -5,13 +5,13 @@ Row counts are given, because TRL's losses are means over the rows of a micro-ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 
 import numpy as np
 
 from dta_plugin.balance import partition
-from dta_plugin.balance.costs import SequenceCosts
+from dta_plugin.balance.costs import SequenceCosts, loads
 from dta_plugin.tree.cost import ModelCost
 
 Bins = list[list[int]]
@@ -55,13 +55,6 @@ def to_ranks(
         for row in rows:
             destination[row] = rank
     return destination
-
-
-def loads(costs: SequenceCosts, bins: Iterable[Sequence[int]]) -> list[float]:
-    """Cost of each bin of sequences as one tree."""
-    rank = np.empty(len(costs), dtype=np.int64)
-    rank[costs.order] = np.arange(len(costs))
-    return [costs.of_ranks(np.sort(rank[list(rows)])) for rows in bins]
 
 
 def _improves(new: list[float], old: list[float], *by: Callable[[list[float]], float]) -> bool:

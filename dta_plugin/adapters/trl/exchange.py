@@ -20,10 +20,10 @@ from packaging.version import Version
 from torch import distributed
 
 from dta_plugin.adapters.trl.buffer import Inputs, Rows
-from dta_plugin.adapters.trl.deal import loads, to_ranks
+from dta_plugin.adapters.trl.deal import to_ranks
 from dta_plugin.adapters.trl.regroup import composition_reason
 from dta_plugin.adapters.trl.rows import MicroBatch, joined
-from dta_plugin.balance.costs import TOKENS, SequenceCosts
+from dta_plugin.balance.costs import TOKENS, SequenceCosts, loads
 from dta_plugin.tree.cost import ModelCost
 
 Shape = tuple[torch.dtype, tuple[int, ...]]  # of one row

@@ -20,9 +20,8 @@ from torch import distributed
 from transformers import TrainerCallback
 
 from dta_plugin.adapters.trl.buffer import Inputs
-from dta_plugin.adapters.trl.deal import loads
 from dta_plugin.adapters.trl.rows import MicroBatch, joined
-from dta_plugin.balance.costs import TOKENS, SequenceCosts
+from dta_plugin.balance.costs import TOKENS, SequenceCosts, loads
 from dta_plugin.tree.cost import ModelCost
 
 Mark = float | torch.cuda.Event

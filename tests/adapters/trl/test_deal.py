@@ -7,8 +7,8 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from dta_plugin.adapters.trl.deal import loads, to_micro_batches, to_ranks
-from dta_plugin.balance.costs import TYPICAL, SequenceCosts
+from dta_plugin.adapters.trl.deal import to_micro_batches, to_ranks
+from dta_plugin.balance.costs import TYPICAL, SequenceCosts, loads
 
 Sequences = list[np.ndarray]
 

@@ -1,0 +1,156 @@
+"""`_balance_batch` of verl's PPO trainers, v1 and v0, with groups kept together and tree cost as weight.
+
+verl balances row by row: it pads the batch up to whole mini-batches (v1), deals rows out to ranks by their lengths, and
+so tears almost every group apart. Its own function runs first, with all that it does; then rows are put into another
+order by `deal`. That decides which rows share an optimizer step, as verl's order did: in v1 roughly the order in which
+rollouts came in, in v0 their lengths. Here it is the order in which verl sampled the groups, whatever rows cost. The
+rows of a batch, their number per rank and step, advantages (by uid) and what a loss divides by stay verl's.
+
+This happens wherever verl balances: always in v1, whose trainers do not ask `trainer.balance_batch`; in v0 with
+`trainer.balance_batch=True`, the default, without which siblings stay together anyway, in the order of the prompts.
+`regroup=never` leaves verl's order.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+import torch
+
+from dta_plugin.adapters.logs import say
+from dta_plugin.adapters.verl.config import KEY, tree_config
+from dta_plugin.adapters.verl.deal import Dealt, deal
+from dta_plugin.adapters.verl.sampled import Sampled, UnusableBatch, sampled, uids_of
+from dta_plugin.config import TreeConfig
+from dta_plugin.errors import UnsupportedModelError
+
+_TRAINERS = (("verl.trainer.ppo.v1.trainer_base", "PPOTrainer"), ("verl.trainer.ppo.ray_trainer", "RayPPOTrainer"))
+
+
+def install() -> None:
+    """Extend the trainer classes that have been imported. Call it again when more have been.
+
+    Raises UnsupportedModelError for one without `_balance_batch`.
+    """
+    for module, name in _TRAINERS:
+        trainer = getattr(sys.modules.get(module), name, None)
+        if trainer is None:
+            continue
+        if not hasattr(trainer, "_balance_batch"):
+            raise UnsupportedModelError(
+                f"{module}.{name} has no _balance_batch, so that siblings could not be kept together. Expected a "
+                "verl release that the plugin supports; see dta_plugin.adapters.verl.version."
+            )
+        if not hasattr(trainer._balance_batch, "_dta_stock"):
+            trainer._balance_batch = keeping_groups(trainer._balance_batch)
+
+
+def uninstall() -> None:
+    """Give trainer classes back what they had."""
+    for module, name in _TRAINERS:
+        trainer = getattr(sys.modules.get(module), name, None)
+        stock = getattr(getattr(trainer, "_balance_batch", None), "_dta_stock", None)
+        if trainer is not None and stock is not None:
+            trainer._balance_batch = stock
+
+
+def keeping_groups(balance_batch: Callable[..., Any]) -> Callable[..., Any]:
+    """verl's `_balance_batch`, followed by our order of rows."""
+
+    @functools.wraps(balance_batch)
+    def wrapped(
+        trainer: Any,
+        batch: Any,
+        metrics: MutableMapping[str, Any],
+        logging_prefix: str = "global_seqlen",
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        config = tree_config(trainer.config.actor_rollout_ref.rollout)
+        if config is None or config.regroup == "never":
+            _say_once(trainer, f"ranks get the rows that verl deals out ({KEY}.use_dta=false or .regroup=never)")
+            return balance_batch(trainer, batch, metrics, logging_prefix, *args, **kwargs)
+        try:
+            order = uids_of(batch)
+        except UnusableBatch as reason:
+            _refuse(trainer, config, reason)
+            return balance_batch(trainer, batch, metrics, logging_prefix, *args, **kwargs)
+        result = balance_batch(trainer, batch, metrics, logging_prefix, *args, **kwargs)
+        balanced = batch if result is None else result  # v0 reorders in place
+        rows = sampled(balanced, order)
+        dealt = deal(rows, *_ranks_and_steps(trainer, len(rows)))
+        _reorder(balanced, [row for rank in dealt.ranks for row in rank])
+        metrics.update(_metrics(dealt, rows, logging_prefix))
+        _describe_once(trainer, dealt)
+        return result
+
+    wrapped._dta_stock = balance_batch  # type: ignore[attr-defined]
+    return wrapped
+
+
+def _refuse(trainer: Any, config: TreeConfig, reason: UnusableBatch) -> None:
+    """Raise UnsupportedModelError, or say that verl's order stays, as `on_unsupported` says."""
+    message = f"siblings cannot be kept together on one rank because of the batch: {reason}"
+    if config.on_unsupported == "error":
+        raise UnsupportedModelError(
+            f"{message}. With +{KEY}.on_unsupported=dense, or .regroup=never, ranks get the rows that verl deals out."
+        ) from None
+    _say_once(trainer, f"{message}; ranks get the rows that verl deals out", logging.WARNING, topic="refused")
+
+
+def _ranks_and_steps(trainer: Any, rows: int) -> tuple[int, int]:
+    """Data-parallel ranks, as the worker group has told verl, and optimizer steps of the actor, as verl counts them.
+
+    During critic warm-up a batch need not be whole mini-batches of the actor; then it is one step.
+    """
+    ranks = max(trainer.actor_rollout_wg._dispatch_info["actor"]) + 1
+    config = trainer.config.actor_rollout_ref
+    mini_batch = config.actor.ppo_mini_batch_size * config.rollout.n
+    return ranks, 1 if rows % mini_batch or mini_batch % ranks else rows // mini_batch
+
+
+def _reorder(batch: Any, order: list[int]) -> None:
+    batch.reorder(order if hasattr(batch, "tags") else torch.tensor(order))
+
+
+def _metrics(dealt: Dealt, rows: Sampled, prefix: str) -> dict[str, float]:
+    """What verl's logger is to show; verl's own two numbers on the order of rows are those of the order they have now.
+
+    groups_split: in several shares (a rank's part of an optimizer step), so that prefixes are computed repeatedly.
+    rank_load_predicted: largest over mean. token_reduction: flat over tree tokens by what siblings share, if all of a
+    group meet, and with these shares. The workers' compression_ratio is what ran: less where micro-batches part
+    siblings, more where groups have a beginning in common.
+    """
+    lengths = [sum(rows.lengths[row] for row in rank) for rank in dealt.ranks]
+    return {
+        f"{prefix}/balanced_min": min(lengths),
+        f"{prefix}/balanced_max": max(lengths),
+        "dta/groups": dealt.groups,
+        "dta/groups_split": dealt.split,
+        "dta/rank_load_predicted": dealt.imbalance,
+        "dta/token_reduction_ideal": dealt.flat_tokens / dealt.tree_tokens,
+        "dta/token_reduction_of_shares": dealt.flat_tokens / dealt.share_tokens,
+    }
+
+
+def _describe_once(trainer: Any, dealt: Dealt) -> None:
+    _say_once(trainer, f"the first batch: {dealt}", topic="batch")
+    if trainer.config.actor_rollout_ref.actor.get("shuffle", False):
+        _say_once(
+            trainer,
+            "actor_rollout_ref.actor.shuffle=True draws mini-batches at random from all rows of a rank, so that few "
+            "siblings meet in one. Set it to False to have them share their prefixes in updates too.",
+            logging.WARNING,
+        )
+
+
+def _say_once(trainer: Any, message: str, level: int = logging.INFO, topic: str | None = None) -> None:
+    """topic: what is said only once per trainer; the message unless given."""
+    said = trainer.__dict__.setdefault("_dta_said", set())
+    if (topic or message) not in said:
+        said.add(topic or message)
+        say(message, level)
