@@ -1,6 +1,6 @@
 """Does a calibration keep its promises? Predicted against measured step times, and the gate against stock TRL.
 
-    python benchmarks/calibrated.py                      # about 20 minutes on one CPU core
+    python benchmarks/calibrated.py                      # about 10 minutes on one CPU core
     python benchmarks/calibrated.py --plot predicted.png # needs matplotlib (the `plot` extra)
     python benchmarks/calibrated.py --smoke              # seconds: tiny model, few batches, checks the benchmark itself
 
@@ -84,8 +84,8 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny model and batches, a few of each")
     parser.add_argument("--batches", type=int, default=30, help="batches to predict (30)")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=90.0, help="of calibration per model (90)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=60.0, help="of calibration per model (60)")
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="the clock of calibration and figures")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     parser.add_argument("--plot", type=Path, help="PNG file for the plot")

@@ -45,7 +45,7 @@ def varied(vocab: int, count: int, scale: float = 1.0) -> Iterator[Case]:
 
 
 def _star(draw: Draw) -> Case:
-    prompt, completion, count = draw.one_of(64, 256, 1024), draw.one_of(16, 64, 256), draw.one_of(2, 4, 8)
+    prompt, completion, count = draw.one_of(64, 256, 512), draw.one_of(16, 64, 128), draw.one_of(2, 4, 8)
     return Case(f"star {prompt}/{completion}/{count}", *draw.star(prompt, completion, count))
 
 
@@ -60,7 +60,7 @@ def _stars(draw: Draw) -> Case:
 
 
 def _conversation(draw: Draw) -> Case:
-    turns, length = draw.one_of(3, 6, 10), draw.one_of(16, 64, 128)
+    turns, length = draw.one_of(3, 6, 10), draw.one_of(16, 32, 64)
     context, rows, first_scored = draw.tokens(2 * length), [], []
     for _ in range(turns):
         first_scored.append(len(context))
@@ -71,7 +71,7 @@ def _conversation(draw: Draw) -> Case:
 
 
 def _bushy(draw: Draw) -> Case:
-    fan, length = draw.one_of(2, 3, 4), draw.one_of(16, 64, 128)
+    fan, length = draw.one_of(2, 3, 4), draw.one_of(16, 32, 64)
     paths = [draw.tokens(length)]
     for _ in range(2):
         paths = [np.concatenate([path, draw.around(length)]) for path in paths for _ in range(fan)]

@@ -122,12 +122,13 @@ def calibrate(
     def benches_of(tokens: int) -> list[Bench]:
         return [Bench(model, case, dense, return_entropy, clock, forward) for case in cases(vocab, tokens)]
 
-    probe = benches_of(_LEAST)
-    once = sum(sum(bench.run()) for bench in [*probe, *probe]) / 2
-    tokens = int(np.clip(_LEAST * seconds / (once * _ROUNDS), _LEAST, _MOST))
-    benches = benches_of(tokens)
+    tokens, benches = _LEAST, benches_of(_LEAST)
+    _once(benches)
+    while tokens < _MOST and 4 * _ROUNDS * _once(benches) <= seconds:  # twice the tokens take at most 4 times as long
+        tokens *= 2
+        benches = benches_of(tokens)
     for number in range(1, _ROUNDS + 1):
-        taken = sum(sum(bench.run()) for bench in benches)
+        taken = _once(benches)
         progress(f"round {number} of {_ROUNDS}, up to {tokens} dense tokens: {taken:.1f} s")
     found = [bench.sample() for bench in benches]
     tree, tree_error = _fitted([s.tree_parts for s in found], [s.tree_seconds for s in found])
@@ -167,6 +168,11 @@ def cases(vocab: int, tokens: int) -> Iterator[Case]:
     conversation = [draw(1 / 32) for _ in range(7)]
     turns = [np.concatenate(conversation[: turn + 1]) for turn in range(1, 7)]
     yield Case("a conversation, turn by turn", turns, [len(t) - len(conversation[0]) for t in turns])
+
+
+def _once(benches: Sequence[Bench]) -> float:
+    """Seconds of one round."""
+    return sum(sum(bench.run()) for bench in benches)
 
 
 class Bench:
