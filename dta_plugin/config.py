@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from dta_plugin.errors import InvalidInputError
@@ -84,11 +85,7 @@ class TreeConfig:
         _choice("merge_window", self.merge_window, _REGROUP)
         _choice("balance_ranks", self.balance_ranks, _BALANCE_RANKS)
         _choice("on_unsupported", self.on_unsupported, _ON_UNSUPPORTED)
-        if not isinstance(self.calibration, str) or not self.calibration:
-            raise InvalidInputError(
-                f"calibration={self.calibration!r}. Expected auto, off or a file that `dta calibrate --output` wrote "
-                "(a bare off in YAML means false: quote it)."
-            )
+        _check_calibration(self.calibration)
         if self.max_tree_tokens_per_chunk is not None and self.max_tree_tokens_per_chunk < 1:
             raise InvalidInputError(
                 f"max_tree_tokens_per_chunk={self.max_tree_tokens_per_chunk}. Expected None or at least 1."
@@ -120,3 +117,11 @@ class TreeConfig:
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise InvalidInputError(f"{name}={value!r}. Expected one of {', '.join(allowed)}.")
+
+
+def _check_calibration(value: object) -> None:
+    expected = "Expected auto, off or a file that `dta calibrate --output` wrote"
+    if not isinstance(value, str) or not value:
+        raise InvalidInputError(f"calibration={value!r}. {expected} (a bare off in YAML means false: quote it).")
+    if value not in ("auto", "off") and not Path(value).expanduser().is_file():
+        raise InvalidInputError(f"calibration={value!r} is no file. {expected}.")

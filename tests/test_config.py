@@ -20,6 +20,10 @@ INVALID: dict[str, tuple[dict[str, object], str]] = {
     "saving NaN": ({"min_saving": float("nan")}, r"min_saving=nan"),
     "calibration off in YAML": ({"calibration": False}, r"calibration=False. Expected auto, off or a file .* quote it"),
     "no calibration": ({"calibration": ""}, r"calibration=''. Expected auto, off or a file"),
+    "missing calibration": (
+        {"calibration": "gone.json"},
+        r"calibration='gone.json' is no file. Expected auto, off or a file",
+    ),
     "verify": ({"verify": "always"}, r"verify='always'. Expected 'off', 'first' or 'every:N' with N >= 1"),
     "every 0": ({"verify": "every:0"}, r"verify='every:0'"),
     "every nothing": ({"verify": "every:"}, r"verify='every:'"),
