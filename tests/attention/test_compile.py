@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -25,9 +26,37 @@ PRODUCTS = ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel")
 RECORDED = json.loads(BUDGETS.read_text())
 
 
-@pytest.fixture(scope="module")
-def report() -> Report:
-    return measure(SHIPPED)
+# Compiled in every run of the suite; the others take minutes and run with `make test-slow`.
+USUAL = [
+    *(Variant(arch, "bfloat16", width) for arch in (80, 90, 100) for width in (64, 128, 256)),
+    *(Variant(90, "bfloat16", 128, features) for features in ("window+sinks", "softcap")),
+    Variant(90, "float32", 128),
+    *(Variant(arch, "bfloat16", 128) for arch in (86, 120)),
+]
+RARE = [variant for variant in SHIPPED if variant not in USUAL]
+every_variant = pytest.mark.parametrize(
+    "variant",
+    [*USUAL, *(pytest.param(variant, marks=pytest.mark.slow) for variant in RARE)],
+    ids=lambda variant: variant.name,
+)
+
+
+@functools.cache
+def usual() -> Report:
+    return measure(USUAL)
+
+
+@functools.cache
+def rare() -> Report:
+    return measure(RARE)
+
+
+def usages_of(variant: Variant) -> dict[str, Usage]:
+    return (usual() if variant in USUAL else rare())[variant.name]
+
+
+def test_what_is_usual_ships() -> None:
+    assert len(RARE) == len(SHIPPED) - len(USUAL)
 
 
 def violations(variant: Variant, usages: dict[str, Usage]) -> list[str]:
@@ -53,27 +82,27 @@ def excesses(usages: dict[str, Usage], budget: dict[str, list[int]]) -> list[str
     ]
 
 
-@pytest.mark.parametrize("variant", SHIPPED, ids=lambda variant: variant.name)
-def test_fits_the_gpu_and_does_not_spill(report: Report, variant: Variant) -> None:
-    assert violations(variant, report[variant.name]) == []
+@every_variant
+def test_fits_the_gpu_and_does_not_spill(variant: Variant) -> None:
+    assert violations(variant, usages_of(variant)) == []
 
 
-@pytest.mark.parametrize("variant", SHIPPED, ids=lambda variant: variant.name)
+@every_variant
 @pytest.mark.skipif(triton.__version__ != RECORDED["triton"], reason="budgets are of another Triton version")
-def test_within_the_recorded_budget(report: Report, variant: Variant) -> None:
-    assert excesses(report[variant.name], RECORDED["variants"][variant.name]) == []
+def test_within_the_recorded_budget(variant: Variant) -> None:
+    assert excesses(usages_of(variant), RECORDED["variants"][variant.name]) == []
 
 
 @pytest.mark.parametrize("arch, instruction", [(80, "mma.sync"), (90, "wgmma.mma"), (100, "tcgen05.mma")])
-def test_half_precision_runs_on_the_native_matrix_unit(report: Report, arch: int, instruction: str) -> None:
+def test_half_precision_runs_on_the_native_matrix_unit(arch: int, instruction: str) -> None:
     for width in (64, 128, 256):
-        usages = report[Variant(arch, "bfloat16", width).name]
+        usages = usages_of(Variant(arch, "bfloat16", width))
         assert {usages[kernel].instruction for kernel in PRODUCTS} == {instruction}
 
 
 @pytest.mark.parametrize("kernel", PRODUCTS)
-def test_loads_run_ahead_where_the_pipeline_has_three_stages(report: Report, kernel: str) -> None:
-    usages = report[Variant(90, "bfloat16", 128).name]
+def test_loads_run_ahead_where_the_pipeline_has_three_stages(kernel: str) -> None:
+    usages = usages_of(Variant(90, "bfloat16", 128))
     assert usages[kernel].pending > 0
 
 
