@@ -8,9 +8,9 @@ Predictions: a small Qwen3 is calibrated (as `dta calibrate` does), then 30 othe
 tree and through TRL's own log-prob method; measured times against those that the calibration predicts.
 
 Gate: 40 batches from no sharing to stars of 32 go through the TRL adapter, which decides by the calibration and may run
-TRL's own path, and through stock TRL, in turn, on the same padded rows, for two models: one as above, and one so small
-that what a tree costs besides the model counts. The ratio is the median over rounds; making the tree, the decision and
-the backward pass are in it.
+TRL's own path, and through stock TRL, in turn, on the same padded rows. The ratio is the median over rounds; making the
+tree, the decision and the backward pass are in it. `--small` takes a model so small that what a tree costs besides the
+model counts.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import gc
 import statistics
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
@@ -38,8 +39,10 @@ from dta_plugin.adapters.trl.state import TreeState
 from dta_plugin.execution.measure import Bench, Case, Rows, calibrate
 
 CPU = torch.device("cpu")
-# Layers, hidden size, vocabulary; and how long the sequences of the gate's batches are, relative to those of the first.
-MODEL, SMALL_MODEL = ((4, 256, 8192), 1.0), ((2, 64, 512), 4.0)
+# Short batches run until this time is up, or so often.
+_LEAST_SECONDS, _MOST_ROUNDS = 2.0, 25
+# Layers, hidden size, vocabulary.
+MODEL, SMALL_MODEL = (4, 256, 8192), (2, 64, 512)
 
 
 def main() -> None:
@@ -47,17 +50,11 @@ def main() -> None:
     gc.freeze()
     torch.set_num_threads(1)
     where = environment(CPU)
-    predicted: list[dict[str, Any]] = []
-    gated: list[dict[str, Any]] = []
-    models = []
     with tempfile.TemporaryDirectory() as folder:
-        for size, longer in (SMALL_MODEL,) if args.smoke else (MODEL, SMALL_MODEL):
-            subject = Subject(size, args, Path(folder))
-            models.append(subject.described | {"calibration": asdict(subject.calibration)})
-            if not predicted:
-                predicted = [subject.predict(case) for case in varied(subject.vocab, args.batches, args.scale)]
-            graded_cases = list(graded(subject.vocab, longer * args.scale))[:: 8 if args.smoke else 1]
-            gated += [subject.gate(case) for case in graded_cases]
+        subject = Subject(SMALL_MODEL if args.small else MODEL, args, Path(folder))
+        predicted = [subject.predict(case) for case in varied(subject.vocab, args.batches, args.scale)]
+        graded_cases = list(graded(subject.vocab, args.scale))[:: 8 if args.smoke else 1]
+        gated = [subject.gate(case) for case in graded_cases]
     found = checks(predicted, gated, args.clock)
     print(f"\n{prediction_table(predicted)}\n\n{gate_table(gated, args.clock)}\n")
     print("\n".join(f"{check['name']}: {check['found']:.3f} (allowed {check['allowed']:.2f})" for check in found))
@@ -70,7 +67,8 @@ def main() -> None:
             "clock": args.clock,
             "rounds": args.rounds,
             **where,
-            "models": models,
+            "model": subject.described,
+            "calibration": asdict(subject.calibration),
             "predicted": predicted,
             "gated": gated,
             "checks": found,
@@ -83,8 +81,9 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny model and batches, a few of each")
+    parser.add_argument("--small", action="store_true", help="a model of hidden size 64")
     parser.add_argument("--batches", type=int, default=30, help="batches to predict (30)")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="at least (3); short batches run more often")
     parser.add_argument("--seconds", type=float, default=60.0, help="of calibration per model (60)")
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="the clock of calibration and figures")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
@@ -92,7 +91,7 @@ def _arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.scale = 0.1 if args.smoke else 1.0
     if args.smoke:
-        args.batches, args.rounds, args.seconds = 5, 1, 1.0
+        args.small, args.batches, args.rounds, args.seconds = True, 5, 1, 1.0
     return args
 
 
@@ -124,7 +123,8 @@ class Subject:
     def predict(self, case: Case) -> dict[str, Any]:
         """Measured and predicted seconds of both ways."""
         bench = Bench(self.model, case, self.trainer, return_entropy=True, clock=CLOCKS[self.clock])
-        for _ in range(self.rounds + 1):
+        bench.run()
+        for _ in range(self._rounds(sum(bench.run()))):
             bench.run()
         tree, dense = (statistics.median(times[1:]) for times in zip(*bench.taken, strict=True))
         sample = bench.sample()
@@ -158,7 +158,10 @@ class Subject:
                 ran.append(self.trainer._metrics["train"]["dta/dense_fallback"][-1])
 
         stock(), adapter()
-        seconds = interleaved({"stock": stock, "adapter": adapter}, self.rounds, before, after, CPU)
+        start = time.perf_counter()
+        stock(), adapter()
+        rounds = self._rounds(time.perf_counter() - start)
+        seconds = interleaved({"stock": stock, "adapter": adapter}, rounds, before, after, CPU)
         ratios = {clock: median_ratio(found["adapter"], found["stock"]) for clock, found in seconds.items()}
         print(f"{case.name}: {ratios[self.clock]:.3f} of stock's time", flush=True)
         tree = PrefixTree.from_sequences(case.sequences)
@@ -171,6 +174,10 @@ class Subject:
             "stock_ms": 1e3 * statistics.median(seconds[self.clock]["stock"]),
             "ratio": ratios,
         }
+
+    def _rounds(self, seconds: float) -> int:
+        """More of them where one is short, and medians would be of noise."""
+        return max(self.rounds, min(_MOST_ROUNDS, round(_LEAST_SECONDS / seconds)))
 
     def _backward(self, rows: Rows, logprobs: torch.Tensor) -> None:
         scored = rows.attention_mask[:, -rows.columns :].bool()

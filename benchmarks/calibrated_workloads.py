@@ -25,7 +25,7 @@ class Draw:
         return self.generator.integers(self.vocab, size=max(2, round(length * self.scale)))
 
     def around(self, mean: float) -> np.ndarray:
-        return self.tokens(self.generator.exponential(mean))
+        return self.tokens(mean * self.generator.uniform(0.5, 1.5))
 
     def one_of(self, *choices: int) -> int:
         return int(self.generator.choice(choices))
@@ -87,10 +87,10 @@ def _unrelated(draw: Draw) -> Case:
 def graded(vocab: int, scale: float = 1.0) -> Iterator[Case]:
     """40 batches: fan-outs 1 to 32 with growing prompts, small and large; the first ones share nothing."""
     draw = Draw(np.random.default_rng(2), vocab, scale)
-    for length in (16, 64):
+    for length in (64, 256):
         for count in (1, 2, 4, 8):
-            rows = [draw.around(2 * length) for _ in range(count)]
-            yield Case(f"{count} unrelated of {2 * length}", rows, [max(1, len(row) // 4) for row in rows])
+            rows = [draw.around(length) for _ in range(count)]
+            yield Case(f"{count} unrelated of {length}", rows, [max(1, len(row) // 4) for row in rows])
     for count in (2, 4, 8, 32):
         for completion in (16, 64):
             for share in (0.1, 0.25, 0.5, 0.8):

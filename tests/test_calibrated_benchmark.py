@@ -21,7 +21,7 @@ def test_smoke_run(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "result.json").read_text())
-    assert result.keys() >= {"benchmark", "clock", "commit", "machine", "models", "versions"}
+    assert result.keys() >= {"benchmark", "clock", "commit", "machine", "model", "versions"}
     assert len(result["predicted"]) == 5 and len(result["gated"]) == 5 and len(result["checks"]) == 3
     for row in result["predicted"]:
         assert row["tree"]["measured"] > 0 and row["dense"]["predicted"] > 0
