@@ -52,8 +52,9 @@ options=(
   data.dataloader_num_workers=0
 
   # verl looks for finished rollouts every two seconds, which is most of a step here; this, every tenth of a second.
-  trainer.v1.sampler.custom_sampler.path=pkg://dta_plugin.adapters.verl_cpu.replay
-  trainer.v1.sampler.custom_sampler.name=EagerReplayBuffer
+  # ("++" because verl 0.8 has no such setting, and no need for it.)
+  ++trainer.v1.sampler.custom_sampler.path=pkg://dta_plugin.adapters.verl_cpu.replay
+  ++trainer.v1.sampler.custom_sampler.name=EagerReplayBuffer
 
   # Every metric of every step in the console and, as JSON, in $folder/metrics.jsonl; no validation, no checkpoints.
   trainer.logger='[console, file]'

@@ -7,15 +7,16 @@ batches that our engine has planned. Task runner: `balance.install()`, after a t
 
 from __future__ import annotations
 
+import logging
 import os
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
 import dta_plugin
+from dta_plugin.adapters.imports import when_imported
 from dta_plugin.adapters.logs import say
-from dta_plugin.adapters.verl.imports import when_imported
-from dta_plugin.adapters.verl.version import checked_version
+from dta_plugin.adapters.verl.version import checked_version, unreached_trainer
 
 ENGINE = "verl.workers.engine.fsdp.transformer_impl"
 WORKERS = "verl.workers.engine_workers"
@@ -39,8 +40,14 @@ def install() -> None:
             when_imported(trainer, _balance)
     _installed = True
     extended = ["FSDP engine for language models", "options of ActorRolloutRefWorker"]
-    extended += ["balancing of PPO trainers"] if balances else []
-    say(f"dta-plugin {dta_plugin.__version__} for verl {found}, process {os.getpid()}: extends {', '.join(extended)}")
+    unreached = unreached_trainer(found)
+    if balances and unreached is None:
+        extended.append("balancing of PPO trainers")
+    line = f"dta-plugin {dta_plugin.__version__} for verl {found}, process {os.getpid()}: extends {', '.join(extended)}"
+    if unreached is None:
+        say(line)
+    else:
+        say(f"{line}; ranks get the rows that verl deals out: {unreached}", logging.WARNING)
 
 
 def _register_engine(_: ModuleType) -> None:

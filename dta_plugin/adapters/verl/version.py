@@ -1,14 +1,18 @@
-"""Which verl releases the adapter supports: those whose engine registry knows vendors and whose one path is engines."""
+"""Which verl releases the adapter supports: those whose one path is engines. And what is out of reach in 0.8."""
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib.metadata import PackageNotFoundError, version
 
 from packaging.version import Version
 
 from dta_plugin.errors import UnsupportedModelError
 
-OLDEST, BELOW = "0.9.0", "0.10"
+OLDEST, BELOW = "0.8.0", "0.10"
+MODULE = "dta_plugin.adapters.verl"
+EXTERNAL_MODULES = "VERL_USE_EXTERNAL_MODULES"  # what verl imports in every process
 
 
 def checked_version() -> str:
@@ -26,3 +30,14 @@ def checked_version() -> str:
             "external_lib=dta_plugin.adapters.verl out."
         )
     return str(found)
+
+
+def unreached_trainer(found: str) -> str | None:
+    """Why the plugin cannot extend the trainer of a run, and the remedy; None where it can, as in 0.9."""
+    if Version(found).release >= (0, 9):
+        return None
+    if MODULE not in os.environ.get(EXTERNAL_MODULES, "").split(","):
+        return f"verl {found} imports external_lib in workers only; export {EXTERNAL_MODULES}={MODULE} as well"
+    if any("main_ppo_sync" in argument for argument in sys.orig_argv):  # a class of the script itself
+        return "main_ppo_sync has a trainer of its own, out of reach; run verl.trainer.main_ppo"
+    return None

@@ -11,11 +11,13 @@ from __future__ import annotations
 import os
 import sys
 
+from dta_plugin.adapters.verl_cpu.install import HAS_PLATFORMS
+
 MODULE = "dta_plugin.adapters.verl_cpu"
 RANKS = "trainer.n_gpus_per_node"
 DEFAULTS = [
     f"{RANKS}=2",
-    "trainer.device=cpu",
+    f"trainer.device={'cpu' if HAS_PLATFORMS else 'cuda'}",  # what stands for Ray's GPUs
     "actor_rollout_ref.rollout.name=hf_cpu",
     "actor_rollout_ref.rollout.tensor_model_parallel_size=1",
     "actor_rollout_ref.rollout.dtype=float32",

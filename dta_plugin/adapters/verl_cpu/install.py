@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
-from dta_plugin.adapters.verl_cpu import platform
-
 ROLLOUT = "hf_cpu"  # actor_rollout_ref.rollout.name
+HAS_PLATFORMS = find_spec("verl.plugin") is not None  # verl has, since 0.9
 
 
 def install() -> None:
     """For this process. Again is no harm."""
-    platform.install()
+    import_module(f"{__package__}.{'platform' if HAS_PLATFORMS else 'before_platforms'}").install()
 
     from verl.workers.rollout.base import _ROLLOUT_REGISTRY
     from verl.workers.rollout.replica import RolloutReplicaRegistry

@@ -1,10 +1,6 @@
-"""verl on a machine without an accelerator: a CPU platform, and the places where verl 0.9 assumes a GPU.
+"""The CPU as a platform of verl 0.9.
 
-Promises: after `install()`, stock verl trains here with FSDP or FSDP2 over gloo; what verl computes is not changed.
-A rank is one of Ray's logical GPUs (`ray.init(num_gpus=N)`). Engines are the ones that verl registers for NVIDIA, and
-so are those that the plugin registers.
-
-Known limit: FSDP 1 with `param_offload` asks for a device "cpu:cpu"; FSDP 2 with it works.
+Engines are the ones that verl registers for NVIDIA, and so are those that the plugin registers.
 """
 
 from __future__ import annotations
@@ -14,13 +10,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
 
-import psutil
 import torch
-import torch.distributed.fsdp as fsdp
-import torch.distributed.fsdp._init_utils as fsdp_init
 from verl.plugin.platform import PlatformBase, PlatformRegistry, set_platform
+
+from dta_plugin.adapters.verl_cpu.device import device_module, replace_gpu_settings
 
 NAME = "cpu"
 
@@ -31,25 +25,7 @@ def install() -> None:
     # The registry has no engine for "cpu", and these two variables are verl's way to choose another one.
     os.environ.update(VERL_ENGINE_DEVICE="cuda", VERL_ENGINE_VENDOR="nvidia")
 
-    import verl.utils.distributed as distributed
-    import verl.utils.fsdp_utils as fsdp_utils
-
-    # These names are replaced before the modules that import them are loaded.
-    distributed.initialize_global_process_group_ray = functools.partial(
-        distributed.initialize_global_process_group_ray,
-        backend="cpu:gloo",  # the default would be "cpu:gloo,cpu:gloo"
-    )
-    fsdp_utils.CPUOffloadPolicy = _no_offload
-    vars(fsdp)["CPUOffload"] = _no_offload
-    fsdp_init._check_module_states_for_sync_module_states = _allow_cpu_states
-
-
-def _no_offload(**_: bool) -> None:
-    """In place of both FSDPs' offload settings: parameters are on the CPU as it is, and there is no memory to pin."""
-
-
-def _allow_cpu_states(module_states: list[torch.Tensor]) -> None:
-    """In place of FSDP 1's check that states to broadcast are on a GPU: gloo broadcasts from a CPU."""
+    replace_gpu_settings()
 
 
 @PlatformRegistry.register(platform=NAME)
@@ -61,7 +37,7 @@ class CPUPlatform(PlatformBase):
 
     @functools.cached_property
     def device_module(self) -> ModuleType:
-        return _device_module()
+        return device_module()
 
     def is_available(self) -> bool:
         return True
@@ -121,33 +97,3 @@ class CPUPlatform(PlatformBase):
 
     def cudart(self) -> None:
         return None
-
-
-def _device_module() -> ModuleType:
-    """torch.cpu, with the functions of torch.cuda that verl calls besides."""
-    module = ModuleType("torch.cpu", "torch.cpu for verl")
-    module.__dict__.update({name: getattr(torch.cpu, name) for name in torch.cpu.__all__})
-    process = psutil.Process()
-
-    def memory(*_: Any) -> int:
-        return process.memory_info().rss
-
-    def mem_get_info(*_: Any) -> tuple[int, int]:
-        found = psutil.virtual_memory()
-        return found.available, found.total
-
-    module.__dict__.update(
-        get_device_name=lambda *_: "CPU",
-        memory_allocated=memory,
-        memory_reserved=memory,
-        max_memory_allocated=memory,
-        max_memory_reserved=memory,
-        mem_get_info=mem_get_info,
-        empty_cache=lambda: None,
-        ipc_collect=lambda: None,
-        get_rng_state=torch.get_rng_state,
-        set_rng_state=torch.set_rng_state,
-        manual_seed=torch.manual_seed,
-        manual_seed_all=torch.manual_seed,
-    )
-    return module

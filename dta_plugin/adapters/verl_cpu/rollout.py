@@ -37,7 +37,7 @@ class HFServer:
     """The model of one replica and the requests that wait for it."""
 
     def __init__(self, config: RolloutConfig, model_config: DictConfig, replica_rank: int) -> None:
-        torch.manual_seed(config.seed + replica_rank)
+        torch.manual_seed(config.get("seed", 0) + replica_rank)  # verl 0.8 has no seed
         path = copy_to_local(model_config.path)
         self.config = config
         self.steps: int | None = None

@@ -18,6 +18,7 @@ from tensordict import NonTensorStack, TensorDict
 from torch import distributed
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from verl.trainer.config import CheckpointConfig
+from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 from verl.utils import tensordict_utils as tu
 from verl.workers.config import FSDPActorConfig, FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, PolicyLossConfig
 from verl.workers.engine.base import EngineRegistry
@@ -25,10 +26,15 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.utils.losses import ppo_loss
 
 from dta_plugin.adapters.verl.engine import TreeEngine  # turns the plugin on
+from dta_plugin.adapters.verl.micro_batches import ADDITIVE
 from dta_plugin.config import TreeConfig
 
 assert verl_cpu
 VOCABULARY = 64
+# verl 0.8 has neither the loss "dro" nor "token-sum".
+ADDITIVE_LOSSES = sorted(ADDITIVE & POLICY_LOSS_REGISTRY.keys())
+AGGREGATIONS = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
+AGGREGATIONS += ["token-sum"] if "dro" in ADDITIVE_LOSSES else []
 Sequences = list[list[int]]
 
 
@@ -157,6 +163,7 @@ def build(setup: Setup, folder: Path, tree: bool) -> Any:
 
 
 def actor_config(step: Step) -> FSDPActorConfig:
+    required = {"dro_beta": 0.1} if step.loss_mode == "dro" else {}
     return FSDPActorConfig(
         strategy="fsdp2",
         rollout_n=4,
@@ -165,7 +172,7 @@ def actor_config(step: Step) -> FSDPActorConfig:
         kl_loss_coef=0.1,
         entropy_coeff=0.01,
         loss_agg_mode=step.loss_agg_mode,
-        policy_loss=PolicyLossConfig(loss_mode=step.loss_mode, dro_beta=0.1),
+        policy_loss=PolicyLossConfig(loss_mode=step.loss_mode, **required),
         fsdp_config=FSDPEngineConfig(strategy="fsdp2"),
     )
 

@@ -14,9 +14,9 @@ pytest.importorskip("verl", reason="verl is not installed: pip install 'dta-plug
 
 from omegaconf import OmegaConf
 
+from dta_plugin.adapters.imports import when_imported
 from dta_plugin.adapters.verl import version
 from dta_plugin.adapters.verl.config import tree_config
-from dta_plugin.adapters.verl.imports import when_imported
 from dta_plugin.adapters.verl.workers import passing_options_on
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
@@ -55,11 +55,29 @@ def test_one_line_and_everything_in_its_place() -> None:
     assert "critic FSDPEngineWithValueHead" in out
 
 
-@pytest.mark.parametrize("found", ["0.8.0", "0.10.0", "0.7.1"])
+@pytest.mark.parametrize("found", ["0.7.1", "0.10.0"])
 def test_unsupported_versions_raise(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(version, "version", lambda _: found)
-    with pytest.raises(UnsupportedModelError, match=f"verl {found} is installed. Expected 0.9.0 <= verl < 0.10"):
+    with pytest.raises(UnsupportedModelError, match=f"verl {found} is installed. Expected 0.8.0 <= verl < 0.10"):
         version.checked_version()
+
+
+@pytest.mark.parametrize(
+    ("found", "modules", "command", "reason"),
+    [
+        ("0.9.1", "", "main_ppo", None),
+        ("0.8.0", "other,dta_plugin.adapters.verl", "main_ppo", None),
+        ("0.8.0", "", "main_ppo", "export VERL_USE_EXTERNAL_MODULES=dta_plugin.adapters.verl as well"),
+        ("0.8.0", "dta_plugin.adapters.verl", "main_ppo_sync", "run verl.trainer.main_ppo"),
+    ],
+)
+def test_a_trainer_out_of_reach(
+    found: str, modules: str, command: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", modules)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", f"verl.trainer.{command}"])
+    said = version.unreached_trainer(found)
+    assert said is None if reason is None else reason in said
 
 
 def _rollout(options: Any) -> Any:

@@ -14,8 +14,6 @@ import pytest
 pytest.importorskip("verl", reason="verl is not installed; it needs an environment of its own")
 
 from verl.trainer.ppo import padding_utils
-from verl.trainer.ppo.ray_trainer import RayPPOTrainer
-from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils import transferqueue_utils
 
 from dta_plugin import InvalidInputError, PrefixTree
@@ -232,16 +230,16 @@ def test_switched_off_is_stock(version: str, option: dict[str, Any]) -> None:
     found = balanced(version, rows, {}, trainer(version, 2, mini_batch=8, n=4, **option))
     one = trainer(version, 2, mini_batch=8, n=4)
     balance.uninstall()
-    assert not hasattr(PPOTrainer._balance_batch, "_dta_stock")
+    assert not hasattr(one._balance_batch, "_dta_stock")
     assert [row.key for row in balanced(version, rows, {}, one)] == [row.key for row in found]
 
 
-def test_installing_twice_wraps_once() -> None:
+@pytest.mark.parametrize("version", VERSIONS)
+def test_installing_twice_wraps_once(version: str) -> None:
+    kind = type(trainer(version, 2, mini_batch=8, n=4))
+    wrapped = kind._balance_batch
     balance.install()
-    wrapped = PPOTrainer._balance_batch, RayPPOTrainer._balance_batch
-    balance.install()
-    assert (PPOTrainer._balance_batch, RayPPOTrainer._balance_batch) == wrapped
-    assert not hasattr(PPOTrainer._balance_batch._dta_stock, "_dta_stock")
+    assert kind._balance_batch is wrapped and not hasattr(wrapped._dta_stock, "_dta_stock")
 
 
 def test_wrong_options_are_errors() -> None:

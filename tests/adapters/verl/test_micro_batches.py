@@ -21,7 +21,17 @@ from dta_plugin.adapters.verl.micro_batches import ADDITIVE, Planner, as_planned
 from dta_plugin.adapters.verl.rows import Rows, token_rows
 from dta_plugin.balance.costs import TYPICAL
 from dta_plugin.config import TreeConfig
-from tests.adapters.verl.support import Setup, Step, actor_config, build, log_probs, mini_batch, nested
+from tests.adapters.verl.support import (
+    ADDITIVE_LOSSES,
+    AGGREGATIONS,
+    Setup,
+    Step,
+    actor_config,
+    build,
+    log_probs,
+    mini_batch,
+    nested,
+)
 
 
 def _loss(step: Step) -> Any:
@@ -113,8 +123,8 @@ def test_where_rows_may_move() -> None:
     assert not may_regroup(local, config, _loss(Step()), forward_only=False)
 
 
-@pytest.mark.parametrize("aggregation", ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean"])
-@pytest.mark.parametrize("loss", sorted(ADDITIVE))
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("loss", ADDITIVE_LOSSES)
 def test_additive_losses_are(loss: str, aggregation: str) -> None:
     """Their gradient is that of the whole mini-batch however it is cut; verl's own code says so."""
     step = Step(loss_mode=loss, loss_agg_mode=aggregation)

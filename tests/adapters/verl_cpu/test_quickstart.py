@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 from recipes.quickstart.rewards import compute_score
 from tests.adapters.verl_cpu.test_recipes import RECIPES
 
 STEPS = 3
+VERL_08 = Version(version("verl")) < Version("0.9")
+# Between the sampler's probabilities and the actor's: largest, mean. verl 0.8 sends weights to rollouts in bfloat16.
+SAMPLER = (5e-2, 5e-3) if VERL_08 else (5e-5, 2e-6)
 Metrics = list[dict[str, Any]]
 
 needs_plugin = pytest.mark.skipif(
@@ -34,13 +38,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def train(folder: Path, *overrides: str) -> tuple[Metrics, str]:
-    """The recipe for a few steps: what it logged for every step, and what it said."""
+def train(folder: Path, *overrides: str, modules: str = "") -> tuple[Metrics, str]:
+    """The recipe for a few steps: what it logged for every step, and what it said. modules: for every process."""
     path = [os.environ.get("PYTHONPATH", ""), str(RECIPES.parent)]
     done = subprocess.run(
-        [RECIPES / "verl" / "quickstart.sh", f"trainer.total_training_steps={STEPS}", *overrides],
+        [
+            RECIPES / "verl" / "quickstart.sh",
+            f"trainer.total_training_steps={STEPS}",
+            "actor_rollout_ref.rollout.calculate_log_probs=True",
+            *overrides,
+        ],
         cwd=RECIPES.parent,
-        env=os.environ | {"QUICKSTART": str(folder), "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"},
+        env=os.environ
+        | {"QUICKSTART": str(folder), "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
+        | {"VERL_USE_EXTERNAL_MODULES": modules},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -57,8 +68,8 @@ def check_learning(steps: Metrics) -> None:
     for step in steps:
         assert 0 <= step["critic/score/mean"] <= 1
         assert step["training/rollout_probs_diff_valid"] == 1
-        assert step["training/rollout_probs_diff_max"] < 5e-5
-        assert step["training/rollout_probs_diff_mean"] < 2e-6
+        assert step["training/rollout_probs_diff_max"] < SAMPLER[0]
+        assert step["training/rollout_probs_diff_mean"] < SAMPLER[1]
     assert steps[0]["actor/kl_loss"] == pytest.approx(0.0, abs=1e-6)
     assert steps[-1]["actor/kl_loss"] > 1e-5
     assert max(step["actor/grad_norm"] for step in steps) > 1e-3
@@ -73,7 +84,7 @@ def test_stock(folder: Path) -> None:
 @needs_plugin
 def test_plugin(folder: Path) -> None:
     """One line more: the same training, and most tokens are computed once; no group is split across ranks."""
-    steps, said = train(folder)
+    steps, said = train(folder, modules="dta_plugin.adapters.verl" if VERL_08 else "")
     check_learning(steps)
     assert f"for verl {version('verl')}, process" in said
     for step in steps:
