@@ -114,7 +114,7 @@ def hopeless(model: nn.Module, longest: int, scored: int, instead: Sequence[Padd
     if speeds is None:
         return None
     weights = model_cost(causal_lm(model))
-    dense = sum(speeds.dense.seconds(weights.padded_parts(batch)) for batch in instead)
+    dense = _dense_seconds(speeds, weights, instead)
     tree = speeds.tree.seconds(weights.parts(longest, np.arange(longest), scored))
     if tree <= (1 - config.min_saving) * dense or _streams_anywhere(model, longest, config):
         return None
@@ -129,13 +129,16 @@ def _streams_anywhere(model: nn.Module, tree_tokens: int, config: TreeConfig) ->
     return any(gathered(model, streams)) if is_collective(model) else streams
 
 
+def _dense_seconds(speeds: Calibration, weights: ModelCost, instead: Sequence[Padded]) -> float:
+    return sum(speeds.dense.seconds(weights.padded_parts(batch)) for batch in instead)
+
+
 def _predicted(
     speeds: Calibration, weights: ModelCost, tree: PrefixTree, edges: ScoredEdges, instead: Sequence[Padded]
 ) -> CostEstimate:
     """Seconds of both ways."""
     as_tree = weights.parts(tree.tree_tokens, tree.depth, len(edges.rows))
-    dense = sum(speeds.dense.seconds(weights.padded_parts(batch)) for batch in instead)
-    return CostEstimate(dense, speeds.tree.seconds(as_tree))
+    return CostEstimate(_dense_seconds(speeds, weights, instead), speeds.tree.seconds(as_tree))
 
 
 def _gate(model: nn.Module, flops: CostEstimate, seconds: CostEstimate | None, min_saving: float) -> tuple[bool, str]:

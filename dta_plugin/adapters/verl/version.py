@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.metadata import PackageNotFoundError, version
 
 from packaging.version import Version
 
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.adapters.releases import supported_release
 
 OLDEST, BELOW = "0.8.0", "0.10"
 MODULE = "dta_plugin.adapters.verl"
@@ -17,19 +16,7 @@ EXTERNAL_MODULES = "VERL_USE_EXTERNAL_MODULES"  # what verl imports in every pro
 
 def checked_version() -> str:
     """The installed version of verl. Raises UnsupportedModelError outside the supported range."""
-    try:
-        found = Version(version("verl"))
-    except PackageNotFoundError:
-        raise UnsupportedModelError(
-            "verl has no installed version that could be checked. Expected a release or a checkout that pip has "
-            f"installed (pip install -e CHECKOUT), {OLDEST} <= verl < {BELOW}."
-        ) from None
-    if not Version(OLDEST) <= found < Version(BELOW):
-        raise UnsupportedModelError(
-            f"verl {found} is installed. Expected {OLDEST} <= verl < {BELOW}; pip install 'dta-plugin[verl]', or leave "
-            "external_lib=dta_plugin.adapters.verl out."
-        )
-    return str(found)
+    return supported_release("verl", OLDEST, BELOW, f", or leave external_lib={MODULE} out")
 
 
 def unreached_trainer(found: str) -> str | None:

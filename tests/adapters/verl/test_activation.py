@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,7 @@ def test_one_line_and_everything_in_its_place() -> None:
 
 @pytest.mark.parametrize("found", ["0.7.1", "0.10.0"])
 def test_unsupported_versions_raise(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(version, "version", lambda _: found)
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: found)
     with pytest.raises(UnsupportedModelError, match=f"verl {found} is installed. Expected 0.8.0 <= verl < 0.10"):
         version.checked_version()
 
