@@ -54,6 +54,11 @@ def sequence_logprobs(
     if not common > 0:
         raise InvalidInputError(f"temperature={common}. Expected a number above 0; 1.0 leaves logits as they are.")
     config = config or TreeConfig()
+    if config.selection() is not None:
+        raise InvalidInputError(
+            f"token_selection={config.token_selection!r} outside of a trainer, where there is no loss to weigh. Draw "
+            "tokens with dta_plugin.objectives.nat, pass them as scored=, and weigh their terms by Drawn.weights."
+        )
     batch = prepare(model, sequences, scored, config, temperatures=own)
     if not batch.use_tree:
         return run_dense(model, batch, temperature=common, return_entropy=return_entropy)

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from dta_plugin.errors import InvalidInputError
+from dta_plugin.objectives.nat import TokenSelection
 
 BACKENDS = ("auto", "cpu", "flex", "reference", "triton")
 _EXECUTORS = ("auto", "packed", "streamed")
 _REGROUP = ("auto", "always", "never")
 _BALANCE_RANKS = ("never", "always")
+_PRUNE = ("auto", "never")
 _ON_UNSUPPORTED = ("error", "dense")
 
 
@@ -74,6 +76,32 @@ class TreeConfig:
         "Move rows between ranks after a generation, within their optimizer step, so that siblings meet and every rank "
         "costs alike: never, or always (where the gradient cannot change). Ranks exchange token ids and moved rows.",
     )
+    prune: str = _option(
+        "auto",
+        "Leave tokens whose log-probs no loss reads (rows with advantage 0, masked turns) out of the update, exactly: "
+        "auto (where the trainer's loss is known), or never (all tokens run, as for the metric `entropy` of all rows).",
+    )
+    token_selection: str = _option(
+        "all",
+        "Update on a random subset of completion tokens, weighted to have the loss and gradient of all tokens on average "
+        "(NAT): all (no subset), rpc (a prefix of every row; what is cut off is not computed), rpc-uniform or "
+        "rpc-two-point (other laws of cuts), urs (single tokens; saves only the LM head), urs-fixed (a fixed number).",
+    )
+    token_budget: float | None = _option(
+        None, "Share of completion tokens that token_selection keeps on average, in (0, 1]. None: 0.5."
+    )
+    token_min_prefix: int | None = _option(
+        None, "First tokens of every completion that token_selection always keeps. None: 1."
+    )
+    token_floor: float | None = _option(
+        None,
+        "Smallest probability with which token_selection keeps a token; the largest weight is its inverse. None: 0.1.",
+    )
+    token_sharing: str | None = _option(
+        None,
+        "How rpc draws its cuts: row (each by itself), group (spread evenly over siblings, so that a group's gradient "
+        "varies less), or batch (one place for the micro-batch). None: group.",
+    )
     on_unsupported: str = _option(
         "error", "What to do where the tree would not be exact: error, or dense (run the dense path, say so once)."
     )
@@ -84,7 +112,9 @@ class TreeConfig:
         _choice("regroup", self.regroup, _REGROUP)
         _choice("merge_window", self.merge_window, _REGROUP)
         _choice("balance_ranks", self.balance_ranks, _BALANCE_RANKS)
+        _choice("prune", self.prune, _PRUNE)
         _choice("on_unsupported", self.on_unsupported, _ON_UNSUPPORTED)
+        self.selection()
         _check_calibration(self.calibration)
         if self.max_tree_tokens_per_chunk is not None and self.max_tree_tokens_per_chunk < 1:
             raise InvalidInputError(
@@ -106,6 +136,20 @@ class TreeConfig:
         if unknown:
             raise InvalidInputError(f"Unknown option(s) {', '.join(unknown)}. Expected among: {', '.join(known)}.")
         return cls(**options)
+
+    def selection(self) -> TokenSelection | None:
+        """What the `token_*` options choose; None for all tokens. Raises InvalidInputError where one has no effect."""
+        names = ("budget", "min_prefix", "floor", "sharing")
+        given = {name: value for name in names if (value := getattr(self, f"token_{name}")) is not None}
+        scheme = self.token_selection
+        without_effect = {"all": names, "urs": ("sharing",), "urs-fixed": ("sharing",), "rpc-uniform": ("floor",)}
+        for name in without_effect.get(scheme, ()):
+            if name in given:
+                raise InvalidInputError(
+                    f"token_{name}={given[name]!r} does nothing with token_selection={scheme!r}. Leave it out, or "
+                    "choose another token_selection (rpc uses all of the token_* options)."
+                )
+        return None if scheme == "all" else TokenSelection(scheme=scheme, **given)
 
     def verifies(self, call: int) -> bool:
         """Whether the call with this 0-based number is to be compared with the dense path."""
