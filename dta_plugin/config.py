@@ -83,7 +83,7 @@ class TreeConfig:
     )
     token_selection: str = _option(
         "all",
-        "Update on a random subset of completion tokens, weighted to have the loss and gradient of all tokens on average "
+        "Update on a random subset of completion tokens, weighted to have all tokens' loss and gradient on average "
         "(NAT): all (no subset), rpc (a prefix of every row; what is cut off is not computed), rpc-uniform or "
         "rpc-two-point (other laws of cuts), urs (single tokens; saves only the LM head), urs-fixed (a fixed number).",
     )
