@@ -18,6 +18,7 @@ class TreeReport:
     ceiling: largest possible speed-up over dense by FLOP count (see tree/cost.py).
     peak_tokens: streamed only, most tokens whose activations are alive at once.
     recomputed_tokens: streamed only, tokens that a backward pass runs forward once more.
+    pruned_tokens: tokens of the batch that no loss reads, left out before the tree was made (not in flat_tokens).
     """
 
     tree: PrefixTree
@@ -28,6 +29,7 @@ class TreeReport:
     ceiling: float
     peak_tokens: int | None = None
     recomputed_tokens: int = 0
+    pruned_tokens: int = 0
 
     @property
     def flat_tokens(self) -> int:
@@ -50,8 +52,9 @@ class TreeReport:
         return draw_text(self.tree, max_lines)
 
     def __str__(self) -> str:
+        pruned = f", {self.pruned_tokens} more pruned" if self.pruned_tokens else ""
         return (
-            f"{self.tree.num_sequences} sequences, {self.flat_tokens} -> {self.tree_tokens} tokens "
+            f"{self.tree.num_sequences} sequences, {self.flat_tokens} -> {self.tree_tokens} tokens{pruned} "
             f"({self.compression_ratio:.2f}x shared, up to {self.ceiling:.2f}x faster by FLOPs), "
             f"{self.executor} on {self.backend}{self._chunking()}: {self.reason}"
         )

@@ -16,6 +16,10 @@ import torch
 Inputs = dict[str, Any]
 
 
+def has_images(buffer: Sequence[Inputs]) -> bool:
+    return any("pixel_values" in batch for batch in buffer)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
     """per_row: values with one entry per row. constant: the others. sizes: rows of each micro-batch."""

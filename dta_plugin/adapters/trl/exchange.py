@@ -8,6 +8,7 @@ moves. Two collectives per generation: token ids, and the rows that move.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import pairwise
@@ -19,7 +20,7 @@ import torch
 from packaging.version import Version
 from torch import distributed
 
-from dta_plugin.adapters.trl.buffer import Inputs, Rows
+from dta_plugin.adapters.trl.buffer import Inputs, Rows, has_images
 from dta_plugin.adapters.trl.deal import to_ranks
 from dta_plugin.adapters.trl.regroup import composition_reason
 from dta_plugin.adapters.trl.rows import MicroBatch, joined
@@ -57,9 +58,14 @@ class Exchanged:
     repeated: list[float]
 
 
-def exchange(trainer: Any, buffer: list[Inputs], window: int, model: ModelCost) -> Exchanged | str:
-    """Move rows between ranks, or say why not; all ranks must call it, with as many micro-batches per `window`."""
-    offers = _gathered(_offer(trainer, buffer, model))
+def exchange(
+    trainer: Any, buffer: list[Inputs], window: int, model: ModelCost, prune: Callable[[list[Inputs]], list[Inputs]]
+) -> Exchanged | str:
+    """Move rows between ranks, or say why not; all ranks must call it, with as many micro-batches per `window`.
+
+    prune: gives the rows as they will run, which is what they cost.
+    """
+    offers = _gathered(_offer(trainer, buffer, model, prune))
     obstacle = next((offer.obstacle for offer in offers if offer.obstacle), None) or _mismatch(offers)
     if obstacle is not None:
         return obstacle
@@ -82,7 +88,9 @@ def _gathered(offer: _Offer) -> list[_Offer]:
     return offers
 
 
-def _offer(trainer: Any, buffer: list[Inputs], model: ModelCost) -> _Offer:
+def _offer(
+    trainer: Any, buffer: list[Inputs], model: ModelCost, prune: Callable[[list[Inputs]], list[Inputs]]
+) -> _Offer:
     obstacle = _obstacle(trainer, buffer)
     if obstacle is not None:
         return _Offer(obstacle, model)
@@ -90,14 +98,14 @@ def _offer(trainer: Any, buffer: list[Inputs], model: ModelCost) -> _Offer:
     foreign = [key for key, value in rows.per_row.items() if not isinstance(value, torch.Tensor)]
     if foreign:
         return _Offer(f"{foreign[0]} is no tensor", model)
-    sequences, first_scored = joined([MicroBatch.from_inputs(batch) for batch in buffer])
+    sequences, first_scored = joined([MicroBatch.from_inputs(batch) for batch in prune(buffer)])
     shapes: dict[str, Shape] = {key: (value.dtype, tuple(value.shape[1:])) for key, value in rows.per_row.items()}  # type: ignore[union-attr]
     return _Offer(None, model, [row.astype(np.int32) for row in sequences], first_scored, rows.sizes, shapes)
 
 
 def _obstacle(trainer: Any, buffer: list[Inputs]) -> str | None:
     """Why rows of this trainer cannot move to another rank."""
-    if any("pixel_values" in batch for batch in buffer):
+    if has_images(buffer):
         return "images do not move"
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     if getattr(parallelism, "non_data_parallel_size", 1) > 1:

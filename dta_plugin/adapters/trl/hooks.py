@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from dta_plugin.adapters.trl.buffer import Inputs
+from dta_plugin.adapters.trl.buffer import Inputs, has_images
 from dta_plugin.adapters.trl.config import tree_config
 from dta_plugin.adapters.trl.exchange import exchange
 from dta_plugin.adapters.trl.regroup import composition_reason, regroup
 from dta_plugin.adapters.trl.scoring import Hook, tree_log_probs
 from dta_plugin.adapters.trl.state import TreeState
+from dta_plugin.adapters.trl.subset import HandedOut, check_selection, pruned
 from dta_plugin.adapters.trl.window import merges, window_size
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import UnsupportedModelError
@@ -49,13 +50,26 @@ def prepare_inputs(trainer: Any, own: Callable[[Any], Any], default: TreeConfig 
     buffer = trainer._buffered_inputs
     if not trainer.model.training or buffer is None:
         return inputs
-    if buffer is not before:
-        if unsupported_reason(trainer.model) is not None:
-            return inputs  # the dense path will run, on exactly what TRL made
+    is_new = buffer is not before
+    if is_new and unsupported_reason(trainer.model) is None:  # else the dense path will run, on what TRL made
         trainer._buffered_inputs = _dealt_out(trainer, config, state, buffer)
     slot = trainer._step % trainer.args.steps_per_generation
+    if is_new or slot == 0 or not state.handed_out:
+        state.handed_out = _drawn(trainer, config, state)
     state.loads.hands_out(slot)
-    return trainer._buffered_inputs[slot]
+    state.log_selection(trainer, state.handed_out[slot].statistics)
+    return state.handed_out[slot].inputs
+
+
+def _drawn(trainer: Any, config: TreeConfig, state: TreeState) -> list[HandedOut]:
+    """The micro-batches of one pass over the generation batch, each with a drawing of its own."""
+    buffer, selection = trainer._buffered_inputs, config.selection()
+    if selection is None:
+        return [HandedOut(inputs) for inputs in buffer]
+    check_selection(trainer, buffer, selection)
+    first = state.micro_step(trainer) - trainer._step % len(buffer)
+    seed, rank = trainer.args.seed, trainer.accelerator.process_index
+    return [HandedOut.of(inputs, selection, seed, first + slot, rank) for slot, inputs in enumerate(buffer)]
 
 
 def _dealt_out(trainer: Any, config: TreeConfig, state: TreeState, buffer: list[Inputs]) -> list[Inputs]:
@@ -64,12 +78,17 @@ def _dealt_out(trainer: Any, config: TreeConfig, state: TreeState, buffer: list[
         cost = tree_cost(trainer.model, config)
     size = window_size(trainer, buffer)
     repeated: list[float] = []
+
+    def prune(batches: list[Inputs]) -> list[Inputs]:
+        return batches if config.prune == "never" else pruned(trainer, batches)
+
     if config.balance_ranks == "always" and trainer.accelerator.num_processes > 1:
-        found = exchange(trainer, buffer, size, cost)
+        found = exchange(trainer, buffer, size, cost, prune)
         if isinstance(found, str):
             state.say_once(trainer, f"rows stay on the ranks that generated them because {found}")
         else:
             buffer, repeated = found.buffer, found.repeated
+    buffer = prune(buffer)
     own_order = _why_not_regroup(trainer, config, buffer)
     separate = regroup(buffer, trainer.args.gradient_accumulation_steps, cost) if own_order is None else buffer
     merged = state.windows.merges = merges(trainer, state, buffer, separate, cost)
@@ -89,7 +108,7 @@ def active_config(trainer: Any, default: TreeConfig | None) -> TreeConfig | None
 
 def _why_not_regroup(trainer: Any, config: TreeConfig, buffer: list[Inputs]) -> str | None:
     """None: regroup. Otherwise why not, empty where there is nothing to say."""
-    if config.regroup == "never" or len(buffer) == 1 or any("pixel_values" in batch for batch in buffer):
+    if config.regroup == "never" or len(buffer) == 1 or has_images(buffer):
         return ""
     reason = composition_reason(trainer)
     if reason is None or config.regroup == "always":

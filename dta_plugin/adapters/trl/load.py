@@ -19,7 +19,7 @@ import torch
 from torch import distributed
 from transformers import TrainerCallback
 
-from dta_plugin.adapters.trl.buffer import Inputs
+from dta_plugin.adapters.trl.buffer import Inputs, has_images
 from dta_plugin.adapters.trl.rows import MicroBatch, joined
 from dta_plugin.balance.costs import TOKENS, SequenceCosts, loads
 from dta_plugin.tree.cost import ModelCost
@@ -64,7 +64,7 @@ class Loads(TrainerCallback):
     ) -> None:
         """A new generation batch. between: per window, tokens that are repeated between ranks, as far as known."""
         self._plan = []
-        if any("pixel_values" in batch for batch in buffer):
+        if has_images(buffer):
             return
         if self._trainer is None:
             self._trainer = trainer

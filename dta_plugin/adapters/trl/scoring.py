@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,8 +42,11 @@ def tree_log_probs(
 
     dense: the trainer's own bound method, which runs where the tree cannot or should not.
     input_ids, attention_mask: [B, P + C], prompts padded left and completions right. logits_to_keep: C.
-    The aux loss is left out of the tuple for TRL versions whose hook returns two values.
+    A mask of weights (see `weights`) names the tokens to score; the values of others, the balance too, are 0. The aux
+    loss is left out of the tuple for TRL versions whose hook returns two values.
     """
+    micro_batch = MicroBatch.from_padded(input_ids, attention_mask, logits_to_keep)
+    is_policy = torch.is_grad_enabled()
 
     def run_dense(reason: str, topic: str | None = None) -> tuple[torch.Tensor | None, ...]:
         state.say_once(trainer, f"dense path: {reason}", topic, logging.WARNING)
@@ -52,7 +56,8 @@ def tree_log_probs(
         kwargs = {"compute_entropy": compute_entropy, **inputs}
         if _returns_aux_loss(dense):
             kwargs["compute_aux_loss"] = compute_aux_loss
-        return dense(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        padded = (model, *micro_batch.padded(input_ids, attention_mask))
+        return tuple(map(micro_batch.only_scored, dense(*padded, *args, **kwargs)))
 
     images = sorted(name for name, value in inputs.items() if value is not None and name != "batch_size")
     if images:
@@ -63,23 +68,25 @@ def tree_log_probs(
             )
         return run_dense(reason)
 
-    micro_batch = MicroBatch.from_padded(input_ids, attention_mask, logits_to_keep)
-    is_policy = torch.is_grad_enabled()
-
     def hook_values(logps: torch.Tensor, entropies: torch.Tensor | None, aux_loss: torch.Tensor | None = None) -> Any:
-        values = tuple(None if x is None else micro_batch.as_columns(x) for x in (logps, entropies))
+        columns = None if entropies is None else micro_batch.as_columns(entropies)
+        if columns is not None and micro_batch.is_weighted:
+            columns = state.with_mean_entropy(columns, micro_batch, attention_mask)
+        values = (micro_batch.as_columns(logps), columns)
         return (*values, aux_loss) if _returns_aux_loss(dense) else values
 
     if is_policy and (waiting := state.windows.take(trainer, model, micro_batch)) is not None:
         return hook_values(*waiting)
-    together = state.windows.begin(trainer, micro_batch) if is_policy else [micro_batch]
+    handed_out = state.of_this_pass() if is_policy else []
+    together = state.windows.begin(trainer, micro_batch, handed_out) if handed_out else [micro_batch]
     target = model if len(together) == 1 else unwrapped(model)
     sequences, first_scored = joined(together)
     instead = [batch.shape for batch in together]
     most_scored = max(len(row) - first for row, first in zip(sequences, first_scored, strict=True))
     with trainer.accelerator.autocast():  # measured speeds are those of a precision
         why = hopeless(model, max(map(len, sequences)), most_scored, instead, state.config)
-        batch = prepare(model, sequences, first_scored, state.config, instead) if why is None else None
+        scored = [mask for batch in together for mask in batch.wanted]
+        batch = prepare(model, sequences, scored, state.config, instead) if why is None else None
     if batch is None:
         return run_dense(str(why), "min_saving")
     if not batch.use_tree:  # the gate's reason has a number, different in every batch
@@ -93,14 +100,15 @@ def tree_log_probs(
         return run_dense(str(error))
     state.calls += 1
     if is_policy:
-        state.say_once(trainer, str(result.report), topic="report")
-        state.log_metrics(trainer, result)
+        report = replace(result.report, pruned_tokens=state.pruned_tokens(trainer, len(together)))
+        state.say_once(trainer, str(report), topic="report")
+        state.log_metrics(trainer, report)
     if len(together) > 1:
         window = f"{len(together)} micro-batches of an accumulation window run as one tree (merge_window)"
         state.say_once(trainer, window, topic="window")
         return hook_values(*state.windows.opened(trainer, model, together, result))
-    entropies = None if result.entropies is None else micro_batch.scored(result.entropies)
-    return hook_values(micro_batch.scored(result.logprobs), entropies, result.router_loss)
+    entropies = None if result.entropies is None else micro_batch.scored_values(result.entropies)
+    return hook_values(micro_batch.scored_values(result.logprobs), entropies, result.router_loss)
 
 
 def _run(

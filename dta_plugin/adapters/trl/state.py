@@ -5,11 +5,17 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
+
 from dta_plugin.adapters.logs import say
+from dta_plugin.adapters.trl.buffer import Inputs
 from dta_plugin.adapters.trl.load import Loads
+from dta_plugin.adapters.trl.rows import MicroBatch
+from dta_plugin.adapters.trl.subset import HandedOut
+from dta_plugin.adapters.trl.weights import LEFT_OUT
 from dta_plugin.adapters.trl.window import Windows
 from dta_plugin.config import TreeConfig
-from dta_plugin.execution.batch import SequenceLogProbs
+from dta_plugin.tree.report import TreeReport
 
 
 class TreeState:
@@ -20,6 +26,9 @@ class TreeState:
         self.calls = 0
         self.windows = Windows()
         self.loads = Loads()
+        self.handed_out: list[HandedOut] = []  # the micro-batches of the current pass over a generation batch
+        self.entropy = 0.0  # mean of the micro-batch that last had any
+        self._micro_steps_before: int | None = None
         self._said: set[str] = set()
 
     @classmethod
@@ -41,14 +50,50 @@ class TreeState:
             self._said.add(topic)
             self.say(trainer, message, level)
 
-    def log_metrics(self, trainer: Any, result: SequenceLogProbs | None) -> None:
-        """Add the `dta/*` metrics of one policy pass to the trainer's log. result: None for the dense path."""
+    def micro_step(self, trainer: Any) -> int:
+        """The number of the current micro-step since the training's first one, before it was resumed, too."""
+        if self._micro_steps_before is None:
+            self._micro_steps_before = trainer.state.global_step * trainer.args.gradient_accumulation_steps
+            self._micro_steps_before -= trainer._step
+        return self._micro_steps_before + trainer._step
+
+    def of_this_pass(self) -> list[Inputs]:
+        """The micro-batches that are handed out in the current pass over the generation batch."""
+        return [each.inputs for each in self.handed_out]
+
+    def pruned_tokens(self, trainer: Any, micro_batches: int) -> int:
+        """Tokens that the next so many micro-batches have and do not run."""
+        slot = trainer._step % max(len(self.handed_out), 1)
+        inputs = [each.inputs for each in self.handed_out[slot : slot + micro_batches]]
+        return sum(int(each[LEFT_OUT].sum()) for each in inputs if LEFT_OUT in each)
+
+    def with_mean_entropy(
+        self, entropies: torch.Tensor, micro_batch: MicroBatch, attention_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Entropies [B, C] with the mean of those that were computed in the balance of rows without any.
+
+        TRL's metric is then the mean over tokens that run; before the first of them, 0.
+        """
+        weights = attention_mask[:, -micro_batch.columns :] * micro_batch.scored[:, -micro_batch.columns :]
+        if weights.any():
+            self.entropy = float((entropies.detach() * weights).sum() / weights.sum())
+        fills = torch.zeros_like(weights, dtype=torch.bool)
+        fills[:, -1] = ~micro_batch.scored.any(dim=1)
+        return entropies.masked_fill(fills, self.entropy)
+
+    def log_selection(self, trainer: Any, statistics: dict[str, float]) -> None:
+        """Add the `dta/*` metrics of what one micro-step has drawn."""
+        for name, value in statistics.items():
+            trainer._metrics["train"][f"dta/{name}"].append(value)
+
+    def log_metrics(self, trainer: Any, report: TreeReport | None) -> None:
+        """Add the `dta/*` metrics of one policy pass to the trainer's log. report: None for the dense path."""
         metrics = trainer._metrics["train" if trainer.model.training else "eval"]
-        metrics["dta/dense_fallback"].append(float(result is None))
-        if result is not None:
-            report = result.report
+        metrics["dta/dense_fallback"].append(float(report is None))
+        if report is not None:
             metrics["dta/flat_tokens"].append(float(report.flat_tokens))
             metrics["dta/tree_tokens"].append(float(report.tree_tokens))
+            metrics["dta/pruned_tokens"].append(float(report.pruned_tokens))
             metrics["dta/compression_ratio"].append(report.compression_ratio)
             metrics["dta/flops_ceiling"].append(report.ceiling)
             metrics["dta/chunks"].append(float(report.chunks))

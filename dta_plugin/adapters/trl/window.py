@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
-from dta_plugin.adapters.trl.buffer import Inputs
+from dta_plugin.adapters.trl.buffer import Inputs, has_images
 from dta_plugin.adapters.trl.rows import MicroBatch, joined
 from dta_plugin.balance.costs import TOKENS, SequenceCosts
 from dta_plugin.config import TreeConfig
@@ -63,7 +63,7 @@ def merges(trainer: Any, state: Any, buffer: list[Inputs], separate: list[Inputs
 def _obstacle(trainer: Any, buffer: list[Inputs]) -> str | None:
     """Why one backward pass per window is not possible."""
     wrapped = trainer.model_wrapped
-    if any("pixel_values" in batch for batch in buffer):
+    if has_images(buffer):
         return "images"
     if getattr(trainer, "aux_loss_enabled", False):
         return "the router loss, which is computed over each micro-batch"
@@ -125,9 +125,11 @@ class Windows(TrainerCallback):
                 "one was skipped: set merge_window='never'."
             )
 
-    def begin(self, trainer: Any, micro_batch: MicroBatch) -> list[MicroBatch]:
-        """What to run together with a micro-batch: the window that begins with it, or itself alone."""
-        buffer = trainer._buffered_inputs
+    def begin(self, trainer: Any, micro_batch: MicroBatch, buffer: list[Inputs]) -> list[MicroBatch]:
+        """What to run together with a micro-batch: the window that begins with it, or itself alone.
+
+        buffer: the micro-batches that are handed out in this pass over the generation batch.
+        """
         if not self.merges or trainer._step == self._step or trainer.accelerator.sync_gradients:
             return [micro_batch]
         slot, size = trainer._step % len(buffer), window_size(trainer, buffer)
@@ -206,7 +208,7 @@ def _through_wrapper(model: nn.Module, values: torch.Tensor) -> torch.Tensor:
 
 def _scored(micro_batches: list[MicroBatch], values: list[torch.Tensor]) -> torch.Tensor:
     rows = iter(values)
-    return torch.cat([batch.scored([next(rows) for _ in batch.sequences]) for batch in micro_batches])
+    return torch.cat([batch.scored_values([next(rows) for _ in batch.sequences]) for batch in micro_batches])
 
 
 class _Delivery(torch.autograd.Function):

@@ -211,6 +211,8 @@ def difference(a: Run, b: Run, ignore: tuple[str, ...] = ()) -> float:
     """Largest relative difference over all logged metrics and final weights (relative to 1 for small metrics)."""
     assert [set(m) for m in a.metrics] == [set(m) for m in b.metrics], "different metrics were logged"
     worst = weight_difference(a, b)
+    pruned = any(entry.get("dta/pruned_tokens", 0) for entry in a.dta + b.dta)
+    ignore = (*ignore, "entropy") if pruned else ignore  # then it is the mean over the tokens that ran
     for left, right in zip(a.metrics, b.metrics, strict=True):
         worst = max(worst, *(_apart(value, right[key]) for key, value in left.items() if key not in ignore))
     return worst

@@ -1,0 +1,123 @@
+"""Which tokens an update runs on: those that TRL's loss reads, and of these the ones that a selection draws.
+
+`pruned` leaves out, once per generation batch, what cannot change the gradient. `HandedOut.of` draws for one
+micro-step; a buffer that is used for several optimizer passes is drawn from anew in each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from trl import GRPOTrainer, RLOOTrainer
+
+from dta_plugin.adapters.trl.buffer import Inputs, Rows, has_images
+from dta_plugin.adapters.trl.weights import loss_mask, reweighted
+from dta_plugin.errors import InvalidInputError
+from dta_plugin.objectives.nat import TokenSelection, draw
+
+_TOKEN_LOCAL = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
+_STEP = ("training_step", "compute_loss", "_compute_loss")
+
+
+def has_own_loss(trainer: Any) -> bool:
+    """Whether losses are computed as TRL does: a subclass may read any token, and change or skip micro-batches."""
+    methods = (getattr(type(trainer), name) for name in _STEP)
+    modules = {method.__module__ for method in methods}
+    return all(module.startswith(("transformers.", "trl.trainer.")) for module in modules)
+
+
+def selection_obstacle(trainer: Any, buffer: list[Inputs]) -> str | None:
+    """Why a loss on a subset of tokens would not be that of all tokens on average; names the setting and the remedy."""
+    if not isinstance(trainer, GRPOTrainer):
+        return f"{type(trainer).__name__}, whose ratio is one of whole sequences; use GRPOTrainer"
+    if not has_own_loss(trainer):
+        return f"{type(trainer).__name__}, which computes a loss of its own; use GRPOTrainer's"
+    level = getattr(trainer, "importance_sampling_level", "token")
+    if level != "token":
+        return f"importance_sampling_level={level!r}, which is no sum over tokens; use 'token'"
+    if trainer.loss_type not in _TOKEN_LOCAL:
+        return f"loss_type={trainer.loss_type!r}, which is no sum over tokens; use one of {', '.join(_TOKEN_LOCAL)}"
+    if getattr(trainer, "off_policy_mask_threshold", None) is not None:
+        return "off_policy_mask_threshold, which judges whole sequences; leave it out"
+    if trainer.top_entropy_quantile < 1.0:
+        return f"top_entropy_quantile={trainer.top_entropy_quantile}, which ranks all tokens; use 1.0"
+    if getattr(trainer, "use_adaptive_entropy", False):
+        return "adaptive entropy control, which compares all tokens' entropy with a target; use a fixed entropy_coef"
+    if getattr(trainer, "aux_loss_enabled", False):
+        return "the router loss, which is no sum over tokens; set router_aux_loss_coef=0"
+    if has_images(buffer):
+        return "images; train on text"
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    if getattr(parallelism, "non_data_parallel_size", 1) > 1:
+        return "tensor, context or sequence parallelism, where ranks share rows; use data parallelism"
+    return None
+
+
+def pruned(trainer: Any, buffer: list[Inputs]) -> list[Inputs]:
+    """The micro-batches of a generation batch without the tokens whose log-probs no loss reads; as they were if none.
+
+    These are masked tokens, and rows with advantage 0 where the loss has no other term. All but the metric `entropy`
+    stay what they were; that one is then of the tokens that run.
+    """
+    if not has_own_loss(trainer) or has_images(buffer):
+        return buffer
+    rows = Rows.of(buffer)
+    inputs: Inputs = rows.per_row | rows.constant
+    reads = loss_mask(inputs) != 0
+    if _ignores_zero_advantages(trainer):
+        advantages = inputs["advantages"]
+        reads &= (advantages if advantages.ndim == 2 else advantages[:, None]) != 0
+    if torch.equal(reads, inputs["completion_mask"] != 0):
+        return buffer
+    thinned = reweighted(inputs, reads.float())
+    if "old_logps" in inputs:  # RLOO's, of whole sequences
+        thinned["old_logps"] = inputs["old_logps"].masked_fill(~reads.any(dim=1), 0)
+    per_row = {key: value for key, value in thinned.items() if key not in rows.constant}
+    return Rows(per_row, rows.constant, rows.sizes).batches()
+
+
+def _ignores_zero_advantages(trainer: Any) -> bool:
+    """Whether a row with advantage 0 adds nothing to the gradient."""
+    if isinstance(trainer, RLOOTrainer):
+        return not getattr(trainer, "aux_loss_enabled", False)
+    return (
+        trainer.beta == 0.0
+        and trainer.top_entropy_quantile >= 1.0
+        and not getattr(trainer, "_entropy_bonus_enabled", False)
+        and not getattr(trainer, "aux_loss_enabled", False)
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HandedOut:
+    """One micro-step's inputs. statistics: of what was drawn (see `Drawn.statistics`)."""
+
+    inputs: Inputs
+    statistics: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, inputs: Inputs, selection: TokenSelection | None, seed: int, step: int, rank: int) -> HandedOut:
+        """Drawn by the numbers given; all tokens if nothing is left out, bit by bit as they were."""
+        if selection is None:
+            return cls(inputs)
+        mask = loss_mask(inputs)
+        drawn = draw(selection, (mask != 0).cpu().numpy(), _groups(inputs), seed=seed, step=step, rank=rank)
+        if not (drawn.weights[drawn.carries_loss] != 1.0).any():
+            return cls(inputs, drawn.statistics())
+        weights = torch.from_numpy(drawn.weights).to(mask.device, torch.float32)
+        return cls(reweighted(inputs, weights), drawn.statistics())
+
+
+def _groups(inputs: Inputs) -> list[int]:
+    """Per row a number, the same for rows of one prompt."""
+    _, groups = torch.unique(inputs["prompt_ids"] * inputs["prompt_mask"], dim=0, return_inverse=True)
+    return groups.tolist()
+
+
+def check_selection(trainer: Any, buffer: list[Inputs], selection: TokenSelection) -> None:
+    """Raises InvalidInputError where the trainer's loss cannot be estimated from a subset of tokens."""
+    obstacle = selection_obstacle(trainer, buffer)
+    if obstacle is not None:
+        raise InvalidInputError(f"token_selection={selection.scheme!r} with {obstacle}, or token_selection='all'.")
