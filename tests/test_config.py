@@ -7,12 +7,44 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 
 from dta_plugin import InvalidInputError, TreeConfig
+from dta_plugin.objectives.nat import TokenSelection
 
 INVALID: dict[str, tuple[dict[str, object], str]] = {
     "backend": ({"backend": "cuda"}, r"backend='cuda'. Expected one of auto, cpu, flex, reference"),
     "executor": ({"executor": "chunked"}, r"executor='chunked'. Expected one of auto, packed"),
     "on_unsupported": ({"on_unsupported": "warn"}, r"on_unsupported='warn'. Expected one of error, dense"),
     "balance_ranks": ({"balance_ranks": "auto"}, r"balance_ranks='auto'. Expected one of never, always"),
+    "prune": ({"prune": "always"}, r"prune='always'. Expected one of auto, never"),
+    "prune in YAML": ({"prune": False}, r"prune=False. Expected one of auto, never"),
+    "selection": ({"token_selection": "nat"}, r"token_selection='nat'. Expected all or one of urs, urs-fixed, rpc"),
+    "selection off": ({"token_selection": False}, r"token_selection=False. Expected all or one of urs"),
+    "budget of all": (
+        {"token_budget": 0.5},
+        r"token_budget=0.5 does nothing with token_selection='all'. Leave it out, or choose another token_selection",
+    ),
+    "prefix of all": ({"token_min_prefix": 8}, r"token_min_prefix=8 does nothing with token_selection='all'"),
+    "floor of all": ({"token_floor": 0.1}, r"token_floor=0.1 does nothing with token_selection='all'"),
+    "sharing of all": ({"token_sharing": "group"}, r"token_sharing='group' does nothing with token_selection='all'"),
+    "sharing of urs": (
+        {"token_selection": "urs", "token_sharing": "row"},
+        r"token_sharing='row' does nothing with token_selection='urs'. Leave it out, or choose .* \(rpc uses all",
+    ),
+    "sharing of urs-fixed": (
+        {"token_selection": "urs-fixed", "token_sharing": "group"},
+        r"token_sharing='group' does nothing with token_selection='urs-fixed'",
+    ),
+    "floor of uniform": (
+        {"token_selection": "rpc-uniform", "token_floor": 0.1},
+        r"token_floor=0.1 does nothing with token_selection='rpc-uniform'",
+    ),
+    "budget": ({"token_selection": "rpc", "token_budget": 1.1}, r"token_budget=1.1. Expected a share of the tokens"),
+    "budget of uniform": (
+        {"token_selection": "rpc-uniform", "token_budget": 0.3},
+        r"token_budget=0.3 with token_selection=rpc-uniform.* Expected at least 0.5",
+    ),
+    "prefix": ({"token_selection": "rpc", "token_min_prefix": 0}, r"token_min_prefix=0. Expected a whole number"),
+    "floor": ({"token_selection": "urs", "token_floor": 0.0}, r"token_floor=0.0. Expected a probability in \(0, 1\]"),
+    "sharing": ({"token_selection": "rpc", "token_sharing": "all"}, r"token_sharing='all'. Expected one of row, group"),
     "no tokens": ({"max_tree_tokens_per_chunk": 0}, r"max_tree_tokens_per_chunk=0. Expected None or at least 1"),
     "negative tokens": ({"max_tree_tokens_per_chunk": -5}, r"max_tree_tokens_per_chunk=-5"),
     "saving 1": ({"min_saving": 1.0}, r"min_saving=1.0. Expected a share in \[0, 1\)"),
@@ -56,6 +88,37 @@ def test_options_are_keywords_and_frozen() -> None:
         TreeConfig("cpu")  # type: ignore[misc]
     with pytest.raises(FrozenInstanceError):
         TreeConfig().backend = "cpu"  # type: ignore[misc]
+
+
+def test_all_tokens_are_selected_unless_asked() -> None:
+    assert TreeConfig().selection() is None
+    assert TreeConfig(prune="never").selection() is None
+
+
+@pytest.mark.parametrize(
+    "options,expected",
+    [
+        ({"token_selection": "urs"}, TokenSelection(scheme="urs")),
+        (
+            {"token_selection": "rpc", "token_budget": 0.4, "token_min_prefix": 64, "token_floor": 0.2}
+            | {"token_sharing": "batch"},
+            TokenSelection(scheme="rpc", budget=0.4, min_prefix=64, floor=0.2, sharing="batch"),
+        ),
+        (
+            {"token_selection": "rpc-uniform", "token_sharing": "row"},
+            TokenSelection(scheme="rpc-uniform", sharing="row"),
+        ),
+    ],
+)
+def test_token_options_choose_a_selection(options: dict[str, object], expected: TokenSelection) -> None:
+    assert TreeConfig.from_options(options).selection() == expected
+
+
+@pytest.mark.parametrize("name,default", [("budget", 0.5), ("min_prefix", 1), ("floor", 0.1), ("sharing", "group")])
+def test_help_names_the_value_that_none_stands_for(name: str, default: object) -> None:
+    (help_text,) = (option.metadata["help"] for option in fields(TreeConfig) if option.name == f"token_{name}")
+    assert help_text.endswith(f"None: {default}.")
+    assert getattr(TokenSelection(scheme="rpc"), name) == default
 
 
 @pytest.mark.parametrize(

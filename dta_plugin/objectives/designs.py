@@ -152,7 +152,7 @@ def _linear_cut(tokens: int, budget: float, min_prefix: int, floor: float, short
 
     if budget >= 1 or min_prefix >= tokens:
         return PrefixCut(np.ones(tokens))
-    low, high = float(shortest), tokens / (1 - budget) ** 2 + tokens
+    low, high = float(shortest), tokens / (1 - budget) + tokens
     if survival(low).sum() >= budget * tokens:
         return PrefixCut(survival(low))
     for _ in range(_BISECTIONS):

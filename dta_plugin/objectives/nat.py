@@ -58,8 +58,10 @@ class TokenSelection:
                 f"token_budget={self.budget} with token_selection=rpc-uniform, whose cuts keep half of the tokens or "
                 "more. Expected at least 0.5; rpc reaches any budget above token_floor."
             )
-        if self.min_prefix < 1:
-            raise InvalidInputError(f"token_min_prefix={self.min_prefix}. Expected at least 1 token.")
+        if not isinstance(self.min_prefix, int) or self.min_prefix < 1:
+            raise InvalidInputError(
+                f"token_min_prefix={self.min_prefix}. Expected a whole number of tokens, at least 1."
+            )
         if not 0.0 < self.floor <= 1.0:
             raise InvalidInputError(f"token_floor={self.floor}. Expected a probability in (0, 1].")
         if self.sharing not in SHARINGS:
@@ -75,7 +77,7 @@ class TokenSelection:
         return _design(self.scheme, tokens, self.budget, self.min_prefix, self.floor)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=512)
 def _design(scheme: str, tokens: int, budget: float, min_prefix: int, floor: float) -> Design:
     return _DESIGNS[scheme](tokens, budget, min_prefix, floor)
 
@@ -93,15 +95,16 @@ class Drawn:
 
     def statistics(self) -> dict[str, float]:
         """kept_fraction of the tokens that carry loss, max_weight and mean_weight (1 on average), and
-        effective_sample_size: (sum w)^2 / sum w^2 as a share of those tokens."""
+        effective_sample_size: (sum w)^2 / sum w^2 as a share of those tokens, 0 where none is kept."""
         weights = self.weights[self.carries_loss]
         if not len(weights):
             return {}
+        squares = float((weights**2).sum())
         return {
             "kept_fraction": float((weights > 0).mean()),
             "max_weight": float(weights.max()),
             "mean_weight": float(weights.mean()),
-            "effective_sample_size": float(weights.sum() ** 2 / (weights**2).sum() / len(weights)),
+            "effective_sample_size": float(weights.sum()) ** 2 / squares / len(weights) if squares else 0.0,
         }
 
 
