@@ -79,11 +79,12 @@ def pruned(trainer: Any, buffer: list[Inputs]) -> list[Inputs]:
 
 
 def _ignores_zero_advantages(trainer: Any) -> bool:
-    """Whether a row with advantage 0 adds nothing to the gradient."""
+    """Whether a row with advantage 0 adds nothing to the gradient, and nothing of its own to a metric but `entropy`."""
     if isinstance(trainer, RLOOTrainer):
         return not getattr(trainer, "aux_loss_enabled", False)
     return (
         trainer.beta == 0.0
+        and trainer.loss_type != "vespo"
         and trainer.top_entropy_quantile >= 1.0
         and not getattr(trainer, "_entropy_bonus_enabled", False)
         and not getattr(trainer, "aux_loss_enabled", False)

@@ -49,8 +49,8 @@ def reweighted(inputs: Inputs, weights: torch.Tensor) -> Inputs:
     kept = weights != 0
     width = max(int(kept.any(dim=0).nonzero().max()) + 1 if kept.any() else 0, 1)
     balance = total.to(weights.dtype) - weights.sum(dim=1)
-    result = {key: value for key, value in inputs.items() if key != "tool_mask"}
-    for key, value in inputs.items():
+    result = {key: value for key, value in inputs.items() if key != "tool_mask"}  # weights are 0 there already
+    for key, value in list(result.items()):
         if key in _PROMPT or not _is_per_token(value, completion_mask):
             continue
         shape = (*kept[:, :width].shape, *[1] * (value.ndim - 2))

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from dta_plugin.adapters.trl import TreeGRPOConfig, TreeGRPOTrainer, TreeRLOOConfig, TreeRLOOTrainer, subset
+from dta_plugin.adapters.trl.config import tree_config
 from dta_plugin.errors import InvalidInputError
-from dta_plugin.objectives.nat import Drawn, TokenSelection
+from dta_plugin.objectives.nat import Drawn
 from tests.adapters.trl.support import build, identical, train
 from tests.support.nat import drawings
 
@@ -38,7 +39,7 @@ PROMPTS = [[0, 5, 6, 7], [5, 6, 7, 8]]
 COMPLETIONS = [[11, 12, 13, 0, 0], [14, 15, 16, 17, 2]]
 TOOLS = [[1, 1, 1, 0, 0], [1, 1, 0, 1, 1]]
 
-Loss = Callable[[Any, Drawn | None], tuple[float, torch.Tensor, dict[str, float]]]
+Step = tuple[float, torch.Tensor, dict[str, float]]  # loss, gradient of all weights in a row, metrics
 
 
 def rows(trainer: Any, advantages: tuple[float, float] = (0.8, -0.5), tools: bool = True) -> dict[str, Any]:
@@ -72,10 +73,8 @@ def trainer_of(model: str, folder: Path, **config: Any) -> Any:
     return trainer
 
 
-def one_step(
-    trainer: Any, inputs: dict[str, Any], drawn: Drawn | None = None
-) -> tuple[float, torch.Tensor, dict[str, float]]:
-    """Loss, gradient of all weights in a row, and metrics of one micro-step. drawn: what the selection draws."""
+def one_step(trainer: Any, inputs: dict[str, Any], drawn: Drawn | None = None) -> Step:
+    """One micro-step. drawn: what the selection draws."""
     trainer._buffered_inputs, trainer._step = [inputs], trainer.args.steps_per_generation
     trainer._metrics["train"].clear()
     trainer.model.zero_grad()
@@ -89,19 +88,17 @@ def one_step(
     return loss.item(), gradient, metrics
 
 
-def whole(
-    model: str, folder: Path, config: dict[str, Any], **options: Any
-) -> tuple[float, torch.Tensor, dict[str, float]]:
+def whole(model: str, folder: Path, config: dict[str, Any], **options: Any) -> Step:
     """One micro-step on all tokens."""
     trainer = trainer_of(model, folder, **config)
     return one_step(trainer, rows(trainer, **options))
 
 
-def average(
-    trainer: Any, change: Callable[[Drawn], Drawn] = lambda drawn: drawn
-) -> tuple[float, torch.Tensor, dict[str, float]]:
+def average(trainer: Any, change: Callable[[Drawn], Drawn] = lambda drawn: drawn) -> Step:
     """Mean loss, gradient and metrics over every drawing."""
-    selection = trainer_config(trainer)
+    config = tree_config(trainer.args)
+    selection = config and config.selection()
+    assert selection is not None
     inputs = rows(trainer)
     carries = (inputs["completion_mask"] * inputs["tool_mask"] != 0).numpy()
     loss, gradient, metrics = 0.0, torch.zeros(()), dict[str, float]()
@@ -112,18 +109,6 @@ def average(
         for name, value in values[2].items():
             metrics[name] = metrics.get(name, 0.0) + probability * value
     return loss, gradient, metrics
-
-
-def trainer_config(trainer: Any) -> TokenSelection:
-    selection = subset_config(trainer).selection()
-    assert selection is not None
-    return selection
-
-
-def subset_config(trainer: Any) -> Any:
-    from dta_plugin.adapters.trl.config import tree_config
-
-    return tree_config(trainer.args)
 
 
 def apart(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -211,6 +196,7 @@ def test_training_runs_on_half_the_tokens(model: str, tmp_path: Path, merge: str
         "gradient_accumulation_steps": 2,
         "dta_token_selection": "rpc",
         "dta_prune": "never",
+        "dta_regroup": "never",
     }
     run = train(model, tmp_path, TreeGRPOTrainer, TreeGRPOConfig, **config, dta_merge_window=merge)
     again = train(model, tmp_path, TreeGRPOTrainer, TreeGRPOConfig, **config, dta_merge_window=merge)
