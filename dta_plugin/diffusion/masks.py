@@ -114,7 +114,8 @@ def prompt_noise(
 ) -> torch.Tensor:
     """bool [B, P]: every real prompt token with the given probability, from the row's seed.
 
-    The noise of diffu-GRPO (arXiv 2504.12216). attention_mask: [B, P], 0 at padding; where it stands in the row makes no difference. sample: which of many draws.
+    The noise of diffu-GRPO (arXiv 2504.12216). attention_mask: [B, P], 0 at padding; where the prompt stands in the row
+    makes no difference. sample: which of many draws.
     """
     real = attention_mask.bool().cpu().numpy()
     noise = np.zeros(real.shape, dtype=bool)
