@@ -120,7 +120,7 @@ def model_call(
         call["position_ids"] = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
     if family.block_length is not None:
         _check_block_attention(module)
-        call["attention_mask"] = _block_mask(input_ids, attention_mask, family.block_length, module.dtype)
+        call["attention_mask"] = _block_mask(module, input_ids, attention_mask, family.block_length)
     accepted = inspect.signature(module.forward).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         call = {name: value for name, value in call.items() if name in accepted}
@@ -128,14 +128,15 @@ def model_call(
 
 
 def _block_mask(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, block_length: int, dtype: torch.dtype
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, block_length: int
 ) -> torch.Tensor:
-    """[B or 1, 1, S, S] to be added to attention scores: a token sees the real tokens of its own and earlier blocks."""
+    """[B or 1, 1, S, S]: a token sees the real tokens of its own and earlier blocks. bool; for eager to be added."""
     real = torch.ones_like(input_ids[:1]) if attention_mask is None else attention_mask.long()
     block = (real.cumsum(dim=1) - 1).clamp(min=0) // block_length
-    visible = (block[:, None, :] <= block[:, :, None]) & real.bool()[:, None, :]
-    mask = torch.zeros(visible.shape, dtype=dtype, device=input_ids.device)
-    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+    visible = ((block[:, None, :] <= block[:, :, None]) & real.bool()[:, None, :])[:, None]
+    if model.config._attn_implementation == "sdpa":
+        return visible
+    return torch.zeros_like(visible, dtype=model.dtype).masked_fill_(~visible, torch.finfo(model.dtype).min)
 
 
 def _check_block_attention(model: PreTrainedModel) -> None:

@@ -45,7 +45,7 @@ class SamplerConfig:
         if self.steps < self.blocks or self.steps % self.blocks or self.steps > self.gen_length:
             raise InvalidInputError(
                 f"steps={self.steps} for {self.blocks} block(s) of {self.block_length}. Expected a multiple of "
-                f"{self.blocks}, at most gen_length={self.gen_length}: each block has as many, and each commits a token."
+                f"{self.blocks}, at most gen_length={self.gen_length}: as many in each block, each to commit a token."
             )
         if self.temperature < 0 or self.guidance_scale < 0:
             raise InvalidInputError(

@@ -84,6 +84,17 @@ def test_block_attention_is_causal_over_blocks_and_full_inside(attention: str) -
     assert not torch.allclose(before, predictions(model, FAMILY, ids, mask))  # negative control
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_block_attention_under_autocast(attention: str) -> None:
+    family = dataclasses.replace(FAMILY, block_length=3)
+    ids, mask = padded([list(range(3, 11)), list(range(3, 9))])
+    exact = predictions(diffusion_model(attention=attention), family, ids, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = predictions(diffusion_model(attention=attention), family, ids, mask).float()
+    real = mask.bool()
+    assert (rough - exact)[real].abs().max() < 0.1 * exact.abs().max()
+
+
 def test_a_causal_config_is_run_in_both_directions() -> None:
     causal, native = tiny_model("qwen3", vocab_size=32), diffusion_model()
     torch.testing.assert_close(predictions(causal, FAMILY, IDS), predictions(native, FAMILY, IDS))
