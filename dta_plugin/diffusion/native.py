@@ -10,12 +10,13 @@ What makes it a diffusion LM is stored in the config, so `save_pretrained` and `
 from __future__ import annotations
 
 import copy
-from typing import Any
-
-from transformers import PreTrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from dta_plugin.diffusion.family import DiffusionFamily
 from dta_plugin.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def bidirectional(

@@ -124,4 +124,3 @@ def per_sample_losses(
         terms = bound_terms(d, advantages[rows].to(new.dtype), samples, clip, dual_clip)
         loss = terms.sum() * (-loss_scale / len(advantages))
         yield SampleLoss(sample, loss, d.detach().new_zeros(len(advantages)).index_put((rows,), d.detach()))
-        del new, d, terms, loss

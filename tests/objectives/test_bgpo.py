@@ -248,8 +248,8 @@ def peak_bytes(batch: Batch, samples: int, is_loop: bool) -> int:
 
 def test_the_loop_needs_the_memory_of_one_sample_and_one_graph_that_of_all() -> None:
     batch = make_batch(torch.float32, lengths=(40, 38, 40, 36))
-    loop = {n: peak_bytes(batch, n, True) for n in (1, 2, 4, 8, 16, 32)}
-    graph = {n: peak_bytes(batch, n, False) for n in (1, 2, 4, 8, 16, 32)}
+    loop = {n: peak_bytes(batch, n, True) for n in (1, 4, 32)}
+    graph = {n: peak_bytes(batch, n, False) for n in (1, 4, 32)}
     for n in loop:
         assert abs(loop[n] / loop[1] - 1) < 0.05
         assert abs(graph[n] / (n * graph[1]) - 1) < 0.05
