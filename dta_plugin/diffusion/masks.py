@@ -85,7 +85,8 @@ def draw_masks(
     stratified: the first level is uniform, the others follow evenly spaced, modulo the range; each alone is uniform.
     coupled: samples 2i and 2i + 1 mask complementary tokens, so that a pair scores every token once (coupled-GRPO,
     arXiv 2506.20639). In the k form k is then uniform in 0 .. L with weight (L + 1) / k, which keeps the mean exact; a
-    sample without a masked token weighs 0, which adds variance where completions are short. In the t form t lies in [EPSILON, 1 - EPSILON].
+    sample without a masked token weighs 0, which adds variance where completions are short. In the t form t lies in
+    [EPSILON, 1 - EPSILON].
 
     Raises InvalidInputError for other forms, shapes and signs, and for an odd number of coupled samples.
     """

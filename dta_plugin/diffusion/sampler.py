@@ -2,7 +2,7 @@
 
 The completion starts as a canvas of mask tokens. Blocks are filled from left to right; every step runs the model once,
 proposes a token for each masked position of the block, and commits the most confident ones. A committed token is never
-masked again (LLaDA, arXiv 2502.09992, section 2.4).
+masked again (LLaDA, arXiv 2502.09992).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 One sample masks some completion tokens, runs the model once, and weighs the log-probs of the masked tokens:
 l = weight * sum over masked i of log p(y_i | noised y, x). Its mean over samples is an unbiased estimate of a lower
-bound of log p(y | x) (BGPO, arXiv 2510.11683, eq. 4; LLaDA, arXiv 2502.09992, eq. 5).
+bound of log p(y | x) (BGPO, arXiv 2510.11683; LLaDA, arXiv 2502.09992).
 """
 
 from __future__ import annotations

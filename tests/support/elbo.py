@@ -31,9 +31,7 @@ class Batch:
 
     def term(self, draws: MaskDraws, sample: int, rows: torch.Tensor | None = None) -> torch.Tensor:
         """ELBO terms of the model as it is now."""
-        return sample_term(
-            self.model, FAMILY, self.input_ids, self.attention_mask, draws, sample, self.width, rows
-        )
+        return sample_term(self.model, FAMILY, self.input_ids, self.attention_mask, draws, sample, self.width, rows)
 
     def terms(self, draws: MaskDraws) -> torch.Tensor:
         """[B, n], with graph."""
