@@ -1,1 +1,1 @@
-"""What is optimised: losses on a subset of tokens (nat) and bounds for diffusion language models (bgpo)."""
+"""What is optimised: losses on a subset of tokens (`nat`), and bounds for diffusion language models (`bgpo`)."""

@@ -1,0 +1,19 @@
+"""Diffusion language models: how they are asked, how completions are noised, and how they are sampled."""
+
+from dta_plugin.diffusion.family import DiffusionFamily, predictions
+from dta_plugin.diffusion.masks import MaskDraws, draw_masks, prompt_noise
+from dta_plugin.diffusion.native import bidirectional, family_from_config
+from dta_plugin.diffusion.sampler import SampledCompletions, SamplerConfig, sample
+
+__all__ = [
+    "DiffusionFamily",
+    "MaskDraws",
+    "SampledCompletions",
+    "SamplerConfig",
+    "bidirectional",
+    "draw_masks",
+    "family_from_config",
+    "predictions",
+    "prompt_noise",
+    "sample",
+]

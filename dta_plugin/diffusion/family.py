@@ -1,0 +1,211 @@
+"""How a diffusion language model is asked for token predictions, whatever its family.
+
+A masked diffusion LM reads a prompt and a partly masked completion and predicts the token at every position. Families
+differ in which row of logits belongs to a token (`is_shifted`) and in what a token sees (`block_length`);
+`predictions` gives entry i for token i in all of them. A model that attends causally raises UnsupportedModelError.
+
+Blocks of a `block_length` family are counted from the first real token of the row, prompt included, and the completion
+continues a prompt's last, unfinished block: block diffusion models (SDAR) are trained and served so.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from dta_plugin.execution.model import causal_lm, input_device, layer_types
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DiffusionFamily:
+    """How a diffusion LM is asked for token predictions. Raises InvalidInputError for ids and lengths that cannot be.
+
+    mask_token_id: what stands for a token that is not known yet; never sampled. eos_token_ids: what ends a completion;
+    the first one fills what follows. forbidden_token_ids: never sampled, beside the mask token.
+    is_shifted: logits at i - 1 predict token i (Dream); else logits at i predict token i.
+    block_length: attention is causal over blocks of so many tokens and full inside (SDAR); None: full attention.
+    """
+
+    name: str
+    mask_token_id: int
+    pad_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    is_shifted: bool = False
+    block_length: int | None = None
+    forbidden_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        ids = {
+            "mask_token_id": (self.mask_token_id,),
+            "pad_token_id": () if self.pad_token_id is None else (self.pad_token_id,),
+            "eos_token_ids": self.eos_token_ids,
+            "forbidden_token_ids": self.forbidden_token_ids,
+        }
+        for name, values in ids.items():
+            if any(not isinstance(i, int) or i < 0 for i in values):
+                raise InvalidInputError(f"{name}={values}. Expected token ids of at least 0; look at the tokenizer.")
+        if self.mask_token_id in self.eos_token_ids:
+            raise InvalidInputError(
+                f"mask_token_id={self.mask_token_id} is among eos_token_ids={self.eos_token_ids}. Expected a token of "
+                "its own; reserve one for the mask."
+            )
+        if self.block_length is not None and self.block_length < 1:
+            raise InvalidInputError(f"block_length={self.block_length}. Expected None or at least 1.")
+
+    @property
+    def never_sampled(self) -> tuple[int, ...]:
+        """The mask token and the forbidden ones."""
+        return (self.mask_token_id, *self.forbidden_token_ids)
+
+
+def predictions(
+    model: nn.Module,
+    family: DiffusionFamily,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    columns: slice | None = None,
+) -> torch.Tensor:
+    """Logits [B, C, V] in the model's dtype; entry i predicts the token at the i-th of the columns.
+
+    input_ids: int64 [B, S], some of them the mask token. attention_mask: [B, S], 0 at padding (left, right or both), or
+    None. columns: which positions of S, step 1; None for all. Only those go through the LM head where the model takes
+    `logits_to_keep`. model: a Hugging Face LM, wrapped (PEFT, DDP, FSDP) or not. Column 0 of a shifted family has no
+    logits before it and gets those of column 0.
+
+    Raises UnsupportedModelError if the model attends causally, or cannot take the masks of its family.
+    """
+    check_attention(model, family)
+    first, last = column_range(columns, input_ids, attention_mask)
+    rows = logit_rows(family, first, last, input_ids.device)
+    return _logits(model, family, input_ids, attention_mask, rows)
+
+
+def column_range(
+    columns: slice | None, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+) -> tuple[int, int]:
+    """First and last + 1 of the columns, checked against the shapes of a call."""
+    if input_ids.ndim != 2 or (attention_mask is not None and attention_mask.shape != input_ids.shape):
+        given = None if attention_mask is None else tuple(attention_mask.shape)
+        raise InvalidInputError(
+            f"input_ids of shape {tuple(input_ids.shape)} and an attention mask of shape {given}. Expected [B, S] for "
+            "both: one value per token."
+        )
+    first, last, step = (columns or slice(None)).indices(input_ids.shape[1])
+    if step != 1 or last <= first:
+        raise InvalidInputError(
+            f"columns={columns} of {input_ids.shape[1]} tokens. Expected a slice of step 1 with at least one token."
+        )
+    return first, last
+
+
+def logit_rows(family: DiffusionFamily, first: int, last: int, device: torch.device) -> torch.Tensor:
+    """int64 [last - first]: at which positions the logits of the tokens first .. last - 1 are found."""
+    rows = torch.arange(first, last, device=device)
+    return (rows - 1).clamp(min=0) if family.is_shifted else rows
+
+
+def model_call(
+    module: PreTrainedModel, family: DiffusionFamily, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+) -> dict[str, Any]:
+    """Keyword arguments of the forward of a model or of its decoder: masks, positions, attention in both directions."""
+    call: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": False, "is_causal": False}
+    if attention_mask is not None:
+        call["position_ids"] = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+    if family.block_length is not None:
+        _check_block_attention(module)
+        call["attention_mask"] = _block_mask(module, input_ids, attention_mask, family.block_length)
+    accepted = inspect.signature(module.forward).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        call = {name: value for name, value in call.items() if name in accepted}
+    return {"input_ids": input_ids, **call}
+
+
+def _block_mask(
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, block_length: int
+) -> torch.Tensor:
+    """[B or 1, 1, S, S]: a token sees the real tokens of its own and earlier blocks. bool; for eager to be added."""
+    real = torch.ones_like(input_ids[:1]) if attention_mask is None else attention_mask.long()
+    block = (real.cumsum(dim=1) - 1).clamp(min=0) // block_length
+    visible = ((block[:, None, :] <= block[:, :, None]) & real.bool()[:, None, :])[:, None]
+    if model.config._attn_implementation == "sdpa":
+        return visible
+    return torch.zeros_like(visible, dtype=model.dtype).masked_fill_(~visible, torch.finfo(model.dtype).min)
+
+
+def _check_block_attention(model: PreTrainedModel) -> None:
+    kind = model.config._attn_implementation
+    if kind not in ("eager", "sdpa"):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has attn_implementation={kind!r}, which takes no mask of block attention. "
+            "Expected 'sdpa' or 'eager'; load the model with attn_implementation='sdpa'."
+        )
+    other = sorted(set(layer_types(model.config.get_text_config())) - {"full_attention"})
+    if other:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has {', '.join(other)} layers. Expected full attention in every layer: a block "
+            "mask replaces the layer's own; use another model."
+        )
+
+
+def _logits(
+    model: nn.Module,
+    family: DiffusionFamily,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    rows: torch.Tensor,
+) -> torch.Tensor:
+    base = causal_lm(model)
+    call = model_call(base, family, input_ids, attention_mask)
+    if "logits_to_keep" in inspect.signature(base.forward).parameters:
+        return model(**call, logits_to_keep=rows).logits
+    return model(**call).logits.index_select(1, rows)
+
+
+# Models whose attention has been looked at.
+_checked: WeakSet[PreTrainedModel] = WeakSet()
+
+
+def check_attention(model: nn.Module, family: DiffusionFamily) -> None:
+    """Once per model: change a token and look whether an earlier position, in the same block, notices.
+
+    Two small forward passes without gradient (three for block attention), in the first call only.
+    """
+    base = causal_lm(model)
+    if base in _checked or family.block_length == 1:
+        return
+    length = 2 if family.block_length is None else family.block_length + 1
+    ids = torch.arange(length, device=input_device(base))[None] % base.config.vocab_size
+    if not _notices(model, family, ids, 1):
+        raise UnsupportedModelError(
+            f"{type(base).__name__} attends causally: position 0 does not see position 1, though is_causal=False was "
+            "asked for. Expected a model that attends in both directions; update transformers (5.10 or newer), or use "
+            "a model class of its family (dta_plugin.diffusion)."
+        )
+    if family.block_length is not None and _notices(model, family, ids, length - 1):
+        raise UnsupportedModelError(
+            f"{type(base).__name__} sees tokens of later blocks, though a mask of block attention was given. Expected "
+            f"a model that takes 4-D attention masks; use one, or block_length=None (given {family.block_length})."
+        )
+    _checked.add(base)
+
+
+@torch.no_grad()
+def _notices(model: nn.Module, family: DiffusionFamily, ids: torch.Tensor, changed: int) -> bool:
+    """Whether the logits at position 0 depend on the token at position `changed`."""
+    other = ids.clone()
+    other[0, changed] = (ids[0, changed] + 1) % causal_lm(model).config.vocab_size
+    row = ids.new_zeros(1)
+    both = []
+    for given in (ids, other):
+        with torch.random.fork_rng([ids.device] if ids.device.type == "cuda" else []):
+            torch.manual_seed(0)  # the same dropout in both
+            both.append(_logits(model, family, given, None, row).float())
+    before, after = both
+    return bool((before - after).abs().max() > 1e-4 * before.abs().max())

@@ -1,0 +1,126 @@
+"""BGPO (arXiv 2510.11683): a lower bound of the ELBO objective that is a sum over Monte-Carlo samples.
+
+The objective of a completion is exp(mean_j d_j) A, with d_j the difference of the new and the old policy's ELBO terms
+of sample j and A the advantage. Its gradient needs all samples' graphs at once. The bound sum_j g_j does not:
+
+    A >= 0: g_j = (1 + d_j) A / n      exp(x) >= 1 + x
+    A <  0: g_j = exp(d_j) A / n       exp(mean) <= mean exp
+
+so every sample can be back-propagated and freed before the next one runs: memory does not depend on n. On-policy
+(d = 0) value and gradient are those of the objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from dta_plugin.errors import InvalidInputError
+
+MAX_EXPONENT = 20.0
+
+
+def tangent_exp(x: torch.Tensor) -> torch.Tensor:
+    """exp(x) up to MAX_EXPONENT, beyond it the tangent there: finite, with a slope that never vanishes.
+
+    A plain clamp would leave exactly the completions that moved furthest without gradient.
+    """
+    below = x.clamp(max=MAX_EXPONENT)
+    return below.exp() * (1.0 + (x - below))
+
+
+def bound_terms(
+    d: torch.Tensor,
+    advantages: torch.Tensor,
+    samples: int,
+    clip: float | None = None,
+    dual_clip: float | None = None,
+) -> torch.Tensor:
+    """The share g_j [B] of one sample in the bound; to be maximised.
+
+    d: [B] difference of the ELBO terms, scaled (`length_scale`). advantages: [B]. samples: n, of the whole sum.
+
+    The bound holds for d up to MAX_EXPONENT; beyond it exp(d) is replaced by its tangent (`tangent_exp`), which is less
+    negative. clip: PPO's epsilon; g_j = min(r A, clip(r, 1 - clip, 1 + clip) A) / n with r = 1 + d or exp(d): at or
+    below the bound, so still a lower bound, but a looser one, and blind to samples outside. dual_clip: c > 1; negative
+    advantages count at most c times. That gives up the bound, for a finite gradient of outliers.
+    """
+    for name, value, least in (("clip", clip, 0.0), ("dual_clip", dual_clip, 1.0)):
+        if value is not None and value <= least:
+            raise InvalidInputError(f"{name}={value}. Expected None or a value above {least:g}.")
+    ratio = torch.where(advantages >= 0, 1.0 + d, tangent_exp(d))
+    share = ratio * advantages
+    if clip is not None:
+        share = torch.minimum(share, ratio.clamp(1.0 - clip, 1.0 + clip) * advantages)
+    if dual_clip is not None:
+        share = torch.where(advantages < 0, torch.maximum(share, dual_clip * advantages), share)
+    return share / samples
+
+
+@torch.no_grad()
+def bound_gap(d: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+    """Objective minus bound for the samples at hand, float64 [B]: how much the bound gives away; at least 0.
+
+    d: [B, n] collected differences. To second order A d_mean^2 / 2 for A >= 0 (the policy has moved), and
+    |A| var(d) / 2 for A < 0 (the samples disagree). Differences above MAX_EXPONENT count as MAX_EXPONENT.
+    """
+    d, advantages = d.double().clamp(max=MAX_EXPONENT), advantages.double()
+    mean = d.mean(dim=1)
+    moved = torch.expm1(mean) - mean
+    spread = mean.exp() * torch.expm1(d - mean[:, None]).mean(dim=1)
+    return torch.where(advantages >= 0, advantages * moved, -advantages * spread).clamp(min=0.0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SampleLoss:
+    """One sample's part of the loss. loss: scalar to be back-propagated at once. d: [B] detached, 0 in skipped rows."""
+
+    sample: int
+    loss: torch.Tensor
+    d: torch.Tensor
+
+
+def per_sample_losses(
+    term: Callable[[int, torch.Tensor], torch.Tensor],
+    advantages: torch.Tensor,
+    samples: int,
+    *,
+    old_terms: torch.Tensor | None = None,
+    length_scale: torch.Tensor | None = None,
+    loss_scale: float = 1.0,
+    clip: float | None = None,
+    dual_clip: float | None = None,
+    always_run: bool = False,
+) -> Iterator[SampleLoss]:
+    """The negated bound, averaged over the batch, sample by sample; the memory-constant loop of BGPO.
+
+        for part in per_sample_losses(term, advantages, n):
+            part.loss.backward()        # before the next part: its forward runs when it is asked for
+
+    The sum of the losses is -loss_scale / B * sum over rows and samples of `bound_terms`. Rows of advantage 0 add
+    nothing, so they do not run; the means stay over all rows and samples. Where no row is left nothing is yielded,
+    unless always_run: ranks that must call the model equally often (DDP, FSDP) then run the first row, at weight 0.
+
+    term: (sample, rows int64 [b]) -> ELBO terms [b] of those rows, with graph. old_terms: [B, n] of the policy that
+    generated, with the same noise; None while the policy is still that one: then d = l - detach(l), 0 with the right
+    gradient. length_scale: [B] factor of the differences, None for 1.
+    """
+    if old_terms is not None and old_terms.shape != (len(advantages), samples):
+        raise InvalidInputError(
+            f"old_terms of shape {tuple(old_terms.shape)}. Expected {(len(advantages), samples)}: one term per row and "
+            "sample, computed with the same masks."
+        )
+    rows = advantages.nonzero()[:, 0]
+    if not len(rows) and always_run:
+        rows = torch.zeros(1, dtype=torch.int64, device=advantages.device)
+    if not len(rows):
+        return
+    for sample in range(samples):
+        new = term(sample, rows)
+        old = new.detach() if old_terms is None else old_terms[rows, sample].to(new.dtype)
+        d = new - old if length_scale is None else (new - old) * length_scale[rows].to(new.dtype)
+        terms = bound_terms(d, advantages[rows].to(new.dtype), samples, clip, dual_clip)
+        loss = terms.sum() * (-loss_scale / len(advantages))
+        yield SampleLoss(sample, loss, d.detach().new_zeros(len(advantages)).index_put((rows,), d.detach()))
