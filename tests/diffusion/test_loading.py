@@ -239,6 +239,22 @@ def test_options_reach_from_pretrained(tmp_path: Path) -> None:
     assert model.config._name_or_path == str(tmp_path)
 
 
+def test_a_repository_is_fetched_with_the_options_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = released_config("llada")
+    write_checkpoint(tmp_path, config, released_state(config))
+    asked: dict[str, Any] = {}
+
+    def snapshot_download(repository: str, **options: Any) -> str:
+        asked.update(options, repository=repository)
+        return str(tmp_path)
+
+    monkeypatch.setattr("dta_plugin.diffusion.loading.snapshot_download", snapshot_download)
+    model = load_diffusion_lm("GSAI-ML/LLaDA-8B-Instruct", revision="main", dtype=torch.bfloat16)
+    assert asked["repository"] == "GSAI-ML/LLaDA-8B-Instruct" and asked["revision"] == "main"
+    assert not any(pattern.endswith(".py") for pattern in asked["allow_patterns"])
+    assert model.dtype == torch.bfloat16 and model.config._name_or_path == "GSAI-ML/LLaDA-8B-Instruct"
+
+
 def test_a_missing_parameter_is_named_as_in_the_checkpoint(tmp_path: Path) -> None:
     config = released_config("llada")
     state = released_state(config)
