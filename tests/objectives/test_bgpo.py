@@ -9,14 +9,9 @@ import pytest
 import torch
 
 from dta_plugin.errors import InvalidInputError
-from dta_plugin.objectives import (
-    bound_gap,
-    bound_terms,
-    length_scale,
-    per_sample_losses,
-    sampled_elbo_ratio,
-)
-from dta_plugin.objectives.bgpo import MAX_EXPONENT, tangent_exp
+from dta_plugin.objectives.bgpo import MAX_EXPONENT, bound_gap, bound_terms, per_sample_losses, tangent_exp
+from dta_plugin.objectives.comparison import sampled_elbo_ratio
+from dta_plugin.objectives.elbo import length_scale
 from tests.support.elbo import Batch, Gradients, largest_difference, make_batch
 
 SAMPLES = 6

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from dta_plugin.diffusion import prompt_noise
-from dta_plugin.objectives import masked_log_probs, sampled_elbo_ratio, token_ratio_terms
+from dta_plugin.objectives.comparison import sampled_elbo_ratio, token_ratio_terms
+from dta_plugin.objectives.elbo import masked_log_probs
 from tests.support.diffusion import FAMILY
 from tests.support.elbo import make_batch
 
