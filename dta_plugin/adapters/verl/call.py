@@ -18,7 +18,7 @@ from dta_plugin.verify import check_logprobs
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TreeOutputs:
-    """What verl's `prepare_model_outputs` is to return: jagged [S, len], 0 (or the old log-prob) where no loss reads."""
+    """What verl's `prepare_model_outputs` is to return: jagged [S, len]; 0, or old log-probs, where no loss reads."""
 
     tensors: dict[str, torch.Tensor]
 

@@ -21,7 +21,7 @@ T = TypeVar("T", bound=type)
 
 
 def registered(engine: T) -> T:
-    """Register verl's FSDP engine for language models anew; its module follows planned micro-batches, losses weights."""
+    """Register verl's FSDP engine for language models anew; have micro-batches follow plans, and losses weights."""
     strategies = ["fsdp", "fsdp2"]
     if get_vendor is None:
         for strategy in strategies:

@@ -78,7 +78,9 @@ class Rows:
         if self.ran is None or self.instead is None:
             return self.nested(values)
         found = self._flat(values)
-        return torch.nested.nested_tensor_from_jagged(torch.where(self.ran, found, self.instead.to(found)), self.offsets)
+        return torch.nested.nested_tensor_from_jagged(
+            torch.where(self.ran, found, self.instead.to(found)), self.offsets
+        )
 
     def nested(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
         """Values of tokens 1.. per sequence -> verl's jagged [S, len]: entry t belongs to token t + 1, 0 beyond."""

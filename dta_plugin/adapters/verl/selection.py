@@ -26,11 +26,12 @@ from dta_plugin.objectives.nat import Drawn, draw
 
 # Registered policy losses by what the loss of one token reads. Its own log-prob only:
 TOKEN_LOCAL = {"vanilla", "dppo_tv", "dppo_kl", "sapo", "gpg", "dro", "cispo"}
-# Those of its row, or of the whole micro-batch. (bypass_mode may reject tokens by those of others, masked or not.)
-_ROW_LOCAL = {"gspo", "geo_mean"}
-_BATCH = {"clip_cov", "kl_cov"}
-# Without an advantage, dro still pulls log-probs towards the old ones.
-_ZERO_WITHOUT_ADVANTAGE = TOKEN_LOCAL - {"dro"}
+# Others than its own, but none that are masked, unlike bypass_mode perhaps, which may reject tokens.
+_NOT_LOCAL = {"gspo", "geo_mean", "clip_cov", "kl_cov"}
+# Those that do not read the log-prob of a token without an advantage, and of a row without any. (dro pulls it towards
+# the old one, gspo averages it over its row, the two cov losses rank it among all.)
+_NEED_ADVANTAGE = TOKEN_LOCAL - {"dro"} | {"geo_mean"}
+_NEED_ADVANTAGE_IN_ROW = {"gspo"}
 _MOST_PASSES = 2**20
 
 
@@ -103,7 +104,7 @@ def _mode(actor: Any) -> str:
 
 
 def _may_prune(data: TensorDict, actor: Any, config: TreeConfig) -> bool:
-    known = _mode(actor) in TOKEN_LOCAL | _ROW_LOCAL | _BATCH
+    known = _mode(actor) in TOKEN_LOCAL | _NOT_LOCAL
     return config.prune == "auto" and known and not tu.get_non_tensor_data(data, "return_model_output", False)
 
 
@@ -113,9 +114,9 @@ def _has_loss(data: TensorDict, actor: Any, mask: np.ndarray) -> np.ndarray:
     if actor.use_kl_loss or tu.get_non_tensor_data(data, "calculate_entropy", False):
         return everywhere
     has_advantage = (padded(data["advantages"]) != 0).cpu().numpy()
-    if _mode(actor) in _ZERO_WITHOUT_ADVANTAGE:
+    if _mode(actor) in _NEED_ADVANTAGE:
         return has_advantage
-    return (has_advantage & mask).any(1, keepdims=True) if _mode(actor) in _ROW_LOCAL else everywhere
+    return (has_advantage & mask).any(1, keepdims=True) if _mode(actor) in _NEED_ADVANTAGE_IN_ROW else everywhere
 
 
 def _response_tokens(data: TensorDict) -> int:
