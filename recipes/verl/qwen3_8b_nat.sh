@@ -2,7 +2,7 @@
 # GSM8K with verl, updates on half of the tokens (NAT, arXiv 2603.06619): full fine-tuning of Qwen3-8B on 8 GPUs with
 # FSDP2 (written for 80 GB each, not yet run on them).
 #   pip install 'dta-plugin[verl]' vllm && python recipes/verl/data.py gsm8k
-#   recipes/verl/qwen3_8b_nat.sh                    # more options of verl may follow
+#   recipes/verl/qwen3_8b_nat.sh                     # more options of verl may follow
 set -euo pipefail
 
 options=(

@@ -172,7 +172,7 @@ class TreeEngine(FSDPEngineWithLMHead):
             if may_regroup(data, config.regroup, loss_function, forward_only):
                 planner = Planner(data, rows.sequences, model_cost(causal_lm(self.module)))
             if config.min_saving:
-                cost = CostEstimate(self._cost(Rows.whole(data)).dense, self._cost(rows).tree)
+                cost = self._cost(data, rows)
         mine = (objected, reason, cost, None if planner is None else planner.count, len(data))
         all_objected, reasons, costs, counts, sizes = zip(*agreed(mine, self.get_data_parallel_group()), strict=True)
         if any(all_objected):
@@ -188,8 +188,14 @@ class TreeEngine(FSDPEngineWithLMHead):
         run.config = self._for_micro_batches(data, config)
         return run
 
-    def _cost(self, rows: Rows) -> CostEstimate:
-        return prepare(self.module, rows.sequences, rows.scored, TreeConfig(), device=rows.offsets.device).cost
+    def _cost(self, data: TensorDict, rows: Rows) -> CostEstimate:
+        """Of verl's own path, which computes all tokens, and of a tree of those that are to run."""
+
+        def of(some: Rows) -> CostEstimate:
+            return prepare(self.module, some.sequences, some.scored, TreeConfig(), device=some.offsets.device).cost
+
+        cost = of(rows)
+        return cost if rows.ran is None else CostEstimate(of(Rows.whole(data)).dense, cost.tree)
 
     def _for_micro_batches(self, data: TensorDict, config: TreeConfig) -> TreeConfig:
         """The gate has been passed; a sequence beyond the token budget runs in chunks where the strategy can."""

@@ -285,7 +285,9 @@ def test_drawn_by_seed_pass_and_rank(engine: TreeEngine, data: TensorDict, monke
     actor = replace(actor_config(Step()), data_loader_seed=5)
     for _ in range(2):
         updated(engine, data, _chosen("rpc"), actor)
-    assert seen == [([0, 0], {"seed": 5, "step": step, "rank": 0}) for step in (0, 1)]
+    engine.lr_scheduler_step()  # as verl does after the last mini-batch of a step
+    updated(engine, data, _chosen("rpc"), actor)
+    assert seen == [([0, 0], {"seed": 5, "step": step, "rank": 0}) for step in (0, 1, 2**20)]
     seen.clear()
     updated(engine, sampled(engine, Step()), _chosen("rpc"))
     assert seen[0][0] == [0, 1, 2, 3] * 4
