@@ -43,20 +43,14 @@ class Rows:
         rows = cls.whole(data)
         if WEIGHTS not in data.keys():  # noqa: SIM118 (a TensorDict)
             return rows
-        places = list(zip(rows.sequences, rows.begins, strict=True))
-        wanted = [np.zeros(len(sequence), dtype=bool) for sequence in rows.sequences]
-        for tokens, begin, weights in zip(wanted, rows.begins, _responses(data[WEIGHTS], places), strict=True):
-            tokens[begin:] = weights.cpu().numpy() > 0
-        instead = torch.zeros(int(rows.offsets[-1]), device=rows.offsets.device)
-        of_row = instead.split([len(sequence) for sequence in rows.sequences])
-        for row, begin, old in zip(of_row, rows.begins, _responses(data["old_log_probs"], places), strict=True):
-            row[begin - 1 : -1] = old
-        ends = [max(1, int(tokens.nonzero()[0].max(initial=0)) + 1) for tokens in wanted]
+        ran, instead = _in_rows(rows, padded(data[WEIGHTS]) > 0), _in_rows(rows, padded(data["old_log_probs"]))
+        wanted = np.split(np.roll(ran.cpu().numpy(), 1), rows.offsets[1:-1].cpu().numpy())
+        ends = [int(tokens.nonzero()[0].max(initial=0)) + 1 for tokens in wanted]
         return replace(
             rows,
             sequences=[sequence[:end] for sequence, end in zip(rows.sequences, ends, strict=True)],
             scored=[tokens[:end] for tokens, end in zip(wanted, ends, strict=True)],
-            ran=torch.from_numpy(np.concatenate([np.roll(tokens, -1) for tokens in wanted])).to(instead.device),
+            ran=ran,
             instead=instead,
         )
 
@@ -108,9 +102,15 @@ def _split(nested: Any) -> list[np.ndarray]:
     return np.split(values, offsets[1:-1])
 
 
-def _responses(values: Any, places: Sequence[tuple[np.ndarray, int]]) -> list[torch.Tensor]:
-    """A response-shaped entry, jagged or padded, per row. places: per row its tokens, and the length of its prompt."""
-    return [row[: len(sequence) - begin] for row, (sequence, begin) in zip(values.unbind(), places, strict=True)]
+def _in_rows(rows: Rows, values: torch.Tensor) -> torch.Tensor:
+    """Values of responses [S, C] -> [N], of whole rows: entry t belongs to token t + 1, 0 in prompts."""
+    begins = torch.tensor(rows.begins, device=values.device)
+    columns = torch.arange(values.shape[1], device=values.device)
+    real = columns < (rows.offsets.diff() - begins)[:, None]
+    places = (rows.offsets[:-1] + begins - 1)[:, None] + columns
+    flat = values.new_zeros(int(rows.offsets[-1]))
+    flat[places[real]] = values[real]
+    return flat
 
 
 def _scored(data: TensorDict, sequences: list[np.ndarray]) -> Scored | None:

@@ -39,7 +39,8 @@ class Passes:
     """Numbers optimizer passes: no two alike, and a run that was resumed goes on with the numbers it would have had.
 
     An engine is not told the step of the trainer, but it has a learning rate scheduler, which verl advances once per
-    step of the trainer and keeps in checkpoints; mini-batches and epochs within a step are counted here.
+    step of the trainer and keeps in checkpoints (unless their contents are set to go without `extra`); mini-batches and
+    epochs within a step are counted here.
     """
 
     def __init__(self) -> None:
