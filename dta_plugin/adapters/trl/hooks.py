@@ -17,7 +17,7 @@ from dta_plugin.adapters.trl.state import TreeState
 from dta_plugin.adapters.trl.subset import HandedOut, check_selection, pruned
 from dta_plugin.adapters.trl.window import merges, window_size
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 from dta_plugin.execution.calibration import tree_cost
 from dta_plugin.execution.support import unsupported_reason
 
@@ -125,6 +125,8 @@ def _loss_is_fused(trainer: Any) -> bool:
 def _run_fused_loss(trainer: Any, config: TreeConfig, state: TreeState) -> None:
     """Refuse, or say that the loss runs dense."""
     reason = "this TRL version's Liger loss bypasses the log-prob hook; set use_liger_kernel=False or use trl>=1.14"
+    if config.selection() is not None:
+        raise InvalidInputError(f"token_selection={config.token_selection!r} cannot be followed: {reason}.")
     if config.on_unsupported == "error":
         raise UnsupportedModelError(f"Prefix-tree execution cannot run here: {reason}; or on_unsupported='dense'.")
     state.say_once(trainer, f"dense path: {reason}", level=logging.WARNING)
