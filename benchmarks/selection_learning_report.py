@@ -25,7 +25,8 @@ def learning_table(runs: Runs) -> str:
     header = (
         "selection",
         "reward, first 10 %",
-        "reward, last 10 %",
+        "last 10 %",
+        "all steps",
         "kept",
         "tokens run",
         "update s",
@@ -46,6 +47,7 @@ def _line(name: str, runs: Runs, seconds_of_all: float) -> tuple[str, ...]:
         name,
         _with_deviation([statistics.fmean(run["reward"][:tenth]) for run in runs]),
         _with_deviation([statistics.fmean(run["reward"][-tenth:]) for run in runs]),
+        _with_deviation([statistics.fmean(run["reward"]) for run in runs]),
         f"{statistics.fmean(kept):.0%}" if kept else "100%",
         f"{_over_all(runs, 'tree_tokens'):.0f}",
         f"{seconds:.3f}",
