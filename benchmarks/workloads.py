@@ -20,6 +20,7 @@ import torch
 from dta_plugin import PrefixTree
 
 ROLLOUTS = Path(__file__).resolve().parents[2] / "shared" / "data" / "tau_airline_gpt4o.jsonl.gz"
+Turn = tuple[np.ndarray, int, float]  # tokens up to its end, tokens before it, reward
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,25 +71,46 @@ def unrelated(prompt: int, completion: int, count: int, vocab: int) -> Workload:
 
 def rollouts(path: Path, vocab: int) -> Workload:
     """All trials of the task whose tree is of median size, one sequence per assistant turn, micro-batches of one."""
+    task, trials = _median_task(path, vocab)
+    turns = [turn for trial in trials for turn in trial]
+    note = f"task {task}, {len(turns)} turns of {len(trials)} trials; dense runs one turn per call"
+    return _recorded("rollouts", turns, note)
+
+
+def trajectories(path: Path, vocab: int) -> Workload:
+    """The same trials, one sequence each: everything behind the first prompt is its completion, tools' text too."""
+    task, trials = _median_task(path, vocab)
+    whole = [(trial[-1][0], trial[0][1], trial[-1][2]) for trial in trials]
+    return _recorded("trajectories", whole, f"task {task}, {len(trials)} trials; dense runs one per call")
+
+
+def _median_task(path: Path, vocab: int) -> tuple[int, list[list[Turn]]]:
+    """The task whose tree is of median size, and the assistant turns of each of its trials."""
     with gzip.open(path, "rt") as file:
-        trajectories = [json.loads(line) for line in file]
-    encode = encoder(trajectories, vocab)
-    by_task: dict[int, list[dict[str, Any]]] = {}
-    for trajectory in trajectories:
-        by_task.setdefault(trajectory["task_id"], []).append(trajectory)
-    turns = {task: [turn for t in trials for turn in turns_of(t, encode)] for task, trials in by_task.items()}
-    size = {t: PrefixTree.from_sequences([tokens for tokens, _, _ in rows]).tree_tokens for t, rows in turns.items()}
-    task = sorted(size, key=lambda t: (size[t], t))[len(size) // 2]
-    sequences = [torch.from_numpy(tokens) for tokens, _, _ in turns[task]]
-    rewards = torch.tensor([reward for _, _, reward in turns[task]])
+        recorded = [json.loads(line) for line in file]
+    encode = encoder(recorded, vocab)
+    trials: dict[int, list[list[Turn]]] = {}
+    for trajectory in recorded:
+        trials.setdefault(trajectory["task_id"], []).append(turns_of(trajectory, encode))
+
+    def tree_tokens(task: int) -> int:
+        return PrefixTree.from_sequences([tokens for trial in trials[task] for tokens, _, _ in trial]).tree_tokens
+
+    task = sorted(trials, key=lambda t: (tree_tokens(t), t))[len(trials) // 2]
+    return task, trials[task]
+
+
+def _recorded(name: str, rows: list[Turn], note: str) -> Workload:
+    """Rows in micro-batches of one."""
+    rewards = torch.tensor([reward for _, _, reward in rows])
     return Workload(
-        "rollouts",
-        sequences,
-        [prompt for _, prompt, _ in turns[task]],
+        name,
+        [torch.from_numpy(tokens) for tokens, _, _ in rows],
+        [prompt for _, prompt, _ in rows],
         # Trials of one task often all fail; noise keeps every completion in the gradient.
-        rewards - rewards.mean() + _advantages(len(sequences)),
+        rewards - rewards.mean() + _advantages(len(rows)),
         micro_batch=1,
-        note=f"task {task}, {len(sequences)} turns of {len(by_task[task])} trials; dense runs one turn per call",
+        note=note,
     )
 
 
@@ -121,7 +143,7 @@ def encoder(trajectories: list[dict[str, Any]], vocab: int) -> Any:
     return lambda text: tokenizer.encode(text).ids
 
 
-def turns_of(trajectory: dict[str, Any], encode: Any) -> list[tuple[np.ndarray, int, float]]:
+def turns_of(trajectory: dict[str, Any], encode: Any) -> list[Turn]:
     """(tokens up to the end of the turn, tokens before the turn, reward) of every assistant turn."""
     turns, context = [], []
     for by_policy, header, text in _segments(trajectory):

@@ -28,10 +28,10 @@ from recipes.quickstart import rewards
 BATCHES, ROUNDS = 1, 3
 
 
-def build_trainer(recipe: str) -> GRPOTrainer:
-    """The trainer that `trl grpo --config RECIPE` builds."""
+def build_trainer(recipe: str, *overrides: str) -> GRPOTrainer:
+    """The trainer that `trl grpo --config RECIPE` builds, overrides (`--seed`, `1`) included."""
     parser = TrlParser((GRPOScriptArguments, GRPOConfig, ModelConfig))
-    script, args, model = parser.parse_args_and_config(["--config", recipe], fail_with_unknown_args=False)
+    script, args, model = parser.parse_args_and_config(["--config", recipe, *overrides], fail_with_unknown_args=False)
     functions = [getattr(rewards, name.rsplit(".", 1)[-1]) for name in script.reward_funcs]
     return GRPOTrainer(
         model=model.model_name_or_path,
