@@ -46,7 +46,7 @@ def test_without_a_model_it_says_how_to_make_one(tmp_path: Path) -> None:
 
 def test_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
-    report = importlib.import_module("selection_learning_report")
+    report = importlib.import_module("curves")
     runs = [
         {
             "name": name,

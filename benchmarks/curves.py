@@ -1,0 +1,55 @@
+"""Learning curves of several ways to train, each with several seeds: a mean and a band per way, and table cells.
+
+A run is a dict with `name`, `seed` and lists of one number per step, `reward` among them.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+COLOURS = ("#5b6b7f", "#c0562b", "#2f5d8c")
+SMOOTHED = 5
+
+Runs = list[dict[str, Any]]
+
+
+def by_name(runs: Runs) -> dict[str, Runs]:
+    """The runs of each way, in the order in which ways come first."""
+    return {name: [run for run in runs if run["name"] == name] for name in dict.fromkeys(run["name"] for run in runs)}
+
+
+def reward_cells(runs: Runs) -> tuple[str, str, str]:
+    """Mean reward of the first tenth of the steps, of the last, and of all, with the standard deviation over seeds."""
+    tenth = max(1, len(runs[0]["reward"]) // 10)
+    parts = (slice(tenth), slice(-tenth, None), slice(None))
+    first, last, whole = ([statistics.fmean(run["reward"][part]) for run in runs] for part in parts)
+    return with_deviation(first), with_deviation(last), with_deviation(whole)
+
+
+def with_deviation(values: Sequence[float]) -> str:
+    deviation = f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{deviation}"
+
+
+def draw_bands(axis: plt.Axes, runs: Runs, key: str) -> None:
+    """Per way the smoothed mean over seeds, in a band of one standard deviation."""
+    for (name, found), colour in zip(by_name(runs).items(), COLOURS, strict=False):
+        curves = [smoothed(run[key]) for run in found]
+        mean, deviation = np.mean(curves, axis=0), np.std(curves, axis=0, ddof=min(1, len(curves) - 1))
+        steps = np.arange(1, len(mean) + 1)
+        axis.plot(steps, mean, label=name, color=colour)
+        axis.fill_between(steps, mean - deviation, mean + deviation, color=colour, alpha=0.18, linewidth=0)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def smoothed(values: Sequence[float]) -> np.ndarray:
+    """Mean of each value and up to SMOOTHED - 1 before it."""
+    return np.array([np.mean(values[max(0, end - SMOOTHED) : end]) for end in range(1, len(values) + 1)])
