@@ -10,7 +10,7 @@ objective only. Every run is a process that computes on one thread; two of them 
 
 `calls` are the model's forward passes of an update, `step s` the wall time of a step, sampling included, on a machine
 that runs two at a time. Rewards are means of the first tenth of the steps, the last, and all of them, `+-` the standard
-deviation over seeds. The task is easy on purpose: it shows that the objectives learn, not which is better on a hard one.
+deviation over seeds. The task is easy on purpose: it shows that the objectives learn, not which is best on a hard one.
 """
 
 from __future__ import annotations
