@@ -1,4 +1,4 @@
-"""The objectives on ELBO terms in a trainer: BGPO's bound, sample by sample, and what it bounds, in one graph (vrpo)."""
+"""The objectives on ELBO terms in a trainer: the bound of BGPO, sample by sample, and what it bounds (vrpo)."""
 
 from __future__ import annotations
 

@@ -29,6 +29,7 @@ from dta_plugin.adapters.trl.diffusion.rows import MASK_SEEDS, MicroStep, Rows, 
 from dta_plugin.adapters.trl.diffusion.unused import check_arguments
 from dta_plugin.adapters.trl.diffusion.update import back_propagated
 from dta_plugin.diffusion import DiffusionFamily, family_of, load_diffusion_lm
+from dta_plugin.diffusion.sampler import check_blocks
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 from dta_plugin.execution.model import causal_lm
 
@@ -70,6 +71,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
             is_shifted=args.is_shifted,
             block_length=args.attention_block_length,
         )
+        self.sampler = args.sampler_config(own.block_length)
+        check_blocks(own, self.sampler)
         is_adapted = arguments.get("peft_config") is not None or hasattr(model, "peft_config")
         reference = copy.deepcopy(model) if args.beta and not is_adapted else None
         aside = {"model_init_kwargs": None} | ({} if reference is None else {"beta": 0.0})
@@ -84,7 +87,6 @@ class DiffusionGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
                 "the objective here. Expected a dense model, or router_aux_loss_coef=0.0 in its config."
             )
         self.family = self._with_all_ends(own)
-        self.sampler = args.sampler_config(own.block_length)
         kind = OneStepObjective if args.objective == "diffu-grpo" else ElboObjective
         self.objective = kind(args, self.family, self.accelerator.autocast)
 
@@ -97,8 +99,13 @@ class DiffusionGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _with_all_ends(self, family: DiffusionFamily) -> DiffusionFamily:
         """The family with every token that TRL or the model takes for an end, TRL's first; told to both."""
-        own = getattr(self, "eos_token_ids", None) or [self.processing_class.eos_token_id]
-        ends = tuple(dict.fromkeys([*own, *family.eos_token_ids]))
+        own = getattr(self, "eos_token_ids", None)
+        ends = tuple(dict.fromkeys([*(own or [self.processing_class.eos_token_id]), *family.eos_token_ids]))
+        if own is None and self.mask_truncated_completions and len(ends) > 1:
+            raise InvalidInputError(
+                f"mask_truncated_completions=True with end tokens {ends}. This TRL release knows one end token, and "
+                "would take completions that end with another for truncated; update TRL, or leave the option out."
+            )
         self.eos_token_ids = list(ends)
         return replace(family, eos_token_ids=ends)
 

@@ -1,4 +1,4 @@
-"""Options and arguments of GRPOTrainer that mean nothing for a diffusion LM: set, they raise instead of being ignored."""
+"""Options and arguments of GRPOTrainer without a meaning for a diffusion LM: set, they raise."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _OPTIONS = {
     "router_aux_loss_coef": "mixtures of experts are not supported",
     "sync_ref_model": "the reference stays the initial policy",
     "max_tool_calling_iterations": "completions are written in one turn",
-    "deepspeed": "gradients of the ELBO samples could not be accumulated correctly; use DDP, or FSDP with fsdp_version 2",
+    "deepspeed": "it would average one backward pass per ELBO sample wrongly; use DDP, or FSDP with fsdp_version 2",
 }
 _ARGUMENTS = ("tools", "rollout_func", "environment_factory")
 _UPDATING_OPTIMIZERS = ("lomo", "adalomo")
@@ -66,6 +66,6 @@ def check_arguments(arguments: dict[str, Any]) -> None:
     given = [name for name in _ARGUMENTS if arguments.get(name)]
     if given:
         raise InvalidInputError(
-            f"Got {', '.join(given)}. Expected none of {', '.join(_ARGUMENTS)}: a diffusion LM writes its completion in "
-            "one turn, by the block sampler; leave them out."
+            f"Got {', '.join(given)}. Expected none of {', '.join(_ARGUMENTS)}: a diffusion LM writes its completion "
+            "in one turn, by the block sampler; leave them out."
         )
