@@ -102,6 +102,15 @@ class Recorder(TrainerCallback):
         return {n: whole(p.detach()).clone() for n, p in self.trainer.model.named_parameters()}
 
 
+@dataclass
+class Outcome:
+    """Of a run: per optimizer step the gradients, after the last one the weights, and the log."""
+
+    gradients: list[Gradients]
+    weights: Gradients
+    logs: list[dict[str, float]]
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
