@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import distributed
 
 from dta_plugin.adapters.trl import DiffusionGRPOTrainer
@@ -73,13 +73,12 @@ def outcome(name: str, folder: Path, world: int, **more: Any) -> tiny.Outcome:
     module.draw_seeds = fixed_seeds
     options, advantages = CASES[name]
     options = dict(options)
-    arguments = {"peft_config": LORA} if options.pop("lora", False) else {}
     torch.manual_seed(0)
+    policy = get_peft_model(tiny.model(), LORA).double() if options.pop("lora", False) else tiny.model()
     trainer = tiny.trainer(
         folder,
-        tiny.model(torch.float32),
+        policy,
         FixedRows,
-        arguments,
         per_device_train_batch_size=ROWS // 2 // world,
         max_steps=2,
         shuffle_dataset=False,
