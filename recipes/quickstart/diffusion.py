@@ -124,7 +124,9 @@ def main() -> None:
     tokenizer.save_pretrained(args.output / "model")
     write_prompts(args.output / "data" / "train.jsonl", random.Random(f"prompts {args.seed}"), args.prompts)
     seconds = time.perf_counter() - start
-    print(f"[build] {model.num_parameters():,} weights in {args.output / 'model'}, last loss {loss:.2f}, {seconds:.0f} s")
+    print(
+        f"[build] {model.num_parameters():,} weights in {args.output / 'model'}, last loss {loss:.2f}, {seconds:.0f} s"
+    )
 
 
 if __name__ == "__main__":

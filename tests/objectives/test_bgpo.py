@@ -12,8 +12,8 @@ from dta_plugin.errors import InvalidInputError
 from dta_plugin.objectives.bgpo import MAX_EXPONENT, bound_gap, bound_terms, per_sample_losses, tangent_exp
 from dta_plugin.objectives.comparison import sampled_elbo_ratio
 from dta_plugin.objectives.elbo import length_scale
-from tests.support.saved import SavedBytes
 from tests.support.elbo import Batch, Gradients, largest_difference, make_batch
+from tests.support.saved import SavedBytes
 
 SAMPLES = 6
 

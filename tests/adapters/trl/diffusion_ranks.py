@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import distributed
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from dta_plugin.adapters.trl import DiffusionGRPOTrainer
 from dta_plugin.adapters.trl.diffusion import trainer as module
@@ -87,6 +89,8 @@ def outcome(name: str, folder: Path, world: int, **more: Any) -> tiny.Outcome:
     )
     trainer.advantages = advantages
     recorder = tiny.recorded(trainer)
+    wrapper = {1: type(policy), 2: FSDPModule if trainer.is_fsdp_enabled else DistributedDataParallel}[world]
+    assert isinstance(trainer.model_wrapped, wrapper)
     assert all(MASK_SEEDS in batch for step in recorder.steps for batch in step.micro_batches)
     return tiny.Outcome([step.gradients for step in recorder.steps], recorder.weights(), trainer.state.log_history)
 

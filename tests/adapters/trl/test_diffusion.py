@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,28 @@ def test_on_policy_nothing_is_stored(tmp_path: Path) -> None:
     _, recorder, _ = run(tmp_path, max_steps=1)
     assert all("old_per_token_logps" not in batch for batch in recorder.steps[0].micro_batches)
     assert all(batch["mask_seeds"].shape == (4,) for batch in recorder.steps[0].micro_batches)
+
+
+@pytest.mark.parametrize("objective", ["bgpo", "vrpo"])
+def test_gradients_are_reduced_once_per_optimizer_step(
+    objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All backward passes but the last micro-batch's last run without reduction, in contexts that are never nested:
+    of FSDP2's an inner one would end the outer one."""
+    trainer = tiny.trainer(tmp_path, objective=objective, max_steps=2)
+    log: list[str] = []
+    backward = trainer.accelerator.backward
+
+    @contextmanager
+    def no_sync(model: torch.nn.Module) -> Iterator[None]:
+        log.append("(")
+        yield
+        log.append(")")
+
+    monkeypatch.setattr(trainer.accelerator, "no_sync", no_sync)
+    monkeypatch.setattr(trainer.accelerator, "backward", lambda *args, **kwargs: log.append(".") or backward(*args))
+    trainer.train()
+    assert "".join(log) == {"bgpo": "(....)(...).", "vrpo": "(.)()."}[objective] * 2
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
