@@ -152,7 +152,7 @@ def _imitate(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, exampl
         optimizer.zero_grad()
 
 
-def _fsdp_on_cpus() -> None:
+def fsdp_on_cpus() -> None:
     """Let accelerate wrap models with FSDP on CPUs: it asks for a kind of GPU only to tell that there are ranks."""
     own = PartialState.__init__
 
@@ -166,7 +166,7 @@ def _fsdp_on_cpus() -> None:
 
 
 if __name__ == "__main__":
-    _fsdp_on_cpus()
+    fsdp_on_cpus()
     if os.environ["RANK"] == "0":
         logprobs._TILE_ROWS = 4  # real batches, too, can need more tiles on one rank than on the other
     for index, arguments in enumerate("\0".join(sys.argv[1:]).split(f"\0{THEN}\0")):

@@ -125,6 +125,13 @@ def prompt_noise(
     return torch.from_numpy(noise).to(attention_mask.device)
 
 
+def check_samples(samples: int, coupled: bool) -> None:
+    """Raise InvalidInputError for a number of samples that cannot be drawn."""
+    if samples < 1 or (coupled and samples % 2):
+        need = "an even number of at least 2: they come in pairs" if coupled else "at least 1"
+        raise InvalidInputError(f"samples={samples} with coupled={coupled}. Expected {need}.")
+
+
 def _counts(unit: np.ndarray, length: np.ndarray, coupled: bool) -> np.ndarray:
     """[B, n] numbers in [0, 1) -> how many tokens are masked: 1 .. L, coupled 0 .. L.
 
@@ -141,9 +148,7 @@ def _generator(seed: np.integer, *stream: int) -> np.random.Generator:
 def _check(lengths: torch.Tensor, samples: int, seeds: torch.Tensor, form: str, coupled: bool) -> None:
     if form not in FORMS:
         raise InvalidInputError(f"form={form!r}. Expected one of {', '.join(FORMS)}.")
-    if samples < 1 or (coupled and samples % 2):
-        need = "an even number of at least 2: they come in pairs" if coupled else "at least 1"
-        raise InvalidInputError(f"samples={samples} with coupled={coupled}. Expected {need}.")
+    check_samples(samples, coupled)
     if lengths.ndim != 1 or seeds.shape != lengths.shape or lengths.is_floating_point() or seeds.is_floating_point():
         raise InvalidInputError(
             f"lengths {tuple(lengths.shape)} {lengths.dtype} and seeds {tuple(seeds.shape)} {seeds.dtype}. Expected "

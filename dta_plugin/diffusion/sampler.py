@@ -87,7 +87,7 @@ def sample(
     with block attention continue the prompt's last, unfinished block, so a row's first block may be shorter.
     """
     config = config or SamplerConfig()
-    _check_blocks(family, config)
+    check_blocks(family, config)
     prompt_length = prompt_ids.shape[1]
     real = torch.ones_like(prompt_ids) if prompt_mask is None else prompt_mask.to(prompt_ids.dtype)
     canvas = torch.nn.functional.pad(prompt_ids, (0, config.gen_length), value=family.mask_token_id)
@@ -117,7 +117,8 @@ def sample(
     return SampledCompletions(completion, lengths, calls)
 
 
-def _check_blocks(family: DiffusionFamily, config: SamplerConfig) -> None:
+def check_blocks(family: DiffusionFamily, config: SamplerConfig) -> None:
+    """Raise InvalidInputError where a model's attention blocks are not the sampler's."""
     if family.block_length is not None and family.block_length != config.block_length:
         raise InvalidInputError(
             f"block_length={config.block_length} for {family.name}, whose attention has blocks of "

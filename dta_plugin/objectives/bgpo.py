@@ -47,9 +47,7 @@ def bound_terms(
     below the bound, so still a lower bound, but a looser one, and blind to samples outside. dual_clip: c > 1; negative
     advantages count at most c times. That gives up the bound, for a finite gradient of outliers.
     """
-    for name, value, least in (("clip", clip, 0.0), ("dual_clip", dual_clip, 1.0)):
-        if value is not None and value <= least:
-            raise InvalidInputError(f"{name}={value}. Expected None or a value above {least:g}.")
+    check_clips(clip, dual_clip)
     ratio = torch.where(advantages >= 0, 1.0 + d, tangent_exp(d))
     share = ratio * advantages
     if clip is not None:
@@ -57,6 +55,35 @@ def bound_terms(
     if dual_clip is not None:
         share = torch.where(advantages < 0, torch.maximum(share, dual_clip * advantages), share)
     return share / samples
+
+
+@torch.no_grad()
+def clipped(
+    d: torch.Tensor, advantages: torch.Tensor, clip: float | None = None, dual_clip: float | None = None
+) -> torch.Tensor:
+    """Where a clip of `bound_terms` takes away the gradient, bool in the shape of d; for metrics."""
+    ratio = torch.where(advantages >= 0, 1.0 + d, tangent_exp(d))
+    hit = torch.zeros_like(ratio, dtype=torch.bool)
+    if clip is not None:
+        hit |= torch.where(advantages >= 0, ratio > 1.0 + clip, ratio < 1.0 - clip)
+    if dual_clip is not None:
+        hit |= (advantages < 0) & (ratio > dual_clip)
+    return hit
+
+
+def check_clips(clip: float | None, dual_clip: float | None) -> None:
+    """Raise InvalidInputError for clip ranges that cannot be."""
+    for name, value, least in (("clip", clip, 0.0), ("dual_clip", dual_clip, 1.0)):
+        if value is not None and value <= least:
+            raise InvalidInputError(f"{name}={value}. Expected None or a value above {least:g}.")
+
+
+def k2_terms(difference: torch.Tensor) -> torch.Tensor:
+    """Half the square of the difference of log-likelihoods: the k2 estimate of a KL divergence, to be minimised.
+
+    Of a mean over samples it is at most the mean over the samples' own, so that is what a bound may subtract.
+    """
+    return 0.5 * difference.square()
 
 
 @torch.no_grad()
@@ -71,6 +98,14 @@ def bound_gap(d: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
     moved = torch.expm1(mean) - mean
     spread = mean.exp() * torch.expm1(d - mean[:, None]).mean(dim=1)
     return torch.where(advantages >= 0, advantages * moved, -advantages * spread).clamp(min=0.0)
+
+
+def rows_to_run(advantages: torch.Tensor, every: bool, always_run: bool) -> torch.Tensor:
+    """int64 [b]: the rows whose advantage is not 0, or every one; with always_run at least the first."""
+    rows = torch.ones_like(advantages, dtype=torch.bool) if every else advantages != 0
+    if always_run and not rows.any():
+        rows[0] = True
+    return rows.nonzero()[:, 0]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,6 +127,8 @@ def per_sample_losses(
     loss_scale: float = 1.0,
     clip: float | None = None,
     dual_clip: float | None = None,
+    reference_terms: torch.Tensor | None = None,
+    beta: float = 0.0,
     always_run: bool = False,
 ) -> Iterator[SampleLoss]:
     """The negated bound, averaged over the batch, sample by sample; the memory-constant loop of BGPO.
@@ -105,22 +142,26 @@ def per_sample_losses(
 
     term: (sample, rows int64 [b]) -> ELBO terms [b] of those rows, with graph. old_terms: [B, n] of the policy that
     generated, with the same noise; None while the policy is still that one: then d = l - detach(l), 0 with the right
-    gradient. length_scale: [B] factor of the differences, None for 1.
+    gradient. length_scale: [B] factor of the differences, None for 1. reference_terms: [B, n] of a fixed policy, with
+    the same noise; beta times `k2_terms` of the scaled difference from it is then subtracted from the bound, and every
+    row runs.
     """
-    if old_terms is not None and old_terms.shape != (len(advantages), samples):
-        raise InvalidInputError(
-            f"old_terms of shape {tuple(old_terms.shape)}. Expected {(len(advantages), samples)}: one term per row and "
-            "sample, computed with the same masks."
-        )
-    rows = advantages.nonzero()[:, 0]
-    if not len(rows) and always_run:
-        rows = torch.zeros(1, dtype=torch.int64, device=advantages.device)
+    for name, terms in (("old_terms", old_terms), ("reference_terms", reference_terms)):
+        if terms is not None and terms.shape != (len(advantages), samples):
+            raise InvalidInputError(
+                f"{name} of shape {tuple(terms.shape)}. Expected {(len(advantages), samples)}: one term per row and "
+                "sample, computed with the same masks."
+            )
+    rows = rows_to_run(advantages, reference_terms is not None, always_run)
     if not len(rows):
         return
     for sample in range(samples):
         new = term(sample, rows)
         old = new.detach() if old_terms is None else old_terms[rows, sample].to(new.dtype)
-        d = new - old if length_scale is None else (new - old) * length_scale[rows].to(new.dtype)
+        scale = 1.0 if length_scale is None else length_scale[rows].to(new.dtype)
+        d = (new - old) * scale
         terms = bound_terms(d, advantages[rows].to(new.dtype), samples, clip, dual_clip)
+        if reference_terms is not None:
+            terms = terms - beta / samples * k2_terms((new - reference_terms[rows, sample].to(new.dtype)) * scale)
         loss = terms.sum() * (-loss_scale / len(advantages))
         yield SampleLoss(sample, loss, d.detach().new_zeros(len(advantages)).index_put((rows,), d.detach()))

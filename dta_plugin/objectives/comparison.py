@@ -29,6 +29,15 @@ def token_ratio_terms(
     return terms.masked_fill(~scored, 0.0).sum(dim=1) / scored.sum(dim=1).clamp(min=1)
 
 
+def k3_terms(log_probs: torch.Tensor, reference: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
+    """The k3 estimate of the KL divergence from a reference [B], the mean over scored tokens; to be minimised.
+
+    exp(r) - 1 - r with r the reference's log-prob minus the policy's, as in GRPO. log_probs, reference, scored: [B, C].
+    """
+    apart = (reference - log_probs).masked_fill(~scored, 0.0)
+    return (tangent_exp(apart) - 1.0 - apart).sum(dim=1) / scored.sum(dim=1).clamp(min=1)
+
+
 def sampled_elbo_ratio(d: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
     """exp(mean of d) A [B], the objective that BGPO bounds (VRPO-online in the paper); to be maximised.
 

@@ -13,6 +13,7 @@ from dta_plugin.objectives.bgpo import MAX_EXPONENT, bound_gap, bound_terms, per
 from dta_plugin.objectives.comparison import sampled_elbo_ratio
 from dta_plugin.objectives.elbo import length_scale
 from tests.support.elbo import Batch, Gradients, largest_difference, make_batch
+from tests.support.saved import SavedBytes
 
 SAMPLES = 6
 
@@ -203,31 +204,8 @@ def test_old_terms_of_another_shape_are_refused() -> None:
 # Memory
 
 
-class _Saved:
-    """Bytes saved for backward passes that are alive, parameters left out."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.now = self.peak = 0
-        self._parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(self, tensor: torch.Tensor) -> _Held:
-        size = tensor.numel() * tensor.element_size()
-        is_own = tensor.untyped_storage().data_ptr() not in self._parameters
-        return _Held(self, tensor, size if is_own else 0)
-
-
-class _Held:
-    def __init__(self, count: _Saved, tensor: torch.Tensor, size: int) -> None:
-        self.count, self.tensor, self.size = count, tensor, size
-        count.now += size
-        count.peak = max(count.peak, count.now)
-
-    def __del__(self) -> None:
-        self.count.now -= self.size
-
-
 def peak_bytes(batch: Batch, samples: int, is_loop: bool) -> int:
-    saved = _Saved(batch.model)
+    saved = SavedBytes(batch.model)
     draws = batch.draws(samples)
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda held: held.tensor):
         if is_loop:

@@ -5,10 +5,13 @@ from dta_plugin.adapters.trl.version import check_version
 check_version()  # before anything that needs TRL: a release that cannot be imported gets our message, too
 
 from dta_plugin.adapters.trl.config import TreeGRPOConfig, TreeRLOOConfig
+from dta_plugin.adapters.trl.diffusion import DiffusionGRPOConfig, DiffusionGRPOTrainer
 from dta_plugin.adapters.trl.offline import SiblingBatchesMixin, TreeDPOTrainer, TreeRewardTrainer, TreeSFTTrainer
 from dta_plugin.adapters.trl.trainer import TreeGRPOTrainer, TreeRLOOTrainer, TreeTrainerMixin
 
 __all__ = [
+    "DiffusionGRPOConfig",
+    "DiffusionGRPOTrainer",
     "SiblingBatchesMixin",
     "TreeDPOTrainer",
     "TreeGRPOConfig",

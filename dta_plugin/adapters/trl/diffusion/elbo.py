@@ -1,0 +1,133 @@
+"""The objectives on ELBO terms in a trainer: the bound of BGPO, sample by sample, and what it bounds (vrpo)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from dta_plugin.adapters.trl.diffusion.config import DiffusionGRPOConfig
+from dta_plugin.adapters.trl.diffusion.metrics import Statistics, run_statistics
+from dta_plugin.adapters.trl.diffusion.rows import MicroStep, Rows
+from dta_plugin.diffusion import DiffusionFamily, MaskDraws, draw_masks
+from dta_plugin.objectives.bgpo import bound_gap, clipped, k2_terms, per_sample_losses, rows_to_run
+from dta_plugin.objectives.comparison import sampled_elbo_ratio
+from dta_plugin.objectives.elbo import length_scale, sample_term
+
+Autocast = Callable[[], AbstractContextManager[object]]
+_SHARES = 4  # buckets of the histogram of mask levels
+
+
+class ElboObjective:
+    """`objective` "bgpo" or "vrpo". passes: backward passes of a micro-step."""
+
+    def __init__(self, config: DiffusionGRPOConfig, family: DiffusionFamily, autocast: Autocast) -> None:
+        self.config = config
+        self.family = family
+        self.autocast = autocast
+        self.passes = 1 if config.objective == "vrpo" else config.num_elbo_samples
+
+    def draws(self, rows: Rows) -> MaskDraws:
+        """The noise of these rows: the same whenever and beside whatever rows it is asked for."""
+        own = self.config
+        return draw_masks(
+            rows.lengths, own.num_elbo_samples, rows.seeds, own.mask_form, own.stratified_masks, own.coupled_masks
+        )
+
+    def term(
+        self, model: nn.Module, rows: Rows, draws: MaskDraws, sample: int, which: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """ELBO terms [b] of one sample of these rows (None: all)."""
+        with self.autocast():
+            return sample_term(
+                model, self.family, rows.input_ids, rows.attention_mask, draws, sample, rows.width, which
+            )
+
+    @torch.no_grad()
+    def stored(self, model: nn.Module, rows: Rows) -> torch.Tensor:
+        """ELBO terms [B, n] of a policy that later ones are compared with."""
+        draws = self.draws(rows)
+        return torch.stack([self.term(model, rows, draws, sample) for sample in range(draws.samples)], dim=1)
+
+    def update(self, model: nn.Module, step: MicroStep) -> ElboUpdate:
+        return ElboUpdate(self, model, step)
+
+
+class ElboUpdate:
+    """One micro-step. `losses` first, then `statistics` of what they have seen."""
+
+    def __init__(self, objective: ElboObjective, model: nn.Module, step: MicroStep) -> None:
+        self.objective, self.model, self.step = objective, model, step
+        self.draws = objective.draws(step.rows)
+        self.lengths = step.rows.lengths
+        self.advantages = step.advantages.masked_fill(self.lengths == 0, 0.0)
+        config = objective.config
+        self.scale = length_scale(config.length_norm, self.lengths, config.max_completion_length)
+        self.seen: list[torch.Tensor] = []  # per sample, the terms [B], 0 in rows that did not run
+
+    def losses(self) -> Iterator[torch.Tensor]:
+        """The parts of the loss, each to be back-propagated before the next is asked for."""
+        config, step = self.objective.config, self.step
+        if config.objective == "vrpo":
+            yield from self._in_one_graph()
+            return
+        parts = per_sample_losses(
+            self._term,
+            self.advantages,
+            config.num_elbo_samples,
+            old_terms=step.old,
+            length_scale=self.scale,
+            loss_scale=step.scale,
+            clip=config.bound_clip,
+            dual_clip=config.dual_clip,
+            reference_terms=step.reference,
+            beta=config.beta,
+            always_run=step.always_run,
+        )
+        for part in parts:
+            yield part.loss
+
+    def _term(self, sample: int, which: torch.Tensor) -> torch.Tensor:
+        values = self.objective.term(self.model, self.step.rows, self.draws, sample, which)
+        self.seen.append(values.detach().new_zeros(len(self.advantages)).index_put((which,), values.detach()))
+        return values
+
+    def _in_one_graph(self) -> Iterator[torch.Tensor]:
+        step = self.step
+        which = rows_to_run(self.advantages, step.reference is not None, step.always_run)
+        if not len(which):
+            return
+        new = torch.stack([self._term(sample, which) for sample in range(self.draws.samples)], dim=1)
+        old = new.detach() if step.old is None else step.old[which]
+        scale = self.scale[which, None]
+        value = sampled_elbo_ratio((new - old) * scale, self.advantages[which])
+        if step.reference is not None:
+            value = value - self.objective.config.beta * k2_terms(((new - step.reference[which]) * scale).mean(dim=1))
+        yield value.sum() * (-step.scale / len(self.advantages))
+
+    def statistics(self) -> Statistics:
+        """Of the rows that count; a row that runs only because other ranks wait does not."""
+        config, step = self.objective.config, self.step
+        ran = torch.zeros_like(self.advantages, dtype=torch.bool)
+        ran[rows_to_run(self.advantages, step.reference is not None, always_run=False)] = True
+        new = torch.stack(self.seen, dim=1)[ran] if self.seen else torch.zeros_like(self.draws.weights)[ran]
+        old = new if step.old is None else step.old[ran]
+        scale, advantages = self.scale[ran, None], self.advantages[ran]
+        d = (new - old) * scale
+        found = run_statistics(ran, self.lengths, d)
+        found.means["elbo"] = (new.mean(dim=1).sum(), self.lengths[ran].sum())
+        if config.objective == "bgpo":
+            found.means["bound_gap"] = (bound_gap(d, advantages).sum(), len(d))
+        if config.bound_clip is not None or config.dual_clip is not None:
+            hit = clipped(d, advantages[:, None], config.bound_clip, config.dual_clip)
+            found.means["clip_fraction"] = (hit.sum(), hit.numel())
+        if step.reference is not None:
+            apart = (new - step.reference[ran]) * scale
+            found.means["kl"] = (k2_terms(apart).sum(), apart.numel())
+        counts = self.draws.histogram(_SHARES)
+        for bucket, count in enumerate(counts):
+            low, high = (100 * edge // _SHARES for edge in (bucket, bucket + 1))
+            found.means[f"masked_{low}_to_{high}"] = (count, sum(counts))
+        return found

@@ -1,0 +1,62 @@
+"""Completions from the block sampler, on the training model, where TRL would call `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from trl.models.utils import disable_gradient_checkpointing
+
+from dta_plugin.diffusion import DiffusionFamily, SampledCompletions, SamplerConfig, predictions, sample
+
+
+def sampled_completions(
+    trainer: Any, family: DiffusionFamily, config: SamplerConfig, prompt_ids: list[list[int]]
+) -> SampledCompletions:
+    """One completion per prompt, drawn with torch's own generator, which TRL seeds per rank.
+
+    DDP is taken off; FSDP gathers a layer's weights in every call, so its ranks call the model equally often.
+    """
+    device = trainer.accelerator.device
+    width = max(map(len, prompt_ids))
+    ids = torch.full(
+        (len(prompt_ids), width), family.mask_token_id if family.pad_token_id is None else family.pad_token_id
+    )
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompt_ids):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
+        mask[row, width - len(prompt) :] = 1
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    with (
+        torch.no_grad(),
+        disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs),
+        trainer.accelerator.autocast(),
+        _equally_often(trainer, model, family),
+    ):
+        return sample(model, family, ids.to(device), mask.to(device), config)
+
+
+@contextmanager
+def _equally_often(trainer: Any, model: nn.Module, family: DiffusionFamily) -> Iterator[None]:
+    """Ranks whose weights are sharded wait for each other in every call: who is done goes on until all are."""
+    if trainer.accelerator.num_processes == 1 or not trainer.is_fsdp_enabled:
+        yield
+        return
+    device = trainer.accelerator.device
+
+    def ranks_at_work(is_at_work: bool) -> int:
+        count = torch.tensor(int(is_at_work), device=device)
+        distributed.all_reduce(count)
+        return int(count)
+
+    announce = model.register_forward_pre_hook(lambda *_: ranks_at_work(True) and None, prepend=True)
+    try:
+        yield
+    finally:
+        announce.remove()
+    filler = torch.full((1, 2), family.mask_token_id, device=device)
+    while ranks_at_work(False):
+        predictions(model, family, filler)

@@ -1,0 +1,190 @@
+"""DiffusionGRPOTrainer: TRL's GRPOTrainer for diffusion language models.
+
+TRL keeps what it does well: data, rewards, advantages, buffering of generation batches, logging, checkpoints. Replaced
+are the three places in which it takes the model to write from left to right: generation (`generation`), log-probs of
+the old and the reference policy (here ELBO terms, in the same buffer), and the loss (`elbo`, `one_step`).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from trl import GRPOTrainer
+from trl.models import prepare_fsdp
+
+from dta_plugin.adapters.trl import patch
+from dta_plugin.adapters.trl.diffusion.config import DiffusionGRPOConfig
+from dta_plugin.adapters.trl.diffusion.elbo import ElboObjective
+from dta_plugin.adapters.trl.diffusion.generation import sampled_completions
+from dta_plugin.adapters.trl.diffusion.one_step import OneStepObjective
+from dta_plugin.adapters.trl.diffusion.rows import MASK_SEEDS, MicroStep, Rows, draw_seeds
+from dta_plugin.adapters.trl.diffusion.unused import check_arguments
+from dta_plugin.adapters.trl.diffusion.update import back_propagated
+from dta_plugin.diffusion import DiffusionFamily, family_of, load_diffusion_lm
+from dta_plugin.diffusion.sampler import check_blocks
+from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from dta_plugin.execution.model import causal_lm
+
+_HOOKS = (
+    "_generate_single_turn",
+    "_generate_and_score_completions",
+    "_get_per_token_logps_and_entropies",
+    "_compute_loss",
+)
+
+
+class DiffusionGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
+    """GRPOTrainer for a masked diffusion LM.
+
+        DiffusionGRPOTrainer("GSAI-ML/LLaDA-8B-Instruct", reward, DiffusionGRPOConfig(...), train_dataset=data)
+
+    model: what `load_diffusion_lm` reads, or returns; or a model made `bidirectional`; in PEFT or not. args: a
+    DiffusionGRPOConfig. Other arguments are GRPOTrainer's; tools, rollout_func and environment_factory are refused.
+
+    Raises InvalidInputError for arguments that do not go together, UnsupportedModelError for a model that is no masked
+    diffusion LM, and for a TRL release without the methods that are replaced.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | Any,
+        reward_funcs: Any = None,
+        args: DiffusionGRPOConfig | None = None,
+        **arguments: Any,
+    ) -> None:
+        args = DiffusionGRPOConfig("diffusion_grpo") if args is None else args
+        _check(args, arguments)
+        if isinstance(model, str):
+            given = {name: arguments.pop(name) for name in ("quantization_config",) if arguments.get(name) is not None}
+            model = load_diffusion_lm(model, **(args.model_init_kwargs or {}), **given)
+        own = family_of(
+            causal_lm(model).config,
+            mask_token_id=args.mask_token_id,
+            is_shifted=args.is_shifted,
+            block_length=args.attention_block_length,
+        )
+        self.sampler = args.sampler_config(own.block_length)
+        check_blocks(own, self.sampler)
+        is_adapted = arguments.get("peft_config") is not None or hasattr(model, "peft_config")
+        reference = copy.deepcopy(model) if args.beta and not is_adapted else None
+        aside = {"model_init_kwargs": None} | ({} if reference is None else {"beta": 0.0})
+        with _set_aside(args, **aside):
+            super().__init__(model, reward_funcs, args, **arguments)
+        self.beta = args.beta
+        if reference is not None:
+            self.ref_model = self._prepared(reference)
+        if getattr(self, "aux_loss_enabled", False):
+            raise InvalidInputError(
+                f"{type(causal_lm(model)).__name__} is a mixture of experts with a router loss, which is not part of "
+                "the objective here. Expected a dense model, or router_aux_loss_coef=0.0 in its config."
+            )
+        self.family = self._with_all_ends(own)
+        kind = OneStepObjective if args.objective == "diffu-grpo" else ElboObjective
+        self.objective = kind(args, self.family, self.accelerator.autocast)
+
+    def _prepared(self, reference: nn.Module) -> nn.Module:
+        """The frozen initial policy, wrapped as TRL wraps the reference that it loads."""
+        reference.requires_grad_(False).eval()
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(reference, self.accelerator)
+        return self.accelerator.prepare_model(reference, evaluation_mode=True)
+
+    def _with_all_ends(self, family: DiffusionFamily) -> DiffusionFamily:
+        """The family with every token that TRL or the model takes for an end, TRL's first; told to both."""
+        own = getattr(self, "eos_token_ids", None)
+        ends = tuple(dict.fromkeys([*(own or [self.processing_class.eos_token_id]), *family.eos_token_ids]))
+        if own is None and self.mask_truncated_completions and len(ends) > 1:
+            raise InvalidInputError(
+                f"mask_truncated_completions=True with end tokens {ends}. This TRL release knows one end token, and "
+                "would take completions that end with another for truncated; update TRL, or leave the option out."
+            )
+        self.eos_token_ids = list(ends)
+        return replace(family, eos_token_ids=ends)
+
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], images: Any, *_: Any, **__: Any
+    ) -> tuple[list[list[int]], None]:
+        if images is not None:
+            raise InvalidInputError("The data has images. Expected text: diffusion LMs with images are not supported.")
+        found = sampled_completions(self, self.family, self.sampler, prompt_ids)
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["diffusion/model_calls"].append(float(found.model_calls))
+        completions = found.completion_ids.tolist()
+        if self.args.score_fillers:
+            return completions, None
+        return [row[:length] for row, length in zip(completions, found.lengths.tolist(), strict=True)], None
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._seeds = draw_seeds(len(inputs), self.accelerator.device)
+        return {**super()._generate_and_score_completions(inputs), MASK_SEEDS: self._seeds}
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """What the objective compares later policies with, in place of the log-probs that TRL stores and slices."""
+        rows = Rows(input_ids, attention_mask, logits_to_keep, self._seeds)
+        terms = torch.cat([self.objective.stored(model, part) for part in rows.chunks(batch_size or len(rows))])
+        own = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
+        return (terms, None, None) if "compute_aux_loss" in own else (terms, None)
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        is_training = self.model.training
+        slots = self.args.steps_per_generation
+        step = MicroStep(
+            Rows.from_inputs(inputs),
+            inputs["advantages"],
+            inputs.get("old_per_token_logps"),
+            inputs.get("ref_per_token_logps"),
+            iteration=self._step // slots % self.num_iterations if is_training else 0,
+            scale=1.0 / self.current_gradient_accumulation_steps if is_training else 1.0,
+            always_run=self.accelerator.num_processes > 1 or not is_training,
+        )
+        update = self.objective.update(model, step)
+        loss = back_propagated(self, model, update.losses(), self.objective.passes)
+        update.statistics().log(self)
+        return loss
+
+
+def _check(args: DiffusionGRPOConfig, arguments: dict[str, Any]) -> None:
+    if not isinstance(args, DiffusionGRPOConfig):
+        raise InvalidInputError(
+            f"args is a {type(args).__name__}. Expected a DiffusionGRPOConfig, which refuses what has no meaning for a "
+            "diffusion LM (prefix trees, too: they need attention from left to right)."
+        )
+    missing = [name for name in _HOOKS if not hasattr(GRPOTrainer, name)]
+    if missing:
+        raise UnsupportedModelError(
+            f"This TRL release's GRPOTrainer has no {', '.join(missing)}. Expected TRL 1.0 to 1.16; install one of "
+            "those: pip install 'trl>=1.0,<=1.16'."
+        )
+    if patch.process_config() is not None:
+        raise InvalidInputError(
+            "Prefix trees are switched on in this process (dta_plugin.enable, use_dta). Expected them off: a diffusion "
+            "LM sees its whole completion, so rollouts share no computation; leave out use_dta and dta_*."
+        )
+    check_arguments(arguments)
+
+
+@contextmanager
+def _set_aside(args: Any, **instead: Any) -> Iterator[None]:
+    """Within the context these arguments are as given: TRL would load a reference and models of its own by them."""
+    own = {name: getattr(args, name) for name in instead}
+    vars(args).update(instead)
+    try:
+        yield
+    finally:
+        vars(args).update(own)
