@@ -7,9 +7,10 @@ is read from it are replaced, and the mini-batch is cut into micro-batches in wh
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +22,8 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from dta_plugin.adapters.logs import say
 from dta_plugin.adapters.verl.call import TreeCall, TreeOutputs
+from dta_plugin.adapters.verl.diffusion.guards import check_model
+from dta_plugin.adapters.verl.diffusion.updates import DiffusionUpdates, Settings
 from dta_plugin.adapters.verl.guards import batch_reason, engine_reason
 from dta_plugin.adapters.verl.micro_batches import Planner, agreed, clear_plan, may_regroup, set_plan
 from dta_plugin.adapters.verl.registry import registered
@@ -53,12 +56,20 @@ class TreeEngine(FSDPEngineWithLMHead):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._dta_config: TreeConfig | None = TreeConfig()
+        self._dta_diffusion: DiffusionUpdates | None = None
+        self._dta_is_last_micro_batch = True
         self._dta_run: _Run | None = None
         self._dta_calls = 0
         self._dta_said: set[str] = set()
 
-    def configure(self, config: TreeConfig | None) -> None:
-        """Options from now on; None: verl's own path. Raises InvalidInputError for what the strategy cannot do."""
+    def configure(self, config: TreeConfig | None, diffusion: Settings | None = None) -> None:
+        """Options from now on; None: verl's own path. diffusion: of a diffusion LM, which has no prefix trees.
+
+        Raises InvalidInputError for what the strategy cannot do, and UnsupportedModelError for a diffusion LM without
+        settings of its own: verl's own path would take it for a causal model.
+        """
+        check_model(self.module, diffusion is not None)
+        self._dta_diffusion = None if diffusion is None else DiffusionUpdates(self, diffusion)
         in_chunks = config is not None and (config.executor == "streamed" or config.max_tree_tokens_per_chunk)
         if in_chunks and self.engine_config.strategy == "fsdp":
             raise InvalidInputError(
@@ -77,7 +88,8 @@ class TreeEngine(FSDPEngineWithLMHead):
         self, data: TensorDict, loss_function: Any, forward_only: bool = False, **kwargs: Any
     ) -> Any:
         if self._dta_config is None:
-            return super().forward_backward_batch(data, loss_function, forward_only, **kwargs)
+            stock = functools.partial(super().forward_backward_batch, data, loss_function, forward_only, **kwargs)
+            return stock() if self._dta_diffusion is None else self._dta_diffusion.mini_batch(stock, data, forward_only)
         run = self._begin(data, self._dta_config, loss_function, forward_only)
         self._dta_run = run
         try:
@@ -90,6 +102,8 @@ class TreeEngine(FSDPEngineWithLMHead):
         return outputs
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
+        if self._dta_diffusion is not None:
+            return self._dta_diffusion.forward_step(micro_batch, forward_only)
         run = self._dta_run
         if run is None:
             return super().forward_step(micro_batch, loss_function, forward_only)
@@ -133,6 +147,16 @@ class TreeEngine(FSDPEngineWithLMHead):
         if isinstance(output, TreeOutputs):
             return output.tensors
         return super().prepare_model_outputs(output, *args, **kwargs)
+
+    def _gradient_sync_context(self, *, is_last_micro_batch: bool) -> Any:
+        self._dta_is_last_micro_batch = is_last_micro_batch
+        return super()._gradient_sync_context(is_last_micro_batch=is_last_micro_batch)
+
+    def dta_deferred_sync(self) -> AbstractContextManager[None]:
+        """Within the context, backward passes of this micro-batch leave synchronising to the one that verl makes."""
+        if not self._dta_is_last_micro_batch:  # verl defers it already
+            return nullcontext()
+        return super()._gradient_sync_context(is_last_micro_batch=False)
 
     def _dense_step(self, run: _Run, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
         """verl's own step, with the attention that it had before."""
