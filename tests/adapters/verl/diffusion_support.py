@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
-from torch import distributed
 from transformers import AutoModelForCausalLM, Qwen3Config
 from verl.utils import tensordict_utils as tu
 
@@ -26,6 +25,7 @@ def save_diffusion_model(folder: Path) -> Path:
     causal = save_model(folder / "causal")
     config = bidirectional(Qwen3Config.from_pretrained(causal), mask_token_id=MASK)
     AutoModelForCausalLM.from_pretrained(causal, config=config).save_pretrained(folder)
+    (causal / "adapter").rename(folder / "adapter")
     return folder
 
 
@@ -124,7 +124,7 @@ def graph_gradient(
             bound = bound + ratio * advantages[row] / SAMPLES
     loss = -bound / len(data)
     loss.backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, float(loss)
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, loss.item()
 
 
 def largest_difference(one: Gradients, other: Gradients) -> float:
@@ -134,10 +134,11 @@ def largest_difference(one: Gradients, other: Gradients) -> float:
     return max(float((one[name] - other[name]).abs().max()) for name in one) / top
 
 
+def norm(gradients: Gradients) -> float:
+    """Of all of them; FSDP 1 has them flat, and does not tell which is whose."""
+    return torch.stack([gradient.float().norm() for gradient in gradients.values()]).norm().item()
+
+
 def _whole(gradient: Any) -> torch.Tensor:
     found = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
     return found.detach().clone()
-
-
-def rank_and_ranks() -> tuple[int, int]:
-    return distributed.get_rank(), distributed.get_world_size()
