@@ -52,10 +52,18 @@ def advantages_of(count: int) -> torch.Tensor:
     return found
 
 
-def mini_batch(rank: int = 0, ranks: int = 1, shape: str = "groups", budget: int = 90, rows: int = 0) -> TensorDict:
-    """A rank's part; rows: per micro-batch, 0 for a token budget."""
+def mini_batch(
+    rank: int = 0,
+    ranks: int = 1,
+    shape: str = "groups",
+    budget: int = 90,
+    rows: int = 0,
+    advantages: torch.Tensor | None = None,
+) -> TensorDict:
+    """A rank's part. rows: per micro-batch, 0 for a token budget. advantages: of all rows."""
     sequences, begins = SHAPES[shape]()
-    total, advantages = len(sequences), advantages_of(len(sequences))
+    total = len(sequences)
+    advantages = advantages_of(total) if advantages is None else advantages
     mine = slice(rank * total // ranks, (rank + 1) * total // ranks)
     ids = [torch.tensor(sequence) for sequence in sequences[mine]]
     pairs = list(zip(ids, begins[mine], strict=True))
@@ -103,13 +111,17 @@ def engine_gradient(engine: Any, data: TensorDict) -> tuple[Gradients, dict[str,
 
 
 def graph_gradient(
-    folder: Path, data: TensorDict, old: torch.Tensor | None, scale: list[float] | None = None, step: int = 0
+    folder: Path,
+    data: TensorDict,
+    old: torch.Tensor | None,
+    scale: list[float] | None = None,
+    step: int = 0,
 ) -> tuple[Gradients, float]:
     """From the paper's formulas, row by row without padding, all samples in one graph; and the loss."""
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
     canvas = Canvas.of(data, 0, step)
     draws = draw_masks(canvas.lengths, SAMPLES, canvas.seeds)
-    advantages = advantages_of(len(data))
+    advantages = [row[0] for row in data["advantages"].unbind()]
     bound = torch.zeros(())
     for row, (ids, response) in enumerate(zip(data["input_ids"].unbind(), data["responses"].unbind(), strict=True)):
         begin = len(ids) - len(response)

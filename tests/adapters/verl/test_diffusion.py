@@ -126,6 +126,17 @@ def test_seeds_belong_to_rows() -> None:
     assert len(set(seeds.tolist())) == len({tuple(row.tolist()) for row in data["input_ids"].unbind()}) == len(data) - 1
 
 
+def test_ranks_synchronise_once(diffusion_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """verl defers it in all micro-batches but the last; there, samples before the last defer it, too."""
+    engine, said = engine_of(diffusion_folder, settings()), []
+    set_sync = engine.module.set_requires_gradient_sync
+    monkeypatch.setattr(
+        engine.module, "set_requires_gradient_sync", lambda flag, **_: (said.append(flag), set_sync(flag))
+    )
+    engine_gradient(engine, mini_batch(rows=8))
+    assert said == [False, True] + [False, True] * (SAMPLES - 1)
+
+
 def test_bfloat16(graph: Any, diffusion_folder: Path) -> None:
     found, _ = engine_gradient(engine_of(diffusion_folder, settings(), dtype="bf16"), mini_batch())
     assert largest_difference(found, graph("groups")[0]) < 3e-2
