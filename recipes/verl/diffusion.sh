@@ -45,8 +45,8 @@ options=(
   reward.num_workers=1
   transfer_queue.backend.SimpleStorage.num_data_storage_units=1
   data.dataloader_num_workers=0
-  trainer.v1.sampler.custom_sampler.path=pkg://dta_plugin.adapters.verl_cpu.replay
-  trainer.v1.sampler.custom_sampler.name=EagerReplayBuffer
+  ++trainer.v1.sampler.custom_sampler.path=pkg://dta_plugin.adapters.verl_cpu.replay
+  ++trainer.v1.sampler.custom_sampler.name=EagerReplayBuffer
 
   # Every metric of every step in the console and, as JSON, in $folder/metrics.jsonl; no validation, no checkpoints.
   trainer.logger='[console, file]'

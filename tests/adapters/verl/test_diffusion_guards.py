@@ -119,6 +119,12 @@ def test_settings_of_verl_that_do_not_fit(name: str, value: Any) -> None:
     diffusion_settings(config({"executor": "packed"}, **{name: value}))  # not the tree's concern
 
 
+def test_verl_08(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dta_plugin.adapters.verl.diffusion.guards.version", lambda _: "0.8.0")
+    with pytest.raises(UnsupportedModelError, match=r"verl 0\.8\.0 is installed. Expected 0\.9 or newer"):
+        diffusion_settings(config({"diffusion": {}}))
+
+
 @pytest.mark.parametrize("options", [TreeConfig(), TreeConfig(on_unsupported="dense"), None])
 def test_a_diffusion_lm_is_never_taken_for_causal(options: TreeConfig | None, diffusion_folder: Path) -> None:
     engine = build(Setup(), diffusion_folder, tree=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from importlib.metadata import version
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from packaging.version import Version
 
 from dta_plugin.adapters.verl.config import DIFFUSION
 from dta_plugin.diffusion import family_of
@@ -44,7 +46,12 @@ _ONLY: dict[str, tuple[Any, str]] = {
 
 
 def check_settings(config: DictConfig) -> None:
-    """config: `actor_rollout_ref`. Raises UnsupportedModelError for the first setting that does not fit."""
+    """config: `actor_rollout_ref`. Raises UnsupportedModelError for verl 0.8 and for what does not fit."""
+    found = version("verl")
+    if Version(found).release < (0, 9):
+        raise UnsupportedModelError(
+            f"verl {found} is installed. Expected 0.9 or newer with {DIFFUSION}: its data path carries ELBO terms."
+        )
     mode = config.actor.loss_agg_mode
     if mode not in LENGTH_NORMS:
         raise _unfit("actor.loss_agg_mode", mode, f"one of {', '.join(LENGTH_NORMS)}", "a likelihood is a response's")
