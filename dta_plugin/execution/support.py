@@ -50,7 +50,7 @@ def _attention_reason(model: PreTrainedModel, config: Any) -> str | None:
         )
     if config.model_type in _EXTRA_HEAD:
         return f"{type(model).__name__} transforms hidden states before its output embedding; use another model family"
-    if attends_both_ways(config):
+    if getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", None) is False:
         return f"{type(model).__name__} attends in both directions; use a causal model"
     if not model._can_set_attn_implementation():
         return (
@@ -58,11 +58,6 @@ def _attention_reason(model: PreTrainedModel, config: Any) -> str | None:
             "transformers implementation of the model"
         )
     return None
-
-
-def attends_both_ways(config: Any) -> bool:
-    """Whether a config says that tokens see those after them, as in diffusion LMs."""
-    return bool(getattr(config, "use_bidirectional_attention", False)) or getattr(config, "is_causal", None) is False
 
 
 def _position_reason(model: PreTrainedModel, config: Any) -> str | None:

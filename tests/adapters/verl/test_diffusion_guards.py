@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from verl.utils import tensordict_utils as tu
 
 from dta_plugin.adapters.verl.config import tree_config
+from dta_plugin.adapters.verl.diffusion.guards import check_model
 from dta_plugin.adapters.verl.diffusion.options import DiffusionOptions
 from dta_plugin.adapters.verl.diffusion.updates import DiffusionUpdates
 from dta_plugin.adapters.verl.diffusion.worker import diffusion_settings
@@ -130,6 +131,12 @@ def test_a_diffusion_lm_is_never_taken_for_causal(options: TreeConfig | None, di
     engine = build(Setup(), diffusion_folder, tree=True)
     with pytest.raises(UnsupportedModelError, match=r"is a diffusion LM.*custom\.dta\.diffusion"):
         engine.configure(options)
+
+
+def test_other_models_are_judged_elsewhere(folder: Path) -> None:
+    """A causal model, and what is no language model, which other guards refuse or let run as verl does."""
+    check_model(build(Setup(), folder, tree=True).module, is_diffusion=False)
+    check_model(torch.nn.Linear(2, 2), is_diffusion=False)
 
 
 def test_nor_by_an_engine_that_was_told_nothing(diffusion_folder: Path) -> None:

@@ -13,7 +13,6 @@ from dta_plugin.adapters.verl.config import DIFFUSION
 from dta_plugin.diffusion import family_of
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 from dta_plugin.execution.model import causal_lm
-from dta_plugin.execution.support import attends_both_ways
 
 # loss_agg_mode of verl -> length_norm of an ELBO's difference (`objectives.elbo.length_scale`).
 LENGTH_NORMS = {
@@ -62,12 +61,13 @@ def check_settings(config: DictConfig) -> None:
 
 
 def check_model(module: Any, is_diffusion: bool) -> None:
-    """Raises UnsupportedModelError for a diffusion LM without diffusion options, InvalidInputError for the contrary.
+    """Raises UnsupportedModelError for a diffusion LM without diffusion options, and for options without such a model;
+    InvalidInputError for dropout.
 
     A model that attends in both directions is never run as a causal one: it would see the tokens that it predicts.
     """
-    config = causal_lm(module).config
     if is_diffusion:
+        config = causal_lm(module).config
         rate = getattr(config.get_text_config(), "attention_dropout", 0.0)
         if rate:
             raise InvalidInputError(
@@ -75,16 +75,18 @@ def check_model(module: Any, is_diffusion: bool) -> None:
                 "alone; set it in the model's config."
             )
         family_of(config)
-        return
-    if attends_both_ways(config) or _is_known_diffusion(config):
+    elif _is_diffusion_lm(module):
         raise UnsupportedModelError(
             f"{type(causal_lm(module)).__name__} is a diffusion LM: it sees the tokens that verl's losses would have "
             f"it predict. Expected a causal model, or '+{DIFFUSION}={{samples: 16}}', which trains it with BGPO."
         )
 
 
-def _is_known_diffusion(config: Any) -> bool:
-    with suppress(InvalidInputError, UnsupportedModelError):
+def _is_diffusion_lm(module: Any) -> bool:
+    with suppress(InvalidInputError, UnsupportedModelError):  # what is no language model at all is not ours to judge
+        config = causal_lm(module).config
+        if getattr(config.get_text_config(), "is_causal", None) is False:
+            return True
         family_of(config)
         return True
     return False
