@@ -120,8 +120,8 @@ class TreeConfig:
             raise InvalidInputError(
                 f"max_tree_tokens_per_chunk={self.max_tree_tokens_per_chunk}. Expected None or at least 1."
             )
-        if not 0.0 <= self.min_saving < 1.0:
-            raise InvalidInputError(f"min_saving={self.min_saving}. Expected a share in [0, 1).")
+        if not isinstance(self.min_saving, (int, float)) or not 0.0 <= self.min_saving < 1.0:
+            raise InvalidInputError(f"min_saving={self.min_saving!r}. Expected a share in [0, 1).")
         if not re.fullmatch(r"off|first|every:[1-9]\d*", str(self.verify)):
             raise InvalidInputError(
                 f"verify={self.verify!r}. Expected 'off', 'first' or 'every:N' with N >= 1 (a bare off in YAML means "

@@ -51,8 +51,8 @@ class TokenSelection:
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
             raise InvalidInputError(f"token_selection={self.scheme!r}. Expected all or one of {', '.join(SCHEMES)}.")
-        if not 0.0 < self.budget <= 1.0:
-            raise InvalidInputError(f"token_budget={self.budget}. Expected a share of the tokens in (0, 1].")
+        if not _is_share(self.budget):
+            raise InvalidInputError(f"token_budget={self.budget!r}. Expected a share of the tokens in (0, 1].")
         if self.scheme == "rpc-uniform" and self.budget < 0.5:
             raise InvalidInputError(
                 f"token_budget={self.budget} with token_selection=rpc-uniform, whose cuts keep half of the tokens or "
@@ -60,10 +60,15 @@ class TokenSelection:
             )
         if not isinstance(self.min_prefix, int) or self.min_prefix < 1:
             raise InvalidInputError(
-                f"token_min_prefix={self.min_prefix}. Expected a whole number of tokens, at least 1."
+                f"token_min_prefix={self.min_prefix!r}. Expected a whole number of tokens, at least 1."
             )
-        if not 0.0 < self.floor <= 1.0:
-            raise InvalidInputError(f"token_floor={self.floor}. Expected a probability in (0, 1].")
+        if not _is_share(self.floor):
+            raise InvalidInputError(f"token_floor={self.floor!r}. Expected a probability in (0, 1].")
+        if self.budget < self.floor:
+            raise InvalidInputError(
+                f"token_budget={self.budget} with token_floor={self.floor}: every token is kept with that probability, "
+                "so that more are kept. Expected token_floor at most token_budget."
+            )
         if self.sharing not in SHARINGS:
             raise InvalidInputError(f"token_sharing={self.sharing!r}. Expected one of {', '.join(SHARINGS)}.")
 
@@ -75,6 +80,10 @@ class TokenSelection:
     def design(self, tokens: int) -> Design:
         """The design for a row of so many tokens (at least 1)."""
         return _design(self.scheme, tokens, self.budget, self.min_prefix, self.floor)
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, (int, float)) and 0.0 < value <= 1.0
 
 
 @functools.lru_cache(maxsize=512)
@@ -123,6 +132,8 @@ def draw(
     last such token; single tokens among those only. groups: a number per row; equal ones are siblings. seed, step,
     rank: with the row's number they seed its drawing, so that passes differ, ranks differ, and a resumed run repeats.
     """
+    if len(groups) != len(carries_loss):
+        raise InvalidInputError(f"Got {len(groups)} groups for {len(carries_loss)} rows. Expected one number per row.")
     entropy = (seed, step, rank)
     uniforms = _uniforms(selection.sharing, groups, entropy) if selection.cuts else None
     weights = np.zeros(carries_loss.shape)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 Inputs = dict[str, Any]
+# What TRL pads with, where that is not 0. Some losses sum over padding.
+PADDING = {"tool_mask": 1, "importance_sampling_ratio": 1}
 
 
 def has_images(buffer: Sequence[Inputs]) -> bool:

@@ -10,29 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from itertools import pairwise
 from math import prod
 from typing import Any
 
 import numpy as np
 import torch
-from packaging.version import Version
 from torch import distributed
 
-from dta_plugin.adapters.trl.buffer import Inputs, Rows, has_images
+from dta_plugin.adapters.trl.buffer import PADDING, Inputs, Rows, has_images
 from dta_plugin.adapters.trl.deal import to_ranks
 from dta_plugin.adapters.trl.regroup import composition_reason
 from dta_plugin.adapters.trl.rows import MicroBatch, joined
+from dta_plugin.adapters.trl.version import counts_padding
 from dta_plugin.balance.costs import TOKENS, SequenceCosts, loads
 from dta_plugin.tree.cost import ModelCost
 
 Shape = tuple[torch.dtype, tuple[int, ...]]  # of one row
-
-# What TRL pads with, where that is not 0. Some losses sum over padding.
-_PADDING = {"tool_mask": 1, "importance_sampling_ratio": 1}
-# Up to here the luspo loss is a mean over padded columns as well, which differ between ranks.
-_LUSPO_IGNORES_PADDING = Version("1.10.0")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -110,7 +104,7 @@ def _obstacle(trainer: Any, buffer: list[Inputs]) -> str | None:
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     if getattr(parallelism, "non_data_parallel_size", 1) > 1:
         return "ranks share rows by tensor, context or sequence parallelism"
-    if getattr(trainer, "loss_type", None) == "luspo" and Version(version("trl")) < _LUSPO_IGNORES_PADDING:
+    if counts_padding(trainer):
         return "loss_type='luspo' depends on each rank's padding before TRL 1.10"
     return composition_reason(trainer)
 
@@ -158,7 +152,7 @@ def _moved(
     rows: Rows, destination: np.ndarray, rank: int, bounds: list[int], shapes: dict[str, Shape], pad_token: int
 ) -> Rows:
     """This rank's rows after the exchange. destination: int [ranks, rows]. bounds: where windows begin and end."""
-    padding = _PADDING | {"prompt_ids": pad_token, "completion_ids": pad_token}
+    padding = PADDING | {"prompt_ids": pad_token, "completion_ids": pad_token}
     table = torch.cat([_bytes(key, rows.per_row[key], shapes[key], padding.get(key, 0)) for key in shapes], dim=1)
     ranks = range(len(destination))
     leaving = [np.flatnonzero(destination[rank] == other) if other != rank else np.empty(0, int) for other in ranks]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class TreeState:
         self.windows = Windows()
         self.loads = Loads()
         self.handed_out: list[HandedOut] = []  # the micro-batches of the current pass over a generation batch
-        self.entropy = 0.0  # mean of the micro-batch that last had any
+        self.entropy = math.nan  # mean of the micro-batch that last had any
         self._micro_steps_before: int | None = None
         self._said: set[str] = set()
 
@@ -72,7 +73,7 @@ class TreeState:
     ) -> torch.Tensor:
         """Entropies [B, C] with the mean of those that were computed in the balance of rows without any.
 
-        TRL's metric is then the mean over tokens that run; before the first of them, 0.
+        TRL's metric is then the mean over tokens that run; before the first of them, NaN.
         """
         weights = attention_mask[:, -micro_batch.columns :] * micro_batch.scored[:, -micro_batch.columns :]
         if weights.any():

@@ -13,6 +13,7 @@ import torch
 from trl import GRPOTrainer, RLOOTrainer
 
 from dta_plugin.adapters.trl.buffer import Inputs, Rows, has_images
+from dta_plugin.adapters.trl.version import counts_padding
 from dta_plugin.adapters.trl.weights import loss_mask, reweighted
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.objectives.nat import TokenSelection, draw
@@ -37,6 +38,8 @@ def selection_obstacle(trainer: Any, buffer: list[Inputs]) -> str | None:
     level = getattr(trainer, "importance_sampling_level", "token")
     if level != "token":
         return f"importance_sampling_level={level!r}, which is no sum over tokens; use 'token'"
+    if counts_padding(trainer):
+        return "loss_type='luspo', a mean over padding, too, before TRL 1.10; use another, or update TRL"
     if trainer.loss_type not in _TOKEN_LOCAL:
         return f"loss_type={trainer.loss_type!r}, which is no sum over tokens; use one of {', '.join(_TOKEN_LOCAL)}"
     if getattr(trainer, "off_policy_mask_threshold", None) is not None:
@@ -61,7 +64,7 @@ def pruned(trainer: Any, buffer: list[Inputs]) -> list[Inputs]:
     These are masked tokens, and rows with advantage 0 where the loss has no other term. All but the metric `entropy`
     stay what they were; that one is then of the tokens that run.
     """
-    if not has_own_loss(trainer) or has_images(buffer):
+    if not has_own_loss(trainer) or has_images(buffer) or counts_padding(trainer):
         return buffer
     rows = Rows.of(buffer)
     inputs: Inputs = rows.per_row | rows.constant

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from dta_plugin.adapters.trl.buffer import Inputs
+from dta_plugin.adapters.trl.buffer import PADDING, Inputs
 
 # Entry int64 [B]: real tokens of a row that do not run.
 LEFT_OUT = "dta_left_out"
@@ -40,8 +40,8 @@ def loss_mask(inputs: Inputs) -> torch.Tensor:
 def reweighted(inputs: Inputs, weights: torch.Tensor) -> Inputs:
     """The inputs with weights [B, C] for the tokens of `loss_mask`, and a balance.
 
-    Columns behind the last weight go. Entries of tokens that are left out become 0: what is exponentiated there must
-    not overflow, for the loss multiplies it by a weight of 0.
+    Columns behind the last weight go. Entries of tokens that are left out become what TRL pads with: what is
+    exponentiated there must not overflow, for the loss multiplies it by a weight of 0.
     """
     completion_mask = inputs["completion_mask"]
     was_weighted = is_weighted(inputs)
@@ -56,8 +56,8 @@ def reweighted(inputs: Inputs, weights: torch.Tensor) -> Inputs:
         shape = (*kept[:, :width].shape, *[1] * (value.ndim - 2))
         entries = value[:, :width]
         if key != "completion_ids":
-            entries = entries.masked_fill(~kept[:, :width].reshape(shape), 0)
-        result[key] = F.pad(entries, (*[0] * (2 * (value.ndim - 2)), 0, 1))
+            entries = entries.masked_fill(~kept[:, :width].reshape(shape), PADDING.get(key, 0))
+        result[key] = F.pad(entries, (*[0] * (2 * (value.ndim - 2)), 0, 1), value=PADDING.get(key, 0))
     result["completion_mask"] = torch.cat([weights[:, :width], balance[:, None]], dim=1)
     result[LEFT_OUT] = inputs.get(LEFT_OUT, 0) + _row_tokens(inputs) - _row_tokens(result)
     return result

@@ -18,7 +18,7 @@ from dta_plugin.verify import check_logprobs
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TreeOutputs:
-    """What verl's `prepare_model_outputs` is to return: jagged [S, len], 0 where no loss reads."""
+    """What verl's `prepare_model_outputs` is to return: jagged [S, len]; 0, or old log-probs, where no loss reads."""
 
     tensors: dict[str, torch.Tensor]
 
@@ -41,7 +41,7 @@ class TreeCall:
             self.module, self.batch, self.config, temperature=temperature, return_entropy=self.wants_entropy
         )
         self.report = result.report
-        tensors = {"log_probs": self.rows.nested(result.logprobs)}
+        tensors = {"log_probs": self.rows.log_probs(result.logprobs)}
         if result.entropies is not None:
             tensors["entropy"] = self.rows.nested(result.entropies)
         return TreeOutputs(tensors)

@@ -1,6 +1,6 @@
 """The plugin's options in a verl command: `+actor_rollout_ref.rollout.custom.dta.<field of TreeConfig>=<value>`.
 
-`use_dta=false` among them leaves verl's own path in place, for a comparison with the same command.
+`use_dta=false` among them leaves verl's own path in place, on all tokens, for a comparison with the same command.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 Old log-probs, reference and update all come through `forward_step`. It stays verl's, as do losses, autocast, gradient
 synchronisation, optimizer, checkpoints and weight export: only the inputs of the model call, the call itself and what
 is read from it are replaced, and the mini-batch is cut into micro-batches in which siblings meet (`micro_batches`).
+An update leaves out tokens that its loss cannot read, or that were not drawn (`selection`); then losses are `weighted`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,7 +29,9 @@ from dta_plugin.adapters.verl.guards import batch_reason, engine_reason
 from dta_plugin.adapters.verl.micro_batches import Planner, agreed, clear_plan, may_regroup, set_plan
 from dta_plugin.adapters.verl.registry import registered
 from dta_plugin.adapters.verl.rows import Rows
+from dta_plugin.adapters.verl.selection import Passes, choose, clear_weights, objection
 from dta_plugin.adapters.verl.tally import Tally
+from dta_plugin.adapters.verl.weighted import weighted
 from dta_plugin.attention.hf import uninstall
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
@@ -52,14 +55,15 @@ class TreeEngine(FSDPEngineWithLMHead):
     """Same arguments as the engine it extends. Until `configure` is called, options have their defaults."""
 
     module: Any
+    dta_is_last_micro_batch: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._dta_config: TreeConfig | None = TreeConfig()
         self._dta_diffusion: DiffusionUpdates | None = None
-        self._dta_is_last_micro_batch = True
         self._dta_run: _Run | None = None
         self._dta_calls = 0
+        self._dta_passes = Passes()
         self._dta_said: set[str] = set()
 
     def configure(self, config: TreeConfig | None, diffusion: Settings | None = None) -> None:
@@ -90,13 +94,15 @@ class TreeEngine(FSDPEngineWithLMHead):
         if self._dta_config is None:
             stock = functools.partial(super().forward_backward_batch, data, loss_function, forward_only, **kwargs)
             return stock() if self._dta_diffusion is None else self._dta_diffusion.mini_batch(stock, data, forward_only)
-        run = self._begin(data, self._dta_config, loss_function, forward_only)
-        self._dta_run = run
         try:
+            self._dta_run = run = self._begin(data, self._dta_config, loss_function, forward_only)
+            if run.tally.drawn is not None:
+                loss_function = weighted(loss_function)
             outputs = super().forward_backward_batch(data, loss_function, forward_only, **kwargs)
         finally:
             self._dta_run = None
             clear_plan(data)
+            clear_weights(data)
         if run.is_update:
             outputs["metrics"].update(run.tally.metrics())
         return outputs
@@ -131,7 +137,7 @@ class TreeEngine(FSDPEngineWithLMHead):
             run.config = None
             return self._dense_step(run, micro_batch, loss_function, forward_only)
         self._dta_calls += 1
-        run.tally.reports.append(call.report)
+        run.tally.tree(call.report, rows.left_out)
         if call.verified is not None:
             self._say(f"call {self._dta_calls} verified against dense: log-probs agree to {call.verified:.1e} nats")
         if run.is_update:
@@ -149,17 +155,13 @@ class TreeEngine(FSDPEngineWithLMHead):
         return super().prepare_model_outputs(output, *args, **kwargs)
 
     def _gradient_sync_context(self, *, is_last_micro_batch: bool) -> Any:
-        self._dta_is_last_micro_batch = is_last_micro_batch
+        self.dta_is_last_micro_batch = is_last_micro_batch
         return super()._gradient_sync_context(is_last_micro_batch=is_last_micro_batch)
-
-    def dta_deferred_sync(self) -> AbstractContextManager[None]:
-        """Within the context, backward passes of this micro-batch leave synchronising to the one that verl makes."""
-        if not self._dta_is_last_micro_batch:  # verl defers it already
-            return nullcontext()
-        return super()._gradient_sync_context(is_last_micro_batch=False)
 
     def _dense_step(self, run: _Run, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
         """verl's own step, with the attention that it had before."""
+        if run.tally.drawn is not None:
+            self._say("verl's own path computes all tokens: token_selection weighs them in the loss, but saves nothing")
         run.tally.dense(int(micro_batch["input_ids"].offsets()[-1]))
         with suppress(UnsupportedModelError):
             uninstall(causal_lm(self.module))
@@ -175,7 +177,12 @@ class TreeEngine(FSDPEngineWithLMHead):
             self.module = module
 
     def _begin(self, data: TensorDict, config: TreeConfig, loss_function: Any, forward_only: bool) -> _Run:
-        """Let all ranks agree on how a mini-batch runs, and cut it into micro-batches."""
+        """Let all ranks agree on how a mini-batch runs, choose its tokens, and cut it into micro-batches."""
+        run = _Run(None, not forward_only)
+        objected = objection(data, loss_function, config) if run.is_update else None
+        if run.is_update and objected is None:
+            step, rank = self._dta_passes.next(self.lr_scheduler.last_epoch), self.get_data_parallel_rank()
+            run.tally.drawn = choose(data, loss_function, config, step, rank)
         reason = engine_reason(self) or unsupported_reason(self.module) or batch_reason(data)
         planner, cost = None, None
         if reason is None:
@@ -183,21 +190,30 @@ class TreeEngine(FSDPEngineWithLMHead):
             if may_regroup(data, config.regroup, loss_function, forward_only):
                 planner = Planner(data, rows.sequences, model_cost(causal_lm(self.module)))
             if config.min_saving:
-                device = rows.offsets.device
-                cost = prepare(
-                    self.module, rows.sequences, rows.scored, replace(config, min_saving=0.0), device=device
-                ).cost
-        mine = (reason, cost, None if planner is None else planner.count, len(data))
-        reasons, costs, counts, sizes = zip(*agreed(mine, self.get_data_parallel_group()), strict=True)
+                cost = self._cost(data, rows)
+        mine = (objected, reason, cost, None if planner is None else planner.count, len(data))
+        all_objected, reasons, costs, counts, sizes = zip(*agreed(mine, self.get_data_parallel_group()), strict=True)
+        if any(all_objected):
+            raise InvalidInputError(next(filter(None, all_objected)))
         found = next((reason for reason in reasons if reason is not None), None)
         if found is not None:
             self._refuse(found)
-            return _Run(None, not forward_only)
+            return run
         if cost is not None and not self._pays(costs, config.min_saving):
-            return _Run(None, not forward_only)
+            return run
         if planner is not None and max(counts) <= min(sizes):
             set_plan(data, planner.plan(max(counts)))
-        return _Run(self._for_micro_batches(data, config), not forward_only)
+        run.config = self._for_micro_batches(data, config)
+        return run
+
+    def _cost(self, data: TensorDict, rows: Rows) -> CostEstimate:
+        """Of verl's own path, which computes all tokens, and of a tree of those that are to run."""
+
+        def of(some: Rows) -> CostEstimate:
+            return prepare(self.module, some.sequences, some.scored, TreeConfig(), device=some.offsets.device).cost
+
+        cost = of(rows)
+        return cost if rows.ran is None else CostEstimate(of(Rows.whole(data)).dense, cost.tree)
 
     def _for_micro_batches(self, data: TensorDict, config: TreeConfig) -> TreeConfig:
         """The gate has been passed; a sequence beyond the token budget runs in chunks where the strategy can."""

@@ -39,17 +39,22 @@ def may_regroup(data: TensorDict, regroup: str, loss_function: Any, forward_only
 
 def is_additive(loss_function: Any, data: TensorDict) -> bool:
     """Whether the losses of micro-batches add up to the same whatever rows they have."""
-    function = getattr(loss_function, "func", loss_function)
-    if function is sft_loss:
+    if getattr(loss_function, "func", loss_function) is sft_loss:
         return True
-    config = getattr(loss_function, "keywords", {}).get("config")
-    if function is not ppo_loss or config is None:
+    config = ppo_config(loss_function)
+    if config is None:
         return False
     if tu.get_non_tensor_data(data, "global_batch_size", None) is None:  # then a micro-batch counts its own rows
         return False
     if config.loss_agg_mode == "seq-mean-token-sum-norm" and config.loss_scale_factor is None:  # its longest row counts
         return False
     return config.policy_loss.get("loss_mode", "vanilla") in ADDITIVE
+
+
+def ppo_config(loss_function: Any) -> Any:
+    """The actor's config in verl's own PPO loss; None for another loss."""
+    is_ppo = getattr(loss_function, "func", loss_function) is ppo_loss
+    return getattr(loss_function, "keywords", {}).get("config") if is_ppo else None
 
 
 class Planner:

@@ -9,6 +9,7 @@ from verl.utils.device import get_device_name
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp import transformer_impl
 
+from dta_plugin.adapters.verl import weighted
 from dta_plugin.adapters.verl.micro_batches import as_planned
 
 try:
@@ -20,7 +21,7 @@ T = TypeVar("T", bound=type)
 
 
 def registered(engine: T) -> T:
-    """Register verl's FSDP engine for language models anew, and have its module follow planned micro-batches."""
+    """Register verl's FSDP engine for language models anew; have micro-batches follow plans, and losses weights."""
     strategies = ["fsdp", "fsdp2"]
     if get_vendor is None:
         for strategy in strategies:
@@ -32,4 +33,5 @@ def registered(engine: T) -> T:
         EngineRegistry.register("language_model", strategies, device=device, vendor=vendor)(engine)
     module: Any = transformer_impl
     module.prepare_micro_batches = as_planned(module.prepare_micro_batches)
+    weighted.install()
     return engine

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from verl.utils.metric import AggregationType, Metric
 
+from dta_plugin.objectives.nat import Drawn
 from dta_plugin.tree.report import TreeReport
 
-_SUM, _MEAN = AggregationType.SUM, AggregationType.MEAN
+_SUM, _MEAN, _MAX = AggregationType.SUM, AggregationType.MEAN, AggregationType.MAX
 
 
 class Tally:
-    """Counts over the micro-batches of a mini-batch on one rank."""
+    """Counts over the micro-batches of a mini-batch on one rank. drawn: its token selection, if there is one."""
+
+    drawn: Drawn | None = None
 
     def __init__(self) -> None:
         self.reports: list[TreeReport] = []
-        self.dense_tokens = self.dense_calls = 0
+        self.dense_tokens = self.dense_calls = self.pruned_tokens = 0
+
+    def tree(self, report: TreeReport, pruned: int) -> None:
+        """A micro-batch that ran as a tree, without so many tokens of its rows."""
+        self.reports.append(report)
+        self.pruned_tokens += pruned
 
     def dense(self, tokens: int) -> None:
         """A micro-batch of so many tokens took verl's own path."""
@@ -28,8 +36,9 @@ class Tally:
         flat = self.dense_tokens + sum(report.flat_tokens for report in reports)
         tree = self.dense_tokens + sum(report.tree_tokens for report in reports)
         streamed = sum(report.executor == "streamed" for report in reports)
-        return {
+        return self._of_selection() | {
             "dta/flat_tokens": Metric(_SUM, flat),
+            "dta/pruned_tokens": Metric(_SUM, self.pruned_tokens),
             "dta/tree_tokens": Metric(_SUM, tree),
             "dta/compression_ratio": Metric(_MEAN, flat / tree),
             "dta/micro_batches": Metric(_SUM, calls),
@@ -38,3 +47,12 @@ class Tally:
             "dta/chunks": Metric(_SUM, sum(report.chunks for report in reports)),
             "dta/recomputed_tokens": Metric(_SUM, sum(report.recomputed_tokens for report in reports)),
         }
+
+    def _of_selection(self) -> dict[str, Metric]:
+        """As `Drawn.statistics`; those of all tokens on a rank that has none to draw from."""
+        if self.drawn is None:
+            return {}
+        found = self.drawn.statistics()
+        names = ("kept_fraction", "mean_weight", "effective_sample_size")
+        metrics = {f"dta/{name}": Metric(_MEAN, found.get(name, 1.0)) for name in names}
+        return metrics | {"dta/max_weight": Metric(_MAX, found.get("max_weight", 1.0))}

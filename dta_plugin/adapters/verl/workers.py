@@ -15,7 +15,7 @@ def passing_options_on(set_dispatch_collect: Callable[..., None]) -> Callable[..
     """`ActorRolloutRefWorker.set_dispatch_collect`, which a worker calls for each engine that it has built.
 
     The engines then know their options. Raises InvalidInputError for wrong ones, and UnsupportedModelError for a
-    strategy that the plugin has no engine for, unless ``on_unsupported="dense"``.
+    strategy that the plugin has no engine for, unless ``on_unsupported="dense"`` and all tokens are to be trained on.
     """
 
     @functools.wraps(set_dispatch_collect)
@@ -36,7 +36,7 @@ def passing_options_on(set_dispatch_collect: Callable[..., None]) -> Callable[..
                 )
                 if config is None:
                     raise UnsupportedModelError(f"{DIFFUSION} is not available: {reason}.")
-                if config.on_unsupported == "error":
+                if config.on_unsupported == "error" or config.selection():
                     raise UnsupportedModelError(f"Prefix-tree execution is not available: {reason}.")
                 say(f"verl's own path: {reason}")
 

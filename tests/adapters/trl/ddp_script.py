@@ -37,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gated": {
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 4,
-        "dta": {"dta_min_saving": 0.43, "dta_merge_window": "always"},
+        "dta": {"dta_min_saving": 0.43, "dta_merge_window": "always", "dta_prune": "never"},
     },
     "verified": {"dta": {"dta_verify": "first"}},
 }

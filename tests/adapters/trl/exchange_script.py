@@ -37,7 +37,7 @@ def alternating() -> Dataset:
 def as_if_vllm_with_wrong_padding(trainer: Any) -> None:
     """Negative control: ratios padded with 0, which vespo sums the logarithms of. To run last."""
     as_if_vllm(trainer)
-    exchange._PADDING.pop("importance_sampling_ratio", None)
+    exchange.PADDING.pop("importance_sampling_ratio", None)
 
 
 ALWAYS = {"dta_balance_ranks": "always"}

@@ -1,4 +1,4 @@
-"""Run by test_ranks.py, one process per rank: both engines over the same steps, and ranks that disagree.
+"""Run by test_ranks.py, one process per rank: both engines over the same steps, ranks that disagree, and drawn tokens.
 
 python -m tests.adapters.verl.ranks_script <folder> <strategy:full|lora> ...
 
@@ -13,11 +13,23 @@ from typing import Any
 
 import torch
 from torch import distributed
+from verl.utils import tensordict_utils as tu
 
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 from tests.adapters.verl.steps import DYNAMIC, SMALL_BUDGET, STATIC, STREAMED, TEMPERATURES
-from tests.adapters.verl.support import Setup, Step, build, differences, log_probs, mini_batch, save_model
+from tests.adapters.verl.support import (
+    Setup,
+    Step,
+    actor_config,
+    build,
+    differences,
+    log_probs,
+    mini_batch,
+    nested,
+    save_model,
+)
+from tests.adapters.verl.updates import sampled, updated, without_regularisers
 
 STEPS = {
     "fsdp:full": [*DYNAMIC, *STATIC, *SMALL_BUDGET],
@@ -53,6 +65,23 @@ def disagreeing(folder: Path) -> dict[str, Any]:
     return {"difference": worst, "error": error, "calls": ran}
 
 
+def selecting(folder: Path) -> dict[str, Any]:
+    """Rank 1 has nothing to learn from; then only rank 1 wants all log-probs, which selection cannot give."""
+    engine = build(Setup(), folder, tree=True)
+    data, config = sampled(engine, Step(extra={"calculate_entropy": False})), TreeConfig(token_selection="rpc")
+    if distributed.get_rank() == 1:
+        data["advantages"] = nested([row * 0 for row in data["advantages"].unbind()])
+    update = updated(engine, data, config, without_regularisers(actor_config(Step())))
+    if distributed.get_rank() == 1:
+        tu.assign_non_tensor(data, return_model_output=True)
+    try:
+        updated(engine, data, config)
+        error = ""
+    except InvalidInputError as found:
+        error = str(found)
+    return {"metrics": update.metrics, "gradient": update.gradient, "error": error}
+
+
 def main() -> None:
     folder, jobs = Path(sys.argv[1]), sys.argv[2:]
     distributed.init_process_group("gloo")
@@ -61,9 +90,10 @@ def main() -> None:
         save_model(folder / "model")
     distributed.barrier()
     results: dict[str, Any] = {}
+    special = {"disagreeing": disagreeing, "selecting": selecting}
     for job in jobs:
-        if job == "disagreeing":
-            results[job] = disagreeing(folder / "model")
+        if job in special:
+            results[job] = special[job](folder / "model")
             continue
         strategy, _, kind = job.partition(":")
         found, steps = differences(Setup(strategy, lora=kind == "lora"), STEPS[job], folder / "model")

@@ -102,6 +102,7 @@ def test_options() -> None:
         ({"use_dta": "no"}, "use_dta='no'. Expected true or false"),
         ("packed", "custom.dta='packed'"),
         ({"merge_window": "always"}, "does nothing with verl: ppo_max_token_len_per_gpu"),
+        ({"token_budget": 0.5}, "token_budget=0.5 does nothing with token_selection='all'"),
     ],
 )
 def test_wrong_options_raise(options: Any, message: str) -> None:
@@ -146,6 +147,8 @@ def test_other_strategies_are_no_silent_no_op(caplog: pytest.LogCaptureFixture) 
     with caplog.at_level("INFO", logger="dta_plugin"):
         set_dispatch_collect(_worker({"on_unsupported": "dense"}, _Engine()))
     assert "verl's own path: strategy 'megatron'" in caplog.text
+    with pytest.raises(UnsupportedModelError, match="strategy 'megatron'"):  # which would train on all tokens
+        set_dispatch_collect(_worker({"on_unsupported": "dense", "token_selection": "rpc"}, _Engine()))
     set_dispatch_collect(_worker({"use_dta": False}, _Engine()))
 
 

@@ -24,7 +24,7 @@ def _check(ranks: list[dict[str, Any]], job: str) -> None:
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    ranks = on_two_ranks(SCRIPT, tmp_path, "fsdp2:full", "fsdp:lora", "disagreeing")
+    ranks = on_two_ranks(SCRIPT, tmp_path, "fsdp2:full", "fsdp:lora", "disagreeing", "selecting")
     _check(ranks, "fsdp2:full")
     _check(ranks, "fsdp:lora")
     for rank in ranks:
@@ -33,6 +33,17 @@ def test_two_ranks(tmp_path: Path) -> None:
     calls = [rank["disagreeing"]["calls"] for rank in ranks]
     assert calls[0] == calls[1]
     assert calls[0][0] == calls[0][1] > 0  # min_saving=0.9 ran verl's own path
+    _check_selection(*(rank["selecting"] for rank in ranks))
+
+
+def _check_selection(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Each rank draws for itself, one of them from nothing; they have the same metrics and errors."""
+    assert first["metrics"].keys() == second["metrics"].keys()
+    assert first["metrics"]["dta/kept_fraction"] < 1 == second["metrics"]["dta/kept_fraction"]
+    assert second["metrics"]["dta/tree_tokens"] < 5 < first["metrics"]["dta/tree_tokens"]
+    assert first["metrics"]["dta/micro_batches"] == second["metrics"]["dta/micro_batches"]
+    assert first["gradient"].any() and second["gradient"].any()
+    assert first["error"] == second["error"] and "return_model_output" in first["error"]
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 from verl.utils.import_utils import load_module
 
+from dta_plugin.adapters.verl.config import tree_config
 from dta_plugin.adapters.verl.diffusion.worker import diffusion_settings
 from recipes import stories
 
@@ -67,6 +68,8 @@ def test_config(script: Path, tmp_path: Path) -> None:
     rollout = omega_conf_to_dataclass(config.actor_rollout_ref.rollout)
     actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
     assert config.actor_rollout_ref.model.external_lib == "dta_plugin.adapters.verl"
+    options = tree_config(config.actor_rollout_ref.rollout)
+    assert (options is not None and options.selection() is not None) == (script.stem == "qwen3_8b_nat")
     assert (actor.strategy, config.actor_rollout_ref.actor.use_dynamic_bsz) == ("fsdp2", True)
     assert (config.actor_rollout_ref.ref.strategy, rollout.n > 1) == ("fsdp2", True)
     ranks, prompts = config.trainer.n_gpus_per_node, config.actor_rollout_ref.actor.ppo_mini_batch_size

@@ -118,10 +118,10 @@ class DiffusionUpdates:
             dual_clip=options.dual_clip,
             always_run=True,
         )
-        total, differences = 0.0, []
+        total, differences, synchronises = 0.0, [], self.engine.dta_is_last_micro_batch
         for sample in range(draws.samples):
             is_last = sample == draws.samples - 1
-            with nullcontext() if is_last else self.engine.dta_deferred_sync():
+            with self._deferred_sync() if synchronises and not is_last else nullcontext():
                 with self._autocast():
                     part = next(parts)
                 total += part.loss.item()
@@ -144,6 +144,11 @@ class DiffusionUpdates:
             rows,
             canvas.temperature,
         )
+
+    def _deferred_sync(self) -> AbstractContextManager[None]:
+        """As verl does in micro-batches before the last one: the backward pass of the last sample synchronises."""
+        found: AbstractContextManager[None] = self.engine._gradient_sync_context(is_last_micro_batch=False)
+        return found
 
     def _draws(self, canvas: Canvas) -> MaskDraws:
         options = self.settings.options

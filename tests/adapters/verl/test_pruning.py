@@ -1,0 +1,163 @@
+"""Tokens that carry no loss are left out of updates: the gradient stays what it was, for every policy loss."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("verl", reason="verl is not installed: pip install 'dta-plugin[verl]'")
+
+from tensordict import TensorDict
+from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, register_policy_loss
+from verl.utils import tensordict_utils as tu
+
+from dta_plugin.adapters.verl import micro_batches, selection
+from dta_plugin.adapters.verl.engine import TreeEngine
+from dta_plugin.config import TreeConfig
+from tests.adapters.verl import updates
+from tests.adapters.verl.support import Setup, Step, actor_config, build, nested
+from tests.adapters.verl.updates import Update, relative, sampled, updated, without_regularisers
+
+TOLERANCE = 1e-6
+ALL = TreeConfig()
+LOSSES = sorted(POLICY_LOSS_REGISTRY.keys() - {"bypass_mode"})
+NO_ENTROPY = {"calculate_entropy": False}
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> TreeEngine:
+    return build(Setup(), folder, tree=True)
+
+
+def _batch(engine: TreeEngine, **extra: Any) -> TensorDict:
+    """All rows of one prompt without an advantage, one row of another, and in all the first and the last token."""
+    data = sampled(engine, Step(extra=NO_ENTROPY | extra))
+    advantages = [row.clone() for row in data["advantages"].unbind()]
+    for row, values in enumerate(advantages):
+        values[: None if row % 4 == 1 or row == 6 else 1] = values[-1] = 0
+    data["advantages"] = nested(advantages)
+    return data
+
+
+def _both(engine: TreeEngine, data: TensorDict, actor: Any, config: TreeConfig = ALL) -> list[Update]:
+    """Everything run, and without what carries no loss."""
+    torch.manual_seed(0)  # clip_cov draws tokens
+    full = updated(engine, data, replace(config, prune="never"), actor)
+    torch.manual_seed(0)
+    return [full, updated(engine, data, config, actor)]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradient_and_loss_stay(loss: str, engine: TreeEngine) -> None:
+    full, pruned = _both(engine, _batch(engine), without_regularisers(actor_config(Step(loss_mode=loss))))
+    assert relative(pruned.gradient, full.gradient) < TOLERANCE
+    for name in ("loss", "actor/pg_loss"):
+        assert pruned.metrics[name] == pytest.approx(full.metrics[name], rel=1e-5)
+    left_out = pruned.metrics["dta/pruned_tokens"]
+    assert full.metrics["dta/pruned_tokens"] == 0
+    assert full.metrics["dta/flat_tokens"] == pruned.metrics["dta/flat_tokens"] + left_out
+    assert (left_out > 4 * 20) == (loss not in ("dro", "clip_cov", "kl_cov"))
+    assert (pruned.metrics["dta/tree_tokens"] < full.metrics["dta/tree_tokens"]) == (left_out > 0)
+
+
+@pytest.mark.parametrize("loss", ["dro", "gspo"])
+def test_negative_control(loss: str, engine: TreeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """These do read tokens without an advantage, some of which are in every row."""
+    if loss not in POLICY_LOSS_REGISTRY:
+        pytest.skip("not in this verl")
+    monkeypatch.setattr(selection, "_NEED_ADVANTAGE", {loss})
+    full, pruned = _both(engine, _batch(engine), without_regularisers(actor_config(Step(loss_mode=loss))))
+    assert relative(pruned.gradient, full.gradient) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("reads", ["kl", "entropy"])
+def test_what_a_regulariser_reads_stays(reads: str, engine: TreeEngine) -> None:
+    data = _batch(engine, calculate_entropy=reads == "entropy")
+    actor = replace(without_regularisers(actor_config(Step())), use_kl_loss=reads == "kl")
+    full, pruned = _both(engine, data, actor)
+    assert relative(pruned.gradient, full.gradient) < TOLERANCE
+    assert pruned.metrics["dta/pruned_tokens"] == 0
+
+
+def test_masked_tails(engine: TreeEngine) -> None:
+    """Such as the result of a tool at the end, or all of a row that was too long."""
+    data = sampled(engine, Step(shape="turns", budget=10_000))  # verl averages some metrics over micro-batches
+    masks = [mask.clone() for mask in data["response_mask"].unbind()]
+    masks[0][2:], masks[3][1:], masks[10][:] = 0, 0, 0  # the second token of every row is masked already
+    data["response_mask"] = data["loss_mask"] = nested(masks)
+    full, pruned = _both(engine, data, actor_config(Step()))
+    assert relative(pruned.gradient, full.gradient) < TOLERANCE
+    torch.testing.assert_close(pruned.numbers, full.numbers, rtol=1e-5, atol=1e-6)
+    lengths, last = data["input_ids"].offsets().diff(), data["responses"].offsets().diff()
+    gone = (last[0] - 1) + (last[3] - 1) + (lengths[10] - 1)
+    assert pruned.metrics["dta/pruned_tokens"] == gone
+
+
+@pytest.mark.parametrize("executor", ["packed", "streamed"])
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_nothing_to_learn(executor: str, strategy: str, folder: Path) -> None:
+    """All rewards alike: one token runs, gradients are 0, nothing fails."""
+    if (strategy, executor) == ("fsdp", "streamed"):
+        pytest.skip("FSDP 1 cannot run in chunks")
+    engine = build(Setup(strategy), folder, tree=True)
+    data = sampled(engine, Step(extra=NO_ENTROPY))
+    data["advantages"] = nested([row * 0 for row in data["advantages"].unbind()])
+    actor = without_regularisers(actor_config(Step()))
+    options = {} if executor == "packed" else {"executor": executor, "max_tree_tokens_per_chunk": 20}
+    for selected in ({}, {"token_selection": "rpc"}):
+        found = updated(engine, data, TreeConfig(verify="every:1", **options, **selected), actor)
+        assert found.metrics["loss"] == 0
+        assert len(found.gradient) and not found.gradient.any()
+        assert found.metrics["dta/tree_tokens"] < 5
+    assert found.metrics["dta/kept_fraction"] == found.metrics["dta/max_weight"] == 1
+
+
+def test_selection_draws_from_what_is_left(engine: TreeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection.Passes, "next", lambda *_: 3)
+    data, actor = _batch(engine), without_regularisers(actor_config(Step()))
+    everything = TreeConfig(token_selection="rpc", token_budget=1.0)
+    full, pruned = _both(engine, data, actor, everything)
+    assert relative(pruned.gradient, full.gradient) < TOLERANCE
+    half = updated(engine, data, TreeConfig(token_selection="rpc"), actor)
+    assert half.metrics["dta/pruned_tokens"] > pruned.metrics["dta/pruned_tokens"] > 0
+
+
+def test_unknown_losses_and_readers_keep_everything(engine: TreeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(POLICY_LOSS_REGISTRY, "mine", None)
+    register_policy_loss("mine")(POLICY_LOSS_REGISTRY["vanilla"])
+    actor = without_regularisers(actor_config(Step(loss_mode="mine")))
+    assert updated(engine, _batch(engine), ALL, actor).metrics["dta/pruned_tokens"] == 0
+    data = _batch(engine)
+    tu.assign_non_tensor(data, return_model_output=True)
+    known = without_regularisers(actor_config(Step()))
+    assert updated(engine, data, ALL, known).metrics["dta/pruned_tokens"] == 0
+    assert updated(engine, _batch(engine), ALL, known).metrics["dta/pruned_tokens"] > 0
+
+
+def test_log_probs_of_what_did_not_run(engine: TreeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the old ones, and entropies 0."""
+    data = sampled(engine, Step(shape="turns"))
+    seen: list[tuple[Any, TensorDict]] = []
+    ppo_loss = updates.ppo_loss
+
+    def watched(config: Any, model_output: Any, data: TensorDict, dp_group: Any = None) -> Any:
+        seen.append((model_output, data))
+        return ppo_loss(config, model_output, data, dp_group)
+
+    for module in (updates, micro_batches):
+        monkeypatch.setattr(module, "ppo_loss", watched)
+    updated(engine, data, TreeConfig(token_selection="rpc"))
+    left_out = 0
+    for output, rows in seen:
+        begins = rows["prompts"].offsets().diff().tolist()
+        for row, begin in enumerate(begins):
+            found, entropy = (output[name][row][begin - 1 : -1] for name in ("log_probs", "entropy"))
+            weights, old = rows["dta_weights"][row], rows["old_log_probs"][row]
+            left_out += int((weights == 0).sum())
+            assert torch.equal(found[weights == 0], old[weights == 0]) and not entropy[weights == 0].any()
+            assert (found[weights > 0] != old[weights > 0]).all() and entropy[weights > 0].all()
+    assert left_out > 10
