@@ -18,11 +18,11 @@ options=(
   actor_rollout_ref.model.external_lib=dta_plugin.adapters.verl
   "+actor_rollout_ref.rollout.custom.dta.diffusion={samples: 8, block_length: 8, steps: 8}"
 
-  # 4 prompts x 8 completions per step, one optimizer step for each (on-policy: no old likelihoods to compute).
+  # 8 prompts x 8 completions per step, one optimizer step for each (on-policy: no old likelihoods to compute).
   trainer.n_gpus_per_node=2
-  data.train_batch_size=4
+  data.train_batch_size=8
   actor_rollout_ref.rollout.n=8
-  actor_rollout_ref.actor.ppo_mini_batch_size=4
+  actor_rollout_ref.actor.ppo_mini_batch_size=8
   data.max_prompt_length=8
   data.max_response_length=8 # the canvas
   actor_rollout_ref.rollout.calculate_log_probs=False # there are none
@@ -33,7 +33,8 @@ options=(
   # sum; seq-mean-token-mean would divide it by the response's length.
   algorithm.adv_estimator=grpo
   actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum
-  actor_rollout_ref.actor.optim.lr=1e-3
+  actor_rollout_ref.actor.optim.lr=1e-3 # a tiny model with random weights takes far more than the usual 5e-7
+  actor_rollout_ref.actor.optim.lr_scheduler_type=cosine # so much to the end would undo what has been learned
   actor_rollout_ref.actor.optim.weight_decay=0.0
   trainer.total_training_steps=40
 

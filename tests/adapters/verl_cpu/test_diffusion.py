@@ -59,7 +59,7 @@ def test_two_optimizer_steps_per_batch(tmp_path: Path) -> None:
     """Old ELBO terms travel through verl's data path; so does the whole canvas."""
     steps = train(
         tmp_path,
-        "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=4",
         "+actor_rollout_ref.rollout.custom.dta.diffusion.fillers=True",
     )
     check_learning(steps)
