@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# BGPO (arXiv 2510.11683) with verl: RL of a diffusion language model, two FSDP2 ranks on a CPU, in about three minutes.
+# BGPO (arXiv 2510.11683) with verl: RL of a diffusion language model, two FSDP2 ranks on a CPU, in two to three minutes.
 #   python recipes/verl/diffusion.py runs/diffusion
 #   recipes/verl/diffusion.sh                                                  # from the repository root
-# critic/score/mean is the share of 7s in the responses: 0.07 at first. actor/dta/elbo is the likelihood of responses.
+# critic/score/mean is the share of 7s in the responses: from about 0.1 to 0.8. actor/dta/elbo is the likelihood of responses.
 # For a released model (LLaDA, Dream, SDAR), give as model.path what `load_diffusion_lm(...).save_pretrained` wrote, with
 # its tokenizer. The rollout runs on CPUs: verl has none for diffusion models on GPUs.
 set -euo pipefail
@@ -34,9 +34,9 @@ options=(
   algorithm.adv_estimator=grpo
   actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum
   actor_rollout_ref.actor.optim.lr=1e-3 # a tiny model with random weights takes far more than the usual 5e-7
-  actor_rollout_ref.actor.optim.lr_scheduler_type=cosine # so much to the end would undo what has been learned
+  actor_rollout_ref.actor.optim.lr_scheduler_type=cosine # at a constant 1e-3, 40 steps collapse from 0.9 to 0
   actor_rollout_ref.actor.optim.weight_decay=0.0
-  trainer.total_training_steps=40
+  trainer.total_training_steps=20
 
   # float32 throughout, and few processes: this is a small machine and a small model.
   actor_rollout_ref.actor.fsdp_config.model_dtype=fp32
