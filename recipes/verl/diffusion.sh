@@ -2,7 +2,7 @@
 # BGPO (arXiv 2510.11683) with verl: RL of a diffusion language model, two FSDP2 ranks on a CPU, in two to three minutes.
 #   python recipes/verl/diffusion.py runs/diffusion
 #   recipes/verl/diffusion.sh                                                  # from the repository root
-# critic/score/mean is the share of 7s in the responses: from about 0.1 to 0.8. actor/dta/elbo is the likelihood of responses.
+# critic/score/mean is the share of 7s in the responses: from about 0.1 to 0.8. actor/dta/elbo: of a response, in nats.
 # For a released model (LLaDA, Dream, SDAR), give as model.path what `load_diffusion_lm(...).save_pretrained` wrote, with
 # its tokenizer. The rollout runs on CPUs: verl has none for diffusion models on GPUs.
 set -euo pipefail
@@ -34,7 +34,7 @@ options=(
   algorithm.adv_estimator=grpo
   actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum
   actor_rollout_ref.actor.optim.lr=1e-3 # a tiny model with random weights takes far more than the usual 5e-7
-  actor_rollout_ref.actor.optim.lr_scheduler_type=cosine # at a constant 1e-3, 40 steps collapse from 0.9 to 0
+  actor_rollout_ref.actor.optim.lr_scheduler_type=cosine # constant, with 4 prompts a step, 40 steps collapsed from 0.9 to 0
   actor_rollout_ref.actor.optim.weight_decay=0.0
   trainer.total_training_steps=20
 
