@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
-from dta_plugin.execution.model import causal_lm, input_device, layer_types
+from dta_plugin.execution.model import causal_lm, layer_types
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +81,7 @@ def predictions(
 
     Raises UnsupportedModelError if the model attends causally, or cannot take the masks of its family.
     """
-    check_attention(model, family)
+    check_attention(model, family, input_ids.device)
     first, last = column_range(columns, input_ids, attention_mask)
     rows = logit_rows(family, first, last, input_ids.device)
     return _logits(model, family, input_ids, attention_mask, rows)
@@ -172,16 +172,16 @@ def _logits(
 _checked: WeakSet[PreTrainedModel] = WeakSet()
 
 
-def check_attention(model: nn.Module, family: DiffusionFamily) -> None:
+def check_attention(model: nn.Module, family: DiffusionFamily, device: torch.device) -> None:
     """Once per model: change a token and look whether an earlier position, in the same block, notices.
 
-    Two small forward passes without gradient (three for block attention), in the first call only.
+    Two small forward passes without gradient (three for block attention), in the first call only. device: of token ids.
     """
     base = causal_lm(model)
     if base in _checked or family.block_length == 1:
         return
     length = 2 if family.block_length is None else family.block_length + 1
-    ids = torch.arange(length, device=input_device(base))[None] % base.config.vocab_size
+    ids = torch.arange(length, device=device)[None] % base.config.vocab_size
     if not _notices(model, family, ids, 1):
         raise UnsupportedModelError(
             f"{type(base).__name__} attends causally: position 0 does not see position 1, though is_causal=False was "

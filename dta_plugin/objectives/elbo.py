@@ -55,7 +55,7 @@ def masked_log_probs(
             f"A mask of shape {tuple(mask.shape)} for input_ids of shape {tuple(input_ids.shape)}. Expected [B, C] "
             "with the same B: one value per completion token, at the end of the row."
         )
-    check_attention(model, family)
+    check_attention(model, family, input_ids.device)
     hidden = torch.zeros_like(input_ids, dtype=torch.bool)
     hidden[:, first:] = mask
     if prompt_mask is not None:

@@ -72,7 +72,9 @@ def keeping_groups(balance_batch: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         config = tree_config(trainer.config.actor_rollout_ref.rollout)
         if config is None or config.regroup == "never":
-            _say_once(trainer, f"ranks get the rows that verl deals out ({KEY}.use_dta=false or .regroup=never)")
+            _say_once(
+                trainer, f"ranks get the rows that verl deals out ({KEY}.use_dta=false, .regroup=never or .diffusion)"
+            )
             return balance_batch(trainer, batch, metrics, logging_prefix, *args, **kwargs)
         try:
             order = uids_of(batch)

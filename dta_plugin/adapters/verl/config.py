@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -13,6 +14,7 @@ from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError
 
 KEY = "actor_rollout_ref.rollout.custom.dta"
+DIFFUSION = f"{KEY}.diffusion"  # of diffusion LMs, which have no prefix trees: `adapters.verl.diffusion`
 # Fields of TreeConfig that verl has no use for, and what decides in their place.
 _ELSEWHERE = {
     "merge_window": "ppo_max_token_len_per_gpu with use_dynamic_bsz=True decides how much runs as one tree",
@@ -20,20 +22,27 @@ _ELSEWHERE = {
 }
 
 
-def tree_config(rollout: Any) -> TreeConfig | None:
-    """The options in a rollout config (a DictConfig, or verl's RolloutConfig); None where `use_dta` is false.
-
-    Raises InvalidInputError for an unknown option, naming the known ones, and for a value that is not allowed.
-    """
+def dta_options(rollout: Any) -> dict[str, Any]:
+    """What a rollout config (DictConfig, or verl's RolloutConfig) has for the plugin. InvalidInputError for no dict."""
     custom = rollout.get("custom") or {}
     options = custom.get("dta")
     if isinstance(options, DictConfig):
         options = OmegaConf.to_container(options, resolve=True)
     if options is None:
         options = {}
-    if not isinstance(options, dict):
+    if not isinstance(options, Mapping):
         raise InvalidInputError(f"Got {KEY}={options!r}. Expected fields of it, such as +{KEY}.executor=packed.")
-    options = dict(options)
+    return {str(name): value for name, value in options.items()}
+
+
+def tree_config(rollout: Any) -> TreeConfig | None:
+    """The options in a rollout config (as `dta_options`); None where `use_dta` is false, and for diffusion LMs.
+
+    Raises InvalidInputError for an unknown option, naming the known ones, and for a value that is not allowed.
+    """
+    options = dta_options(rollout)
+    if "diffusion" in options:
+        return None
     use_dta = options.pop("use_dta", True)
     if not isinstance(use_dta, bool):
         raise InvalidInputError(f"Got {KEY}.use_dta={use_dta!r}. Expected true or false.")

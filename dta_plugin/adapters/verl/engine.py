@@ -8,6 +8,7 @@ An update leaves out tokens that its loss cannot read, or that were not drawn (`
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +23,8 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from dta_plugin.adapters.logs import say
 from dta_plugin.adapters.verl.call import TreeCall, TreeOutputs
+from dta_plugin.adapters.verl.diffusion.guards import check_model
+from dta_plugin.adapters.verl.diffusion.updates import DiffusionUpdates, Settings
 from dta_plugin.adapters.verl.guards import batch_reason, engine_reason
 from dta_plugin.adapters.verl.micro_batches import Planner, agreed, clear_plan, may_regroup, set_plan
 from dta_plugin.adapters.verl.registry import registered
@@ -52,17 +55,25 @@ class TreeEngine(FSDPEngineWithLMHead):
     """Same arguments as the engine it extends. Until `configure` is called, options have their defaults."""
 
     module: Any
+    dta_is_last_micro_batch: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._dta_config: TreeConfig | None = TreeConfig()
+        self._dta_diffusion: DiffusionUpdates | None = None
         self._dta_run: _Run | None = None
         self._dta_calls = 0
         self._dta_passes = Passes()
         self._dta_said: set[str] = set()
 
-    def configure(self, config: TreeConfig | None) -> None:
-        """Options from now on; None: verl's own path. Raises InvalidInputError for what the strategy cannot do."""
+    def configure(self, config: TreeConfig | None, diffusion: Settings | None = None) -> None:
+        """Options from now on; None: verl's own path. diffusion: of a diffusion LM, which has no prefix trees.
+
+        Raises InvalidInputError for what the strategy cannot do, and UnsupportedModelError for a diffusion LM without
+        settings of its own: verl's own path would take it for a causal model.
+        """
+        check_model(self.module, diffusion is not None)
+        self._dta_diffusion = None if diffusion is None else DiffusionUpdates(self, diffusion)
         in_chunks = config is not None and (config.executor == "streamed" or config.max_tree_tokens_per_chunk)
         if in_chunks and self.engine_config.strategy == "fsdp":
             raise InvalidInputError(
@@ -81,7 +92,8 @@ class TreeEngine(FSDPEngineWithLMHead):
         self, data: TensorDict, loss_function: Any, forward_only: bool = False, **kwargs: Any
     ) -> Any:
         if self._dta_config is None:
-            return super().forward_backward_batch(data, loss_function, forward_only, **kwargs)
+            stock = functools.partial(super().forward_backward_batch, data, loss_function, forward_only, **kwargs)
+            return stock() if self._dta_diffusion is None else self._dta_diffusion.mini_batch(stock, data, forward_only)
         try:
             self._dta_run = run = self._begin(data, self._dta_config, loss_function, forward_only)
             if run.tally.drawn is not None:
@@ -96,6 +108,8 @@ class TreeEngine(FSDPEngineWithLMHead):
         return outputs
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
+        if self._dta_diffusion is not None:
+            return self._dta_diffusion.forward_step(micro_batch, forward_only)
         run = self._dta_run
         if run is None:
             return super().forward_step(micro_batch, loss_function, forward_only)
@@ -139,6 +153,10 @@ class TreeEngine(FSDPEngineWithLMHead):
         if isinstance(output, TreeOutputs):
             return output.tensors
         return super().prepare_model_outputs(output, *args, **kwargs)
+
+    def _gradient_sync_context(self, *, is_last_micro_batch: bool) -> Any:
+        self.dta_is_last_micro_batch = is_last_micro_batch
+        return super()._gradient_sync_context(is_last_micro_batch=is_last_micro_batch)
 
     def _dense_step(self, run: _Run, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
         """verl's own step, with the attention that it had before."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dta_plugin.adapters.logs import say
-from dta_plugin.adapters.verl.config import tree_config
+from dta_plugin.adapters.verl.config import DIFFUSION, tree_config
 from dta_plugin.errors import UnsupportedModelError
 
 
@@ -21,18 +21,21 @@ def passing_options_on(set_dispatch_collect: Callable[..., None]) -> Callable[..
     @functools.wraps(set_dispatch_collect)
     def wrapped(worker: Any, *args: Any, **kwargs: Any) -> None:
         set_dispatch_collect(worker, *args, **kwargs)
+        from dta_plugin.adapters.verl.diffusion.worker import diffusion_settings
         from dta_plugin.adapters.verl.engine import TreeEngine
 
-        config = tree_config(worker.config.rollout)
+        config, diffusion = tree_config(worker.config.rollout), diffusion_settings(worker.config)
         for part in (worker.actor, worker.ref):
             engine = getattr(part, "engine", None)
             if isinstance(engine, TreeEngine):
-                engine.configure(config)
-            elif engine is not None and config is not None:
+                engine.configure(config, diffusion)
+            elif engine is not None and (config is not None or diffusion is not None):
                 reason = (
                     f"strategy {part.engine_config.strategy!r} runs in {type(engine).__name__}. Expected fsdp or fsdp2 "
                     "on this machine's own kind of device (actor_rollout_ref.actor.strategy, .ref.strategy)"
                 )
+                if config is None:
+                    raise UnsupportedModelError(f"{DIFFUSION} is not available: {reason}.")
                 if config.on_unsupported == "error" or config.selection():
                     raise UnsupportedModelError(f"Prefix-tree execution is not available: {reason}.")
                 say(f"verl's own path: {reason}")

@@ -4,8 +4,9 @@ A replica is a Ray actor with its own copy of the model. Requests of the agent l
 together. After each update the actor's weights are sent to it, as to every other backend, so that rollouts are sampled
 from the current policy.
 
-Promises: real sampling, the sampler's own log-probs (see sampling.py), any agent loop. It is for the synchronous
-trainer and text; what it cannot do (tensor parallelism, adapters that are not merged) is an error.
+Promises: real sampling, the sampler's own log-probs (see sampling.py), any agent loop; from a diffusion LM, canvases
+(see canvas.py). It is for the synchronous trainer and text; what it cannot do (tensor parallelism, adapters that are
+not merged) is an error.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from verl.workers.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput
 
+from dta_plugin.adapters.verl_cpu.canvas import canvas_sampler
 from dta_plugin.adapters.verl_cpu.sampling import Request, Sample, sample
 from dta_plugin.errors import InvalidInputError
 
@@ -40,6 +42,7 @@ class HFServer:
         torch.manual_seed(config.get("seed", 0) + replica_rank)  # verl 0.8 has no seed
         path = copy_to_local(model_config.path)
         self.config = config
+        self.sample = canvas_sampler(config) or sample
         self.steps: int | None = None
         # The actor's weights are on their way: they arrive before the first request.
         self.model = AutoModelForCausalLM.from_config(
@@ -90,7 +93,7 @@ class HFServer:
         batch, self.waiting = self.waiting[: self.config.max_num_seqs], self.waiting[self.config.max_num_seqs :]
         requests = [request for request, _ in batch]
         try:
-            samples = await asyncio.to_thread(sample, self.model, requests, self.eos, self.pad)
+            samples = await asyncio.to_thread(self.sample, self.model, requests, self.eos, self.pad)
         except Exception as error:
             for _, future in batch:
                 future.set_exception(error)

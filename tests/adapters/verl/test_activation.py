@@ -128,7 +128,7 @@ def test_options_reach_the_engines() -> None:
         def __init__(self) -> None:
             self.given: list[TreeConfig | None] = []
 
-        def configure(self, config: TreeConfig | None) -> None:
+        def configure(self, config: TreeConfig | None, diffusion: object = None) -> None:
             self.given.append(config)
 
     called = []

@@ -17,6 +17,7 @@ from verl.utils.config import omega_conf_to_dataclass, validate_config
 from verl.utils.import_utils import load_module
 
 from dta_plugin.adapters.verl.config import tree_config
+from dta_plugin.adapters.verl.diffusion.worker import diffusion_settings
 from recipes import stories
 
 RECIPES = Path(__file__).parents[3] / "recipes"
@@ -57,7 +58,9 @@ def config_of(script: Path, folder: Path) -> tuple[str, DictConfig]:
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_config(script: Path, tmp_path: Path) -> None:
     module, config = config_of(script, tmp_path)
-    assert module == ("dta_plugin.adapters.verl_cpu" if script.stem == "quickstart" else "verl.trainer.main_ppo")
+    on_cpu = script.stem in ("quickstart", "diffusion")
+    assert module == ("dta_plugin.adapters.verl_cpu" if on_cpu else "verl.trainer.main_ppo")
+    assert (diffusion_settings(config.actor_rollout_ref) is not None) == (script.stem == "diffusion")
     if module == "verl.trainer.main_ppo":
         assert config.actor_rollout_ref.rollout.name == "vllm"
         config.actor_rollout_ref.rollout.name = "hf_cpu"  # verl's checks of LoRA import vLLM

@@ -1,0 +1,156 @@
+"""A tiny diffusion LM in verl's engine, its mini-batches, and the gradient of its objective from one graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from transformers import AutoModelForCausalLM, Qwen3Config
+from verl.utils import tensordict_utils as tu
+
+from dta_plugin.adapters.verl.diffusion.canvas import TERMS, Canvas
+from dta_plugin.adapters.verl.diffusion.options import DiffusionOptions
+from dta_plugin.adapters.verl.diffusion.updates import Settings
+from dta_plugin.diffusion import bidirectional, draw_masks
+from tests.adapters.verl.support import SHAPES, Setup, build, nested, save_model
+
+MASK, SAMPLES, TEMPERATURE = 1, 4, 0.8
+Gradients = dict[str, torch.Tensor]
+
+
+def save_diffusion_model(folder: Path) -> Path:
+    """The tiny Qwen3 of other tests, told to attend in both directions."""
+    causal = save_model(folder / "causal")
+    config = bidirectional(Qwen3Config.from_pretrained(causal), mask_token_id=MASK)
+    AutoModelForCausalLM.from_pretrained(causal, config=config).save_pretrained(folder)
+    (causal / "adapter").rename(folder / "adapter")
+    return folder
+
+
+def settings(rows_per_step: int | None = None, length_norm: str = "none", **options: Any) -> Settings:
+    return Settings(
+        options=DiffusionOptions(samples=SAMPLES, **options),
+        length_norm=length_norm,
+        max_length=12,
+        rows_per_step=rows_per_step,
+    )
+
+
+def engine_of(folder: Path, given: Settings, strategy: str = "fsdp2", **setup: Any) -> Any:
+    engine = build(Setup(strategy, **setup), folder, tree=True)
+    engine.configure(None, given)
+    return engine
+
+
+def advantages_of(count: int) -> torch.Tensor:
+    """Of both signs; every fifth row and the last quarter have none."""
+    found = torch.sin(1.7 * torch.arange(count) + 1.0)
+    found[::5] = 0.0
+    found[count - count // 4 :] = 0.0
+    return found
+
+
+def mini_batch(
+    rank: int = 0,
+    ranks: int = 1,
+    shape: str = "groups",
+    budget: int = 90,
+    rows: int = 0,
+    advantages: torch.Tensor | None = None,
+) -> TensorDict:
+    """A rank's part. rows: per micro-batch, 0 for a token budget. advantages: of all rows."""
+    sequences, begins = SHAPES[shape]()
+    total = len(sequences)
+    advantages = advantages_of(total) if advantages is None else advantages
+    mine = slice(rank * total // ranks, (rank + 1) * total // ranks)
+    ids = [torch.tensor(sequence) for sequence in sequences[mine]]
+    pairs = list(zip(ids, begins[mine], strict=True))
+    masks = [torch.ones(len(row) - begin, dtype=torch.long) for row, begin in pairs]
+    tensors = {
+        "input_ids": nested(ids),
+        "position_ids": nested([torch.arange(len(row)) for row in ids]),
+        "prompts": nested([row[:begin] for row, begin in pairs]),
+        "responses": nested([row[begin:] for row, begin in pairs]),
+        "response_mask": nested(masks),
+        "loss_mask": nested(masks),
+        "advantages": nested([a.expand(len(m)).clone() for a, m in zip(advantages[mine], masks, strict=True)]),
+    }
+    data = TensorDict(tensors, batch_size=[len(ids)])
+    tu.assign_non_tensor(
+        data,
+        temperature=TEMPERATURE,
+        use_dynamic_bsz=not rows,
+        max_token_len_per_gpu=budget,
+        micro_batch_size_per_gpu=rows,
+        global_batch_size=total,
+        calculate_entropy=True,
+    )
+    return data
+
+
+def carry_terms(engine: Any, data: TensorDict, moved: float = 0.0) -> torch.Tensor:
+    """Put the log-prob pass's ELBO terms into the data, moved away by up to so much: [S, samples]."""
+    with engine.eval_mode():
+        outputs = engine.infer_batch(data.copy(), loss_function=None)["model_output"]
+    terms = torch.stack(list(outputs[TERMS].unbind()))
+    terms = terms + moved * torch.cos(torch.arange(terms.numel()) * 1.3).view_as(terms)
+    data[TERMS] = nested(list(terms))
+    return terms
+
+
+def engine_gradient(engine: Any, data: TensorDict) -> tuple[Gradients, dict[str, Any]]:
+    """Of every parameter, whole, after verl's loop over micro-batches; and what verl keeps of it."""
+    with engine.train_mode():
+        engine.optimizer_zero_grad()
+        outputs = engine.forward_backward_batch(data, None, forward_only=False)
+        found = {name: _whole(p.grad) for name, p in engine.module.named_parameters() if p.grad is not None}
+        engine.optimizer_zero_grad()
+    return found, outputs
+
+
+def graph_gradient(
+    folder: Path,
+    data: TensorDict,
+    old: torch.Tensor | None,
+    scale: list[float] | None = None,
+    step: int = 0,
+) -> tuple[Gradients, float]:
+    """From the paper's formulas, row by row without padding, all samples in one graph; and the loss."""
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    canvas = Canvas.of(data, 0, step)
+    draws = draw_masks(canvas.lengths, SAMPLES, canvas.seeds)
+    advantages = [row[0] for row in data["advantages"].unbind()]
+    bound = torch.zeros(())
+    for row, (ids, response) in enumerate(zip(data["input_ids"].unbind(), data["responses"].unbind(), strict=True)):
+        begin = len(ids) - len(response)
+        for sample in range(SAMPLES):
+            hidden = draws.mask(sample, canvas.width)[row, : len(response)]
+            noised = torch.cat([ids[:begin], response.masked_fill(hidden, MASK)])
+            scores = (model(noised[None]).logits[0, begin:] / TEMPERATURE).log_softmax(-1)
+            term = scores.gather(1, response[:, None])[hidden, 0].sum() * len(response) / hidden.sum()
+            before = term.detach() if old is None else old[row, sample]
+            d = (term - before) * (1.0 if scale is None else scale[row])
+            ratio = 1 + d if advantages[row] >= 0 else d.exp()
+            bound = bound + ratio * advantages[row] / SAMPLES
+    loss = -bound / len(data)
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, loss.item()
+
+
+def largest_difference(one: Gradients, other: Gradients) -> float:
+    """Relative to the largest entry."""
+    assert one.keys() == other.keys() and one
+    top = max(float(gradient.abs().max()) for gradient in other.values())
+    return max(float((one[name] - other[name]).abs().max()) for name in one) / top
+
+
+def norm(gradients: Gradients) -> float:
+    """Of all of them; FSDP 1 has them flat, and does not tell which is whose."""
+    return torch.stack([gradient.float().norm() for gradient in gradients.values()]).norm().item()
+
+
+def _whole(gradient: Any) -> torch.Tensor:
+    found = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+    return found.detach().clone()

@@ -1,0 +1,213 @@
+"""Options of diffusion LMs, and what neither they nor the bound go with: errors that name the setting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("verl", reason="verl is not installed: pip install 'dta-plugin[verl]'")
+
+from omegaconf import OmegaConf
+from verl.utils import tensordict_utils as tu
+
+from dta_plugin.adapters.verl.config import tree_config
+from dta_plugin.adapters.verl.diffusion.guards import check_model
+from dta_plugin.adapters.verl.diffusion.options import DiffusionOptions
+from dta_plugin.adapters.verl.diffusion.updates import DiffusionUpdates
+from dta_plugin.adapters.verl.diffusion.worker import diffusion_settings
+from dta_plugin.config import TreeConfig
+from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from tests.adapters.verl.diffusion_support import (
+    engine_gradient,
+    engine_of,
+    mini_batch,
+    save_diffusion_model,
+    settings,
+)
+from tests.adapters.verl.support import Setup, Step, build, log_probs, nested
+from tests.adapters.verl.support import mini_batch as causal_batch
+
+
+@pytest.fixture(scope="module")
+def diffusion_folder(rank: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_diffusion_model(tmp_path_factory.mktemp("diffusion"))
+
+
+def config(options: Any, **changes: Any) -> Any:
+    """What a worker is given as `actor_rollout_ref`."""
+    found = OmegaConf.create(
+        {
+            "model": {"use_fused_kernels": False},
+            "rollout": {
+                "name": "hf_cpu",
+                "n": 8,
+                "response_length": 64,
+                "calculate_log_probs": False,
+                "custom": {"dta": options},
+            },
+            "actor": {
+                "loss_agg_mode": "seq-mean-token-sum",
+                "ppo_mini_batch_size": 4,
+                "ppo_epochs": 1,
+                "policy_loss": {"loss_mode": "vanilla"},
+                "use_kl_loss": False,
+            },
+        }
+    )
+    for name, value in changes.items():
+        OmegaConf.update(found, name.replace("__", "."), value, force_add=True)
+    return found
+
+
+def test_settings() -> None:
+    assert diffusion_settings(config({})) is None
+    assert diffusion_settings(config(None)) is None
+    options = {"diffusion": {"samples": 4, "steps": 32, "fillers": True}}
+    found = diffusion_settings(config(options, actor__loss_agg_mode="seq-mean-token-mean"))
+    assert found is not None and found.options == DiffusionOptions(samples=4, steps=32, fillers=True)
+    assert (found.length_norm, found.max_length, found.rows_per_step) == ("length", 64, 32)
+    found = diffusion_settings(config(options, actor__ppo_epochs=2))
+    assert found is not None and found.rows_per_step is None
+    assert tree_config(config(options).rollout) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"diffusion": True}, r"diffusion=True. Expected a mapping with fields among samples"),
+        ({"diffusion": {"sample": 4}}, r"'sample': 4.*Expected a mapping with fields among samples"),
+        ({"diffusion": {"samples": 0}}, "samples=0"),
+        ({"diffusion": {"samples": 3, "coupled": True}}, "even number"),
+        ({"diffusion": {"form": "q"}}, "form='q'"),
+        ({"diffusion": {"clip": -1.0}}, "clip=-1.0"),
+        ({"diffusion": {"block_length": 48}}, "gen_length=64, block_length=48"),
+        ({"diffusion": {"steps": 65}}, "steps=65"),
+        ({"diffusion": {}, "executor": "packed"}, "Got executor besides"),
+        ({"diffusion": {}, "use_dta": False}, "Got use_dta besides"),
+    ],
+)
+def test_wrong_options_raise(options: Any, message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message) as error:
+        diffusion_settings(config(options))
+    assert "actor_rollout_ref.rollout.custom.dta.diffusion" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rollout__name", "vllm"),
+        ("rollout__calculate_log_probs", True),
+        ("rollout__multi_turn__enable", True),
+        ("rollout__top_p", 0.9),
+        ("rollout__top_k", 20),
+        ("actor__loss_agg_mode", "token-mean"),
+        ("actor__loss_scale_factor", 100),
+        ("actor__policy_loss__loss_mode", "gspo"),
+        ("actor__clip_ratio_high", 0.28),
+        ("actor__use_kl_loss", True),
+        ("actor__entropy_coeff", 0.01),
+        ("actor__calculate_entropy", True),
+        ("model__use_fused_kernels", True),
+    ],
+)
+def test_settings_of_verl_that_do_not_fit(name: str, value: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match="Expected") as error:
+        diffusion_settings(config({"diffusion": {}}, **{name: value}))
+    assert f"actor_rollout_ref.{name.replace('__', '.')}={value!r}" in str(error.value)
+    diffusion_settings(config({"executor": "packed"}, **{name: value}))  # not the tree's concern
+
+
+def test_verl_08(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dta_plugin.adapters.verl.diffusion.guards.version", lambda _: "0.8.0")
+    with pytest.raises(UnsupportedModelError, match=r"verl 0\.8\.0 is installed. Expected 0\.9 or newer"):
+        diffusion_settings(config({"diffusion": {}}))
+
+
+@pytest.mark.parametrize("options", [TreeConfig(), TreeConfig(on_unsupported="dense"), None])
+def test_a_diffusion_lm_is_never_taken_for_causal(options: TreeConfig | None, diffusion_folder: Path) -> None:
+    engine = build(Setup(), diffusion_folder, tree=True)
+    with pytest.raises(UnsupportedModelError, match=r"is a diffusion LM.*custom\.dta\.diffusion"):
+        engine.configure(options)
+
+
+def test_other_models_are_judged_elsewhere(folder: Path) -> None:
+    """A causal model, and what is no language model, which other guards refuse or let run as verl does."""
+    check_model(build(Setup(), folder, tree=True).module, is_diffusion=False)
+    check_model(torch.nn.Linear(2, 2), is_diffusion=False)
+
+
+def test_nor_by_an_engine_that_was_told_nothing(diffusion_folder: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="attends in both directions"):
+        log_probs(build(Setup(), diffusion_folder, tree=True), causal_batch(Step()))
+
+
+def test_a_causal_model_with_diffusion_options(folder: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="not a diffusion family"):
+        engine_of(folder, settings())
+
+
+def test_a_reference_policy(diffusion_folder: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"use_kl_loss=False and algorithm\.use_kl_in_reward=False"):
+        engine_of(diffusion_folder, settings(), forward_only=True)
+
+
+def _several(data: Any) -> None:
+    data["advantages"] = nested([row + torch.arange(len(row)) for row in data["advantages"].unbind()])
+
+
+def _not_finite(data: Any) -> None:
+    data["advantages"] = nested([row * float("nan") for row in data["advantages"].unbind()])
+
+
+def _tools(data: Any) -> None:
+    data["response_mask"] = nested([torch.arange(len(row)) != 1 for row in data["response_mask"].unbind()])
+
+
+def _old_trainer(data: Any) -> None:
+    data["prompts"] = data["prompts"].to_padded_tensor(0)
+
+
+def _temperatures(data: Any) -> None:
+    data["temperature"] = torch.arange(1, len(data) + 1).float()
+
+
+def _two_samples(data: Any) -> None:
+    data["dta_elbo_terms"] = torch.zeros(len(data), 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_several, "adv_estimator=grpo"),
+        (_not_finite, "use_kl_in_reward=False"),
+        (_tools, "1 without loss"),
+        (_old_trainer, "use_v1=True"),
+        (_temperatures, r"rollout\.temperature"),
+        (_two_samples, "one term per row and sample"),
+        (lambda data: tu.assign_non_tensor(data, calculate_sum_pi_squared=True), "calculate_sum_pi_squared"),
+    ],
+)
+def test_batches_that_do_not_fit(change: Any, message: str, diffusion_folder: Path) -> None:
+    engine, data = engine_of(diffusion_folder, settings()), mini_batch(rows=16)
+    change(data)
+    with pytest.raises((UnsupportedModelError, InvalidInputError), match=message):
+        engine_gradient(engine, data)
+
+
+def test_padding_rows_count_for_nothing(diffusion_folder: Path) -> None:
+    """verl fills up the last mini-batch with rows whose mask is 0."""
+    engine, data = engine_of(diffusion_folder, settings()), mini_batch(rows=16)
+    data["response_mask"] = nested([torch.zeros(len(row)) for row in data["response_mask"].unbind()])
+    _, outputs = engine_gradient(engine, data)
+    assert isinstance(engine._dta_diffusion, DiffusionUpdates)
+    assert outputs["metrics"]["dta/skipped_rows"].aggregate() == 16
+
+
+def test_dropout(diffusion_folder: Path) -> None:
+    engine = build(Setup(), diffusion_folder, tree=True)
+    engine.module.config.attention_dropout = 0.1
+    with pytest.raises(InvalidInputError, match=r"attention_dropout=0\.1"):
+        engine.configure(None, settings())

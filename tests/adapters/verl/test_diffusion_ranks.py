@@ -1,0 +1,23 @@
+"""Two ranks over gloo: the gradient of all rows, also where a rank has nothing to learn from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("verl", reason="verl is not installed: pip install 'dta-plugin[verl]'")
+
+from tests.support.ranks import on_two_ranks
+
+
+def test_two_ranks(tmp_path: Path) -> None:
+    ranks = on_two_ranks("tests.adapters.verl.diffusion_ranks_script", tmp_path)
+    for job in ("both", "one_sided"):
+        assert all(rank[job]["difference"] < 1e-5 for rank in ranks), job
+        expected = ranks[0][job]["loss"][1]
+        assert sum(rank[job]["loss"][0] for rank in ranks) / 2 == pytest.approx(expected, abs=1e-5)
+        assert ranks[0][job]["metrics"] == ranks[1][job]["metrics"]
+    assert ranks[1]["one_sided"]["loss"][0] == 0
+    assert [rank["nothing"]["metrics"] for rank in ranks] == [{"dta/bound_gap": 0, "dta/skipped_rows": 16}] * 2
+    assert [rank["nothing"]["norm"] for rank in ranks] == [0, 0]
