@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from dta_plugin.errors import InvalidInputError
-from dta_plugin.objectives.bgpo import MAX_EXPONENT, bound_gap, bound_terms, per_sample_losses, tangent_exp
+from dta_plugin.objectives.bgpo import (
+    MAX_EXPONENT,
+    bound_gap,
+    bound_terms,
+    clipped,
+    k2_terms,
+    per_sample_losses,
+    tangent_exp,
+)
 from dta_plugin.objectives.comparison import sampled_elbo_ratio
 from dta_plugin.objectives.elbo import length_scale
 from tests.support.elbo import Batch, Gradients, largest_difference, make_batch
@@ -226,3 +234,52 @@ def test_the_loop_needs_the_memory_of_one_sample_and_one_graph_that_of_all() -> 
     for n in loop:
         assert abs(loop[n] / loop[1] - 1) < 0.05
         assert abs(graph[n] / (n * graph[1]) - 1) < 0.05
+
+
+# Reference and clip statistics
+
+
+def test_the_penalty_is_the_mean_of_the_samples_own_and_every_row_runs() -> None:
+    batch = make_batch()
+    batch.advantages[1] = 0.0
+    draws, scale = batch.draws(SAMPLES), length_scale("length", batch.lengths, batch.width)
+    reference = batch.terms(draws).detach()
+    batch.move()
+    parts = per_sample_losses(
+        lambda j, rows: batch.term(draws, j, rows),
+        batch.advantages,
+        SAMPLES,
+        length_scale=scale,
+        reference_terms=reference,
+        beta=0.3,
+    )
+    for part in parts:
+        part.loss.backward()
+    loop = batch.take_gradients()
+    new = batch.terms(draws)
+    bound = (new - new.detach()) * scale[:, None] * batch.advantages[:, None]
+    penalty = 0.3 * ((new - reference) * scale[:, None]).square() / 2
+    (-(bound - penalty).mean()).backward()
+    graph = batch.take_gradients()
+    assert largest_difference(loop, graph) < 1e-9
+    (-(batch.terms(draws) * scale[:, None] * batch.advantages[:, None]).mean()).backward()
+    assert largest_difference(loop, batch.take_gradients()) > 1e-2
+
+
+def test_the_penalty_of_a_mean_is_at_most_the_mean_penalty() -> None:
+    apart = torch.randn(50, SAMPLES, generator=torch.Generator().manual_seed(3))
+    assert (k2_terms(apart.mean(dim=1)) <= k2_terms(apart).mean(dim=1) + 1e-6).all()
+
+
+def test_clipped_says_where_the_gradient_is_gone() -> None:
+    d = torch.linspace(-3.0, 3.0, 61, dtype=torch.float64, requires_grad=True)
+    for advantage in (1.0, -1.0):
+        advantages = torch.full_like(d, advantage).detach()
+        for clips in ({"clip": 0.22}, {"dual_clip": 3.1}, {"clip": 0.22, "dual_clip": 3.1}):
+            (gradient,) = torch.autograd.grad(bound_terms(d, advantages, 1, **clips).sum(), d)
+            assert torch.equal(clipped(d, advantages, **clips), gradient == 0)
+
+
+def test_reference_terms_of_another_shape_are_refused() -> None:
+    with pytest.raises(InvalidInputError, match=r"reference_terms of shape .* Expected \(5, 2\)"):
+        next(per_sample_losses(lambda j, rows: rows, torch.ones(5), 2, reference_terms=torch.zeros(5)))

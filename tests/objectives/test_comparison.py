@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from dta_plugin.diffusion import prompt_noise
-from dta_plugin.objectives.comparison import sampled_elbo_ratio, token_ratio_terms
+from dta_plugin.objectives.comparison import k3_terms, sampled_elbo_ratio, token_ratio_terms
 from dta_plugin.objectives.elbo import masked_log_probs
 from tests.support.diffusion import FAMILY
 from tests.support.elbo import make_batch
@@ -55,3 +57,12 @@ def test_the_sampled_ratio_is_the_exponential_of_the_mean_and_stays_finite() -> 
     torch.testing.assert_close(got[0], 2 * torch.tensor(0.2).exp())
     got.sum().backward()
     assert torch.isfinite(got).all() and torch.isfinite(d.grad).all()
+
+
+def test_k3_is_zero_at_the_reference_and_never_below_on_scored_tokens_only() -> None:
+    reference = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, -1.0]])
+    assert k3_terms(reference, reference, SCORED).tolist() == [0.0, 0.0]
+    apart = torch.tensor([[0.5, -0.5, 9.0], [0.1, 0.0, -2.0]])
+    rows = [[0.5, -0.5], [0.1, 0.0, -2.0]]
+    expected = [sum(math.exp(r) - 1 - r for r in row) / len(row) for row in rows]
+    torch.testing.assert_close(k3_terms(reference, reference + apart, SCORED), torch.tensor(expected))

@@ -55,6 +55,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"dual_clip": 1.0}, "above 1"),
     ({"prompt_mask_probability": 1.0, "objective": "diffu-grpo"}, r"in \[0, 1\)"),
     ({"block_length": 0}, "at least 1"),
+    ({"max_completion_length": None}, "length of the canvas"),
     ({"attention_block_length": 0}, "at least 1"),
     ({"mask_token_id": -1}, "at least 0"),
     ({"block_length": 48}, "multiple of block_length"),

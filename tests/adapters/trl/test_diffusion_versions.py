@@ -1,4 +1,4 @@
-"""The diffusion trainer's gradients are the same on every supported TRL release."""
+"""The diffusion trainer's gradients on other TRL releases: the oldest, and the last before the fused LM head."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.ranks import REPOSITORY
 CASES = "test_every_step and (reference or diffu) or test_the_old_policy or test_peft_config"
 
 
-@pytest.mark.parametrize("release", ["1.0.0", "1.8.0", "1.14.2"])
+@pytest.mark.parametrize("release", ["1.0.0", "1.14.2"])
 def test_gradients(release: str, tmp_path: Path) -> None:
     folder = install(release, tmp_path / "trl")
     tests = ["tests/adapters/trl/test_diffusion.py", "-k", CASES, "-p", "no:xdist", "-q"]

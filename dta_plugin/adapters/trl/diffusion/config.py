@@ -42,7 +42,7 @@ def _option(default: object, help: str) -> Any:
 
 
 @dataclass
-class DiffusionGRPOConfig(GRPOConfig):  # type: ignore[misc]
+class DiffusionGRPOConfig(GRPOConfig):
     """How DiffusionGRPOTrainer trains. Raises InvalidInputError for values that cannot be, or that would be ignored.
 
     Of GRPOConfig, max_completion_length is the length of the canvas, temperature that of sampling (likelihoods are
@@ -117,14 +117,20 @@ class DiffusionGRPOConfig(GRPOConfig):  # type: ignore[misc]
                 "Use accelerate's fsdp_version: 2."
             )
 
+    @property
+    def canvas(self) -> int:
+        """Tokens that are sampled per completion."""
+        if self.max_completion_length is None:
+            raise InvalidInputError("max_completion_length=None. Expected the length of the canvas, at least 1.")
+        return self.max_completion_length
+
     def sampler_config(self, attention_block_length: int | None) -> SamplerConfig:
         """How completions are sampled from a model with such attention blocks (None: full attention)."""
-        canvas = self.max_completion_length
-        block = self.block_length or attention_block_length or math.gcd(_BLOCK, canvas)
+        block = self.block_length or attention_block_length or math.gcd(_BLOCK, self.canvas)
         return SamplerConfig(
-            gen_length=canvas,
+            gen_length=self.canvas,
             block_length=block,
-            steps=canvas // block * max(block // 2, 1) if self.diffusion_steps is None else self.diffusion_steps,
+            steps=self.canvas // block * max(block // 2, 1) if self.diffusion_steps is None else self.diffusion_steps,
             temperature=self.temperature,
             remasking=self.remasking,
             guidance_scale=self.guidance_scale,

@@ -64,7 +64,7 @@ class ElboUpdate:
         self.lengths = step.rows.lengths
         self.advantages = step.advantages.masked_fill(self.lengths == 0, 0.0)
         config = objective.config
-        self.scale = length_scale(config.length_norm, self.lengths, config.max_completion_length)
+        self.scale = length_scale(config.length_norm, self.lengths, config.canvas)
         self.seen: list[torch.Tensor] = []  # per sample, the terms [B], 0 in rows that did not run
 
     def losses(self) -> Iterator[torch.Tensor]:

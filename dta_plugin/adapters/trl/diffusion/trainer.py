@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -41,7 +41,7 @@ _HOOKS = (
 )
 
 
-class DiffusionGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
+class DiffusionGRPOTrainer(GRPOTrainer):
     """GRPOTrainer for a masked diffusion LM.
 
         DiffusionGRPOTrainer("GSAI-ML/LLaDA-8B-Instruct", reward, DiffusionGRPOConfig(...), train_dataset=data)
@@ -52,6 +52,12 @@ class DiffusionGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
     Raises InvalidInputError for arguments that do not go together, UnsupportedModelError for a model that is no masked
     diffusion LM, and for a TRL release without the methods that are replaced.
     """
+
+    args: DiffusionGRPOConfig
+    model: Any
+    ref_model: Any
+    processing_class: Any
+    objective: ElboObjective | OneStepObjective
 
     def __init__(
         self,
@@ -64,7 +70,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         _check(args, arguments)
         if isinstance(model, str):
             given = {name: arguments.pop(name) for name in ("quantization_config",) if arguments.get(name) is not None}
-            model = load_diffusion_lm(model, **(args.model_init_kwargs or {}), **given)
+            model = load_diffusion_lm(model, **cast(dict[str, Any], args.model_init_kwargs or {}), **given)
         own = family_of(
             causal_lm(model).config,
             mask_token_id=args.mask_token_id,
@@ -90,7 +96,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
         kind = OneStepObjective if args.objective == "diffu-grpo" else ElboObjective
         self.objective = kind(args, self.family, self.accelerator.autocast)
 
-    def _prepared(self, reference: nn.Module) -> nn.Module:
+    def _prepared(self, reference: PreTrainedModel) -> Any:
         """The frozen initial policy, wrapped as TRL wraps the reference that it loads."""
         reference.requires_grad_(False).eval()
         if self.is_fsdp_enabled:
@@ -143,7 +149,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         is_training = self.model.training
-        slots = self.args.steps_per_generation
+        slots = self.args.steps_per_generation or 1
         step = MicroStep(
             Rows.from_inputs(inputs),
             inputs["advantages"],
