@@ -31,10 +31,10 @@ QUIET := HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
 
 .DEFAULT_GOAL := help
 .PHONY: help venv test test-slow test-verl test-verl-oldest lint quickstart quickstart-lora quickstart-verl bench
-.PHONY: bench-streamed bench-balance gpu
+.PHONY: quickstart-diffusion bench-streamed bench-balance bench-nat bench-diffusion gpu
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
 
 venv: $(INSTALLED) ## create the virtual environment (the others do so by themselves)
 
@@ -88,6 +88,10 @@ quickstart-lora: $(INSTALLED) ## the same with LoRA
 	$(QUIET) python recipes/quickstart/speed.py recipes/trl/quickstart_lora.yaml
 	python recipes/quickstart/report.py runs/quickstart --run lora
 
+quickstart-diffusion: $(INSTALLED) ## RL of a small diffusion language model with BGPO, on a CPU
+	python recipes/quickstart/diffusion.py --output runs/quickstart_diffusion
+	$(QUIET) python recipes/trl/diffusion.py --config recipes/trl/quickstart_diffusion.yaml | python recipes/quickstart/watch.py
+
 quickstart-verl: $(VERL_INSTALLED) ## the same with verl: its own training loop, two FSDP2 ranks; creates .venv-verl
 	python recipes/quickstart/build.py --output runs/quickstart
 	python recipes/verl/build.py runs/quickstart
@@ -103,7 +107,19 @@ bench-streamed: $(INSTALLED) ## measure streamed execution: what bounded memory 
 bench-balance: $(INSTALLED) ## measure how evenly sequences are dealt out, against other ways to deal
 	python benchmarks/balance.py
 
+bench-nat: $(INSTALLED) ## measure updates on half of the tokens: time, memory, learning curves
+	python benchmarks/token_selection.py
+	test -d runs/quickstart/model || python recipes/quickstart/build.py --output runs/quickstart
+	python benchmarks/selection_learning.py
+
+bench-diffusion: $(INSTALLED) ## measure updates of a diffusion LM: memory against the number of samples, learning curves
+	python benchmarks/diffusion_memory.py
+	test -d runs/quickstart_diffusion/model || python recipes/quickstart/diffusion.py --output runs/quickstart_diffusion
+	python benchmarks/diffusion_learning.py
+
 gpu: $(INSTALLED) ## tests and measurements on a CUDA device; results in $(RESULTS)
 	$(PYTEST) tests/gpu tests/attention -m "not slow"
 	python benchmarks/attention.py --output $(RESULTS)/attention_cuda.json
 	python benchmarks/policy_update.py --device cuda --dtype bfloat16 --output $(RESULTS)/policy_update_cuda.json
+	python benchmarks/token_selection.py --device cuda --output $(RESULTS)/token_selection_cuda.json
+	python benchmarks/diffusion_memory.py --device cuda --output $(RESULTS)/diffusion_memory_cuda.json
