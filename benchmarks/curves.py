@@ -5,8 +5,10 @@ A run is a dict with `name`, `seed` and lists of one number per step, `reward` a
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -19,6 +21,22 @@ COLOURS = ("#5b6b7f", "#c0562b", "#2f5d8c")
 SMOOTHED = 5
 
 Runs = list[dict[str, Any]]
+
+
+def arguments(description: str | None, steps: int, folder: Path) -> argparse.Namespace:
+    """The command line of a learning benchmark. steps: of every training. folder: where its model and data are."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="2 steps, 1 seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--workers", type=int, default=2, help="trainings at a time")
+    parser.add_argument("--folder", type=Path, default=folder, help="what the recipe's build script wrote")
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    parser.add_argument("--plot", type=Path, help="PNG file for the curves")
+    args = parser.parse_args()
+    if args.smoke:
+        args.seeds, args.steps = args.seeds[:1], 2
+    return args
 
 
 def by_name(runs: Runs) -> dict[str, Runs]:

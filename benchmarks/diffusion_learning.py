@@ -29,7 +29,7 @@ from statistics import fmean, median
 
 import matplotlib.pyplot as plt
 import torch
-from curves import Runs, by_name, draw_bands, reward_cells
+from curves import Runs, arguments, by_name, draw_bands, reward_cells
 from harness import environment, table, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,7 +55,7 @@ class Run:
 
 
 def main() -> None:
-    args = _arguments()
+    args = arguments(__doc__, steps=250, folder=ROOT / "runs" / "quickstart_diffusion")
     if not (args.folder / "model").is_dir():
         sys.exit(f"{args.folder} has no model. Make one: python recipes/quickstart/diffusion.py --output {args.folder}")
     where = environment(torch.device("cpu"))
@@ -70,21 +70,6 @@ def main() -> None:
         write_json(args.output, content)
     if args.plot:
         draw(runs, args.plot)
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="2 steps, 1 seed")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
-    parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--workers", type=int, default=2, help="trainings at a time")
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "quickstart_diffusion", help="from diffusion.py")
-    parser.add_argument("--output", type=Path, help="JSON file for the results")
-    parser.add_argument("--plot", type=Path, help="PNG file for the curves")
-    args = parser.parse_args()
-    if args.smoke:
-        args.seeds, args.steps = args.seeds[:1], 2
-    return args
 
 
 def _trained(tasks: list[tuple[str, int]], args: argparse.Namespace) -> Iterator[Run]:

@@ -20,7 +20,6 @@ runs depends on how many groups are solved and therefore pruned.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from curves import arguments
 from harness import environment, write_json
 from selection_learning_report import draw, learning_table
 from streamed_contenders import SavedBytes
@@ -102,7 +102,7 @@ class Updates:
 
 
 def main() -> None:
-    args = _arguments()
+    args = arguments(__doc__, steps=60, folder=ROOT / "runs" / "quickstart")
     if not (args.folder / "model").is_dir():
         sys.exit(f"{args.folder} has no model. Make one: python recipes/quickstart/build.py --output {args.folder}")
     torch.set_num_threads(1)
@@ -126,21 +126,6 @@ def main() -> None:
         write_json(args.output, result)
     if args.plot:
         draw(result["runs"], args.plot)
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="2 steps, 1 seed")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--workers", type=int, default=2, help="trainings at a time")
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "quickstart", help="what build.py wrote")
-    parser.add_argument("--output", type=Path, help="JSON file for the results")
-    parser.add_argument("--plot", type=Path, help="PNG file for the curves")
-    args = parser.parse_args()
-    if args.smoke:
-        args.seeds, args.steps = args.seeds[:1], 2
-    return args
 
 
 def _trained(tasks: list[Task], workers: int) -> Iterator[Run]:
