@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from dta_plugin.adapters.trl.weights import is_weighted
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.tree.cost import Padded
 
@@ -31,15 +32,16 @@ class MicroBatch:
     is_weighted: bool
 
     @classmethod
-    def from_padded(cls, input_ids: torch.Tensor, attention_mask: torch.Tensor, columns: int) -> MicroBatch:
+    def from_padded(
+        cls, input_ids: torch.Tensor, attention_mask: torch.Tensor, columns: int, is_weighted: bool = False
+    ) -> MicroBatch:
         """input_ids, attention_mask: [B, P + C], prompts padded left, completions right. columns: C.
 
-        A mask of a floating dtype is one of weights, whose last column is the balance.
+        is_weighted: the mask is one of weights, and its last column the balance.
         """
         runs = attention_mask != 0
         scored = runs.clone()
         scored[:, :-columns] = False
-        is_weighted = attention_mask.is_floating_point()
         width = input_ids.shape[1]
         if is_weighted:
             scored[:, -1] = False
@@ -54,7 +56,7 @@ class MicroBatch:
         """As TRL's loss forms the rows of a buffered micro-batch."""
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        return cls.from_padded(ids, mask, inputs["completion_ids"].shape[1])
+        return cls.from_padded(ids, mask, inputs["completion_ids"].shape[1], is_weighted(inputs))
 
     @property
     def scored_tokens(self) -> int:

@@ -42,11 +42,12 @@ def tree_log_probs(
 
     dense: the trainer's own bound method, which runs where the tree cannot or should not.
     input_ids, attention_mask: [B, P + C], prompts padded left and completions right. logits_to_keep: C.
-    A mask of weights (see `weights`) names the tokens to score; the values of others, the balance too, are 0. The aux
-    loss is left out of the tuple for TRL versions whose hook returns two values.
+    In an update, the mask of inputs with weights (see `weights`) names the tokens to score; the values of others, the
+    balance too, are 0. The aux loss is left out of the tuple for TRL versions whose hook returns two values.
     """
-    micro_batch = MicroBatch.from_padded(input_ids, attention_mask, logits_to_keep)
     is_policy = torch.is_grad_enabled()
+    has_weights = is_policy and state.hands_out_weights(trainer)
+    micro_batch = MicroBatch.from_padded(input_ids, attention_mask, logits_to_keep, has_weights)
 
     def run_dense(reason: str, topic: str | None = None) -> tuple[torch.Tensor | None, ...]:
         state.say_once(trainer, f"dense path: {reason}", topic, logging.WARNING)

@@ -13,7 +13,7 @@ from dta_plugin.adapters.trl.buffer import Inputs
 from dta_plugin.adapters.trl.load import Loads
 from dta_plugin.adapters.trl.rows import MicroBatch
 from dta_plugin.adapters.trl.subset import HandedOut
-from dta_plugin.adapters.trl.weights import LEFT_OUT
+from dta_plugin.adapters.trl.weights import LEFT_OUT, is_weighted
 from dta_plugin.adapters.trl.window import Windows
 from dta_plugin.config import TreeConfig
 from dta_plugin.tree.report import TreeReport
@@ -62,6 +62,10 @@ class TreeState:
         """The micro-batches that are handed out in the current pass over the generation batch."""
         return [each.inputs for each in self.handed_out]
 
+    def hands_out_weights(self, trainer: Any) -> bool:
+        """Whether the loss of the current micro-step has weights for a mask."""
+        return bool(self.handed_out) and is_weighted(self.handed_out[trainer._step % len(self.handed_out)].inputs)
+
     def pruned_tokens(self, trainer: Any, micro_batches: int) -> int:
         """Tokens that the next so many micro-batches have and do not run."""
         slot = trainer._step % max(len(self.handed_out), 1)
@@ -71,15 +75,19 @@ class TreeState:
     def with_mean_entropy(
         self, entropies: torch.Tensor, micro_batch: MicroBatch, attention_mask: torch.Tensor
     ) -> torch.Tensor:
-        """Entropies [B, C] with the mean of those that were computed in the balance of rows without any.
+        """Entropies [B, C] with the mean of those that were computed in the balance: of pruned tokens, and of rows
+        without any that was drawn.
 
         TRL's metric is then the mean over tokens that run; before the first of them, NaN.
         """
-        weights = attention_mask[:, -micro_batch.columns :] * micro_batch.scored[:, -micro_batch.columns :]
+        mask = attention_mask[:, -micro_batch.columns :]
+        weights = mask * micro_batch.scored[:, -micro_batch.columns :]
         if weights.any():
             self.entropy = float((entropies.detach() * weights).sum() / weights.sum())
         fills = torch.zeros_like(weights, dtype=torch.bool)
-        fills[:, -1] = ~micro_batch.scored.any(dim=1)
+        fills[:, -1] = mask[:, -1] != 0  # else nothing is left out, and NaN times 0 would be NaN
+        if self.config.selection() is not None:  # what was not drawn is made up for by weights
+            fills[:, -1] &= ~micro_batch.scored.any(dim=1)
         return entropies.masked_fill(fills, self.entropy)
 
     def log_selection(self, trainer: Any, statistics: dict[str, float]) -> None:

@@ -14,7 +14,7 @@ from trl import GRPOTrainer, RLOOTrainer
 
 from dta_plugin.adapters.trl.buffer import Inputs, Rows, has_images
 from dta_plugin.adapters.trl.version import counts_padding
-from dta_plugin.adapters.trl.weights import loss_mask, reweighted
+from dta_plugin.adapters.trl.weights import is_weighted, loss_mask, reweighted
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.objectives.nat import TokenSelection, draw
 
@@ -52,6 +52,8 @@ def selection_obstacle(trainer: Any, buffer: list[Inputs]) -> str | None:
         return "the router loss, which is no sum over tokens; set router_aux_loss_coef=0"
     if has_images(buffer):
         return "images; train on text"
+    if _has_gaps(buffer):
+        return f"a completion_mask of {type(trainer).__name__} with gaps; mask such tokens by tool_mask"
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
     if getattr(parallelism, "non_data_parallel_size", 1) > 1:
         return "tensor, context or sequence parallelism, where ranks share rows; use data parallelism"
@@ -64,7 +66,7 @@ def pruned(trainer: Any, buffer: list[Inputs]) -> list[Inputs]:
     These are masked tokens, and rows with advantage 0 where the loss has no other term. All but the metric `entropy`
     stay what they were; that one is then of the tokens that run.
     """
-    if not has_own_loss(trainer) or has_images(buffer) or counts_padding(trainer):
+    if not has_own_loss(trainer) or has_images(buffer) or counts_padding(trainer) or _has_gaps(buffer):
         return buffer
     rows = Rows.of(buffer)
     inputs: Inputs = rows.per_row | rows.constant
@@ -79,6 +81,12 @@ def pruned(trainer: Any, buffer: list[Inputs]) -> list[Inputs]:
         thinned["old_logps"] = inputs["old_logps"].masked_fill(~reads.any(dim=1), 0)
     per_row = {key: value for key, value in thinned.items() if key not in rows.constant}
     return Rows(per_row, rows.constant, rows.sizes).batches()
+
+
+def _has_gaps(buffer: list[Inputs]) -> bool:
+    """Whether a subclass hides tokens within completions from the model: weights could not say so."""
+    masks = (inputs["completion_mask"] != 0 for inputs in buffer if not is_weighted(inputs))
+    return any(bool((mask[:, 1:] & ~mask[:, :-1]).any()) for mask in masks)
 
 
 def _ignores_zero_advantages(trainer: Any) -> bool:

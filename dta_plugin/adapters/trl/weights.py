@@ -7,7 +7,7 @@ mask is what the row's mask has lost, so that masks add up to what they did. Its
 are 0 and constant: no gradient, no KL, no entropy. What it adds to the loss, its mask times that of a ratio of 1, is
 0 on average, and keeps the loss at what it would have been where ratios are 1 anyway.
 
-A mask of a floating dtype is how such inputs are recognised.
+Such inputs are recognised by their entry `LEFT_OUT`: a mask may be of a floating dtype for other reasons.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _PROMPT = ("prompt_ids", "prompt_mask")
 
 
 def is_weighted(inputs: Inputs) -> bool:
-    return bool(inputs["completion_mask"].is_floating_point())
+    return LEFT_OUT in inputs
 
 
 def loss_mask(inputs: Inputs) -> torch.Tensor:
@@ -59,14 +59,14 @@ def reweighted(inputs: Inputs, weights: torch.Tensor) -> Inputs:
             entries = entries.masked_fill(~kept[:, :width].reshape(shape), PADDING.get(key, 0))
         result[key] = F.pad(entries, (*[0] * (2 * (value.ndim - 2)), 0, 1), value=PADDING.get(key, 0))
     result["completion_mask"] = torch.cat([weights[:, :width], balance[:, None]], dim=1)
-    result[LEFT_OUT] = inputs.get(LEFT_OUT, 0) + _row_tokens(inputs) - _row_tokens(result)
+    result[LEFT_OUT] = inputs.get(LEFT_OUT, 0) + _row_tokens(inputs, was_weighted) - _row_tokens(result, True)
     return result
 
 
-def _row_tokens(inputs: Inputs) -> torch.Tensor:
+def _row_tokens(inputs: Inputs, weighted: bool) -> torch.Tensor:
     """int64 [B]: the tokens of each row that run, a first one at least."""
     mask = inputs["completion_mask"] != 0
-    if not is_weighted(inputs):
+    if not weighted:
         return inputs["prompt_mask"].sum(dim=1) + mask.sum(dim=1)
     kept = mask[:, :-1]
     last = torch.where(kept, torch.arange(1, kept.shape[1] + 1, device=kept.device), 0).amax(dim=1)

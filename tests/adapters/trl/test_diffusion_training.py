@@ -101,6 +101,18 @@ def test_rows_without_advantage_are_not_run(checkpoint: str, tmp_path: Path) -> 
     assert (entry["loss"], entry["diffusion/rows_kept"], entry["diffusion/rows_skipped"]) == (0.0, 0.0, 4.0)
 
 
+def test_a_gradient_scaler_sees_a_gradient_in_a_step_without_advantages(checkpoint: str, tmp_path: Path) -> None:
+    """fp16 in one process: a scaler raises in an optimizer step in which no parameter has a gradient."""
+
+    def constant(completions: list[str], **_: Any) -> list[float]:
+        return [1.0] * len(completions)
+
+    trainer = tiny.trainer(tmp_path, checkpoint, trainer_options={"reward_funcs": constant}, **OWN, max_steps=1)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
 @pytest.mark.parametrize("score_fillers", [False, True])
 def test_what_is_generated(score_fillers: bool, checkpoint: str, tmp_path: Path) -> None:
     """No mask token; up to the first end token, or the whole canvas; the same again from the same seed."""

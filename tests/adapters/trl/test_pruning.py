@@ -11,6 +11,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from dta_plugin.adapters.trl import TreeGRPOConfig, TreeGRPOTrainer, TreeRLOOConfig, TreeRLOOTrainer
 from dta_plugin.adapters.trl.subset import pruned
+from dta_plugin.adapters.trl.weights import reweighted
 from tests.adapters.trl.support import TOLERANCE, dense_and_tree, difference, reward, train, weight_difference
 from tests.adapters.trl.test_selection import apart, one_step, rows, trainer_of
 
@@ -132,3 +133,45 @@ def test_old_values_cannot_overflow(model: str, tmp_path: Path) -> None:
     inputs["old_per_token_logps"][1] = -200.0
     loss, gradient, _ = one_step(trainer, pruned(trainer, [inputs])[0])
     assert loss == loss and bool(gradient.isfinite().all())
+
+
+def test_rows_without_a_mask_leave_no_trace_in_the_entropy(model: str, tmp_path: Path) -> None:
+    """Truncated rows that are masked are not left out: the first micro-batch of them must not make the loss NaN."""
+    trainer = trainer_of(model, tmp_path, loss_type="grpo", entropy_coef=0.1)
+    inputs = rows(trainer) | {"completion_mask": torch.zeros(2, 5, dtype=torch.int64)}
+    thinned = reweighted(inputs, torch.zeros(2, 5))  # as `pruned` does where another row has masked tokens
+    loss, gradient, metrics = one_step(trainer, thinned)
+    assert loss == 0.0 and not gradient.any() and metrics["entropy"] == 0.0
+
+
+def test_advantages_per_token(model: str, tmp_path: Path) -> None:
+    """Tokens behind the last one with an advantage do not run, and `entropy` is the mean of those that do."""
+    trainer = trainer_of(model, tmp_path, loss_type="grpo")
+    inputs = rows(trainer, tools=False)
+    inputs["advantages"] = torch.tensor([[0.5, 0.3, 0.2, 0.0, 0.0], [0.4, 0.2, 0.0, 0.0, 0.0]])
+    whole = one_step(trainer, inputs)
+    (thinned,) = pruned(trainer, [inputs])
+    found = one_step(trainer, thinned)
+    assert thinned["dta_left_out"].tolist() == [0, 3]
+    assert apart(found[1], whole[1]) < TOLERANCE
+    short = inputs | {"completion_mask": (inputs["advantages"] != 0).long()}
+    assert found[2]["entropy"] == pytest.approx(one_step(trainer, short)[2]["entropy"], rel=TOLERANCE)
+
+
+def test_gaps_in_a_completion_mask_keep_all_tokens(model: str, tmp_path: Path) -> None:
+    """A subclass's mask may hide a token from the model; weights of 0 would show it to the tokens after it."""
+    trainer = trainer_of(model, tmp_path, loss_type="grpo")
+    inputs = rows(trainer, advantages=(0.8, 0.0), tools=False)
+    inputs["completion_mask"][1, 2] = 0
+    assert pruned(trainer, [inputs])[0] is inputs
+    inputs["completion_mask"][1, 2] = 1
+    assert pruned(trainer, [inputs])[0] is not inputs
+
+
+def test_a_mask_of_floats_is_no_mask_of_weights(model: str, tmp_path: Path) -> None:
+    trainer = trainer_of(model, tmp_path, loss_type="grpo", beta=0.2)
+    inputs = rows(trainer, tools=False)
+    whole = one_step(trainer, inputs)
+    found = one_step(trainer, inputs | {"completion_mask": inputs["completion_mask"].float()})
+    assert found[0] == pytest.approx(whole[0], rel=TOLERANCE)
+    assert apart(found[1], whole[1]) < TOLERANCE

@@ -238,3 +238,11 @@ def test_a_loss_of_its_own_raises(model: str, tmp_path: Path) -> None:
 
     with pytest.raises(InvalidInputError, match="Own, which computes a loss of its own"):
         train(model, tmp_path, Own, TreeGRPOConfig, dta_token_selection="urs")
+
+
+def test_gaps_in_a_completion_mask_raise(model: str, tmp_path: Path) -> None:
+    trainer = trainer_of(model, tmp_path, **SCHEMES["urs"], loss_type="grpo")
+    inputs = rows(trainer)
+    inputs["completion_mask"][1, 2] = 0
+    with pytest.raises(InvalidInputError, match="gaps"):
+        one_step(trainer, inputs)

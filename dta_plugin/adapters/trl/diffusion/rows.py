@@ -57,7 +57,8 @@ class MicroStep:
 
     advantages: float32 [B]. old, reference: what an objective has `stored` of the policy that generated and of the
     reference, [B, ...], or None. iteration: which pass over the generation batch. scale: factor of the loss, one over
-    the number of accumulated micro-batches. always_run: other ranks wait for this one's calls of the model.
+    the number of accumulated micro-batches. always_run: at least one row, at weight 0 if need be: other ranks wait for
+    this one's calls of the model, or the gradient scaler for a gradient.
     """
 
     rows: Rows

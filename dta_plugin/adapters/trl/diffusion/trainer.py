@@ -157,12 +157,16 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             inputs.get("ref_per_token_logps"),
             iteration=self._step // slots % self.num_iterations if is_training else 0,
             scale=1.0 / self.current_gradient_accumulation_steps if is_training else 1.0,
-            always_run=self.accelerator.num_processes > 1 or not is_training,
+            always_run=self._needs_a_gradient() or not is_training,
         )
         update = self.objective.update(model, step)
         loss = back_propagated(self, model, update.losses(), self.objective.passes)
         update.statistics().log(self)
         return loss
+
+    def _needs_a_gradient(self) -> bool:
+        """Other ranks wait for this one's, or a gradient scaler refuses a step without any."""
+        return self.accelerator.num_processes > 1 or self.accelerator.scaler is not None
 
 
 def _check(args: DiffusionGRPOConfig, arguments: dict[str, Any]) -> None:
