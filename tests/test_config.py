@@ -43,6 +43,10 @@ INVALID: dict[str, tuple[dict[str, object], str]] = {
         r"token_budget=0.3 with token_selection=rpc-uniform.* Expected at least 0.5",
     ),
     "prefix": ({"token_selection": "rpc", "token_min_prefix": 0}, r"token_min_prefix=0. Expected a whole number"),
+    "floor above budget": (
+        {"token_selection": "rpc", "token_budget": 0.05},
+        r"token_budget=0.05 with token_floor=0.1.*Expected token_floor at most token_budget",
+    ),
     "floor": ({"token_selection": "urs", "token_floor": 0.0}, r"token_floor=0.0. Expected a probability in \(0, 1\]"),
     "sharing": ({"token_selection": "rpc", "token_sharing": "all"}, r"token_sharing='all'. Expected one of row, group"),
     "no tokens": ({"max_tree_tokens_per_chunk": 0}, r"max_tree_tokens_per_chunk=0. Expected None or at least 1"),

@@ -64,7 +64,7 @@ class TokenSelection:
             )
         if not _is_share(self.floor):
             raise InvalidInputError(f"token_floor={self.floor!r}. Expected a probability in (0, 1].")
-        if self.budget < self.floor:
+        if self.budget < self.floor and self.scheme != "rpc-uniform":
             raise InvalidInputError(
                 f"token_budget={self.budget} with token_floor={self.floor}: every token is kept with that probability, "
                 "so that more are kept. Expected token_floor at most token_budget."

@@ -189,7 +189,7 @@ def test_tf32_follows_the_switch_of_torch(small_tiles: None) -> None:
         torch.backends.fp32_precision = before
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_two_backward_runs_are_bitwise_equal(small_tiles: None, dtype: torch.dtype) -> None:
     mask = mask_of(star(33, prefix=40, branch=3), device=DEVICE)
     inputs = Inputs(VARIANTS["grouped"], len(mask), dtype, DEVICE)

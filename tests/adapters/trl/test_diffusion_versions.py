@@ -15,6 +15,7 @@ from tests.support.ranks import REPOSITORY
 CASES = "test_every_step and (reference or diffu) or test_the_old_policy or test_peft_config"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("release", ["1.0.0", "1.14.2"])
 def test_gradients(release: str, tmp_path: Path) -> None:
     folder = install(release, tmp_path / "trl")
