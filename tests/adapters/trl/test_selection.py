@@ -174,8 +174,17 @@ def test_dense_path_is_weighted_too(model: str, tmp_path: Path) -> None:
     assert trainer._metrics["train"]["dta/dense_fallback"] == [1.0]
 
 
-@pytest.mark.parametrize("option", [{"dta_token_budget": 1.0}, {"dta_token_min_prefix": 64}])
-@pytest.mark.parametrize("scheme", ["rpc", "urs", "urs-fixed", "rpc-uniform", "rpc-two-point"])
+@pytest.mark.parametrize(
+    "scheme,option",
+    [
+        *(
+            (scheme, {"dta_token_budget": 1.0})
+            for scheme in ("rpc", "urs", "urs-fixed", "rpc-uniform", "rpc-two-point")
+        ),
+        ("rpc", {"dta_token_min_prefix": 64}),
+        ("urs", {"dta_token_min_prefix": 64}),
+    ],
+)
 def test_all_tokens_are_the_baseline(model: str, tmp_path: Path, scheme: str, option: dict[str, Any]) -> None:
     """Bit by bit."""
     config = {"beta": 0.1, "num_iterations": 2, "max_steps": 2}
