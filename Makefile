@@ -30,15 +30,13 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m pytest
 QUIET := HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-verl test test-slow test-verl test-verl-oldest lint quickstart quickstart-lora quickstart-verl bench
+.PHONY: help venv test test-slow test-verl test-verl-oldest lint quickstart quickstart-lora quickstart-verl bench
 .PHONY: quickstart-diffusion bench-streamed bench-balance bench-nat bench-diffusion gpu
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
 
 venv: $(INSTALLED) ## create the virtual environment (the others do so by themselves)
-
-venv-verl: $(VERL_INSTALLED) ## the one for verl, likewise
 
 ifneq ($(VENV),)
 $(VENV)/.installed: pyproject.toml
