@@ -54,7 +54,7 @@ def test_micro_batches_without_any_loss(model: str, tmp_path: Path, merge: str) 
     options = {"trainer_options": {"reward_funcs": flat}, **config}
     dense, tree = dense_and_tree(model, tmp_path, dta={"dta_merge_window": merge}, **options)
     assert difference(dense, tree) < TOLERANCE
-    assert all(entry["dta/tree_tokens"] <= 8 for entry in tree.dta)
+    assert all(entry["dta/tree_tokens"] <= 8 and entry["dta/compression_ratio"] == 1 for entry in tree.dta)
 
 
 def test_the_entropy_metric_is_of_the_tokens_that_run(model: str, tmp_path: Path) -> None:
