@@ -24,9 +24,12 @@ _STEP = ("training_step", "compute_loss", "_compute_loss")
 
 def has_own_loss(trainer: Any) -> bool:
     """Whether losses are computed as TRL does: a subclass may read any token, and change or skip micro-batches."""
-    methods = (getattr(type(trainer), name) for name in _STEP)
-    modules = {method.__module__ for method in methods}
-    return all(module.startswith(("transformers.", "trl.trainer.")) for module in modules)
+    return all(module.startswith(("transformers.", "trl.trainer.")) for module in loss_modules(trainer))
+
+
+def loss_modules(trainer: Any) -> set[str]:
+    """Where the methods come from that make a micro-batch's loss."""
+    return {getattr(type(trainer), name).__module__ for name in _STEP}
 
 
 def selection_obstacle(trainer: Any, buffer: list[Inputs]) -> str | None:

@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 
 from dta_plugin.adapters.trl.buffer import Inputs, has_images
 from dta_plugin.adapters.trl.rows import MicroBatch, joined
+from dta_plugin.adapters.trl.subset import loss_modules
 from dta_plugin.balance.costs import TOKENS, SequenceCosts
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError
@@ -76,8 +77,7 @@ def _obstacle(trainer: Any, buffer: list[Inputs]) -> str | None:
 
 def _is_plain(trainer: Any) -> bool:
     """Whether losses are computed as TRL does: a subclass may change or skip micro-batches on the way."""
-    methods = (getattr(type(trainer), name) for name in ("training_step", "compute_loss", "_compute_loss"))
-    return all(method.__module__.partition(".")[0] in ("trl", "transformers") for method in methods)
+    return all(module.partition(".")[0] in ("trl", "transformers") for module in loss_modules(trainer))
 
 
 def _pays(trainer: Any, config: TreeConfig, cost: ModelCost, window: list[Inputs], alternative: list[Inputs]) -> bool:
