@@ -75,8 +75,8 @@ class MicroBatch:
     def scored_values(self, values: list[torch.Tensor]) -> torch.Tensor:
         """Per-row values [len - 1] -> those of all scored tokens, one row after the other."""
         if self.is_weighted:
-            masks = [torch.from_numpy(mask[1:]).to(self.scored.device) for mask in self._masks()]
-            return torch.cat([value[mask] for value, mask in zip(values, masks, strict=True)])
+            mask = torch.from_numpy(np.concatenate([mask[1:] for mask in self._masks()]))
+            return torch.cat(values)[mask.to(self.scored.device)]
         counts = self.scored.sum(dim=1).tolist()
         return torch.cat([value[len(value) - count :] for value, count in zip(values, counts, strict=True)])
 
