@@ -1,9 +1,11 @@
 """Settings of the whole suite: one thread (tiny tensors), hypothesis examples that are the same in every run, no
 calibration that this machine happens to have, and Triton's CPU interpreter where there is no GPU (Triton reads the
-variable when it is first imported)."""
+variable when it is first imported). Garbage is looked for among what tests make only: accelerate collects after every
+training, which takes a second where the libraries' own objects, millions of them, are looked at each time."""
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -17,6 +19,16 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def garbage_is_young() -> None:
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or nanobind, at the end, takes what was frozen for leaks
 
 
 @pytest.fixture(autouse=True)

@@ -124,7 +124,9 @@ def test_trains_as_stock_trl_does(
     main(command(recipe, folder, output_dir=output))
     tree = Trained.read(output, capsys.readouterr().out + caplog.text)
     assert stock.said == "" and "verified against dense" in tree.said and "shared" in tree.said
-    assert all(step["dta/compression_ratio"] > 3 for step in tree.steps)
+    assert any(step["dta/compression_ratio"] > 3 for step in tree.steps)
+    for step in tree.steps:  # a group of eight often has no advantage: then it is pruned whole
+        assert step["dta/flat_tokens"] + step["dta/pruned_tokens"] > 3 * step["dta/tree_tokens"]
     assert "tools" not in recipe or any(step["tools/call_frequency"] > 0.2 for step in tree.steps)
     assert_same(stock, tree)
 

@@ -19,6 +19,8 @@ class TreeReport:
     peak_tokens: streamed only, most tokens whose activations are alive at once.
     recomputed_tokens: streamed only, tokens that a backward pass runs forward once more.
     pruned_tokens: tokens of the batch that no loss reads, left out before the tree was made (not in flat_tokens).
+    is_idle: no log-prob of the batch is wanted; only the first tokens ran, in their rows' place, and what these share
+    says nothing.
     """
 
     tree: PrefixTree
@@ -30,6 +32,7 @@ class TreeReport:
     peak_tokens: int | None = None
     recomputed_tokens: int = 0
     pruned_tokens: int = 0
+    is_idle: bool = False
 
     @property
     def flat_tokens(self) -> int:
@@ -41,7 +44,7 @@ class TreeReport:
 
     @property
     def compression_ratio(self) -> float:
-        return self.tree.compression_ratio
+        return 1.0 if self.is_idle else self.tree.compression_ratio
 
     def forks(self, limit: int = 5, tokenizer: Decoder | None = None) -> list[Fork]:
         """Where siblings part, the forks that cost most sharing first; with a tokenizer, the text around them."""
@@ -52,6 +55,8 @@ class TreeReport:
         return draw_text(self.tree, max_lines)
 
     def __str__(self) -> str:
+        if self.is_idle:
+            return f"{self.tree.num_sequences} sequences, {self.pruned_tokens} tokens pruned: no loss reads any of them"
         pruned = f", {self.pruned_tokens} more pruned" if self.pruned_tokens else ""
         return (
             f"{self.tree.num_sequences} sequences, {self.flat_tokens} -> {self.tree_tokens} tokens{pruned} "

@@ -60,3 +60,11 @@ def test_report_says_what_was_shared_and_how_it_ran() -> None:
     )
     assert [fork.sequences for fork in report.forks()] == [4]
     assert len(report.picture().splitlines()) == 1 + tree.num_nodes  # a line of headings
+
+
+def test_report_of_a_batch_that_no_loss_reads() -> None:
+    tree = PrefixTree.from_sequences([[1], [1], [1]])
+    how = {"chunks": 1, "executor": "packed", "backend": "cpu", "reason": "because", "ceiling": 1.0}
+    report = TreeReport(tree=tree, pruned_tokens=57, is_idle=True, **how)
+    assert str(report) == "3 sequences, 57 tokens pruned: no loss reads any of them"
+    assert report.compression_ratio == 1

@@ -102,8 +102,8 @@ def tree_log_probs(
     state.calls += 1
     if is_policy:
         report = replace(result.report, pruned_tokens=state.pruned_tokens(trainer, len(together)))
-        state.say_once(trainer, str(report), topic="report")
-        state.log_metrics(trainer, report, is_idle=not any(batch.scored_tokens for batch in together))
+        state.say_once(trainer, str(report), topic="idle" if report.is_idle else "report")
+        state.log_metrics(trainer, report)
     if len(together) > 1:
         window = f"{len(together)} micro-batches of an accumulation window run as one tree (merge_window)"
         state.say_once(trainer, window, topic="window")

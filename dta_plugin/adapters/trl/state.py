@@ -95,18 +95,15 @@ class TreeState:
         for name, value in statistics.items():
             trainer._metrics["train"][f"dta/{name}"].append(value)
 
-    def log_metrics(self, trainer: Any, report: TreeReport | None, is_idle: bool = False) -> None:
-        """Add the `dta/*` metrics of one policy pass to the trainer's log. report: None for the dense path.
-
-        is_idle: every row was pruned; what their first tokens share says nothing.
-        """
+    def log_metrics(self, trainer: Any, report: TreeReport | None) -> None:
+        """Add the `dta/*` metrics of one policy pass to the trainer's log. report: None for the dense path."""
         metrics = trainer._metrics["train" if trainer.model.training else "eval"]
         metrics["dta/dense_fallback"].append(float(report is None))
         if report is not None:
             metrics["dta/flat_tokens"].append(float(report.flat_tokens))
             metrics["dta/tree_tokens"].append(float(report.tree_tokens))
             metrics["dta/pruned_tokens"].append(float(report.pruned_tokens))
-            metrics["dta/compression_ratio"].append(1.0 if is_idle else report.compression_ratio)
-            metrics["dta/flops_ceiling"].append(1.0 if is_idle else report.ceiling)
+            metrics["dta/compression_ratio"].append(report.compression_ratio)
+            metrics["dta/flops_ceiling"].append(report.ceiling)
             metrics["dta/chunks"].append(float(report.chunks))
             metrics["dta/recomputed_tokens"].append(float(report.recomputed_tokens))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ class TreeCall:
         result = run_tree(
             self.module, self.batch, self.config, temperature=temperature, return_entropy=self.wants_entropy
         )
-        self.report = result.report
+        self.report = replace(result.report, pruned_tokens=self.rows.left_out)
         tensors = {"log_probs": self.rows.log_probs(result.logprobs)}
         if result.entropies is not None:
             tensors["entropy"] = self.rows.nested(result.entropies)

@@ -137,11 +137,11 @@ class TreeEngine(FSDPEngineWithLMHead):
             run.config = None
             return self._dense_step(run, micro_batch, loss_function, forward_only)
         self._dta_calls += 1
-        run.tally.tree(call.report, rows.left_out)
+        run.tally.tree(call.report)
         if call.verified is not None:
             self._say(f"call {self._dta_calls} verified against dense: log-probs agree to {call.verified:.1e} nats")
         if run.is_update:
-            self._say(str(call.report), topic="report")
+            self._say(str(call.report), topic="idle" if call.report.is_idle else "report")
         return result
 
     def prepare_model_inputs(self, micro_batch: TensorDict) -> Any:

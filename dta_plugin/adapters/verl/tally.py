@@ -17,12 +17,11 @@ class Tally:
 
     def __init__(self) -> None:
         self.reports: list[TreeReport] = []
-        self.dense_tokens = self.dense_calls = self.pruned_tokens = 0
+        self.dense_tokens = self.dense_calls = 0
 
-    def tree(self, report: TreeReport, pruned: int) -> None:
-        """A micro-batch that ran as a tree, without so many tokens of its rows."""
+    def tree(self, report: TreeReport) -> None:
+        """A micro-batch that ran as a tree."""
         self.reports.append(report)
-        self.pruned_tokens += pruned
 
     def dense(self, tokens: int) -> None:
         """A micro-batch of so many tokens took verl's own path."""
@@ -30,17 +29,22 @@ class Tally:
         self.dense_calls += 1
 
     def metrics(self) -> dict[str, Metric]:
-        """Tokens, chunks and micro-batches per rank; ratios. Every rank has all of them, as verl's gathering needs."""
+        """Tokens, chunks and micro-batches per rank; ratios, of micro-batches that a loss reads.
+
+        Every rank has all of them, as verl's gathering needs.
+        """
         reports = self.reports
         calls = len(reports) + self.dense_calls
         flat = self.dense_tokens + sum(report.flat_tokens for report in reports)
         tree = self.dense_tokens + sum(report.tree_tokens for report in reports)
+        unshared = self.dense_tokens + sum(report.flat_tokens for report in reports if not report.is_idle)
+        shared = self.dense_tokens + sum(report.tree_tokens for report in reports if not report.is_idle)
         streamed = sum(report.executor == "streamed" for report in reports)
         return self._of_selection() | {
             "dta/flat_tokens": Metric(_SUM, flat),
-            "dta/pruned_tokens": Metric(_SUM, self.pruned_tokens),
+            "dta/pruned_tokens": Metric(_SUM, sum(report.pruned_tokens for report in reports)),
             "dta/tree_tokens": Metric(_SUM, tree),
-            "dta/compression_ratio": Metric(_MEAN, flat / tree),
+            "dta/compression_ratio": Metric(_MEAN, unshared / shared if shared else 1.0),
             "dta/micro_batches": Metric(_SUM, calls),
             "dta/streamed": Metric(_MEAN, streamed / calls),
             "dta/dense_fallback": Metric(_MEAN, self.dense_calls / calls),

@@ -112,7 +112,7 @@ def test_nothing_to_learn(executor: str, strategy: str, folder: Path) -> None:
         found = updated(engine, data, TreeConfig(verify="every:1", **options, **selected), actor)
         assert found.metrics["loss"] == 0
         assert len(found.gradient) and not found.gradient.any()
-        assert found.metrics["dta/tree_tokens"] < 5
+        assert found.metrics["dta/tree_tokens"] < 5 and found.metrics["dta/compression_ratio"] == 1
     assert found.metrics["dta/kept_fraction"] == found.metrics["dta/max_weight"] == 1
 
 
