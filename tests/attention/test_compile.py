@@ -34,11 +34,13 @@ USUAL = [
     Variant(90, "float32", 128),
 ]
 RARE = [variant for variant in SHIPPED if variant not in USUAL]
-every_variant = pytest.mark.parametrize(
-    "variant",
-    [*USUAL, *(pytest.param(variant, marks=pytest.mark.slow) for variant in RARE)],
-    ids=lambda variant: variant.name,
-)
+INSTRUCTIONS = {80: "mma.sync", 90: "wgmma.mma", 100: "tcgen05.mma"}
+
+
+def each(variants: list[Variant]) -> pytest.MarkDecorator:
+    """A test per variant, slow where it is rare."""
+    cases = [pytest.param(variant, marks=[pytest.mark.slow] if variant in RARE else []) for variant in variants]
+    return pytest.mark.parametrize("variant", cases, ids=lambda variant: variant.name)
 
 
 @functools.cache
@@ -82,22 +84,21 @@ def excesses(usages: dict[str, Usage], budget: dict[str, list[int]]) -> list[str
     ]
 
 
-@every_variant
+@each(SHIPPED)
 def test_fits_the_gpu_and_does_not_spill(variant: Variant) -> None:
     assert violations(variant, usages_of(variant)) == []
 
 
-@every_variant
+@each(SHIPPED)
 @pytest.mark.skipif(triton.__version__ != RECORDED["triton"], reason="budgets are of another Triton version")
 def test_within_the_recorded_budget(variant: Variant) -> None:
     assert excesses(usages_of(variant), RECORDED["variants"][variant.name]) == []
 
 
-@pytest.mark.parametrize("arch, instruction", [(80, "mma.sync"), (90, "wgmma.mma"), (100, "tcgen05.mma")])
-def test_half_precision_runs_on_the_native_matrix_unit(arch: int, instruction: str) -> None:
-    for width in (64, 128, 256):
-        usages = usages_of(Variant(arch, "bfloat16", width))
-        assert {usages[kernel].instruction for kernel in PRODUCTS} == {instruction}
+@each([Variant(arch, "bfloat16", width) for arch in INSTRUCTIONS for width in (64, 128, 256)])
+def test_half_precision_runs_on_the_native_matrix_unit(variant: Variant) -> None:
+    usages = usages_of(variant)
+    assert {usages[kernel].instruction for kernel in PRODUCTS} == {INSTRUCTIONS[variant.arch]}
 
 
 @pytest.mark.parametrize("kernel", PRODUCTS)
