@@ -35,14 +35,13 @@ def masked_log_probs(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     mask: torch.Tensor,
-    temperature: float = 1.0,
     prompt_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Log-probs [B, C] of the masked completion tokens, from one forward of the noised copy; exactly 0 elsewhere.
 
     input_ids: int64 [B, P + C], clean: prompts and completions side by side. attention_mask: [B, P + C], 0 at padding,
     or None. mask: bool [B, C], True where a completion token is hidden from the model and scored. prompt_mask: bool
-    [B, P], prompt tokens to hide as well; they are not scored. temperature: logits are divided by it.
+    [B, P], prompt tokens to hide as well; they are not scored.
 
     float32 (float64 for float64 models), differentiable in the parameters of `model`, wrapped or not. The LM head runs
     on the masked positions only and its softmax tile by tile (`dta_plugin.logprobs`); a model without a decoder of its
@@ -67,11 +66,11 @@ def masked_log_probs(
     base = causal_lm(model)
     if decoder_of(base) is base or base.get_output_embeddings() is None:
         logits = predictions(model, family, noised, attention_mask, columns)[row, column]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         values = logits.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
     else:
         place = logit_rows(family, first, last, input_ids.device)[column]
-        values = _fused(model, family, noised, attention_mask, (row, place), targets, temperature)
+        values = _fused(model, family, noised, attention_mask, (row, place), targets)
     return values.new_zeros(mask.shape).index_put((row, column), values)
 
 
@@ -82,7 +81,6 @@ def _fused(
     attention_mask: torch.Tensor | None,
     place: tuple[torch.Tensor, torch.Tensor],
     targets: torch.Tensor,
-    temperature: float,
 ) -> torch.Tensor:
     """Log-probs [M] of the targets at these rows and columns of the hidden states, without logits of the batch."""
     base = causal_lm(model)
@@ -91,7 +89,7 @@ def _fused(
     def forward(_: PreTrainedModel, dta_call: dict[str, Any], **__: Any) -> dict[str, torch.Tensor]:
         rows = decoder(**dta_call).last_hidden_state[place]
         edges = torch.arange(len(rows), device=rows.device)
-        logprobs, _entropies = score(rows, head, targets, edges, temperature, return_entropy=False)
+        logprobs, _entropies = score(rows, head, targets, edges, temperature=1.0, return_entropy=False)
         return {"logprobs": logprobs}
 
     with tree_forward(base, forward):
@@ -112,7 +110,6 @@ def sample_term(
     sample: int,
     completion_length: int,
     rows: torch.Tensor | None = None,
-    temperature: float = 1.0,
 ) -> torch.Tensor:
     """ELBO terms [b] of one sample: one forward of these rows (int64 [b]; None for all), noised as `draws` says.
 
@@ -124,7 +121,7 @@ def sample_term(
     if rows is not None:
         input_ids, weight = input_ids[rows], weight[rows]
         attention_mask = None if attention_mask is None else attention_mask[rows]
-    return elbo_term(masked_log_probs(model, family, input_ids, attention_mask, mask, temperature), mask, weight)
+    return elbo_term(masked_log_probs(model, family, input_ids, attention_mask, mask), mask, weight)
 
 
 def length_scale(norm: str, lengths: torch.Tensor, max_length: int) -> torch.Tensor:

@@ -34,7 +34,7 @@ options=(
   algorithm.adv_estimator=grpo
   actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum
   actor_rollout_ref.actor.optim.lr=1e-3 # a tiny model with random weights takes far more than the usual 5e-7
-  actor_rollout_ref.actor.optim.lr_scheduler_type=cosine # constant, with 4 prompts a step, 40 steps collapsed from 0.9 to 0
+  actor_rollout_ref.actor.optim.lr_scheduler_type=cosine # for more than 20 steps add remasking: random, see docs/diffusion.md
   actor_rollout_ref.actor.optim.weight_decay=0.0
   trainer.total_training_steps=20
 

@@ -16,7 +16,7 @@ from dta_plugin.adapters.verl.diffusion.updates import Settings
 from dta_plugin.diffusion import bidirectional, draw_masks
 from tests.adapters.verl.support import SHAPES, Setup, build, nested, save_model
 
-MASK, SAMPLES, TEMPERATURE = 1, 4, 0.8
+MASK, SAMPLES = 1, 4
 Gradients = dict[str, torch.Tensor]
 
 
@@ -80,7 +80,7 @@ def mini_batch(
     data = TensorDict(tensors, batch_size=[len(ids)])
     tu.assign_non_tensor(
         data,
-        temperature=TEMPERATURE,
+        temperature=0.8,  # of sampling: likelihoods are the model's own
         use_dynamic_bsz=not rows,
         max_token_len_per_gpu=budget,
         micro_batch_size_per_gpu=rows,
@@ -128,7 +128,7 @@ def graph_gradient(
         for sample in range(SAMPLES):
             hidden = draws.mask(sample, canvas.width)[row, : len(response)]
             noised = torch.cat([ids[:begin], response.masked_fill(hidden, MASK)])
-            scores = (model(noised[None]).logits[0, begin:] / TEMPERATURE).log_softmax(-1)
+            scores = model(noised[None]).logits[0, begin:].log_softmax(-1)
             term = scores.gather(1, response[:, None])[hidden, 0].sum() * len(response) / hidden.sum()
             before = term.detach() if old is None else old[row, sample]
             d = (term - before) * (1.0 if scale is None else scale[row])

@@ -170,10 +170,6 @@ def _old_trainer(data: Any) -> None:
     data["prompts"] = data["prompts"].to_padded_tensor(0)
 
 
-def _temperatures(data: Any) -> None:
-    data["temperature"] = torch.arange(1, len(data) + 1).float()
-
-
 def _two_samples(data: Any) -> None:
     data["dta_elbo_terms"] = torch.zeros(len(data), 2)
 
@@ -185,7 +181,6 @@ def _two_samples(data: Any) -> None:
         (_not_finite, "use_kl_in_reward=False"),
         (_tools, "1 without loss"),
         (_old_trainer, "use_v1=True"),
-        (_temperatures, r"rollout\.temperature"),
         (_two_samples, "one term per row and sample"),
         (lambda data: tu.assign_non_tensor(data, calculate_sum_pi_squared=True), "calculate_sum_pi_squared"),
     ],

@@ -28,13 +28,12 @@ class Canvas:
     lengths: torch.Tensor
     seeds: torch.Tensor
     width: int
-    temperature: float
 
     @classmethod
     def of(cls, data: TensorDict, pad: int, step: int) -> Canvas:
         """step: how often the policy's rollouts have been trained on; it makes the noise of a row that comes again new.
 
-        Raises UnsupportedModelError for the trainer of verl 0.8, and for temperatures that differ among rows.
+        Raises UnsupportedModelError for the trainer of verl 0.8.
         """
         prompts: Any = data["prompts"]
         if not prompts.is_nested:
@@ -57,7 +56,7 @@ class Canvas:
 
         lengths = tensor([len(row) - begin for row, begin in places])
         seeds = tensor([_seed(row, begin, step) for row, begin in places])
-        return cls(tensor(ids), tensor(mask), lengths, seeds, width, _temperature(data))
+        return cls(tensor(ids), tensor(mask), lengths, seeds, width)
 
 
 def row_advantages(data: TensorDict) -> torch.Tensor:
@@ -100,14 +99,3 @@ def carried_terms(data: TensorDict) -> torch.Tensor | None:
 def _seed(tokens: np.ndarray, begin: int, step: int) -> int:
     content = np.concatenate([np.array([step, begin]), tokens]).astype("<i8")
     return int.from_bytes(hashlib.blake2b(content.tobytes(), digest_size=7).digest(), "little")
-
-
-def _temperature(data: TensorDict) -> float:
-    found: Any = data["temperature"]
-    values = set(found.flatten().tolist()) if isinstance(found, torch.Tensor) else {float(found)}
-    if len(values) > 1 or min(values) <= 0:
-        raise UnsupportedModelError(
-            f"Temperatures {sorted(values)}. Expected one above 0 for all rows; set "
-            "actor_rollout_ref.rollout.temperature."
-        )
-    return float(values.pop())

@@ -142,7 +142,6 @@ class DiffusionUpdates:
             sample,
             canvas.width,
             rows,
-            canvas.temperature,
         )
 
     def _deferred_sync(self) -> AbstractContextManager[None]:
