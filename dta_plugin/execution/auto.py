@@ -168,10 +168,9 @@ def _report(
         executor=executor,
         backend=backend,
         reason=batch.reason if batch.sequences else "no sequences here, runs along with the other ranks",
-        ceiling=1.0 if batch.is_idle else batch.cost.ceiling,
+        ceiling=batch.cost.ceiling,
         peak_tokens=peak,
         recomputed_tokens=recomputed + rebuilt,
-        is_idle=batch.is_idle,
     )
 
 

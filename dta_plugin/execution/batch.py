@@ -62,11 +62,6 @@ class Batch:
     is_gated: bool = False
     temperatures: Sequence[float] | None = None
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether no log-prob is wanted."""
-        return not len(self.edges.rows)
-
 
 def prepare(
     model: nn.Module,

@@ -19,8 +19,6 @@ class TreeReport:
     peak_tokens: streamed only, most tokens whose activations are alive at once.
     recomputed_tokens: streamed only, tokens that a backward pass runs forward once more.
     pruned_tokens: tokens of the batch that no loss reads, left out before the tree was made (not in flat_tokens).
-    is_idle: no log-prob of the batch is wanted; only the first tokens ran, in their rows' place, and what these share
-    says nothing.
     """
 
     tree: PrefixTree
@@ -32,7 +30,6 @@ class TreeReport:
     peak_tokens: int | None = None
     recomputed_tokens: int = 0
     pruned_tokens: int = 0
-    is_idle: bool = False
 
     @property
     def flat_tokens(self) -> int:
@@ -44,7 +41,12 @@ class TreeReport:
 
     @property
     def compression_ratio(self) -> float:
-        return 1.0 if self.is_idle else self.tree.compression_ratio
+        return self.tree.compression_ratio
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no loss reads any row: all were pruned to their first token, and what these share says nothing."""
+        return self.pruned_tokens > 0 and self.flat_tokens == self.tree.num_sequences
 
     def forks(self, limit: int = 5, tokenizer: Decoder | None = None) -> list[Fork]:
         """Where siblings part, the forks that cost most sharing first; with a tokenizer, the text around them."""

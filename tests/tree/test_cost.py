@@ -65,6 +65,7 @@ def test_report_says_what_was_shared_and_how_it_ran() -> None:
 def test_report_of_a_batch_that_no_loss_reads() -> None:
     tree = PrefixTree.from_sequences([[1], [1], [1]])
     how = {"chunks": 1, "executor": "packed", "backend": "cpu", "reason": "because", "ceiling": 1.0}
-    report = TreeReport(tree=tree, pruned_tokens=57, is_idle=True, **how)
-    assert str(report) == "3 sequences, 57 tokens pruned: no loss reads any of them"
-    assert report.compression_ratio == 1
+    report = TreeReport(tree=tree, pruned_tokens=57, **how)
+    assert report.is_idle and str(report) == "3 sequences, 57 tokens pruned: no loss reads any of them"
+    assert not TreeReport(tree=tree, **how).is_idle
+    assert not TreeReport(tree=PrefixTree.from_sequences([[1, 2], [1]]), pruned_tokens=57, **how).is_idle
