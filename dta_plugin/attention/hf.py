@@ -52,6 +52,12 @@ def is_installed(model: PreTrainedModel) -> bool:
     return model.config._attn_implementation in _base_of
 
 
+def own_attention(model: PreTrainedModel) -> str:
+    """The name of the model's own attention implementation, installed or not."""
+    name = model.config._attn_implementation
+    return _base_of.get(name, name)
+
+
 def _register(base: str) -> str:
     if base not in _name_of:
         name = f"{_PREFIX}{len(_name_of)}"
@@ -108,4 +114,4 @@ def _autocast(*inputs: torch.Tensor) -> Iterator[torch.Tensor]:
 def _implementation(base: str, module: torch.nn.Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
     """The function the model would have called: the registry's, or its modeling file's eager one."""
     eager = cast(Callable[..., Any], getattr(sys.modules[type(module).__module__], "eager_attention_forward", None))
-    return ALL_ATTENTION_FUNCTIONS.get_interface(base, eager)
+    return ALL_ATTENTION_FUNCTIONS.get(base, eager)

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from dta_plugin.diffusion.family import DiffusionFamily
 from dta_plugin.diffusion.native import family_from_config
@@ -65,7 +65,7 @@ _KNOWN: dict[str, _Known] = {
 
 
 def family_of(
-    config: PreTrainedConfig | Mapping[str, Any],
+    config: PretrainedConfig | Mapping[str, Any],
     *,
     mask_token_id: int | None = None,
     is_shifted: bool | None = None,
@@ -108,7 +108,7 @@ def family_of(
     )
 
 
-def config_entries(config: PreTrainedConfig | Mapping[str, Any]) -> dict[str, Any]:
+def config_entries(config: PretrainedConfig | Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a checkpoint's own config, also where a native decoder was made from it."""
     entries = dict(config) if isinstance(config, Mapping) else config.to_dict()
     return {"_name_or_path": entries.get("_name_or_path"), **entries.get(ORIGINAL_CONFIG, entries)}
@@ -130,7 +130,7 @@ def known_families() -> str:
 
 
 def _native_family(
-    config: PreTrainedConfig | Mapping[str, Any],
+    config: PretrainedConfig | Mapping[str, Any],
     mask_token_id: int | None,
     is_shifted: bool | None,
     block_length: int | None,

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from dta_plugin.diffusion.families import ORIGINAL_CONFIG, is_mixture, known_families, vocabulary
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
@@ -74,7 +74,7 @@ _OPTIONAL = (
 _NOT_ARCHITECTURE = ("architectures", "auto_map", "model_type", "attn_implementation", "_attn_implementation")
 
 
-def native_config(original: Mapping[str, Any]) -> PreTrainedConfig:
+def native_config(original: Mapping[str, Any]) -> PretrainedConfig:
     """The config of the native decoder, attending in both directions, for a checkpoint's own config entries.
 
     It keeps the original entries under `original_config`, so that a trained model can be saved as it came. Dropout
@@ -84,7 +84,7 @@ def native_config(original: Mapping[str, Any]) -> PreTrainedConfig:
     InvalidInputError for missing entries.
     """
     kind = str(original.get("model_type") or "").lower()
-    config: PreTrainedConfig
+    config: PretrainedConfig
     if kind == "llada" and not is_mixture(original):
         config = LlamaConfig(**_llada(original))
     elif kind == "illada":

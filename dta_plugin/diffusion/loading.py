@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dta_plugin.diffusion.families import ORIGINAL_CONFIG
 from dta_plugin.diffusion.formats import native_config, native_name, original_name
@@ -122,7 +122,7 @@ def _read_weights(directory: Path) -> dict[str, torch.Tensor]:
     return {name: shards[shard][name] for name, shard in weight_map.items()}
 
 
-def _check_parameters(config: PreTrainedConfig, state: dict[str, torch.Tensor]) -> PreTrainedModel:
+def _check_parameters(config: PretrainedConfig, state: dict[str, torch.Tensor]) -> PreTrainedModel:
     """An empty model of the config, after checking that the weights are exactly its parameters.
 
     A tied LM head is taken out of the weights, and must be the embedding.

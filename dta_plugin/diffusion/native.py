@@ -16,17 +16,17 @@ from dta_plugin.diffusion.family import DiffusionFamily
 from dta_plugin.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PretrainedConfig
 
 
 def bidirectional(
-    config: PreTrainedConfig,
+    config: PretrainedConfig,
     *,
     mask_token_id: int,
     is_shifted: bool = False,
     block_length: int | None = None,
     forbidden_token_ids: tuple[int, ...] = (),
-) -> PreTrainedConfig:
+) -> PretrainedConfig:
     """A copy of a decoder's config with `is_causal=False` and a `diffusion` entry, from which a family can be read.
 
     The other arguments are those of `DiffusionFamily`. Raises InvalidInputError for ids outside the vocabulary, and for
@@ -56,7 +56,7 @@ def bidirectional(
     return own
 
 
-def family_from_config(config: PreTrainedConfig) -> DiffusionFamily:
+def family_from_config(config: PretrainedConfig) -> DiffusionFamily:
     """The family that `bidirectional` has stored; padding and end tokens are the config's own.
 
     Raises InvalidInputError for a config without such an entry.

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from dta_plugin.attention.arena import Arena, ChunkMask
 from dta_plugin.execution.fsdp2 import parameters_in_use
-from dta_plugin.execution.model import lm_head, tree_forward
+from dta_plugin.execution.model import decoder_of, lm_head, tree_forward
 from dta_plugin.execution.packed import check_every_layer_hit, row_inputs, score
 from dta_plugin.execution.pieces import Piece
 from dta_plugin.execution.replay import Autocast, plain_checkpointing
@@ -82,7 +82,7 @@ class Runner:
         runs_head = job.is_sharded or needs_head or len(piece.edges) > 0
 
         def forward(model: PreTrainedModel, dta_inputs: dict[str, Any], **_: Any) -> list[torch.Tensor]:
-            hidden = getattr(model, model.base_model_prefix)(**dta_inputs).last_hidden_state
+            hidden = decoder_of(model)(**dta_inputs).last_hidden_state
             return [hidden, *self._scored(hidden[0], piece)] if runs_head else [hidden]
 
         inputs = row_inputs(piece.input_ids, piece.depth, mask)

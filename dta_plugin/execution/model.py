@@ -39,8 +39,12 @@ def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The part of a model with any head that turns token ids into hidden states; the model itself if it has no head."""
-    return getattr(model, model.base_model_prefix, model)
+    """The part of a model with any head that turns token ids into hidden states; the model itself if it has no head.
+
+    Before transformers 5, the prefix that Gemma 3 states is that of another class.
+    """
+    found: PreTrainedModel | None = getattr(model, model.base_model_prefix, None)
+    return getattr(model, "model", model) if found is None else found
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

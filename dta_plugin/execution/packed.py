@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from dta_plugin.attention import TreeMask
 from dta_plugin.attention.hf import install
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
-from dta_plugin.execution.model import causal_lm, lm_head, tree_forward
+from dta_plugin.execution.model import causal_lm, decoder_of, lm_head, tree_forward
 from dta_plugin.logprobs import LMHead, edge_logprobs
 from dta_plugin.tree.layout import ScoredEdges, TreeLayout
 from dta_plugin.tree.trie import PrefixTree
@@ -80,7 +80,7 @@ def run_packed(
     masks = [TreeMask.from_layout(x, backend) for x in layouts]
 
     def forward(self: PreTrainedModel, dta_chunks: list[dict[str, Any]], **_: Any) -> dict[str, list[torch.Tensor]]:
-        backbone = getattr(self, self.base_model_prefix)
+        backbone = decoder_of(self)
         result: dict[str, list[torch.Tensor]] = {"logprobs": [], "entropies": [], "router_loss": []}
         for inputs, layout, (_tree, edges) in zip(dta_chunks, layouts, chunks, strict=True):
             output = backbone(**inputs, **({"output_router_logits": True} if return_router_loss else {}))

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from dta_plugin.attention.hf import own_attention
 from dta_plugin.errors import UnsupportedModelError
 from dta_plugin.execution.model import causal_lm, layer_types
 
@@ -47,6 +48,12 @@ def _attention_reason(model: PreTrainedModel, config: Any) -> str | None:
         return (
             f"{type(model).__name__} does not tell its attention function about the sliding window of "
             f"{config.sliding_window}; set sliding_window=None in the config if no sequence is longer"
+        )
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    if softcap and own_attention(model) == "sdpa":
+        return (
+            f"{type(model).__name__} has a soft-cap of {softcap}, which transformers' attention 'sdpa' leaves out; "
+            "load the model with attn_implementation='eager'"
         )
     if config.model_type in _EXTRA_HEAD:
         return f"{type(model).__name__} transforms hidden states before its output embedding; use another model family"

@@ -176,6 +176,17 @@ def bypass(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model.model.layers[1].self_attn, "config", config)
 
 
+def test_a_soft_cap_that_the_dense_path_would_leave_out() -> None:
+    """transformers before 5 lets Gemma 2 run with sdpa, which ignores its soft-cap; later releases refuse."""
+    model = tiny_model("gemma2", attention="eager")
+    dta_plugin.sequence_logprobs(model, SEQUENCES)
+    model.config._attn_implementation = "sdpa"
+    with pytest.raises(
+        UnsupportedModelError, match=r"soft-cap of 5\.0.*load the model with attn_implementation='eager'"
+    ):
+        dta_plugin.sequence_logprobs(model, SEQUENCES)
+
+
 def test_gate_runs_dense_where_too_little_is_saved() -> None:
     nothing = SHAPES["nothing_shared"]
     expected = dense(tiny_model("llama"), nothing)

@@ -11,7 +11,7 @@ from transformers import (
     CohereConfig,
     DeepseekV3Config,
     GraniteConfig,
-    PreTrainedConfig,
+    PretrainedConfig,
     SmolLM3Config,
     StableLmConfig,
 )
@@ -46,7 +46,7 @@ _DEEPSEEK = {
     "topk_group": 1,
 }
 
-MORE: dict[str, PreTrainedConfig] = {
+MORE: dict[str, PretrainedConfig] = {
     "cohere: logits times a scale": CohereConfig(**SHARED, logit_scale=0.3),
     "cohere2: layers with and without positions": Cohere2Config(**SHARED, sliding_window=5, logit_scale=0.3),
     "granite: logits divided by a scale, own attention scale": GraniteConfig(

@@ -10,9 +10,11 @@ import copy
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import Any
 
 import torch
+from packaging.version import Version
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -20,7 +22,7 @@ from transformers import (
     GptOssConfig,
     LlamaConfig,
     MistralConfig,
-    PreTrainedConfig,
+    PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
@@ -34,7 +36,7 @@ _SLIDING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full
 _SOFTCAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
 _DEFAULT_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 
-FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
     "qwen2": (Qwen2Config, {}),
     "qwen3": (Qwen3Config, {}),
@@ -46,7 +48,7 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 }
 
 
-def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
+def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
     """Two layers, hidden size 32, grouped-query attention with heads of 8."""
     common: dict[str, Any] = {
         "vocab_size": VOCABULARY,
@@ -74,15 +76,15 @@ def tiny_model(
 
 
 def random_model(
-    config: PreTrainedConfig, dtype: torch.dtype = torch.float32, seed: int = 0, attention: str | None = None
+    config: PretrainedConfig, dtype: torch.dtype = torch.float32, seed: int = 0, attention: str | None = None
 ) -> PreTrainedModel:
     """A model of this config whose vectors (norms, biases, sinks) are moved off their initial values, too."""
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    if Version(version("transformers")) >= Version("5"):
+        options["experts_implementation"] = "eager"
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=torch.float32, experts_implementation="eager", **options
-        )
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, **options)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.ndim == 1:

@@ -94,10 +94,10 @@ class Result:
         return cls(run, Path(saved["code"]), saved["modules"], saved["arguments"], done.stdout + done.stderr)
 
 
-def install(release: str, folder: Path) -> Path:
-    """Install a TRL release, and nothing else, into a folder of its own; skips the test where pip cannot."""
+def install(release: str, folder: Path, *others: str) -> Path:
+    """Install a TRL release and these others, and nothing else, into a folder of its own; where pip cannot, skip."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", str(folder)]
-    done = subprocess.run([*pip, f"trl=={release}"], capture_output=True, text=True)
+    done = subprocess.run([*pip, f"trl=={release}", *others], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"pip could not install trl=={release}: {done.stderr.strip().splitlines()[-1:]}")
     return folder

@@ -2,8 +2,8 @@
 
     PYTHONPATH=<folder with another release>:. python tests/adapters/trl/smoke.py
 
-The last line is JSON: the release, where it lies, and per case and way of switching on the largest relative difference
-over all logged metrics and final weights. `test_versions.py` runs it for several releases.
+The last line is JSON: the release, where it lies, that of transformers, and per case and way of switching on the
+largest relative difference over all logged metrics and final weights. `test_versions.py` runs it for several releases.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import transformers
 import trl
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
@@ -52,7 +53,8 @@ def main() -> None:
         gc.freeze()  # accelerate collects garbage after every training: not among what was imported
         cases = {name: compare(name, model, output) for name in names}
         gc.unfreeze()
-    print(json.dumps({"trl": trl.__version__, "path": trl.__path__[0], "cases": cases}))
+    versions = {"trl": trl.__version__, "transformers": transformers.__version__}
+    print(json.dumps(versions | {"path": trl.__path__[0], "cases": cases}))
 
 
 def compare(name: str, model: str, output: Path) -> dict[str, float]:

@@ -23,7 +23,7 @@ from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
-    PreTrainedConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -89,7 +89,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return outer
 
 
-def save_model(folder: Path, moe: bool = False, config: PreTrainedConfig | None = None) -> str:
+def save_model(folder: Path, moe: bool = False, config: PretrainedConfig | None = None) -> str:
     """A random Qwen3 (or Qwen3-MoE, or model of the given config) and its tokenizer; returns the folder's name."""
     if config is None:
         experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,24 @@ ROOT = Path(__file__).parents[3]
 SMOKE = Path(__file__).with_name("smoke.py")
 # The oldest; three-valued hook and entropy bonus; log-probs in one or in chunks; fused LM head.
 RELEASES = ("1.0.0", "1.8.0", "1.14.2", "1.16.0")
+# With what it needs.
+OLDEST_TRANSFORMERS = (
+    "transformers==4.57.6",
+    "huggingface_hub==0.36.2",
+    "tokenizers==0.22.2",
+    "datasets==4.7.0",
+    "httpx==0.28.1",
+    "httpcore==1.0.9",
+)
 
 
-@pytest.mark.parametrize("release", RELEASES)
-def test_equal_to_stock(release: str, tmp_path: Path) -> None:
-    folder = install(release, tmp_path / "trl")
+@pytest.mark.parametrize(
+    ("release", "others"),
+    [*((release, ()) for release in RELEASES), (RELEASES[-1], OLDEST_TRANSFORMERS)],
+    ids=[*RELEASES, "oldest transformers"],
+)
+def test_equal_to_stock(release: str, others: tuple[str, ...], tmp_path: Path) -> None:
+    folder = install(release, tmp_path / "trl", *others)
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]),
         "HF_HUB_OFFLINE": "1",
@@ -35,6 +49,7 @@ def test_equal_to_stock(release: str, tmp_path: Path) -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     print(json.dumps(found, indent=1))
     assert found["trl"] == release and Path(found["path"]).is_relative_to(folder)
+    assert found["transformers"] == (others[0].partition("==")[2] if others else version("transformers"))
     assert len(found["cases"]) == 10 if release != "1.0.0" else 9, "the entropy bonus came with 1.8"
     for case, differences in found["cases"].items():
         assert differences.keys() == {"patch", "subclass"}
