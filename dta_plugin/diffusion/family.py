@@ -175,16 +175,18 @@ _checked: WeakSet[PreTrainedModel] = WeakSet()
 def check_attention(model: nn.Module, family: DiffusionFamily, device: torch.device) -> None:
     """Once per model: change a token and look whether an earlier position, in the same block, notices.
 
-    Two small forward passes without gradient (three for block attention), in the first call only. device: of token ids.
+    With and without padding, for which transformers has ways of their own. Four small forward passes without gradient
+    (six for block attention), in the first call only. device: of token ids.
     """
     base = causal_lm(model)
     if base in _checked or family.block_length == 1:
         return
     length = 2 if family.block_length is None else family.block_length + 1
     ids = torch.arange(length, device=device)[None] % base.config.vocab_size
-    if not _notices(model, family, ids, 1):
+    padded = torch.cat([ids[:, :1], ids], dim=1)
+    if not (_notices(model, family, ids, 1) and _notices(model, family, padded, 2, padding=1)):
         raise UnsupportedModelError(
-            f"{type(base).__name__} attends causally: position 0 does not see position 1, though is_causal=False was "
+            f"{type(base).__name__} attends causally: a position does not see the next one, though is_causal=False was "
             "asked for. Expected a model that attends in both directions; update transformers (5.10 or newer), or use "
             "a model class of its family (dta_plugin.diffusion)."
         )
@@ -197,15 +199,16 @@ def check_attention(model: nn.Module, family: DiffusionFamily, device: torch.dev
 
 
 @torch.no_grad()
-def _notices(model: nn.Module, family: DiffusionFamily, ids: torch.Tensor, changed: int) -> bool:
-    """Whether the logits at position 0 depend on the token at position `changed`."""
+def _notices(model: nn.Module, family: DiffusionFamily, ids: torch.Tensor, changed: int, padding: int = 0) -> bool:
+    """Whether the logits at the first real position, behind the padding, depend on the token at `changed`."""
     other = ids.clone()
     other[0, changed] = (ids[0, changed] + 1) % causal_lm(model).config.vocab_size
-    row = ids.new_zeros(1)
+    mask = (torch.arange(ids.shape[1], device=ids.device)[None] >= padding).long() if padding else None
+    row = torch.full_like(ids[0, :1], padding)
     both = []
     for given in (ids, other):
         with torch.random.fork_rng([ids.device] if ids.device.type == "cuda" else []):
             torch.manual_seed(0)  # the same dropout in both
-            both.append(_logits(model, family, given, None, row).float())
+            both.append(_logits(model, family, given, mask, row).float())
     before, after = both
     return bool((before - after).abs().max() > 1e-4 * before.abs().max())

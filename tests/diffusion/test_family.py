@@ -109,6 +109,19 @@ def test_a_model_that_stays_causal_is_refused() -> None:
         predictions(model, FAMILY, IDS)
 
 
+def test_a_model_that_is_causal_with_padding_only_is_refused() -> None:
+    """As transformers 5.0 builds its masks: is_causal counts where there is none."""
+    model = tiny_model("qwen3", vocab_size=32)
+    run = model.model.forward
+
+    def forward(*args, attention_mask=None, is_causal=None, **kwargs):
+        return run(*args, attention_mask=attention_mask, is_causal=False if attention_mask is None else None, **kwargs)
+
+    model.model.forward = forward
+    with pytest.raises(UnsupportedModelError, match="attends causally"):
+        predictions(model, FAMILY, IDS)
+
+
 def test_dropout_does_not_hide_causality() -> None:
     model = tiny_model("qwen3", vocab_size=32, attention_dropout=0.5, attention="eager").train()
     run = model.model.forward
@@ -141,7 +154,7 @@ def test_the_check_runs_once_per_model_and_leaves_the_random_state() -> None:
     state = torch.get_rng_state()
     predictions(model, FAMILY, IDS)
     predictions(model, FAMILY, IDS)
-    assert len(calls) == 2 + 2
+    assert len(calls) == 4 + 2
     assert torch.equal(torch.get_rng_state(), state)
 
 
