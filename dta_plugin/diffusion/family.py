@@ -187,7 +187,7 @@ def check_attention(model: nn.Module, family: DiffusionFamily, device: torch.dev
     if not (_notices(model, family, ids, 1) and _notices(model, family, padded, 2, padding=1)):
         raise UnsupportedModelError(
             f"{type(base).__name__} attends causally: a position does not see the next one, though is_causal=False was "
-            "asked for. Expected a model that attends in both directions; update transformers (5.10 or newer), or use "
+            "asked for. Expected a model that attends in both directions; update transformers (5.5 or newer), or use "
             "a model class of its family (dta_plugin.diffusion)."
         )
     if family.block_length is not None and _notices(model, family, ids, length - 1):
