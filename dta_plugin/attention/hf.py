@@ -114,4 +114,4 @@ def _autocast(*inputs: torch.Tensor) -> Iterator[torch.Tensor]:
 def _implementation(base: str, module: torch.nn.Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
     """The function the model would have called: the registry's, or its modeling file's eager one."""
     eager = cast(Callable[..., Any], getattr(sys.modules[type(module).__module__], "eager_attention_forward", None))
-    return ALL_ATTENTION_FUNCTIONS.get(base, eager) if base == "eager" else ALL_ATTENTION_FUNCTIONS[base]
+    return eager if base == "eager" else ALL_ATTENTION_FUNCTIONS[base]

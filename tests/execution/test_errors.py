@@ -177,7 +177,7 @@ def bypass(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_soft_cap_that_the_dense_path_would_leave_out() -> None:
-    """transformers before 5 lets Gemma 2 run with sdpa, which ignores its soft-cap; later releases refuse."""
+    """Older transformers, 5.10 among them, run Gemma 2 with sdpa, which ignores its soft-cap; 5.24 refuses."""
     model = tiny_model("gemma2", attention="eager")
     dta_plugin.sequence_logprobs(model, SEQUENCES)
     model.config._attn_implementation = "sdpa"

@@ -37,14 +37,14 @@ class Tally:
         calls = len(reports) + self.dense_calls
         flat = self.dense_tokens + sum(report.flat_tokens for report in reports)
         tree = self.dense_tokens + sum(report.tree_tokens for report in reports)
-        unshared = self.dense_tokens + sum(report.flat_tokens for report in reports if not report.is_idle)
-        shared = self.dense_tokens + sum(report.tree_tokens for report in reports if not report.is_idle)
+        idle = sum(report.flat_tokens for report in reports if report.is_idle)
+        shared = tree - sum(report.tree_tokens for report in reports if report.is_idle)
         streamed = sum(report.executor == "streamed" for report in reports)
         return self._of_selection() | {
             "dta/flat_tokens": Metric(_SUM, flat),
             "dta/pruned_tokens": Metric(_SUM, sum(report.pruned_tokens for report in reports)),
             "dta/tree_tokens": Metric(_SUM, tree),
-            "dta/compression_ratio": Metric(_MEAN, unshared / shared if shared else 1.0),
+            "dta/compression_ratio": Metric(_MEAN, (flat - idle) / shared if shared else 1.0),
             "dta/micro_batches": Metric(_SUM, calls),
             "dta/streamed": Metric(_MEAN, streamed / calls),
             "dta/dense_fallback": Metric(_MEAN, self.dense_calls / calls),
