@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 import torch
 import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dta_plugin.attention.function import attend, unit_stride
 from dta_plugin.attention.mask import TreeMask
 from dta_plugin.attention.tiles import KeyWork, Visits, key_work, tile_pairs, visits
 from dta_plugin.attention.triton_bwd import delta_kernel, key_gradient_kernel, query_gradient_kernel, reduce_kernel
-from dta_plugin.attention.triton_fwd import forward_kernel
+from dta_plugin.attention.triton_fwd import WIDEST, forward_kernel
 from dta_plugin.attention.triton_table import Launch, Launches, launches
 
 _DELTA_TILE = 32
@@ -57,7 +58,7 @@ class TritonKernels:
         launch = _launches(q, v).forward
         visits = self._by_query(launch, q.shape[2])
         with _on(q.device):
-            forward_kernel[(q.shape[1], len(visits.order))](
+            forward_kernel[(q.shape[1], len(visits.order), _shares(v))](
                 q, k, v, out, lse, sinks, *self._tree(), visits.order, visits.start, visits.masked, visits.column,
                 *_strides(q, k, v, out), *self._scalars(q, k),
                 HAS_SINKS=sinks is not None, **self._constants(q, k, v), **_options(launch),
@@ -97,8 +98,9 @@ class TritonKernels:
         grad_q = _token_major(q, q.shape[3])
         launch = _launches(q, v).query_gradient
         visits = self._by_query(launch, q.shape[2])
-        query_gradient_kernel[(q.shape[1], len(visits.order))](
-            q, k, v, grad, grad_q, lse, delta, *self._tree(),
+        tiles = _described(k, v, launch.key_tile) if launch.described and _can_describe(k, v) else (None, None)
+        query_gradient_kernel[(q.shape[1], len(visits.order), _shares(q))](
+            q, k, v, *tiles, grad, grad_q, lse, delta, *self._tree(),
             visits.order, visits.start, visits.masked, visits.column,
             *_strides(q, k, v, grad, grad_q), *self._scalars(q, k), **self._constants(q, k, v), **_options(launch),
         )  # fmt: skip
@@ -115,20 +117,44 @@ class TritonKernels:
         grad_k: torch.Tensor,
         grad_v: torch.Tensor,
     ) -> None:
-        heads, launch = k.shape[1], _launches(q, v).key_gradient
+        table = _launches(q, v)
+        inputs = (grad, q, k, v, lse, delta, grad_k, grad_v)
+        if table.value_gradient is None:
+            self._key_pass(table.key_gradient, *inputs, keys=True, values=True)
+        else:
+            self._key_pass(table.value_gradient, *inputs, keys=False, values=True)
+            self._key_pass(table.key_gradient, *inputs, keys=True, values=False)
+
+    def _key_pass(
+        self,
+        launch: Launch,
+        grad: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        lse: torch.Tensor,
+        delta: torch.Tensor,
+        grad_k: torch.Tensor,
+        grad_v: torch.Tensor,
+        *,
+        keys: bool,
+        values: bool,
+    ) -> None:
+        """Add the gradients of the keys, of the values, or of both."""
+        heads = k.shape[1]
         visits, work = self._by_key(launch, q, k)
         part_k, part_v = (
             torch.empty(work.slots, heads, launch.key_tile, x.shape[3], dtype=torch.float32, device=x.device)
             for x in (k, v)
         )
-        key_gradient_kernel[(heads, len(work.tile))](
+        key_gradient_kernel[(heads, len(work.tile), _shares(k if keys else v))](
             q, k, v, grad, grad_k, grad_v, part_k, part_v, lse, delta, *self._tree(),
             work.tile, work.begin, work.end, work.slot, visits.start, visits.masked, visits.column,
             *_strides(q, k, v, grad, grad_k, grad_v), *self._scalars(q, k),
-            **self._constants(q, k, v), **_options(launch),
+            KEYS=keys, VALUES=values, **self._constants(q, k, v), **_options(launch),
         )  # fmt: skip
         if work.slots:
-            for part, total in ((part_k, grad_k), (part_v, grad_v)):
+            for part, total in ((part_k, grad_k),) * keys + ((part_v, grad_v),) * values:
                 reduce_kernel[(heads, len(work.split_tile))](
                     part, total, work.split_tile, work.split_start, *_strides(total), k.shape[2],
                     WIDTH=total.shape[3], BLOCK=_block(total), KEY_TILE=launch.key_tile, num_warps=8,
@@ -207,6 +233,23 @@ def _processors(device: torch.device) -> int:
 def _block(x: torch.Tensor) -> int:
     """Columns that a tile of x has: matrix units want a power of 2, at least 16."""
     return max(16, triton.next_power_of_2(x.shape[3]))
+
+
+def _shares(x: torch.Tensor) -> int:
+    """Programs among which the columns of an output like x are shared out."""
+    return max(1, _block(x) // WIDEST.value)
+
+
+def _can_describe(*inputs: torch.Tensor) -> bool:
+    """Whether the hardware's tensor descriptors can address these: starts and strides are multiples of 16 bytes."""
+    return all(
+        x.data_ptr() % 16 == 0 and all(x.stride(i) * x.element_size() % 16 == 0 for i in (1, 2)) for x in inputs
+    )
+
+
+def _described(k: torch.Tensor, v: torch.Tensor, key_tile: int) -> tuple[TensorDescriptor, ...]:
+    """k and v as descriptors [H, T, D] that are read in tiles of `key_tile` keys."""
+    return tuple(TensorDescriptor.from_tensor(x[0], [1, key_tile, _block(x)]) for x in (k, v))
 
 
 def _token_major(x: torch.Tensor, width: int) -> torch.Tensor:

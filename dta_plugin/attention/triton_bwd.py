@@ -12,7 +12,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dta_plugin.attention.triton_fwd import DYNAMIC, LOG2_E, capped, is_visible, load_rows, store_rows
+from dta_plugin.attention.triton_fwd import (
+    DYNAMIC,
+    LOG2_E,
+    WIDEST,
+    capped,
+    first_column,
+    is_visible,
+    load_rows,
+    store_rows,
+    zeros,
+)
 
 
 @triton.jit(do_not_specialize=DYNAMIC)
@@ -40,14 +50,18 @@ def _weights(product, scale, softcap, lse, HAS_SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _query_gradient(
-    acc, q, grad, K, V, Exit, Depth, query, query_depth, lse, delta, tile,
-    k_row, v_row, keys, scale, softcap, window,
+    acc, q, grad, K, V, KeyTiles, ValueTiles, Exit, Depth, query, query_depth, lse, delta, kv_head, tile,
+    k_row, v_row, keys, first, scale, softcap, window,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, KEY_TILE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     key = tile * KEY_TILE + tl.arange(0, KEY_TILE)
-    k = load_rows(K, key, k_row, keys, D, BLOCK_D, MASKED)
-    v = load_rows(V, key, v_row, keys, DV, BLOCK_DV, MASKED)
+    if KeyTiles is None:
+        k = load_rows(K, key, k_row, keys, D, BLOCK_D, MASKED)
+        v = load_rows(V, key, v_row, keys, DV, BLOCK_DV, MASKED)
+    else:
+        k = KeyTiles.load([kv_head, tile * KEY_TILE, 0]).reshape(KEY_TILE, BLOCK_D)
+        v = ValueTiles.load([kv_head, tile * KEY_TILE, 0]).reshape(KEY_TILE, BLOCK_DV)
     product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     weight, slope = _weights(product, scale, softcap, lse[:, None], HAS_SOFTCAP)
     if MASKED:
@@ -55,19 +69,24 @@ def _query_gradient(
     weighted_slope = weight * slope  # now, so that the two need not both be kept
     grad_weight = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
     grad_score = weighted_slope * (grad_weight - delta[:, None])
+    if BLOCK_D > WIDEST:
+        k = load_rows(K, key, k_row, keys, D, WIDEST, MASKED, first)
     return tl.dot(grad_score.to(k.dtype), k, acc, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=DYNAMIC)
 def query_gradient_kernel(
-    Q, K, V, Grad, GradQ, Lse, Delta, Exit, Depth, Order, Start, Masked, Column,
+    Q, K, V, KeyTiles, ValueTiles, Grad, GradQ, Lse, Delta, Exit, Depth, Order, Start, Masked, Column,
     q_head, q_row, k_head, k_row, v_head, v_row, grad_head, grad_row, gradq_head, gradq_row,
     queries, keys, first_query, scale, softcap, window,
     GROUPS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """GradQ [Hq, queries, D] in q's dtype. Grid (Hq, query tiles)."""
+    """GradQ [Hq, queries, D] in q's dtype. Grid (Hq, query tiles, shares of D).
+
+    KeyTiles, ValueTiles: descriptors [Hkv, keys, D] and [Hkv, keys, DV] through which full tiles are read, or None.
+    """
     head = tl.program_id(0).to(tl.int64)
     tile = tl.load(Order + tl.program_id(1))
     row = tile * QUERY_TILE + tl.arange(0, QUERY_TILE)
@@ -77,10 +96,12 @@ def query_gradient_kernel(
     lse = tl.load(Lse + head * queries + row, mask=row < queries, other=0.0) * LOG2_E
     delta = tl.load(Delta + head * queries + row, mask=row < queries, other=0.0)
     query_depth = tl.load(Depth + query, mask=row < queries, other=0)
+    kv_head = tl.program_id(0) // GROUPS
     K += (head // GROUPS) * k_head
     V += (head // GROUPS) * v_head
+    first = first_column(BLOCK_D)
 
-    acc = tl.zeros([QUERY_TILE, BLOCK_D], tl.float32)
+    acc = zeros(QUERY_TILE, min(BLOCK_D, WIDEST), scale)
     begin = tl.load(Start + tile)
     masked = tl.load(Masked + tile)
     end = tl.load(Start + tile + 1)
@@ -88,20 +109,20 @@ def query_gradient_kernel(
     for visit in range(begin, masked):
         next_tile = tl.load(Column + visit + 1)
         acc = _query_gradient(
-            acc, q, grad, K, V, Exit, Depth, query, query_depth, lse, delta, key_tile,
-            k_row, v_row, keys, scale, softcap, window,
+            acc, q, grad, K, V, KeyTiles, ValueTiles, Exit, Depth, query, query_depth, lse, delta, kv_head, key_tile,
+            k_row, v_row, keys, first, scale, softcap, window,
             D, BLOCK_D, DV, BLOCK_DV, KEY_TILE, HAS_SOFTCAP, HAS_WINDOW, False, PRECISION,
         )  # fmt: skip
         key_tile = next_tile
     for visit in range(masked, end):
         next_tile = tl.load(Column + visit + 1)
         acc = _query_gradient(
-            acc, q, grad, K, V, Exit, Depth, query, query_depth, lse, delta, key_tile,
-            k_row, v_row, keys, scale, softcap, window,
+            acc, q, grad, K, V, KeyTiles, ValueTiles, Exit, Depth, query, query_depth, lse, delta, kv_head, key_tile,
+            k_row, v_row, keys, first, scale, softcap, window,
             D, BLOCK_D, DV, BLOCK_DV, KEY_TILE, HAS_SOFTCAP, HAS_WINDOW, True, PRECISION,
         )  # fmt: skip
         key_tile = next_tile
-    store_rows(GradQ + head * gradq_head, row, gradq_row, queries, acc * scale, D, BLOCK_D)
+    store_rows(GradQ + head * gradq_head, row, gradq_row, queries, acc * scale, D, min(BLOCK_D, WIDEST), first)
 
 
 @triton.jit
@@ -112,14 +133,14 @@ def _load_values(base, row, rows, CHECKED: tl.constexpr):
 @triton.jit
 def _key_gradient(
     acc_k, acc_v, k, v, Q, Grad, Lse, Delta, Depth, key, key_exit, key_depth, tile,
-    q_row, grad_row, queries, first_query, scale, softcap, window,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, QUERY_TILE: tl.constexpr,
+    q_row, grad_row, queries, first_query, first, scale, softcap, window,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    QUERY_TILE: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores are computed transposed, [keys, queries], so that no operand of a product needs a transposition."""
     row = tile * QUERY_TILE + tl.arange(0, QUERY_TILE)
     q = load_rows(Q, row, q_row, queries, D, BLOCK_D, MASKED)
-    grad = load_rows(Grad, row, grad_row, queries, DV, BLOCK_DV, MASKED)
     product = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     lse = _load_values(Lse, row, queries, MASKED) * LOG2_E
     weight, slope = _weights(product, scale, softcap, lse[None, :], HAS_SOFTCAP)
@@ -130,12 +151,20 @@ def _key_gradient(
             query_depth = tl.load(Depth + query, mask=row < queries, other=0)
             visible = visible & (query_depth[None, :] - key_depth[:, None] < window)
         weight = tl.where(visible, weight, 0.0)
-    weighted_slope = weight * (slope * scale)  # now, so that the two need not both be kept
-    acc_v = tl.dot(weight.to(grad.dtype), grad, acc_v, input_precision=PRECISION)
-    grad_weight = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-    delta = _load_values(Delta, row, queries, MASKED)
-    grad_score = weighted_slope * (grad_weight - delta[None, :])
-    acc_k = tl.dot(grad_score.to(q.dtype), q, acc_k, input_precision=PRECISION)
+    if KEYS:
+        weighted_slope = weight * (slope * scale)  # now, so that the two need not both be kept
+        grad = load_rows(Grad, row, grad_row, queries, DV, BLOCK_DV, MASKED)
+    else:
+        grad = load_rows(Grad, row, grad_row, queries, DV, min(BLOCK_DV, WIDEST), MASKED, first)
+    if VALUES:
+        acc_v = tl.dot(weight.to(grad.dtype), grad, acc_v, input_precision=PRECISION)
+    if KEYS:
+        grad_weight = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
+        delta = _load_values(Delta, row, queries, MASKED)
+        grad_score = weighted_slope * (grad_weight - delta[None, :])
+        if BLOCK_D > WIDEST:
+            q = load_rows(Q, row, q_row, queries, D, WIDEST, MASKED, first)
+        acc_k = tl.dot(grad_score.to(q.dtype), q, acc_k, input_precision=PRECISION)
     return acc_k, acc_v
 
 
@@ -147,11 +176,14 @@ def key_gradient_kernel(
     queries, keys, first_query, scale, softcap, window,
     GROUPS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
+    KEYS: tl.constexpr, VALUES: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add to GradK float32 [Hkv, keys, D] and GradV [Hkv, keys, DV], or write to a slot of PartK and PartV.
 
-    Grid (Hkv, programs of KeyWork). A unit of work is one query tile of one head of the group.
+    Grid (Hkv, programs of KeyWork, shares of the gradient's columns). A unit of work is one query tile of one head of
+    the group. KEYS, VALUES: which of the two gradients this pass computes; where heads are wide, both do not fit into
+    registers at once.
     """
     head = tl.program_id(0).to(tl.int64)
     item = tl.program_id(1)
@@ -165,13 +197,21 @@ def key_gradient_kernel(
     full_units = fulls * GROUPS
     key = tile * KEY_TILE + tl.arange(0, KEY_TILE)
     k = load_rows(K + head * k_head, key, k_row, keys, D, BLOCK_D, True)
-    v = load_rows(V + head * v_head, key, v_row, keys, DV, BLOCK_DV, True)
+    first = first_column(BLOCK_D if KEYS else BLOCK_DV)
 
     # Starting from the totals costs fewer registers than adding to them at the end.
     slot = tl.load(WorkSlot + item)
     owned = tl.where(slot < 0, keys, 0)
-    acc_k = load_rows(GradK + head * gradk_head, key, gradk_row, owned, D, BLOCK_D, True)
-    acc_v = load_rows(GradV + head * gradv_head, key, gradv_row, owned, DV, BLOCK_DV, True)
+    if KEYS:
+        v = load_rows(V + head * v_head, key, v_row, keys, DV, BLOCK_DV, True)
+        acc_k = load_rows(GradK + head * gradk_head, key, gradk_row, owned, D, min(BLOCK_D, WIDEST), True, first)
+    else:
+        v = tl.zeros([1, 1], tl.float32)
+        acc_k = tl.zeros([1, 1], tl.float32)
+    if not VALUES:
+        acc_v = tl.zeros([1, 1], tl.float32)
+    else:
+        acc_v = load_rows(GradV + head * gradv_head, key, gradv_row, owned, DV, min(BLOCK_DV, WIDEST), True, first)
     visit = begin % tl.maximum(fulls, 1)
     q_of = head * GROUPS + begin // tl.maximum(fulls, 1)
     query_tile = tl.load(Column + first_full + visit)
@@ -181,8 +221,8 @@ def key_gradient_kernel(
         acc_k, acc_v = _key_gradient(
             acc_k, acc_v, k, v, Q + q_of * q_head, Grad + q_of * grad_head, Lse + q_of * queries,
             Delta + q_of * queries, Depth, key, None, None, query_tile,
-            q_row, grad_row, queries, first_query, scale, softcap, window,
-            D, BLOCK_D, DV, BLOCK_DV, QUERY_TILE, HAS_SOFTCAP, HAS_WINDOW, False, PRECISION,
+            q_row, grad_row, queries, first_query, first, scale, softcap, window,
+            D, BLOCK_D, DV, BLOCK_DV, QUERY_TILE, KEYS, VALUES, HAS_SOFTCAP, HAS_WINDOW, False, PRECISION,
         )  # fmt: skip
         visit, q_of, query_tile = next_visit, next_q, next_tile
     key_exit = tl.load(Exit + key, mask=key < keys, other=0)
@@ -197,12 +237,20 @@ def key_gradient_kernel(
         acc_k, acc_v = _key_gradient(
             acc_k, acc_v, k, v, Q + q_of * q_head, Grad + q_of * grad_head, Lse + q_of * queries,
             Delta + q_of * queries, Depth, key, key_exit, key_depth, query_tile,
-            q_row, grad_row, queries, first_query, scale, softcap, window,
-            D, BLOCK_D, DV, BLOCK_DV, QUERY_TILE, HAS_SOFTCAP, HAS_WINDOW, True, PRECISION,
+            q_row, grad_row, queries, first_query, first, scale, softcap, window,
+            D, BLOCK_D, DV, BLOCK_DV, QUERY_TILE, KEYS, VALUES, HAS_SOFTCAP, HAS_WINDOW, True, PRECISION,
         )  # fmt: skip
         visit, q_of, query_tile = next_visit, next_q, next_tile
-    _deliver(acc_k, GradK + head * gradk_head, gradk_row, PartK, key, keys, slot, head, D, BLOCK_D, KEY_TILE)
-    _deliver(acc_v, GradV + head * gradv_head, gradv_row, PartV, key, keys, slot, head, DV, BLOCK_DV, KEY_TILE)
+    if KEYS:
+        _deliver(
+            acc_k, GradK + head * gradk_head, gradk_row, PartK, key, keys, slot, head, D, min(BLOCK_D, WIDEST),
+            KEY_TILE, first,
+        )  # fmt: skip
+    if VALUES:
+        _deliver(
+            acc_v, GradV + head * gradv_head, gradv_row, PartV, key, keys, slot, head, DV, min(BLOCK_DV, WIDEST),
+            KEY_TILE, first,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -215,14 +263,14 @@ def _next(visit, visits, q_of):
 @triton.jit
 def _deliver(
     acc, Total, total_row, Part, key, keys, slot, head,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, KEY_TILE: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, KEY_TILE: tl.constexpr, first,
 ):  # fmt: skip
-    """Write the tile's rows of Total, or slot `slot` of Part [slots, Hkv, KEY_TILE, WIDTH]."""
+    """Write the tile's rows of Total, or slot `slot` of Part [slots, Hkv, KEY_TILE, WIDTH], from column `first` on."""
     if slot < 0:
-        store_rows(Total, key, total_row, keys, acc, WIDTH, BLOCK)
+        store_rows(Total, key, total_row, keys, acc, WIDTH, BLOCK, first)
     else:
         place = Part + (slot.to(tl.int64) * tl.num_programs(0) + head) * KEY_TILE * WIDTH
-        store_rows(place, tl.arange(0, KEY_TILE), WIDTH, KEY_TILE, acc, WIDTH, BLOCK)
+        store_rows(place, tl.arange(0, KEY_TILE), WIDTH, KEY_TILE, acc, WIDTH, BLOCK, first)
 
 
 @triton.jit(do_not_specialize=DYNAMIC)

@@ -14,27 +14,50 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# Columns of its output that one program accumulates; a wider head has several programs per tile.
+WIDEST = tl.constexpr(256)
 
 # Sizes that change with every batch: compiled once for all values.
 DYNAMIC = ["queries", "keys", "first_query", "window"]
 
 
 @triton.jit
-def load_rows(base, row, stride, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHECKED: tl.constexpr):
-    """[len(row), BLOCK] of a matrix with unit column stride; zeros beyond WIDTH and, if CHECKED, beyond `rows`."""
-    column = tl.arange(0, BLOCK)
+def load_rows(base, row, stride, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHECKED: tl.constexpr, first=0):
+    """[len(row), BLOCK] of a matrix with unit column stride, from column `first` on; zeros beyond WIDTH and, if CHECKED,
+    beyond `rows`."""
+    column = first + tl.arange(0, BLOCK)
     place = base + row[:, None].to(tl.int64) * stride + column[None, :]
     if CHECKED:
         return tl.load(place, mask=(row < rows)[:, None] & (column < WIDTH)[None, :], other=0.0)
-    elif WIDTH < BLOCK:
+    elif WIDTH % BLOCK:
         return tl.load(place, mask=(column < WIDTH)[None, :], other=0.0)
     else:
         return tl.load(place)
 
 
 @triton.jit
-def store_rows(base, row, stride, rows, value, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    column = tl.arange(0, BLOCK)
+def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr, number):
+    """[ROWS, COLUMNS] zeros that the compiler does not know to be alike. number: any finite float32.
+
+    Where a loop may run zero times, ptxas would set known zeros on the way around it, take that for a use of the
+    accumulator while products are in flight, and wait for each product by itself (its note C7515).
+    """
+    index = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    return index.to(tl.float32) * (number * 0.0)
+
+
+@triton.jit
+def first_column(BLOCK: tl.constexpr):
+    """Where this program's share of an output with BLOCK columns begins."""
+    if BLOCK > WIDEST:
+        return tl.program_id(2) * WIDEST
+    else:
+        return 0
+
+
+@triton.jit
+def store_rows(base, row, stride, rows, value, WIDTH: tl.constexpr, BLOCK: tl.constexpr, first=0):
+    column = first + tl.arange(0, BLOCK)
     place = base + row[:, None].to(tl.int64) * stride + column[None, :]
     tl.store(place, value.to(base.dtype.element_ty), mask=(row < rows)[:, None] & (column < WIDTH)[None, :])
 
@@ -65,14 +88,14 @@ def is_visible(query, query_depth, key, Exit, Depth, keys, window, HAS_WINDOW: t
 @triton.jit
 def _attend(
     acc, top, total, q, K, V, Exit, Depth, query, query_depth, tile,
-    k_row, v_row, keys, scale, softcap, window,
+    k_row, v_row, keys, first, scale, softcap, window,
     D: tl.constexpr, BLOCK_D: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, KEY_TILE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: (acc, top, total) after the keys of `tile`."""
     key = tile * KEY_TILE + tl.arange(0, KEY_TILE)
     k = load_rows(K, key, k_row, keys, D, BLOCK_D, MASKED)
-    v = load_rows(V, key, v_row, keys, DV, BLOCK_DV, MASKED)
+    v = load_rows(V, key, v_row, keys, DV, min(BLOCK_DV, WIDEST), MASKED, first)
     score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if HAS_SOFTCAP:
         score = capped(score, scale, softcap)
@@ -100,7 +123,7 @@ def forward_kernel(
     QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Out [Hq, queries, DV] and Lse float32 [Hq, queries], natural logarithm. Grid (Hq, query tiles)."""
+    """Out [Hq, queries, DV] and Lse float32 [Hq, queries], natural logarithm. Grid (Hq, query tiles, shares of DV)."""
     head = tl.program_id(0).to(tl.int64)
     tile = tl.load(Order + tl.program_id(1))
     row = tile * QUERY_TILE + tl.arange(0, QUERY_TILE)
@@ -109,8 +132,9 @@ def forward_kernel(
     query_depth = tl.load(Depth + query, mask=row < queries, other=0)
     K += (head // GROUPS) * k_head
     V += (head // GROUPS) * v_head
+    first = first_column(BLOCK_DV)
 
-    acc = tl.zeros([QUERY_TILE, BLOCK_DV], tl.float32)
+    acc = zeros(QUERY_TILE, min(BLOCK_DV, WIDEST), scale)
     top = tl.full([QUERY_TILE], float("-inf"), tl.float32)
     total = tl.zeros([QUERY_TILE], tl.float32)
     begin = tl.load(Start + tile)
@@ -121,7 +145,7 @@ def forward_kernel(
         next_tile = tl.load(Column + visit + 1)
         acc, top, total = _attend(
             acc, top, total, q, K, V, Exit, Depth, query, query_depth, key_tile,
-            k_row, v_row, keys, scale, softcap, window,
+            k_row, v_row, keys, first, scale, softcap, window,
             D, BLOCK_D, DV, BLOCK_DV, KEY_TILE, HAS_SOFTCAP, HAS_WINDOW, False, PRECISION,
         )  # fmt: skip
         key_tile = next_tile
@@ -129,7 +153,7 @@ def forward_kernel(
         next_tile = tl.load(Column + visit + 1)
         acc, top, total = _attend(
             acc, top, total, q, K, V, Exit, Depth, query, query_depth, key_tile,
-            k_row, v_row, keys, scale, softcap, window,
+            k_row, v_row, keys, first, scale, softcap, window,
             D, BLOCK_D, DV, BLOCK_DV, KEY_TILE, HAS_SOFTCAP, HAS_WINDOW, True, PRECISION,
         )  # fmt: skip
         key_tile = next_tile
@@ -142,5 +166,6 @@ def forward_kernel(
         total = total * shrink + tl.exp2(sink - new_top)
         top = new_top
     total = tl.where(row < queries, total, 1.0)
-    store_rows(Out + head * out_head, row, out_row, queries, acc / total[:, None], DV, BLOCK_DV)
-    tl.store(Lse + head * queries + row, (top + tl.log2(total)) * LN_2, mask=row < queries)
+    store_rows(Out + head * out_head, row, out_row, queries, acc / total[:, None], DV, min(BLOCK_DV, WIDEST), first)
+    if first == 0:
+        tl.store(Lse + head * queries + row, (top + tl.log2(total)) * LN_2, mask=row < queries)

@@ -14,36 +14,50 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How one kernel is launched: rows of Q and of K/V per tile, warps per program, depth of the load pipeline."""
+    """How one kernel is launched: rows of Q and of K/V per tile, warps per program, depth of the load pipeline.
+
+    described: K and V are read through tensor descriptors (Hopper's TMA), which take the addresses off the threads.
+    """
 
     query_tile: int
     key_tile: int
     warps: int
     stages: int
+    described: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Launches:
-    """One `Launch` per kernel."""
+    """One `Launch` per kernel. value_gradient: None where keys and values get their gradients in one pass."""
 
     forward: Launch
     query_gradient: Launch
     key_gradient: Launch
+    value_gradient: Launch | None = None
 
 
-# For 16-bit elements, by matrix instruction and head width. "mma" serves A100 and all consumer GPUs, with their 99 KiB
-# of shared memory. Hopper's "wgmma" takes 64 rows per 4 warps: rows of queries, or of keys in the keys' gradient.
+# For 16-bit elements, by matrix instruction and head width. "mma" serves A100, "small mma" consumer GPUs, with their 99 KiB
+# of shared memory. Hopper's "wgmma" takes 64 rows per 4 warps: rows of queries, or of keys in the keys' gradient; with
+# fewer rows than that per group of warps, several groups compute the same. At width 256 the gradients of keys and values
+# do not fit into registers together.
 _HALF = {
     ("mma", 64): Launches(Launch(128, 64, 8, 2), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2)),
     ("mma", 128): Launches(Launch(128, 64, 8, 2), Launch(64, 32, 4, 2), Launch(64, 64, 8, 2)),
-    ("mma", 256): Launches(Launch(64, 32, 4, 2), Launch(64, 32, 8, 1), Launch(16, 64, 8, 2)),
-    ("wgmma", 64): Launches(Launch(128, 64, 4, 3), Launch(128, 64, 8, 2), Launch(64, 128, 8, 2)),
-    ("wgmma", 128): Launches(Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(64, 64, 8, 3)),
-    ("wgmma", 256): Launches(Launch(128, 64, 8, 2), Launch(128, 32, 8, 2), Launch(16, 64, 8, 2)),
+    ("mma", 256): Launches(Launch(64, 64, 4, 2), Launch(64, 32, 4, 2), Launch(32, 64, 4, 2), Launch(32, 64, 4, 2)),
+    ("small mma", 256): Launches(Launch(64, 32, 4, 2), Launch(64, 32, 4, 1), Launch(32, 64, 4, 1), Launch(32, 64, 4, 2)),
+    ("wgmma", 64): Launches(Launch(128, 64, 4, 3), Launch(64, 64, 4, 3, described=True), Launch(128, 64, 4, 2)),
+    ("wgmma", 128): Launches(Launch(128, 64, 8, 3), Launch(128, 64, 8, 3, described=True), Launch(64, 64, 4, 2)),
+    ("wgmma", 256): Launches(
+        Launch(128, 64, 8, 2), Launch(128, 32, 8, 2, described=True), Launch(32, 128, 8, 2), Launch(64, 128, 8, 2)
+    ),
     ("tcgen05", 64): Launches(Launch(128, 64, 8, 2), Launch(128, 64, 4, 2), Launch(64, 128, 8, 2)),
     ("tcgen05", 128): Launches(Launch(128, 64, 8, 2), Launch(128, 64, 8, 2), Launch(64, 128, 8, 2)),
-    ("tcgen05", 256): Launches(Launch(128, 32, 8, 2), Launch(128, 32, 8, 2), Launch(32, 64, 8, 1)),
+    ("tcgen05", 256): Launches(
+        Launch(128, 32, 8, 2), Launch(128, 32, 8, 2), Launch(32, 128, 8, 2), Launch(64, 128, 8, 2)
+    ),
 }
+# Soft-caps keep two more values per score, which costs registers.
+_HALF_SOFTCAP = {("wgmma", 64): Launches(Launch(128, 64, 4, 3), Launch(64, 64, 4, 3, described=True), Launch(64, 64, 4, 2))}
 # For float32, by head width, on every GPU. Exact products have no matrix unit and unroll into much code if tiles are
 # large; TF32 takes the same tiles.
 _SINGLE = {
@@ -53,12 +67,19 @@ _SINGLE = {
 }
 
 
-def launches(arch: int, element_size: int, width: int) -> Launches:
-    """arch: 10 * compute capability, such as 90. element_size: bytes. width: head dim, rounded up to a power of 2."""
+def launches(arch: int, element_size: int, width: int, has_softcap: bool) -> Launches | None:
+    """How to launch for such inputs; None where no row fits.
+
+    arch: 10 * compute capability, such as 90. element_size: bytes. width: head dim, rounded up to a power of 2.
+    """
     width = max(width, 64)
-    return _SINGLE[width] if element_size == 4 else _HALF[_matrix_instruction(arch), width]
+    if element_size == 4:
+        return _SINGLE.get(width)
+    row = _matrix_unit(arch, width), width
+    return _HALF_SOFTCAP.get(row, _HALF.get(row)) if has_softcap else _HALF.get(row)
 
 
-def _matrix_instruction(arch: int) -> str:
-    """That of Hopper, of datacenter Blackwell, or the one that every GPU has, with the most modest tiles."""
-    return {9: "wgmma", 10: "tcgen05"}.get(arch // 10, "mma")
+def _matrix_unit(arch: int, width: int) -> str:
+    """That of Hopper, of datacenter Blackwell, or the one that every GPU has; wide heads ask for its shared memory."""
+    unit = {9: "wgmma", 10: "tcgen05"}.get(arch // 10, "mma")
+    return "small mma" if unit == "mma" and width > 128 and arch not in (80, 87) else unit

@@ -136,7 +136,10 @@ def _compile(variant: Variant) -> dict[str, Any]:
     compiled: dict[str, Any] = {}
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        compiled[self.fn.__name__] = _run(self, *arguments, grid=grid, warmup=True, **options)
+        name = self.fn.__name__
+        if options.get("KEYS", True) != options.get("VALUES", True):
+            name = "keys of " + name if options["KEYS"] else "values of " + name
+        compiled[name] = _run(self, *arguments, grid=grid, warmup=True, **options)
 
     _run = JITFunction.run
     gpu = SimpleNamespace(
