@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from dta_plugin.attention import TreeMask
-from dta_plugin.attention.hf import install
+from dta_plugin.attention.hf import install, uninstall
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 from dta_plugin.execution.model import causal_lm, decoder_of, model_cost
@@ -65,7 +65,6 @@ def share_prefixes(model: nn.Module, config: TreeConfig | None = None) -> Prefix
     sharing = _of(decoder) or PrefixSharing()
     sharing.config = config
     if reason is None:
-        install(decoder)
         sharing.attach(base, decoder)
     else:
         sharing.reason = reason
@@ -84,12 +83,14 @@ class PrefixSharing:
         self.report: TreeReport | None = None
         self.reason = ""
         self.calls = self.shared_calls = self.flat_tokens = self.tree_tokens = 0
+        self._decoder: PreTrainedModel | None = None
         self._hooks: list[RemovableHandle] = []
         self._watched: list[PreTrainedModel] = []
 
     def attach(self, base: PreTrainedModel, decoder: PreTrainedModel) -> None:
         """Put the hooks on a decoder, once, and on every model that has it."""
         if not self._hooks:
+            self._decoder = decoder
             self._hooks = [
                 decoder.register_forward_pre_hook(self.merge, with_kwargs=True),
                 decoder.register_forward_hook(self.restore, with_kwargs=True),
@@ -102,7 +103,9 @@ class PrefixSharing:
         """Back to the model's own path. Graphs of shared calls may still be alive."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._watched = [], []
+        if self._decoder is not None:
+            uninstall(self._decoder)
+        self._decoder, self._hooks, self._watched = None, [], []
 
     def __enter__(self) -> PrefixSharing:
         return self
@@ -134,6 +137,7 @@ class PrefixSharing:
             self.report, self.reason = None, batch
             return ((), call) if asked else None
         self.reason = ""
+        install(decoder)
         layout = TreeLayout.from_tree(batch.tree, call["input_ids"].device)
         mask = TreeMask.from_layout(layout, self.config.backend)
         return (), call | model_inputs(layout, mask) | {"dta_rows": batch}
