@@ -33,7 +33,7 @@ from dta_plugin.errors import UnsupportedModelError
 Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 Entries = MutableMapping[str, Any]
 
-# What is registered for all modeling files: the mapping of one that overrides nothing.
+# Shows what is registered for all modeling files; a file's own interface may override some of it.
 _SHARED = AttentionInterface()
 
 
@@ -48,7 +48,7 @@ def install(model: PreTrainedModel) -> None:
         )
     for entries, key in places:
         if not isinstance(entries[key], Dispatcher):
-            entries[key] = Dispatcher(entries, key)
+            _set(entries, key, Dispatcher(entries, key))
         entries[key].models.add(model)
 
 
@@ -56,10 +56,13 @@ def uninstall(model: PreTrainedModel | None = None) -> None:
     """The model has no need of dispatchers any more; None: no model has. Those that none needs give way.
 
     What stood there before is put back, at once or with the last graph of a tree call, unless somebody has registered
-    something else in front of us, which stays.
+    something else in the meantime, which stays.
     """
     for dispatcher in list(Dispatcher.installed):
-        dispatcher.models.clear() if model is None else dispatcher.models.discard(model)
+        if model is None:
+            dispatcher.models.clear()
+        else:
+            dispatcher.models.discard(model)
         dispatcher.give_way()
 
 
@@ -72,23 +75,17 @@ def is_installed(model: PreTrainedModel) -> bool:
 class Dispatcher:
     """Attention with a tree by `tree_attention`, without one by the function that it stands in front of.
 
-    models: those it was installed for.
+    behind: that function. models: those it was installed for.
     """
 
     installed: WeakSet[Dispatcher] = WeakSet()
 
     def __init__(self, entries: Entries, key: str) -> None:
+        self.behind: Attention = entries[key]
         self.models: WeakSet[PreTrainedModel] = WeakSet()
         self._entries, self._key = entries, key
-        is_shared = isinstance(entries, AttentionInterface) and entries[key] is _SHARED.get(key)
-        # None: whatever is registered for all files when it is called.
-        self._before: Attention | None = None if is_shared else entries[key]
         functools.update_wrapper(self, self.behind, updated=())
         self.installed.add(self)
-
-    @property
-    def behind(self) -> Attention:
-        return cast(Attention, _SHARED[self._key]) if self._before is None else self._before
 
     def __call__(
         self, *args: Any, dta_tree: TreeMask | None = None, **kwargs: Any
@@ -107,10 +104,14 @@ class Dispatcher:
         if alive is not None:
             weakref.finalize(alive, self.give_way).atexit = False
         elif self._entries.get(self._key) is self:
-            if self._before is None:
-                del self._entries[self._key]
-            else:
-                self._entries[self._key] = self._before
+            _set(self._entries, self._key, self.behind)
+
+
+def _set(entries: Entries, key: str, attention: Attention) -> None:
+    if entries is _SHARED:
+        AttentionInterface.register(key, attention)
+    else:
+        entries[key] = attention
 
 
 def _tree_call(
@@ -159,10 +160,10 @@ def _places(model: PreTrainedModel) -> Iterator[tuple[Entries, str]]:
     kind = type(model.config.get_text_config())
     layers: dict[object, tuple[nn.Module, str]] = {}
     for module in model.modules():
-        config = getattr(module, "config", None)
-        if isinstance(config, kind) and hasattr(module, "layer_idx"):
-            name = config._attn_implementation or "eager"
-            own_forward = getattr(vars(module).get("forward"), "__func__", None)
+        own = vars(module)
+        if "layer_idx" in own and isinstance(own.get("config"), kind):
+            name = own["config"]._attn_implementation or "eager"
+            own_forward = getattr(own.get("forward"), "__func__", None)
             layers[type(module), own_forward, name] = (module, name)
     for layer, name in layers.values():
         for file in _files(layer):
@@ -170,7 +171,7 @@ def _places(model: PreTrainedModel) -> Iterator[tuple[Entries, str]]:
                 if name == "eager" and key.endswith("eager_attention_forward") and callable(value):
                     yield file, key  # some carry a prefix
                 elif name != "eager" and isinstance(value, AttentionInterface) and name in value:
-                    yield value, name
+                    yield (_SHARED if value[name] is _SHARED.get(name) else value), name
 
 
 def _files(layer: nn.Module) -> list[dict[str, Any]]:
