@@ -175,8 +175,9 @@ def _places(model: PreTrainedModel) -> Iterator[tuple[Entries, str]]:
 
 
 def _files(layer: nn.Module) -> list[dict[str, Any]]:
-    """The globals of every file that has a method of the layer, its parent classes' included."""
-    methods = [method for parent in type(layer).__mro__ for method in vars(parent).values()]
+    """The globals of every file that has a method of the layer, its parent classes' included but nn.Module's."""
+    parents = [parent for parent in type(layer).__mro__ if parent not in nn.Module.__mro__]
+    methods = [method for parent in parents for method in vars(parent).values()]
     functions = [inspect.unwrap(method) for method in (*methods, vars(layer).get("forward")) if callable(method)]
     functions = [getattr(function, "__func__", function) for function in functions]
     found = {id(f.__globals__): f.__globals__ for f in functions if isinstance(f, FunctionType)}

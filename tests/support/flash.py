@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers import modeling_flash_attention_utils as utils
 from transformers.integrations import hub_kernels
 
@@ -43,6 +43,8 @@ def flash_attention() -> Iterator[list[str]]:
     packages["flash_attn.bert_padding"] = padding = ModuleType("flash_attn.bert_padding")
     padding.pad_input, padding.unpad_input = utils._pad_input, utils._unpad_input  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
+        for interface in (AttentionInterface, AttentionMaskInterface):  # where hub kernels register themselves
+            patch.setattr(interface, "_global_mapping", dict(interface._global_mapping))
         for name, package in packages.items():
             patch.setitem(sys.modules, name, package)
         for name in _LOADED_ONCE:
