@@ -10,6 +10,7 @@ import importlib.machinery
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -97,7 +98,9 @@ def _package(name: str, calls: list[str]) -> ModuleType:
         out = torch.zeros_like(q)
         bounds = [(*a, *b) for a, b in zip(_intervals(cu_seqlens_q), _intervals(cu_seqlens_k), strict=True)]
         for q0, q1, k0, k1 in bounds:
-            row = _attention(q[None, q0:q1], k[None, k0:k1], v[None, k0:k1], softmax_scale, causal, window_size, softcap)
+            row = _attention(
+                q[None, q0:q1], k[None, k0:k1], v[None, k0:k1], softmax_scale, causal, window_size, softcap
+            )
             out = torch.cat([out[:q0], row[0], out[q1:]])
         return out
 
@@ -112,7 +115,7 @@ def _package(name: str, calls: list[str]) -> ModuleType:
 
 def _intervals(bounds: torch.Tensor) -> list[tuple[int, int]]:
     stops = bounds.tolist()
-    return list(zip(stops[:-1], stops[1:], strict=True))
+    return list(pairwise(stops))
 
 
 def _attention(
