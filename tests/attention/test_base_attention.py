@@ -72,7 +72,7 @@ def generated(model: PreTrainedModel) -> torch.Tensor:
 
 @pytest.mark.parametrize("base", BASES)
 def test_every_base(base: str, flash: list[str]) -> None:
-    """Trees, `verify`, generation and evaluation, each under the model's own name; against the eager model, untouched."""
+    """Trees, `verify`, generation and evaluation under the model's own name; the oracle is an untouched eager model."""
     model, stock = (tiny_model("llama", attention=base) for _ in range(2))
     name = model.config._attn_implementation
     assert name == base
