@@ -28,7 +28,14 @@ def enable(config: TreeConfig | None = None, **options: Any) -> None:
 
 
 def disable() -> None:
-    """Restore the trainers' own methods. Trainers without the flag then run stock code."""
+    """Restore the trainers' own methods and transformers' attention. Trainers without the flag then run stock code.
+
+    Attention waits for the last graph of a tree call: a checkpointed layer needs it when it is recomputed. A later tree
+    call (`sequence_logprobs`, a model under `share_prefixes`, a trainer with the flag) installs it anew.
+    """
+    from dta_plugin.attention.hf import uninstall
+
+    uninstall()
     _patch().disable()
 
 

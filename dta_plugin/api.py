@@ -80,9 +80,9 @@ def tree_attention_scope(model: nn.Module) -> Iterator[nn.Module]:
     """Calls of the model inside take a tree: ``model(**dta_plugin.model_inputs(layout, mask))``.
 
     Low level: the logits come back in layout order [1, T, V], and nothing checks that every layer used the tree
-    (``mask.layers_seen`` says which did). The attention dispatcher stays on the model after the scope, because a
-    checkpointed layer of a graph made inside may be recomputed later; without tree metadata it is bit-identical to
-    the model's own attention.
+    (``mask.layers_seen`` says which did). The attention dispatcher stays in front of the model's attention after the
+    scope, because a checkpointed layer of a graph made inside may be recomputed later; without tree metadata it is
+    bit-identical to the model's own attention.
     """
     install(causal_lm(model))
     yield model

@@ -1,107 +1,148 @@
-"""Registration with transformers' attention and mask registries.
+"""Our dispatcher in front of the attention implementation that a model already has, under that implementation's name.
 
-`install(model)` puts our function in front of the attention implementation that the model already has. Without tree
-metadata it calls that implementation with the arguments it was given, so generation and dense passes stay
-bit-identical and it can stay on for good. It *must* stay on while a graph is alive: a checkpointed layer looks the
-implementation up again when it is recomputed in the backward pass.
+`install(model)` wraps what the language model's attention layers look up: the entry of their implementation in
+transformers' `AttentionInterface`, or, for "eager", the function of that name in their modeling file. Neither the model
+nor its config changes, so everything that asks for the name, saves the model or sets another implementation finds what
+it would find without us. A call without a tree goes to the function behind with the arguments it came with, whatever
+model or vision tower makes it, so the dispatcher can stay on for good.
+
+It stays until `uninstall`, and then as long as graphs of tree calls are alive: a checkpointed layer looks its attention
+up again when it is recomputed in the backward pass, and the function behind would ignore the tree without a word.
+Whoever is about to make a tree call installs, which costs little and wraps what was registered in the meantime.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+import copy
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping
+from types import FunctionType
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
+from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dta_plugin.attention.api import tree_attention
 from dta_plugin.attention.mask import TreeMask
 from dta_plugin.errors import UnsupportedModelError
 
-# The name of our function in front of each implementation. Numbered, because transformers tests for substrings such
-# as "sdpa" and "flash" in these names.
-_PREFIX = "dta_tree_"
-_name_of: dict[str, str] = {}
-_base_of: dict[str, str] = {}
+Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+Entries = MutableMapping[str, Any]
+
+# Shows what is registered for all modeling files; a file's own interface may override some of it.
+_SHARED = AttentionInterface()
 
 
 def install(model: PreTrainedModel) -> None:
-    """Route the model's attention through `tree_attention` whenever a call carries tree metadata. Idempotent."""
-    base = model.config._attn_implementation
-    if base in _base_of:
-        return
-    model.set_attn_implementation(_register(base))
-    if model.config._attn_implementation not in _base_of:
+    """Route the language model's attention through `tree_attention` whenever a call carries a tree. Idempotent."""
+    places = list(_places(model))
+    if not places:
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not let its attention be set. Expected a model whose attention goes through "
-            "transformers' AttentionInterface; use a current transformers implementation, or on_unsupported='dense'."
+            f"No attention layer of {type(model).__name__} looks its implementation "
+            f"{model.config.get_text_config()._attn_implementation!r} up in transformers' AttentionInterface. Expected "
+            "all to; use a current transformers implementation of the model, or on_unsupported='dense'."
         )
+    for entries, key in places:
+        if not isinstance(entries[key], Dispatcher):
+            _set(entries, key, Dispatcher(entries, key))
+        entries[key].models.add(model)
 
 
-def uninstall(model: PreTrainedModel) -> None:
-    """Give the model its own attention implementation back. No graph of a tree call may be alive."""
-    base = _base_of.get(model.config._attn_implementation)
-    if base is not None:
-        model.set_attn_implementation(base)
+def uninstall(model: PreTrainedModel | None = None) -> None:
+    """The model has no need of dispatchers any more; None: no model has. Those that none needs give way.
+
+    What stood there before is put back, at once or with the last graph of a tree call, unless somebody has registered
+    something else in the meantime, which stays.
+    """
+    for dispatcher in list(Dispatcher.installed):
+        if model is None:
+            dispatcher.models.clear()
+        else:
+            dispatcher.models.discard(model)
+        dispatcher.give_way()
 
 
 def is_installed(model: PreTrainedModel) -> bool:
-    return model.config._attn_implementation in _base_of
+    """Whether a dispatcher is in front of all attention of the language model, for this model."""
+    found = [entries[key] for entries, key in _places(model)]
+    return bool(found) and all(isinstance(entry, Dispatcher) and model in entry.models for entry in found)
 
 
-def own_attention(model: PreTrainedModel) -> str:
-    """The name of the model's own attention implementation, installed or not."""
-    name = model.config._attn_implementation
-    return _base_of.get(name, name)
+class Dispatcher:
+    """Attention with a tree by `tree_attention`, without one by the function that it stands in front of.
 
+    behind: that function. models: those it was installed for.
+    """
 
-def _register(base: str) -> str:
-    if base not in _name_of:
-        name = f"{_PREFIX}{len(_name_of)}"
-        AttentionInterface.register(name, _dispatching_over(base))
-        if base in ALL_MASK_ATTENTION_FUNCTIONS:
-            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
-        _name_of[base], _base_of[name] = name, base
-    return _name_of[base]
+    installed: WeakSet[Dispatcher] = WeakSet()
 
+    def __init__(self, entries: Entries, key: str) -> None:
+        self.behind: Attention = entries[key]
+        self.models: WeakSet[PreTrainedModel] = WeakSet()
+        self._entries, self._key = entries, key
+        functools.update_wrapper(self, self.behind, updated=())
+        self.installed.add(self)
 
-def _dispatching_over(base: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
-    def attention(
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        dta_tree: TreeMask | None = None,
-        **kwargs: Any,
+    def __call__(
+        self, *args: Any, dta_tree: TreeMask | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if dta_tree is None:
-            return _implementation(base, module)(module, query, key, value, attention_mask, **kwargs)
-        if attention_mask is not None and attention_mask.numel() > 1:
-            raise UnsupportedModelError(
-                f"{type(module).__name__} adds a mask or bias of its own to attention, of shape "
-                f"{tuple(attention_mask.shape)}. Expected the causal mask alone, which the tree replaces; use another "
-                "model, or on_unsupported='dense'."
-            )
-        query, key, value = _autocast(query, key, value)
-        layer = cast(int, module.layer_idx)
-        out = tree_attention(
-            query,
-            key,
-            value,
-            dta_tree.at_layer(layer),
-            scale=kwargs.get("scaling"),
-            window=kwargs.get("sliding_window"),
-            softcap=kwargs.get("softcap"),
-            sinks=kwargs.get("s_aux"),
-        )
-        dta_tree.layers_seen.add(layer)
-        return out.transpose(1, 2), None
+        return self.behind(*args, **kwargs) if dta_tree is None else _tree_call(dta_tree, *args, **kwargs)
 
-    return attention
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle of what holds an attention function has the one behind."""
+        return copy.copy, (self.behind,)
+
+    def give_way(self) -> None:
+        """Put back what was there, once no model needs the dispatcher and no tree can come by again."""
+        if self.models:
+            return
+        alive = next(iter(TreeMask.alive), None)
+        if alive is not None:
+            weakref.finalize(alive, self.give_way).atexit = False
+        elif self._entries.get(self._key) is self:
+            _set(self._entries, self._key, self.behind)
+
+
+def _set(entries: Entries, key: str, attention: Attention) -> None:
+    if entries is _SHARED:
+        AttentionInterface.register(key, attention)
+    else:
+        entries[key] = attention
+
+
+def _tree_call(
+    tree: TreeMask,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    if attention_mask is not None and attention_mask.numel() > 1:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} adds a mask or bias of its own to attention, of shape "
+            f"{tuple(attention_mask.shape)}. Expected the causal mask alone, which the tree replaces; use another "
+            "model, or on_unsupported='dense'."
+        )
+    query, key, value = _autocast(query, key, value)
+    layer = cast(int, module.layer_idx)
+    out = tree_attention(
+        query,
+        key,
+        value,
+        tree.at_layer(layer),
+        scale=kwargs.get("scaling"),
+        window=kwargs.get("sliding_window"),
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+    )
+    tree.layers_seen.add(layer)
+    return out.transpose(1, 2), None
 
 
 def _autocast(*inputs: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -111,7 +152,33 @@ def _autocast(*inputs: torch.Tensor) -> Iterator[torch.Tensor]:
     return (x.to(torch.get_autocast_dtype(kind)) if enabled else x for x in inputs)
 
 
-def _implementation(base: str, module: torch.nn.Module) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
-    """The function the model would have called: the registry's, or its modeling file's eager one."""
-    eager = cast(Callable[..., Any], getattr(sys.modules[type(module).__module__], "eager_attention_forward", None))
-    return eager if base == "eager" else ALL_ATTENTION_FUNCTIONS[base]
+def _places(model: PreTrainedModel) -> Iterator[tuple[Entries, str]]:
+    """Where the attention layers of the language model look their functions up: (mapping, key).
+
+    Layers are told by their index, and from those of vision towers by the class of their config.
+    """
+    kind = type(model.config.get_text_config())
+    layers: dict[object, tuple[nn.Module, str]] = {}
+    for module in model.modules():
+        own = vars(module)
+        if "layer_idx" in own and isinstance(own.get("config"), kind):
+            name = own["config"]._attn_implementation or "eager"
+            own_forward = getattr(own.get("forward"), "__func__", None)
+            layers[type(module), own_forward, name] = (module, name)
+    for layer, name in layers.values():
+        for file in _files(layer):
+            for key, value in list(file.items()):
+                if name == "eager" and key.endswith("eager_attention_forward") and callable(value):
+                    yield file, key  # some carry a prefix
+                elif name != "eager" and isinstance(value, AttentionInterface) and name in value:
+                    yield (_SHARED if value[name] is _SHARED.get(name) else value), name
+
+
+def _files(layer: nn.Module) -> list[dict[str, Any]]:
+    """The globals of every file that has a method of the layer, its parent classes' included but nn.Module's."""
+    parents = [parent for parent in type(layer).__mro__ if parent not in nn.Module.__mro__]
+    methods = [method for parent in parents for method in vars(parent).values()]
+    functions = [inspect.unwrap(method) for method in (*methods, vars(layer).get("forward")) if callable(method)]
+    functions = [getattr(function, "__func__", function) for function in functions]
+    found = {id(f.__globals__): f.__globals__ for f in functions if isinstance(f, FunctionType)}
+    return list(found.values())

@@ -7,7 +7,8 @@ PEFT, DDP and FSDP forward it unchanged. It is a plain class because FSDP1 rebui
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 
@@ -24,7 +25,10 @@ class TreeMask:
     exit: int64 [T]. depth: int64 [T]. backend: who is to compute attention, a name from `config.BACKENDS`.
     layers_seen: indices of the attention layers that have used this mask, for the check that none was bypassed.
     backends_used: who computed it. place: where the keys lie, see `Place` in attention/function.py.
+    alive: all masks there are; as long as one is, a layer may be recomputed with it.
     """
+
+    alive: ClassVar[WeakSet[TreeMask]] = WeakSet()
 
     def __init__(self, exit: torch.Tensor, depth: torch.Tensor, backend: str = "auto") -> None:
         self.exit = exit
@@ -34,6 +38,7 @@ class TreeMask:
         self.backends_used: set[str] = set()
         self.place: Place = OwnKeys()
         self._plans: dict[object, Any] = {}
+        self.alive.add(self)
 
     @classmethod
     def from_layout(cls, layout: TreeLayout, backend: str = "auto") -> TreeMask:

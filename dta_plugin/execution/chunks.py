@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dta_plugin.attention.arena import Arena, ChunkMask
+from dta_plugin.attention.hf import install
 from dta_plugin.execution.fsdp2 import parameters_in_use
 from dta_plugin.execution.model import decoder_of, lm_head, tree_forward
 from dta_plugin.execution.packed import check_every_layer_hit, row_inputs, score
@@ -78,6 +79,7 @@ class Runner:
         """what: for the log. needs_head: the LM head takes part in the graph even if nothing is scored."""
         start = time.perf_counter()
         job = self.job
+        install(job.base)
         mask = ChunkMask(piece.exit, piece.depth, job.backend, arena, piece.first, piece.trunk)
         runs_head = job.is_sharded or needs_head or len(piece.edges) > 0
 

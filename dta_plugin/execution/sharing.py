@@ -8,7 +8,11 @@ looks at the labels alone: padding has no hidden states in a tree, so a loss tha
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
+import sys
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -19,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from dta_plugin.attention import TreeMask
-from dta_plugin.attention.hf import install
+from dta_plugin.attention.hf import install, uninstall
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 from dta_plugin.execution.model import causal_lm, decoder_of, model_cost
@@ -65,7 +69,6 @@ def share_prefixes(model: nn.Module, config: TreeConfig | None = None) -> Prefix
     sharing = _of(decoder) or PrefixSharing()
     sharing.config = config
     if reason is None:
-        install(decoder)
         sharing.attach(base, decoder)
     else:
         sharing.reason = reason
@@ -84,25 +87,29 @@ class PrefixSharing:
         self.report: TreeReport | None = None
         self.reason = ""
         self.calls = self.shared_calls = self.flat_tokens = self.tree_tokens = 0
+        self._decoder: PreTrainedModel | None = None
         self._hooks: list[RemovableHandle] = []
         self._watched: list[PreTrainedModel] = []
 
     def attach(self, base: PreTrainedModel, decoder: PreTrainedModel) -> None:
         """Put the hooks on a decoder, once, and on every model that has it."""
         if not self._hooks:
+            self._decoder = decoder
             self._hooks = [
-                decoder.register_forward_pre_hook(self.merge, with_kwargs=True),
-                decoder.register_forward_hook(self.restore, with_kwargs=True),
+                decoder.register_forward_pre_hook(_Hook(self.merge), with_kwargs=True),
+                decoder.register_forward_hook(_Hook(self.restore), with_kwargs=True),
             ]
         if base is not decoder and not any(base is known for known in self._watched):
             self._watched.append(base)
-            self._hooks.append(base.register_forward_pre_hook(self.look_at_labels, with_kwargs=True))
+            self._hooks.append(base.register_forward_pre_hook(_Hook(self.look_at_labels), with_kwargs=True))
 
     def remove(self) -> None:
-        """Back to the model's own path. Graphs of shared calls may still be alive."""
+        """Back to the model's own path. Graphs of shared calls may still be alive; attention waits for the last."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._watched = [], []
+        if self._decoder is not None:
+            uninstall(self._decoder)
+        self._decoder, self._hooks, self._watched = None, [], []
 
     def __enter__(self) -> PrefixSharing:
         return self
@@ -110,7 +117,6 @@ class PrefixSharing:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    @torch.compiler.disable
     def look_at_labels(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """In front of the whole model: a loss that reads padding needs what the model's own path has there."""
         call = _named(model, args, kwargs)
@@ -119,7 +125,6 @@ class PrefixSharing:
             reason = "labels other than -100 score what padding predicts"
         return None if reason is None else (args, kwargs | {"dta_own_path": reason})
 
-    @torch.compiler.disable
     def merge(self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """In front of the decoder: rows to one packed tree."""
         call = _named(decoder, args, kwargs)
@@ -134,11 +139,11 @@ class PrefixSharing:
             self.report, self.reason = None, batch
             return ((), call) if asked else None
         self.reason = ""
+        install(decoder)
         layout = TreeLayout.from_tree(batch.tree, call["input_ids"].device)
         mask = TreeMask.from_layout(layout, self.config.backend)
         return (), call | model_inputs(layout, mask) | {"dta_rows": batch}
 
-    @torch.compiler.disable
     def restore(self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Behind the decoder: values of tree tokens to those of rows."""
         batch: PaddedBatch | None = kwargs.get("dta_rows")
@@ -188,9 +193,28 @@ class PrefixSharing:
         self.tree_tokens += tree.tree_tokens
 
 
+class _Hook:
+    """A handle's method as a hook. In a pickle of the model, one that does nothing stands for it: who loads the model
+    may not have this package.
+    """
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self.method = method
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any) -> Any:
+        return self.method(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return _Hook(copy.deepcopy(self.method, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial, (sys.audit, "forward")  # takes any arguments, returns None
+
+
 def _of(decoder: nn.Module) -> PrefixSharing | None:
     """The handle of a decoder that shares already; a deep copy of a model has its own."""
-    owners = (getattr(hook, "__self__", None) for hook in decoder._forward_pre_hooks.values())
+    owners = (hook.method.__self__ for hook in decoder._forward_pre_hooks.values() if isinstance(hook, _Hook))
     return next((owner for owner in owners if isinstance(owner, PrefixSharing)), None)
 
 

@@ -19,7 +19,6 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from dta_plugin.attention.hf import install
 from dta_plugin.execution.chunks import Job, Planner
 from dta_plugin.execution.gradients import GradientSums
 from dta_plugin.execution.memory import halve
@@ -52,7 +51,6 @@ def run_streamed(
         If FSDP2 shards the model, every rank must call it, and out of memory is an error.
     """
     base = causal_lm(model)
-    install(base)
     job = Job(model, base, is_sharded(model), tree, edges, backend, temperature, return_entropy, head_dtype, planner)
     if job.is_sharded:
         passes, logprobs, entropies = _begun(job, budget)

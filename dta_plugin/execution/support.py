@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from dta_plugin.attention.hf import own_attention
 from dta_plugin.errors import UnsupportedModelError
 from dta_plugin.execution.model import causal_lm, layer_types
 
@@ -50,7 +49,7 @@ def _attention_reason(model: PreTrainedModel, config: Any) -> str | None:
             f"{config.sliding_window}; set sliding_window=None in the config if no sequence is longer"
         )
     softcap = getattr(config, "attn_logit_softcapping", None)
-    if softcap and own_attention(model) == "sdpa":
+    if softcap and config._attn_implementation == "sdpa":
         return (
             f"{type(model).__name__} has a soft-cap of {softcap}, which transformers' attention 'sdpa' leaves out; "
             "load the model with attn_implementation='eager'"
