@@ -12,11 +12,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-import triton
 
 from dta_plugin.attention.function import attend, unit_stride
 from dta_plugin.attention.mask import TreeMask
-from dta_plugin.attention.tiles import KeyWork, Visits, key_work, tile_pairs, visits
+from dta_plugin.attention.tiles import KeyWork, Visits, key_work, on_device, tile_pairs, visits
 from dta_plugin.attention.triton_bwd import delta_kernel, key_gradient_kernel, query_gradient_kernel, reduce_kernel
 from dta_plugin.attention.triton_fwd import forward_kernel
 from dta_plugin.attention.triton_table import Launch, Launches, launches
@@ -78,7 +77,7 @@ class TritonKernels:
         grad, q, k, v = (unit_stride(x) for x in (grad, q, k, v))
         delta = torch.empty_like(lse)
         with _on(q.device):
-            delta_kernel[(q.shape[1], triton.cdiv(q.shape[2], _DELTA_TILE))](
+            delta_kernel[(q.shape[1], _tiles(q.shape[2], _DELTA_TILE))](
                 out, grad, delta, *_strides(out, grad), q.shape[2],
                 DV=v.shape[3], BLOCK_DV=_block(v), TILE=_DELTA_TILE,
             )  # fmt: skip
@@ -143,8 +142,9 @@ class TritonKernels:
         tiles = (launch.query_tile, launch.key_tile)
 
         def build() -> Visits:
-            pairs = tile_pairs(self.mask.exit, self.mask.depth, self.window, *tiles, len(self.mask) - queries)
-            return visits(pairs.query, pairs.key, pairs.full, triton.cdiv(queries, launch.query_tile))
+            pairs = tile_pairs(*self.mask.host(), self.window, *tiles, len(self.mask) - queries)
+            found = visits(pairs.query, pairs.key, pairs.full, _tiles(queries, launch.query_tile))
+            return on_device(self.mask.exit.device, found)[0]
 
         return self.mask.cached(("triton by query", self.window, queries, *tiles), build)
 
@@ -154,9 +154,9 @@ class TritonKernels:
         heads, groups = k.shape[1], q.shape[1] // k.shape[1]
 
         def build() -> tuple[Visits, KeyWork]:
-            pairs = tile_pairs(self.mask.exit, self.mask.depth, self.window, *tiles, k.shape[2] - q.shape[2])
-            found = visits(pairs.key, pairs.query, pairs.full, triton.cdiv(k.shape[2], launch.key_tile))
-            return found, key_work(found, groups, heads, _processors(q.device))
+            pairs = tile_pairs(*self.mask.host(), self.window, *tiles, k.shape[2] - q.shape[2])
+            found = visits(pairs.key, pairs.query, pairs.full, _tiles(k.shape[2], launch.key_tile))
+            return on_device(q.device, found, key_work(found, groups, heads, _processors(q.device)))
 
         return self.mask.cached(("triton by key", self.window, q.shape[2], heads, groups, *tiles), build)
 
@@ -206,7 +206,11 @@ def _processors(device: torch.device) -> int:
 
 def _block(x: torch.Tensor) -> int:
     """Columns that a tile of x has: matrix units want a power of 2, at least 16."""
-    return max(16, triton.next_power_of_2(x.shape[3]))
+    return max(16, 1 << (x.shape[3] - 1).bit_length())
+
+
+def _tiles(rows: int, tile: int) -> int:
+    return -(-rows // tile)
 
 
 def _token_major(x: torch.Tensor, width: int) -> torch.Tensor:

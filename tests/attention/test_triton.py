@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -201,7 +202,7 @@ def test_two_backward_runs_are_bitwise_equal(small_tiles: None, dtype: torch.dty
 
 def splits_of(mask: TreeMask) -> int:
     size = SMALL.key_gradient
-    pairs = tiles.tile_pairs(mask.exit, mask.depth, None, size.query_tile, size.key_tile)
+    pairs = tiles.tile_pairs(*mask.host(), None, size.query_tile, size.key_tile)
     by_key = tiles.visits(pairs.key, pairs.query, pairs.full, -(-len(mask) // size.key_tile))
     return tiles.key_work(by_key, 3, 2, triton_backend._processors(DEVICE)).slots
 
@@ -240,7 +241,7 @@ def test_negative_control_siblings_made_visible(small_tiles: None) -> None:
 
 
 def test_negative_control_masked_tiles_taken_for_full(small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def all_full(*arguments: torch.Tensor | int) -> Visits:
+    def all_full(*arguments: np.ndarray | int) -> Visits:
         found = tiles.visits(*arguments)  # type: ignore[arg-type]
         return replace(found, masked=found.start[1:].clone())
 
@@ -261,7 +262,7 @@ def test_negative_control_dropped_partial_sum(small_tiles: None, monkeypatch: py
 
 
 def test_negative_control_dropped_visit(small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def one_short(exit: torch.Tensor, depth: torch.Tensor, *rest: int) -> tiles.TilePairs:
+    def one_short(exit: np.ndarray, depth: np.ndarray, *rest: int) -> tiles.TilePairs:
         pairs = tiles.tile_pairs(exit, depth, *rest)
         return tiles.TilePairs(pairs.query[1:], pairs.key[1:], pairs.full[1:])
 
