@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import torch
 
 from dta_plugin.attention.mask import TreeMask
+from dta_plugin.attention.self_check import Kind, trusted_backend
 from dta_plugin.config import BACKENDS
 from dta_plugin.errors import InvalidInputError
 
@@ -33,6 +34,12 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, head
             "backend='flex' with tensors on the CPU, where FlexAttention has no backward. Use backend='auto' there."
         )
     return backend
+
+
+def serving_backend(backend: str, kind: Kind) -> str:
+    """Who computes attention of this kind: as `resolve_backend`, and kernels that fail their self-check do not."""
+    resolved = resolve_backend(backend, kind.device, kind.dtype, kind.head_dims)
+    return trusted_backend(backend, kind) if resolved == "triton" else resolved
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype, head_dims: tuple[int, ...]) -> str | None:
@@ -78,8 +85,8 @@ def tree_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     _check_shapes(q, k, v, mask, sinks)
     _check_values(q, k, v, mask, scale, window, softcap, sinks)
-    served = (mask.backend, q.device, q.dtype, (q.shape[-1], v.shape[-1]))
-    backend = mask.cached(("backend", *served), lambda: resolve_backend(*served))
+    kind = Kind.of(q, k, v, window, softcap, sinks)
+    backend = mask.cached(("backend", mask.backend, kind), lambda: serving_backend(mask.backend, kind))
     if mask.place.first and backend not in ("cpu", "triton"):
         raise InvalidInputError(
             f"backend={mask.backend!r} means {backend!r} here, and executor='streamed' needs 'cpu' or 'triton'. Use "

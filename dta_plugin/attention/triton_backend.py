@@ -173,11 +173,11 @@ class TritonKernels:
             "BLOCK_DV": _block(v),
             "HAS_SOFTCAP": self.softcap is not None,
             "HAS_WINDOW": self.window is not None,
-            "PRECISION": "tf32" if q.dtype == torch.float32 and _allows_tf32() else "ieee",
+            "PRECISION": "tf32" if q.dtype == torch.float32 and allows_tf32() else "ieee",
         }
 
 
-def _allows_tf32() -> bool:
+def allows_tf32() -> bool:
     matmul = torch.backends.cuda.matmul
     if hasattr(matmul, "fp32_precision"):  # torch 2.9 and newer, where the older switches may raise
         return matmul.fp32_precision == "tf32"

@@ -16,8 +16,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from dta_plugin import TreeConfig, TreeMask, tree_attention
-from dta_plugin.attention import api, tiles, triton_backend
+from dta_plugin import PrefixTree, TreeConfig, TreeMask, tree_attention
+from dta_plugin.attention import api, self_check, tiles, triton_backend
 from dta_plugin.attention.reference import reference_attention
 from dta_plugin.attention.tiles import Visits
 from dta_plugin.attention.triton_backend import TritonKernels, triton_attention
@@ -40,6 +40,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles and splits so small that little trees have many of both."""
     monkeypatch.setattr(triton_backend, "launches", lambda *_: SMALL)
     monkeypatch.setattr(tiles, "_FEWEST_VISITS", 2)
+    monkeypatch.setattr(self_check, "_tree", lambda: PrefixTree.from_sequences(star(3, prefix=20, branch=9)))
 
 
 @pytest.mark.parametrize("option", VARIANTS)
@@ -181,10 +182,10 @@ def test_strided_sinks(small_tiles: None) -> None:
 def test_tf32_follows_the_switch_of_torch(small_tiles: None) -> None:
     """transformers' TrainingArguments(tf32=True) sets it in a way that makes torch's older switches raise."""
     before = torch.backends.fp32_precision
-    assert not triton_backend._allows_tf32()
+    assert not triton_backend.allows_tf32()
     try:
         torch.backends.fp32_precision = "tf32"
-        assert triton_backend._allows_tf32()
+        assert triton_backend.allows_tf32()
         check(SHAPES["forest"], VARIANTS["plain"], torch.bfloat16)
     finally:
         torch.backends.fp32_precision = before
