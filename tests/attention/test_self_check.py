@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
-from dta_plugin import InvalidInputError, TreeMask, tree_attention
+from dta_plugin import InvalidInputError, PrefixTree, TreeMask, tree_attention
 from dta_plugin.attention import api, self_check, tiles, triton_backend
 from dta_plugin.attention.self_check import Kind
 from dta_plugin.attention.triton_table import Launch, Launches
@@ -26,6 +26,12 @@ KINDS = [
     Kind(DEVICE, torch.bfloat16, (64, 64), 4),
     Kind(DEVICE, torch.float16, (32, 48), 1, window=True, softcap=True, sinks=True),
 ]
+
+
+@pytest.fixture
+def small_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = PrefixTree.from_sequences(star(2, prefix=70, branch=20))
+    monkeypatch.setattr(self_check, "_tree", lambda: tree)
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +121,7 @@ def attend(mask: TreeMask, dtype: torch.dtype = torch.float32, requires_grad: bo
 
 
 def test_a_mismatch_is_one_warning_and_another_backend(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    small_tree: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     sound = attend(mask_of(star(4), device=DEVICE))
     self_check._outcomes.clear()
@@ -125,13 +131,13 @@ def test_a_mismatch_is_one_warning_and_another_backend(
         for _layer in range(2):
             torch.testing.assert_close(attend(mask), sound, rtol=1e-5, atol=1e-5)
         assert mask.backends_used == {"flex"}
-    (record,) = caplog.records
+    (record,) = (record for record in caplog.records if record.name == "dta_plugin")
     assert "differ from the reference" in record.message and "FlexAttention is used instead" in record.message
     with pytest.raises(InvalidInputError, match="backend='triton', but the Triton kernels differ"):
         attend(mask_of(star(4), "triton", DEVICE))
 
 
-def test_sound_kernels_are_used_and_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sound_kernels_are_used_and_checked_once(small_tree: None, monkeypatch: pytest.MonkeyPatch) -> None:
     checks = []
     check = self_check._check
     monkeypatch.setattr(self_check, "_check", lambda kind: checks.append(kind) or check(kind))
@@ -144,7 +150,7 @@ def test_sound_kernels_are_used_and_checked_once(monkeypatch: pytest.MonkeyPatch
     assert checks == [PLAIN, replace(PLAIN, dtype=torch.bfloat16)]
 
 
-def test_memory_that_runs_out_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_runs_out_decides_nothing(small_tree: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object) -> None:
         raise torch.OutOfMemoryError("out of memory")
 
@@ -155,7 +161,9 @@ def test_memory_that_runs_out_decides_nothing(monkeypatch: pytest.MonkeyPatch) -
     assert self_check.self_check(PLAIN).problem is None
 
 
-def test_it_waits_for_a_call_that_is_neither_traced_nor_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_waits_for_a_call_that_is_neither_traced_nor_captured(
+    small_tree: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     visits_without_mask(monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -164,7 +172,7 @@ def test_it_waits_for_a_call_that_is_neither_traced_nor_captured(monkeypatch: py
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_it_leaves_no_trace(use_reentrant: bool) -> None:
+def test_it_leaves_no_trace(small_tree: None, use_reentrant: bool) -> None:
     """Amid checkpointing, autocast, other hooks and modes: the same gradients and random numbers as without a check."""
 
     def run() -> tuple[torch.Tensor, ...]:
@@ -198,13 +206,13 @@ def _backward(out: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tenso
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_it_runs_where_there_are_no_gradients(context: Callable[[], torch.no_grad]) -> None:
+def test_it_runs_where_there_are_no_gradients(small_tree: None, context: Callable[[], torch.no_grad]) -> None:
     with context():
         attend(mask_of(star(4), device=DEVICE))
     assert self_check._outcomes[PLAIN].problem is None
 
 
-def test_deterministic_algorithms_stay_on() -> None:
+def test_deterministic_algorithms_stay_on(small_tree: None) -> None:
     torch.use_deterministic_algorithms(True)
     try:
         assert self_check.self_check(PLAIN).problem is None
