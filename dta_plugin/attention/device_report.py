@@ -98,7 +98,7 @@ def rate(device: torch.device, seconds: float) -> Rate:
     matrix = torch.randn(load.side, load.side, generator=generator).to(device, load.dtype)
     out = tree_attention(q, k, v, mask)
     weight = torch.ones_like(out)
-    product = 4 * _GROUPS * load.kv_heads * _HEAD_DIM * int((tree.depth + 1).sum())  # FLOPs of Q K' and P V
+    product = 4 * _GROUPS * load.kv_heads * _HEAD_DIM * tree.visible_pairs()  # FLOPs of Q K' and P V
 
     def forward() -> None:
         with torch.no_grad():

@@ -66,7 +66,8 @@ def test_one_wait_per_batch(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_variants(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for how in ("packed", "streamed"):
         waits = step(monkeypatch, CONFIGS[how], branching_comb(3), tiny_model(family))
-        assert len(waits.places) == 1, waits.places
+        ours = [place for place in waits.places if "/transformers/" not in place]  # its mixture of experts waits
+        assert len(ours) == 1, ours
 
 
 def in_every_layer(patch: pytest.MonkeyPatch, method: str, read: Callable[[torch.Tensor], object]) -> None:

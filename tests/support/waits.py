@@ -4,8 +4,8 @@ On a CPU, what is the device's and what the CPU's own looks alike. They are told
 that `torch.from_numpy`, or `torch.tensor` without a device, makes are the CPU's; all others are taken for the device's,
 those that `upload` sends among them. What waits is seen in two places: operators whose result the CPU needs (the value
 of a scalar, a size that depends on values, a boolean index) by torch's dispatcher, however they are called; and
-`tolist`, `numpy`, `cpu` and copies from memory that is not pinned by the Python calls, as torch skips the dispatcher
-there. Work in numpy is the CPU's own. Kernels are left out: Triton's interpreter is all waiting.
+`tolist`, `numpy`, `cpu` and copies from memory that is not pinned by their Python calls, as torch skips the
+dispatcher there. Work in numpy is the CPU's own. Kernels are left out: Triton's interpreter is all waiting.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dta_plugin import upload as upload_module
+from dta_plugin.upload import upload
 
 _READ_BY_THE_CPU = {
     "_local_scalar_dense",
@@ -36,8 +35,8 @@ _READ_BY_THE_CPU = {
     "unique_dim",
     "unique_consecutive",
 }
-_READERS = {"tolist", "numpy", "cpu", "__array__"}
-_MAKERS = {"tensor", "as_tensor"}
+_READERS = ("tolist", "numpy", "cpu", "__array__", "to")
+_MAKERS = ("tensor", "as_tensor", "from_numpy")
 
 
 class Waits:
@@ -48,6 +47,7 @@ class Waits:
         self.copies = 0
         self.is_paused = False
         self._host: dict[int, torch.Tensor] = {}
+        self.own = torch.from_numpy
 
     def found(self, what: str) -> None:
         if not self.is_paused:
@@ -64,28 +64,42 @@ class Waits:
     def send(self, arrays: Sequence[np.ndarray], device: torch.device | str) -> list[torch.Tensor]:
         """In place of `upload`."""
         self.copies += 1
-        return [torch.tensor(array, device="cpu") for array in arrays]
+        return [torch.empty(len(array), dtype=self.own(array).dtype).copy_(self.own(array)) for array in arrays]
 
 
-class _Calls(TorchFunctionMode):
-    def __init__(self, waits: Waits) -> None:
-        super().__init__()
-        self.waits = waits
+def _watched_calls(waits: Waits, patch: pytest.MonkeyPatch) -> None:
+    """Patches and not a mode of torch's function calls, which would end where autograd begins."""
 
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name, waits = kwargs or {}, getattr(func, "__name__", ""), self.waits
-        if name in _READERS and not waits.is_host(args[0]):
-            waits.found(name)
-        if name == "to" and waits.is_host(args[0]):
-            waits.found("a copy from memory that is not pinned")
-        if name == "to" and "cpu" in args[1:]:
-            waits.found("to('cpu')")
-        result = func(*args, **kwargs)
-        if name in _MAKERS and kwargs.get("device") is not None and not isinstance(args[0], torch.Tensor):
+    def reader(name: str) -> Callable[..., Any]:
+        own = getattr(torch.Tensor, name)
+
+        def watched(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not waits.is_host(tensor) and (name != "to" or "cpu" in args):
+                waits.found(name)
+            if name == "to" and waits.is_host(tensor):
+                waits.found("a copy from memory that is not pinned")
+            return own(tensor, *args, **kwargs)
+
+        return watched
+
+    def maker(name: str) -> Callable[..., torch.Tensor]:
+        own = getattr(torch, name)
+
+        def watched(data: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            result = own(data, *args, **kwargs)
+            if isinstance(data, torch.Tensor):
+                return result
+            if kwargs.get("device") is None:
+                return waits.keep_as_host(result)
             waits.found(f"torch.{name} on a device")
-        elif name in _MAKERS and kwargs.get("device") is None:
-            waits.keep_as_host(result)
-        return result
+            return result
+
+        return watched
+
+    for name in _READERS:
+        patch.setattr(torch.Tensor, name, reader(name))
+    for name in _MAKERS:
+        patch.setattr(torch, name, maker(name))
 
 
 class _Operators(TorchDispatchMode):
@@ -111,7 +125,7 @@ def counted(patch: pytest.MonkeyPatch) -> Iterator[Waits]:
     """Within the context, waits are counted."""
     from triton.runtime import interpreter
 
-    waits, launch, from_numpy = Waits(), interpreter.GridExecutor.__call__, torch.from_numpy
+    waits, launch = Waits(), interpreter.GridExecutor.__call__
 
     def paused(self: Any, *args: Any, **kwargs: Any) -> None:
         before, waits.is_paused = waits.is_paused, True
@@ -122,9 +136,9 @@ def counted(patch: pytest.MonkeyPatch) -> Iterator[Waits]:
 
     with patch.context() as within:
         within.setattr(interpreter.GridExecutor, "__call__", paused)
-        within.setattr(torch, "from_numpy", lambda array: waits.keep_as_host(from_numpy(array)))
+        _watched_calls(waits, within)
         for module in list(sys.modules.values()):
-            if getattr(module, "upload", None) is upload_module.upload:
+            if getattr(module, "upload", None) is upload:
                 within.setattr(module, "upload", waits.send)
-        with _Calls(waits), _Operators(waits):
+        with _Operators(waits):
             yield waits
