@@ -12,7 +12,7 @@ pairs follow from a maximum per tile, without looking at pairs of tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -152,21 +152,21 @@ def key_work(by_key: Visits, groups: int, kv_heads: int, processors: int) -> Key
     )
 
 
-def on_device(device: torch.device, *lists: Lists) -> list[Lists]:
+def on_device(device: torch.device, *lists: Visits | KeyWork) -> tuple[Any, ...]:
     """The same lists on `device`, all of them in one copy."""
     tensors = [{f.name: x for f in fields(one) if isinstance(x := getattr(one, f.name), torch.Tensor)} for one in lists]
     sent = iter(upload([x.numpy() for named in tensors for x in named.values()], device))
-    return [replace(one, **{name: next(sent) for name in named}) for one, named in zip(lists, tensors, strict=True)]
+    parts = ({name: next(sent) for name in named} for named in tensors)
+    return tuple(replace(one, **part) for one, part in zip(lists, parts, strict=True))  # type: ignore[arg-type]
 
 
 def _tensors(kind: type[Lists], **values: np.ndarray | int) -> Lists:
     """Arrays as int32 tensors."""
-    return kind(
-        **{
-            name: torch.from_numpy(value.astype(np.int32, copy=False)) if isinstance(value, np.ndarray) else value
-            for name, value in values.items()
-        }
-    )
+    fields_: dict[str, Any] = {
+        name: torch.from_numpy(value.astype(np.int32, copy=False)) if isinstance(value, np.ndarray) else value
+        for name, value in values.items()
+    }
+    return kind(**fields_)
 
 
 def _check_size(what: str, count: int) -> None:

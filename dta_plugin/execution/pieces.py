@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,5 +88,6 @@ class Pieces:
         targets = tree.tokens[self.target[edges]]
         depth = tree.depth[tokens]
         arrays = (tree.tokens[tokens], depth, exit_, trunk, edges, targets, rows, row_of_edge)
-        tensors = upload(arrays, self.device)
-        return Piece(*tensors[:3], first, *tensors[3:], (exit_, depth), row_of_edge)
+        ids, positions, exits, *scored = upload(arrays, self.device)
+        inputs: tuple[Any, ...] = (ids, positions, exits, first, *scored)
+        return Piece(*inputs, host=(exit_, depth), host_row_of_edge=row_of_edge)
