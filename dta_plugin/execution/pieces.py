@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -87,7 +86,15 @@ class Pieces:
         exit_ = np.searchsorted(tokens, tree.exit[tokens])
         targets = tree.tokens[self.target[edges]]
         depth = tree.depth[tokens]
-        arrays = (tree.tokens[tokens], depth, exit_, trunk, edges, targets, rows, row_of_edge)
-        ids, positions, exits, *scored = upload(arrays, self.device)
-        inputs: tuple[Any, ...] = (ids, positions, exits, first, *scored)
-        return Piece(*inputs, host=(exit_, depth), host_row_of_edge=row_of_edge)
+        arrays = {
+            "input_ids": tree.tokens[tokens],
+            "depth": depth,
+            "exit": exit_,
+            "trunk": trunk,
+            "edges": edges,
+            "targets": targets,
+            "rows": rows,
+            "row_of_edge": row_of_edge,
+        }
+        tensors = dict(zip(arrays, upload(list(arrays.values()), self.device), strict=True))
+        return Piece(**tensors, first=first, host=(exit_, depth), host_row_of_edge=row_of_edge)

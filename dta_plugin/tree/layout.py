@@ -99,9 +99,11 @@ class ScoredEdges:
         edge_of_key = np.cumsum(is_edge) - 1
         edge_of_token = np.where(wanted, edge_of_key[keys], len(target))[~is_first]
         temperature = None if temperatures is None else upload([values[kind_of_row]], device)[0]
-        tensors = upload([x.astype(np.int64, copy=False) for x in (target, rows, row_of_edge, edge_of_token)], device)
+        arrays = [x.astype(np.int64, copy=False) for x in (target, rows, row_of_edge, edge_of_token)]
+        on_device = dict(zip(("target", "rows", "row_of_edge", "edge_of_token"), upload(arrays, device), strict=True))
         lengths = (np.diff(tree.offsets) - 1).tolist()
-        return cls(*tensors, lengths, HostEdges(target, rows, row_of_edge, int(wanted.sum())), temperature)
+        host = HostEdges(target, rows, row_of_edge, int(wanted.sum()))
+        return cls(**on_device, lengths=lengths, host=host, temperature=temperature)
 
     def per_token(self, edge_values: torch.Tensor) -> torch.Tensor:
         """Edge values [E] -> flat values [N - S] of tokens 1.. of every sequence, 0 where unscored; differentiable."""
