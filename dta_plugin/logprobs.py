@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 from torch.distributed.fsdp import FSDPModule
@@ -60,16 +61,19 @@ def edge_logprobs(
     row_of_edge: torch.Tensor,
     temperature: float | torch.Tensor = 1.0,
     return_entropy: bool = False,
+    host_row_of_edge: np.ndarray | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Log-probs of edges and entropies of rows; both differentiable in hidden, weight and bias.
 
     hidden: [R, d] hidden states of the rows. targets: int64 [E] token ids. row_of_edge: int64 [E] indices into rows.
     temperature: logits are divided by it, after scale and soft-cap; a number, or one per row, [R].
+    host_row_of_edge: row_of_edge in the CPU's memory. Without it a device is waited for, once.
 
     Returns (logprobs [E], entropies [R] in nats or None), float32 (float64 for float64 hidden states).
     """
+    edges = _Edges.of(targets, row_of_edge, len(hidden), host_row_of_edge)
     if not head.is_plain:
-        return _through_module(hidden, head, targets, row_of_edge, temperature, return_entropy)
+        return _through_module(hidden, head, edges, temperature, return_entropy)
     weight, bias = head.module.weight, head.module.bias
     dtype = head.dtype or _autocast_dtype(hidden)
     weight, bias = (None if x is None else x.to(dtype) for x in (weight, bias))
@@ -77,9 +81,7 @@ def edge_logprobs(
         temperature = temperature.to(torch.promote_types(dtype, torch.float32))
     scores = _Scores(head.scale, head.softcap, temperature)
     with torch.autocast(hidden.device.type, enabled=False):  # the dtype was chosen above
-        logprobs, entropies = _EdgeLogProbs.apply(
-            hidden.to(dtype), weight, bias, targets, row_of_edge, scores, return_entropy
-        )
+        logprobs, entropies = _EdgeLogProbs.apply(hidden.to(dtype), weight, bias, edges, scores, return_entropy)
     return logprobs, entropies if return_entropy else None
 
 
@@ -125,9 +127,41 @@ class _Scores:
         )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Edges:
+    """Edges sorted by row, so that those of a tile of rows are a slice that the CPU knows.
+
+    order: [E] their places in the caller's order. row, target: [E]. starts: where each tile of rows begins, then E.
+    """
+
+    order: torch.Tensor
+    row: torch.Tensor
+    target: torch.Tensor
+    starts: list[int]
+
+    @classmethod
+    def of(cls, targets: torch.Tensor, row_of_edge: torch.Tensor, rows: int, host: np.ndarray | None) -> _Edges:
+        host = row_of_edge.cpu().numpy() if host is None else host
+        tiles = np.bincount(host // _TILE_ROWS, minlength=max(1, -(-rows // _TILE_ROWS)))
+        order = row_of_edge.argsort(stable=True)
+        return cls(order, row_of_edge[order], targets[order], [0, *tiles.cumsum().tolist()])
+
+    def of_rows(self, r: slice) -> slice:
+        """Those of a tile of rows."""
+        tile = r.start // _TILE_ROWS
+        return slice(self.starts[tile], self.starts[tile + 1])
+
+    def within(self, r: slice, c: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of those: bool, whether the target lies in the columns c, and row and column in the tile, where it does."""
+        mine, width = self.of_rows(r), c.stop - c.start
+        column = self.target[mine] - c.start
+        inside = (column >= 0) & (column < width)
+        return inside, self.row[mine] - r.start, column.clamp(0, width - 1)
+
+
 class _EdgeLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, row_of_edge, scores: _Scores, want_entropy: bool):
+    def forward(ctx, hidden, weight, bias, edges: _Edges, scores: _Scores, want_entropy: bool):
         accumulate = torch.promote_types(hidden.dtype, torch.float32)
         rows, vocab = hidden.shape[0], weight.shape[0]
         keep = any(ctx.needs_input_grad) and rows * vocab * accumulate.itemsize <= KEEP_BYTES
@@ -135,7 +169,7 @@ class _EdgeLogProbs(torch.autograd.Function):
 
         lse = hidden.new_full((rows,), float("-inf"), dtype=accumulate)
         mean_logit = hidden.new_zeros(rows, dtype=accumulate)  # sum of p * z
-        chosen = hidden.new_zeros(targets.shape[0], dtype=accumulate)
+        chosen = hidden.new_zeros(len(edges.order), dtype=accumulate)  # sorted by row
         for r, c in _tiles(rows, vocab):
             z = scores.at(r).apply_(_raw_logits(hidden, weight, bias, r, c, accumulate))
             tile_lse, tile_mean = _row_statistics(z, want_entropy)
@@ -143,29 +177,30 @@ class _EdgeLogProbs(torch.autograd.Function):
             if want_entropy:
                 mean_logit[r] = mean_logit[r] * torch.exp(lse[r] - new_lse) + tile_mean * torch.exp(tile_lse - new_lse)
             lse[r] = new_lse
-            edges, in_row, in_col = _edges_in_tile(targets, row_of_edge, r, c)
-            chosen[edges] = z[in_row, in_col]
+            mine = edges.of_rows(r)
+            inside, in_row, in_col = edges.within(r, c)
+            chosen[mine] = torch.where(inside, z[in_row, in_col], chosen[mine])
             if keep:
                 kept[r.start, c.start] = z
 
         entropy = lse - mean_logit
-        ctx.save_for_backward(hidden, weight, bias, targets, row_of_edge, lse, entropy)
-        ctx.scores, ctx.kept = scores, kept
+        ctx.save_for_backward(hidden, weight, bias, lse, entropy)
+        ctx.edges, ctx.scores, ctx.kept = edges, scores, kept
         ctx.set_materialize_grads(False)
-        return chosen - lse[row_of_edge], entropy
+        return torch.empty_like(chosen).index_copy_(0, edges.order, chosen - lse[edges.row]), entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logprobs, grad_entropy):
-        hidden, weight, bias, targets, row_of_edge, lse, entropy = ctx.saved_tensors
+        hidden, weight, bias, lse, entropy = ctx.saved_tensors
+        edges: _Edges = ctx.edges
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         accumulate = lse.dtype
         grad_hidden = torch.zeros_like(hidden, dtype=accumulate) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=accumulate) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=accumulate) if wants_bias and bias is not None else None
-        if grad_logprobs is None:
-            grad_logprobs = lse.new_zeros(targets.shape[0])
-        row_grad = torch.zeros_like(lse).index_add_(0, row_of_edge, grad_logprobs)
+        grad_chosen = lse.new_zeros(len(edges.order)) if grad_logprobs is None else grad_logprobs[edges.order]
+        row_grad = torch.zeros_like(lse).index_add_(0, edges.row, grad_chosen)
 
         kept, ctx.kept = ctx.kept, {}  # consumed in place below; a second backward pass recomputes
         for r, c in _tiles(hidden.shape[0], weight.shape[0]):
@@ -173,11 +208,11 @@ class _EdgeLogProbs(torch.autograd.Function):
             scores = ctx.scores.at(r)
             if z is None:
                 z = scores.apply_(_raw_logits(hidden, weight, bias, r, c, accumulate))
-            edges, in_row, in_col = _edges_in_tile(targets, row_of_edge, r, c)
-            slope_at_edges = scores.at(in_row).slope(z[in_row, in_col])
+            inside, in_row, in_col = edges.within(r, c)
+            at_edges = grad_chosen[edges.of_rows(r)] * scores.at(in_row).slope(z[in_row, in_col])
             row_entropy_grad = None if grad_entropy is None else grad_entropy[r]
             _gradient_(z, lse[r], row_grad[r], row_entropy_grad, entropy[r], scores)
-            z.index_put_((in_row, in_col), grad_logprobs[edges] * slope_at_edges, accumulate=True)
+            z.index_put_((in_row, in_col), at_edges.masked_fill(~inside, 0), accumulate=True)
             grad = z.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[r] += grad @ weight[c]
@@ -186,7 +221,7 @@ class _EdgeLogProbs(torch.autograd.Function):
             if grad_bias is not None:
                 grad_bias[c] += grad.sum(dim=0, dtype=accumulate)
         grads = (None if g is None else g.to(hidden.dtype) for g in (grad_hidden, grad_weight, grad_bias))
-        return *grads, None, None, None, None
+        return *grads, None, None, None
 
 
 def _tiles(rows: int, vocab: int) -> Iterator[tuple[slice, slice]]:
@@ -241,20 +276,10 @@ def _raw_logits(
     return torch.nn.functional.linear(hidden[r], weight[c], None if bias is None else bias[c]).to(dtype)
 
 
-def _edges_in_tile(
-    targets: torch.Tensor, row_of_edge: torch.Tensor, r: slice, c: slice
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """-> edges whose row and target lie in the tile, and where: (edges, row in tile, column in tile)."""
-    inside = (row_of_edge >= r.start) & (row_of_edge < r.stop) & (targets >= c.start) & (targets < c.stop)
-    edges = inside.nonzero()[:, 0]
-    return edges, row_of_edge[edges] - r.start, targets[edges] - c.start
-
-
 def _through_module(
     hidden: torch.Tensor,
     head: LMHead,
-    targets: torch.Tensor,
-    row_of_edge: torch.Tensor,
+    edges: _Edges,
     temperature: float | torch.Tensor,
     return_entropy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -271,14 +296,13 @@ def _through_module(
         return logp[in_row, tokens], -(logp.exp() * logp).sum(dim=-1)
 
     logprobs, entropies = [], []
-    edge_order = torch.argsort(row_of_edge, stable=True)
     for start in range(0, max(len(hidden), 1), _TILE_ROWS):
-        rows = hidden[start : start + _TILE_ROWS]
-        in_tile = edge_order[(row_of_edge[edge_order] >= start) & (row_of_edge[edge_order] < start + _TILE_ROWS)]
+        r = slice(start, start + _TILE_ROWS)
+        mine = edges.of_rows(r)
         chosen, entropy = checkpoint(
-            tile, start, rows, targets[in_tile], row_of_edge[in_tile] - start, use_reentrant=False
+            tile, start, hidden[r], edges.target[mine], edges.row[mine] - start, use_reentrant=False
         )
         logprobs.append(chosen)
         entropies.append(entropy)
-    back = torch.argsort(edge_order)
+    back = edges.order.argsort()
     return torch.cat(logprobs)[back], torch.cat(entropies) if return_entropy else None

@@ -7,6 +7,8 @@ from importlib.util import find_spec
 import torch
 
 from dta_plugin.attention.mask import TreeMask
+from dta_plugin.attention.self_check import Kind, trusted_backend
+from dta_plugin.attention.triton_table import launches, widest_head
 from dta_plugin.config import BACKENDS
 from dta_plugin.errors import InvalidInputError
 
@@ -35,6 +37,12 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, head
     return backend
 
 
+def serving_backend(backend: str, kind: Kind) -> str:
+    """Who computes attention of this kind: as `resolve_backend`, and kernels that fail their self-check do not."""
+    resolved = resolve_backend(backend, kind.device, kind.dtype, kind.head_dims)
+    return trusted_backend(backend, kind) if resolved == "triton" else resolved
+
+
 def why_not_triton(device: torch.device, dtype: torch.dtype, head_dims: tuple[int, ...]) -> str | None:
     """What keeps the Triton kernels from serving such inputs, or None."""
     if device.type != "cuda" or torch.version.hip:
@@ -46,9 +54,10 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, head_dims: tuple[in
         return f"{torch.cuda.get_device_name(device)} has compute capability {capability} and the kernels need (8, 0)"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the tensors are {dtype} and the kernels serve float16, bfloat16 and float32"
+    arch = 10 * capability[0] + capability[1]
     for head_dim in head_dims:
-        if head_dim > 256 or head_dim % 16:
-            return f"the head dim is {head_dim} and the kernels serve multiples of 16 up to 256"
+        if head_dim % 16 or launches(arch, dtype.itemsize, head_dim, has_softcap=False) is None:
+            return f"the head dim is {head_dim} and the kernels serve multiples of 16 up to {widest_head(arch, dtype.itemsize)}"
     return None
 
 
@@ -78,8 +87,8 @@ def tree_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     _check_shapes(q, k, v, mask, sinks)
     _check_values(q, k, v, mask, scale, window, softcap, sinks)
-    served = (mask.backend, q.device, q.dtype, (q.shape[-1], v.shape[-1]))
-    backend = mask.cached(("backend", *served), lambda: resolve_backend(*served))
+    kind = Kind.of(q, k, v, window, softcap, sinks)
+    backend = mask.cached(("backend", mask.backend, kind), lambda: serving_backend(mask.backend, kind))
     if mask.place.first and backend not in ("cpu", "triton"):
         raise InvalidInputError(
             f"backend={mask.backend!r} means {backend!r} here, and executor='streamed' needs 'cpu' or 'triton'. Use "

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import torch
 
 from dta_plugin.attention.function import accumulator
-from dta_plugin.attention.mask import TreeMask
+from dta_plugin.attention.mask import HostArrays, TreeMask
 
 
 class ArenaLayer:
@@ -116,16 +117,32 @@ class ArenaPlace:
 class ChunkMask(TreeMask):
     """Visibility of a chunk: its ancestors, one token per depth, then its own tokens.
 
-    exit, depth: int64 [C] of its own tokens, `exit` counted from the chunk's first. first: number of ancestors, which
-    all its tokens see. trunk: int64 [S] positions within the chunk, see `Chunk` in tree/plan.py.
+    exit, depth: int64 [C] of its own tokens, `exit` counted from the chunk's first; host: the same in the CPU's memory.
+    first: number of ancestors, which all its tokens see. trunk: int64 [S] positions within the chunk, see `Chunk` in
+    tree/plan.py.
     """
 
     def __init__(
-        self, exit: torch.Tensor, depth: torch.Tensor, backend: str, arena: Arena, first: int, trunk: torch.Tensor
+        self,
+        exit: torch.Tensor,
+        depth: torch.Tensor,
+        backend: str,
+        arena: Arena,
+        first: int,
+        trunk: torch.Tensor,
+        host: HostArrays,
     ) -> None:
         ancestors = torch.arange(first, device=exit.device)
         stop = torch.full_like(ancestors, first + len(exit))
-        super().__init__(torch.cat([stop, first + exit]), torch.cat([ancestors, depth]), backend)
+        own_exit, own_depth = host
+        above = np.arange(first)
+        behind = np.concatenate([np.full_like(above, first + len(exit)), first + own_exit])
+        super().__init__(
+            torch.cat([stop, first + exit]),
+            torch.cat([ancestors, depth]),
+            backend,
+            (behind, np.concatenate([above, own_depth])),
+        )
         self._arena, self._first, self._trunk = arena, first, first + trunk
 
     def at_layer(self, index: int) -> TreeMask:

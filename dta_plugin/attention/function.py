@@ -98,11 +98,11 @@ class _Attend(torch.autograd.Function):
             buffers = ctx.place.gradients(keys, values)
             grad_q = ctx.kernels.backward(grad, q, keys, values, out, lse, *buffers)
             grad_k, grad_v = ctx.place.collect(*buffers)
-            grad_sinks = _sink_gradient(grad, out, lse, sinks) if ctx.needs_input_grad[3] else None
+            grad_sinks = sink_gradient(grad, out, lse, sinks) if ctx.needs_input_grad[3] else None
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_sinks, None, None
 
 
-def _sink_gradient(grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+def sink_gradient(grad: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
     """[Hq] A sink takes the weight exp(sink - lse) and gives no value."""
     delta = torch.linalg.vecdot(grad.to(lse.dtype), out.to(lse.dtype))
     return -(torch.exp(sinks[None, :, None] - lse) * delta).sum(dim=(0, 2)).to(sinks.dtype)

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 from weakref import WeakSet
 
+import numpy as np
 import torch
 
 from dta_plugin.attention.function import OwnKeys, Place
 from dta_plugin.tree.layout import TreeLayout
+
+HostArrays = tuple[np.ndarray, np.ndarray]
 
 
 class TreeMask:
@@ -22,7 +25,8 @@ class TreeMask:
     Key j is visible to query i iff ``j <= i < exit[j]`` and, in a layer with a sliding window,
     ``depth[i] - depth[j] < window``.
 
-    exit: int64 [T]. depth: int64 [T]. backend: who is to compute attention, a name from `config.BACKENDS`.
+    exit: int64 [T]. depth: int64 [T]. backend: who is to compute attention, a name from `config.BACKENDS`. host: the
+    same exit and depth in the CPU's memory, as far as the caller has them.
     layers_seen: indices of the attention layers that have used this mask, for the check that none was bypassed.
     backends_used: who computed it. place: where the keys lie, see `Place` in attention/function.py.
     alive: all masks there are; as long as one is, a layer may be recomputed with it.
@@ -30,7 +34,9 @@ class TreeMask:
 
     alive: ClassVar[WeakSet[TreeMask]] = WeakSet()
 
-    def __init__(self, exit: torch.Tensor, depth: torch.Tensor, backend: str = "auto") -> None:
+    def __init__(
+        self, exit: torch.Tensor, depth: torch.Tensor, backend: str = "auto", host: HostArrays | None = None
+    ) -> None:
         self.exit = exit
         self.depth = depth
         self.backend = backend
@@ -39,10 +45,20 @@ class TreeMask:
         self.place: Place = OwnKeys()
         self._plans: dict[object, Any] = {}
         self.alive.add(self)
+        self._host = host
 
     @classmethod
     def from_layout(cls, layout: TreeLayout, backend: str = "auto") -> TreeMask:
-        return cls(layout.exit, layout.depth, backend)
+        return cls(layout.exit, layout.depth, backend, (layout.tree.exit, layout.tree.depth))
+
+    def host(self) -> HostArrays:
+        """exit and depth, int64 [T] each, where backends make their plans.
+
+        A mask that was made of a device's tensors alone waits for a copy of them, once.
+        """
+        if self._host is None:
+            self._host = self.exit.cpu().numpy(), self.depth.cpu().numpy()
+        return self._host
 
     def at_layer(self, index: int) -> TreeMask:
         """The mask as attention layer `index` has it."""

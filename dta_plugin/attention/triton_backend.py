@@ -12,12 +12,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dta_plugin.attention.function import attend, unit_stride
 from dta_plugin.attention.mask import TreeMask
-from dta_plugin.attention.tiles import KeyWork, Visits, key_work, tile_pairs, visits
+from dta_plugin.attention.tiles import KeyWork, Visits, key_work, on_device, tile_pairs, visits
 from dta_plugin.attention.triton_bwd import delta_kernel, key_gradient_kernel, query_gradient_kernel, reduce_kernel
 from dta_plugin.attention.triton_fwd import WIDEST, forward_kernel
 from dta_plugin.attention.triton_table import Launch, Launches, launches
@@ -55,7 +54,7 @@ class TritonKernels:
         sinks = None if sinks is None else sinks.contiguous()
         out = _token_major(q, v.shape[3])
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        launch = _launches(q, v).forward
+        launch = self._launches(q, v).forward
         visits = self._by_query(launch, q.shape[2])
         with _on(q.device):
             forward_kernel[(q.shape[1], len(visits.order), _shares(v))](
@@ -79,7 +78,7 @@ class TritonKernels:
         grad, q, k, v = (unit_stride(x) for x in (grad, q, k, v))
         delta = torch.empty_like(lse)
         with _on(q.device):
-            delta_kernel[(q.shape[1], triton.cdiv(q.shape[2], _DELTA_TILE))](
+            delta_kernel[(q.shape[1], _tiles(q.shape[2], _DELTA_TILE))](
                 out, grad, delta, *_strides(out, grad), q.shape[2],
                 DV=v.shape[3], BLOCK_DV=_block(v), TILE=_DELTA_TILE,
             )  # fmt: skip
@@ -96,7 +95,7 @@ class TritonKernels:
         delta: torch.Tensor,
     ) -> torch.Tensor:
         grad_q = _token_major(q, q.shape[3])
-        launch = _launches(q, v).query_gradient
+        launch = self._launches(q, v).query_gradient
         visits = self._by_query(launch, q.shape[2])
         tiles = _described(k, v, launch.key_tile) if launch.described and _can_describe(k, v) else (None, None)
         query_gradient_kernel[(q.shape[1], len(visits.order), _shares(q))](
@@ -117,7 +116,7 @@ class TritonKernels:
         grad_k: torch.Tensor,
         grad_v: torch.Tensor,
     ) -> None:
-        table = _launches(q, v)
+        table = self._launches(q, v)
         inputs = (grad, q, k, v, lse, delta, grad_k, grad_v)
         if table.value_gradient is None:
             self._key_pass(table.key_gradient, *inputs, keys=True, values=True)
@@ -160,6 +159,12 @@ class TritonKernels:
                     WIDTH=total.shape[3], BLOCK=_block(total), KEY_TILE=launch.key_tile, num_warps=8,
                 )  # fmt: skip
 
+    def _launches(self, q: torch.Tensor, v: torch.Tensor) -> Launches:
+        width = max(q.shape[3], v.shape[3])
+        found = launches(_arch(q.device), q.element_size(), width, self.softcap is not None)
+        assert found is not None, "resolve_backend sends such inputs elsewhere"
+        return found
+
     def _tree(self) -> tuple[torch.Tensor, torch.Tensor]:
         """exit and depth, int32 [T]."""
         return self.mask.cached("triton", lambda: (self.mask.exit.int(), self.mask.depth.int()))
@@ -169,8 +174,9 @@ class TritonKernels:
         tiles = (launch.query_tile, launch.key_tile)
 
         def build() -> Visits:
-            pairs = tile_pairs(self.mask.exit, self.mask.depth, self.window, *tiles, len(self.mask) - queries)
-            return visits(pairs.query, pairs.key, pairs.full, triton.cdiv(queries, launch.query_tile))
+            pairs = tile_pairs(*self.mask.host(), self.window, *tiles, len(self.mask) - queries)
+            found = visits(pairs.query, pairs.key, pairs.full, _tiles(queries, launch.query_tile))
+            return on_device(self.mask.exit.device, found)[0]
 
         return self.mask.cached(("triton by query", self.window, queries, *tiles), build)
 
@@ -180,9 +186,9 @@ class TritonKernels:
         heads, groups = k.shape[1], q.shape[1] // k.shape[1]
 
         def build() -> tuple[Visits, KeyWork]:
-            pairs = tile_pairs(self.mask.exit, self.mask.depth, self.window, *tiles, k.shape[2] - q.shape[2])
-            found = visits(pairs.key, pairs.query, pairs.full, triton.cdiv(k.shape[2], launch.key_tile))
-            return found, key_work(found, groups, heads, _processors(q.device))
+            pairs = tile_pairs(*self.mask.host(), self.window, *tiles, k.shape[2] - q.shape[2])
+            found = visits(pairs.key, pairs.query, pairs.full, _tiles(k.shape[2], launch.key_tile))
+            return on_device(q.device, found, key_work(found, groups, heads, _processors(q.device)))
 
         return self.mask.cached(("triton by key", self.window, q.shape[2], heads, groups, *tiles), build)
 
@@ -199,11 +205,11 @@ class TritonKernels:
             "BLOCK_DV": _block(v),
             "HAS_SOFTCAP": self.softcap is not None,
             "HAS_WINDOW": self.window is not None,
-            "PRECISION": "tf32" if q.dtype == torch.float32 and _allows_tf32() else "ieee",
+            "PRECISION": "tf32" if q.dtype == torch.float32 and allows_tf32() else "ieee",
         }
 
 
-def _allows_tf32() -> bool:
+def allows_tf32() -> bool:
     matmul = torch.backends.cuda.matmul
     if hasattr(matmul, "fp32_precision"):  # torch 2.9 and newer, where the older switches may raise
         return matmul.fp32_precision == "tf32"
@@ -213,10 +219,6 @@ def _allows_tf32() -> bool:
 def _on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device, whatever its arguments are on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _launches(q: torch.Tensor, v: torch.Tensor) -> Launches:
-    return launches(_arch(q.device), q.element_size(), max(_block(q), _block(v)))
 
 
 def _arch(device: torch.device) -> int:
@@ -232,7 +234,11 @@ def _processors(device: torch.device) -> int:
 
 def _block(x: torch.Tensor) -> int:
     """Columns that a tile of x has: matrix units want a power of 2, at least 16."""
-    return max(16, triton.next_power_of_2(x.shape[3]))
+    return max(16, 1 << (x.shape[3] - 1).bit_length())
+
+
+def _tiles(rows: int, tile: int) -> int:
+    return -(-rows // tile)
 
 
 def _shares(x: torch.Tensor) -> int:
@@ -242,9 +248,7 @@ def _shares(x: torch.Tensor) -> int:
 
 def _can_describe(*inputs: torch.Tensor) -> bool:
     """Whether the hardware's tensor descriptors can address these: starts and strides are multiples of 16 bytes."""
-    return all(
-        x.data_ptr() % 16 == 0 and all(x.stride(i) * x.element_size() % 16 == 0 for i in (1, 2)) for x in inputs
-    )
+    return all(x.data_ptr() % 16 == 0 and all(x.stride(i) * x.element_size() % 16 == 0 for i in (1, 2)) for x in inputs)
 
 
 def _described(k: torch.Tensor, v: torch.Tensor, key_tile: int) -> tuple[TensorDescriptor, ...]:

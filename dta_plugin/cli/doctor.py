@@ -15,6 +15,7 @@ from dta_plugin import __version__
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 _PACKAGES = ("torch", "triton", "transformers", "trl", "verl", "peft", "accelerate", "prefix_grouper")
@@ -24,7 +25,7 @@ _IF_MISSING = {"trl": "needed for training: pip install 'dta-plugin[trl]'"}
 
 _EPILOG = """\
 examples:
-  dta doctor                            versions, devices, and which attention backend runs here
+  dta doctor                            versions, devices, which attention backend runs here, and how fast
   dta doctor --model Qwen/Qwen3-0.6B    and whether this model can train with the tree
   dta doctor --model ./checkpoint       a folder or a config.json; weights are not read
 
@@ -110,7 +111,7 @@ def _declared() -> dict[str, Any]:
 
 
 def devices() -> list[Finding]:
-    """Each device and the attention backend that "auto" means there for a usual model."""
+    """Each device, the attention backend that "auto" means there for a usual model, and what that is worth."""
     import torch
 
     from dta_plugin.attention.api import resolve_backend
@@ -122,10 +123,37 @@ def devices() -> list[Finding]:
         size = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
         found.append((f"cuda:{index}", size, torch.device("cuda", index)))
     usual = (torch.bfloat16, (128,))
-    return [
-        Finding(name, size, f"attention backend: {resolve_backend('auto', device, *usual)}")
-        for name, size, device in found
-    ]
+    findings = []
+    for name, size, device in found:
+        findings.append(Finding(name, size, f"attention backend: {resolve_backend('auto', device, *usual)}"))
+        findings += _attention_on(device, has_gpu=len(found) > 1)
+    return findings
+
+
+def _attention_on(device: torch.device, has_gpu: bool) -> Iterator[Finding]:
+    """Whether the kernels pass their self-check on a device, and how fast attention is there."""
+    from dta_plugin.attention import device_report
+
+    if device.type == "cpu" and has_gpu:
+        return
+    obstacle = device_report.obstacle(device)
+    if obstacle is not None:
+        yield Finding("  kernels", "not used", obstacle if device.type == "cuda" else "there is no GPU")
+    for check in device_report.checks(device):
+        figures = f"{check.error:.2g} off the reference, {check.allowed:.2g} is allowed; {check.seconds * 1e3:.0f} ms"
+        what = "kernels passed" if check.problem is None else "kernels failed"
+        instead = f"{check.problem}; FlexAttention is used instead"
+        yield Finding(f"  {check.kind.dtype}".replace("torch.", ""), what, instead if check.problem else figures)
+    try:
+        rate = device_report.rate(device, seconds=5.0 if device.type == "cuda" else 0.2)
+    except RuntimeError as error:  # no memory left by other programs, or a compiler's failure
+        yield Finding("  rate", "not measured", str(error).strip().split("\n")[0])
+        return
+    yield Finding(
+        "  rate",
+        f"{rate.forward:.3g} forward, {rate.backward:.3g} backward",
+        f"TFLOP/s on visible pairs, {rate.backend}, {rate.dtype}; a large matrix product: {rate.matrix_product:.3g}",
+    )
 
 
 def model_findings(path: str) -> list[Finding]:

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from dta_plugin.attention.api import resolve_backend
+from dta_plugin.attention.api import serving_backend
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.execution.batch import STAND_IN, Batch, SequenceLogProbs
 from dta_plugin.execution.dense import dense_logprobs
 from dta_plugin.execution.memory import token_budget
-from dta_plugin.execution.model import causal_lm, head_dim
+from dta_plugin.execution.model import attention_kinds, causal_lm
 from dta_plugin.execution.packed import EdgeOutputs, run_packed
 from dta_plugin.execution.ranks import gathered, has_tensor_parallel, is_collective, is_sharded, is_zero3
 from dta_plugin.execution.streamed import run_streamed
@@ -86,10 +86,10 @@ def _obstacle_to_streaming(model: nn.Module, batch: Batch, config: TreeConfig, r
     hooked = [name for name, parameter in model.named_parameters() if parameter._backward_hooks]
     if hooked:
         return f"a gradient hook on {hooked[0]}; register_post_accumulate_grad_hook sees what is summed over chunks"
-    base = causal_lm(model)
-    backend = resolve_backend(config.backend, batch.edges.target.device, base.dtype, (head_dim(base),))
-    if backend not in ("cpu", "triton"):
-        return f"attention through backend {backend!r}: streaming needs 'cpu' or 'triton'"
+    kinds = attention_kinds(causal_lm(model), batch.edges.target.device)
+    backends = {serving_backend(config.backend, kind) for kind in kinds} - {"cpu", "triton"}
+    if backends:
+        return f"attention through backend {backends.pop()!r}: streaming needs 'cpu' or 'triton'"
     return None
 
 

@@ -92,9 +92,8 @@ def prepare(
     if stands_in:
         scored = temperatures = None
     edges = ScoredEdges.from_tree(tree, scored, device or input_device(base), temperatures)
-    scored_tokens = int((edges.edge_of_token < len(edges.target)).sum())
     weights = model_cost(base)
-    cost = estimate(tree, weights, scored_tokens, len(edges.rows))
+    cost = estimate(tree, weights, edges.host.scored_tokens, len(edges.rows))
     if reason is not None:
         return Batch(list(sequences), scored, tree, edges, cost, False, reason, temperatures=temperatures)
     speeds = calibration_of(model, config) if instead else None

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -80,7 +81,7 @@ class Runner:
         start = time.perf_counter()
         job = self.job
         install(job.base)
-        mask = ChunkMask(piece.exit, piece.depth, job.backend, arena, piece.first, piece.trunk)
+        mask = ChunkMask(piece.exit, piece.depth, job.backend, arena, piece.first, piece.trunk, piece.host)
         runs_head = job.is_sharded or needs_head or len(piece.edges) > 0
 
         def forward(model: PreTrainedModel, dta_inputs: dict[str, Any], **_: Any) -> list[torch.Tensor]:
@@ -107,6 +108,7 @@ class Runner:
         count = len(piece.edges)
         nothing = piece.depth.new_zeros(1)
         rows, targets, row_of_edge = (x if count else nothing for x in (piece.rows, piece.targets, piece.row_of_edge))
+        on_both = row_of_edge, piece.host_row_of_edge if count else np.zeros(1, dtype=np.int64)
         own = piece.temperature if piece.temperature is not None and count else self.job.temperature
-        scores = score(hidden.index_select(0, rows), self.head, targets, row_of_edge, own, self.job.return_entropy)
+        scores = score(hidden.index_select(0, rows), self.head, targets, *on_both, own, self.job.return_entropy)
         return [values if count else values[:0].clone() for values in scores if values is not None]

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
+from dta_plugin.attention.self_check import Kind
 from dta_plugin.errors import UnsupportedModelError
 from dta_plugin.logprobs import LMHead
 from dta_plugin.tree.cost import ModelCost
@@ -95,6 +96,20 @@ def layer_types(config: Any) -> list[str]:
         return list(types_)
     kind = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
     return [kind] * config.num_hidden_layers
+
+
+def attention_kinds(model: PreTrainedModel, device: torch.device) -> set[Kind]:
+    """The kinds of attention that the model's layers ask for on `device`, as far as its config says."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
+    has_softcap = getattr(config, "attn_logit_softcapping", None) is not None
+    has_sinks = any(isinstance(getattr(module, "sinks", None), torch.Tensor) for module in model.modules())
+    return {
+        Kind(device, dtype, (head_dim(model),) * 2, heads // kv_heads, window, has_softcap, has_sinks)
+        for window in {kind == "sliding_attention" for kind in layer_types(config)}
+    }
 
 
 def head_dim(model: PreTrainedModel) -> int:

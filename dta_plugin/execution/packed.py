@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -87,7 +88,8 @@ def run_packed(
             targets = layout.input_ids[edges.target]
             rows = output.last_hidden_state[0].index_select(0, edges.rows)
             own = temperature if edges.temperature is None else edges.temperature
-            logprobs, entropies = score(rows, head, targets, edges.row_of_edge, own, return_entropy)
+            on_both = edges.row_of_edge, edges.host.row_of_edge
+            logprobs, entropies = score(rows, head, targets, *on_both, own, return_entropy)
             result["logprobs"].append(logprobs)
             if entropies is not None:
                 result["entropies"].append(entropies)
@@ -97,9 +99,9 @@ def run_packed(
 
     with tree_forward(base, forward):
         result = model(dta_chunks=[model_inputs(*pair) for pair in zip(layouts, masks, strict=True)])
-    for mask, logprobs in zip(masks, result["logprobs"], strict=True):
+    for mask in masks:
         check_every_layer_hit(base, mask)
-        check_finite(logprobs, base)
+    check_finite(result["logprobs"], base)
     nothing = [None] * len(chunks)
     backends = ["+".join(sorted(mask.backends_used)) for mask in masks]
     columns = (result["logprobs"], result["entropies"] or nothing, result["router_loss"] or nothing, backends)
@@ -111,13 +113,14 @@ def score(
     head: LMHead,
     targets: torch.Tensor,
     row_of_edge: torch.Tensor,
+    host_row_of_edge: np.ndarray,
     temperature: float | torch.Tensor,
     return_entropy: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Edge log-probs [E] and edge entropies [E] from the hidden states `rows` [R, H]; see `edge_logprobs`."""
 
     def run(_: nn.Module, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return edge_logprobs(rows, head, targets, row_of_edge, temperature, return_entropy)
+        return edge_logprobs(rows, head, targets, row_of_edge, temperature, return_entropy, host_row_of_edge)
 
     if isinstance(head.module, FSDPModule) and head.is_plain:
         # The weight of a sharded head is whole only inside a call of it, and every rank must call it equally often.
@@ -147,10 +150,11 @@ def check_every_layer_hit(model: PreTrainedModel, mask: TreeMask) -> None:
         )
 
 
-def check_finite(logprobs: torch.Tensor, model: nn.Module) -> None:
-    if not bool(torch.isfinite(logprobs).all()):
-        bad = int((~torch.isfinite(logprobs)).sum())
+def check_finite(logprobs: Sequence[torch.Tensor], model: nn.Module) -> None:
+    """Waits for the device: the only time in a batch that the tree path does."""
+    bad = int(torch.stack([(~torch.isfinite(x)).sum() for x in logprobs]).sum())
+    if bad:
         raise InvalidInputError(
-            f"{type(model).__name__} gave {bad} NaN or infinite log-probs of {logprobs.numel()}. Expected finite "
-            "values; check the weights (a diverged run?), the learning rate and the dtype."
+            f"{type(model).__name__} gave {bad} NaN or infinite log-probs of {sum(x.numel() for x in logprobs)}. "
+            "Expected finite values; check the weights (a diverged run?), the learning rate and the dtype."
         )

@@ -7,16 +7,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from dta_plugin.attention.mask import HostArrays
 from dta_plugin.tree.layout import ScoredEdges
 from dta_plugin.tree.plan import Plan
 from dta_plugin.tree.trie import PrefixTree
+from dta_plugin.upload import upload
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Piece:
     """A chunk as tensors. edges: int64 [E'] those whose rows are in it; rows: [R'] positions in the chunk.
 
-    temperature: [R'], where rows have their own.
+    temperature: [R'], where rows have their own. host: exit and depth, and host_row_of_edge, in the CPU's memory.
     """
 
     input_ids: torch.Tensor
@@ -28,6 +30,8 @@ class Piece:
     targets: torch.Tensor
     rows: torch.Tensor
     row_of_edge: torch.Tensor
+    host: HostArrays
+    host_row_of_edge: np.ndarray
     temperature: torch.Tensor | None = None
 
 
@@ -36,8 +40,7 @@ class Pieces:
 
     def __init__(self, tree: PrefixTree, edges: ScoredEdges, plan: Plan) -> None:
         self.tree, self.plan, self.device = tree, plan, edges.target.device
-        self.target = edges.target.cpu().numpy()
-        self.rows, self.row_of_edge = edges.rows.cpu().numpy(), edges.row_of_edge.cpu().numpy()
+        self.target, self.rows, self.row_of_edge = edges.host.target, edges.host.rows, edges.host.row_of_edge
         self.temperature = edges.temperature
         chunk_of = np.empty(tree.tree_tokens, dtype=np.int64)
         for index, chunk in enumerate(plan.chunks):
@@ -48,13 +51,13 @@ class Pieces:
 
     def edges(self, index: int) -> torch.Tensor:
         """int64 [E'] the edges whose rows are in a chunk."""
-        return torch.from_numpy(self.edges_of[index]).to(self.device)
+        return upload([self.edges_of[index]], self.device)[0]
 
     def whole(self, index: int) -> Piece:
         chunk, edges = self.plan.chunks[index], self.edges_of[index]
         rows, row_of_edge = np.unique(self.row_of_edge[edges], return_inverse=True)
         positions = np.searchsorted(chunk.tokens, self.rows[rows])
-        temperature = None if self.temperature is None else self.temperature[torch.from_numpy(rows).to(self.device)]
+        temperature = None if self.temperature is None else self.temperature[upload([rows], self.device)[0]]
         arrays = (chunk.trunk, edges, positions, row_of_edge)
         return replace(self._piece(chunk.tokens, chunk.first_depth, *arrays), temperature=temperature)
 
@@ -67,7 +70,8 @@ class Pieces:
     def stand_in(self) -> Piece:
         """A piece of one token, for a rank that calls the model only because others do."""
         zero, nothing = (torch.zeros(size, dtype=torch.int64, device=self.device) for size in (1, 0))
-        return Piece(zero, zero, zero + 1, 0, *(nothing,) * 5)
+        one = np.zeros(1, dtype=np.int64)
+        return Piece(zero, zero, zero + 1, 0, *(nothing,) * 5, (one + 1, one), one[:0])
 
     def _piece(
         self,
@@ -81,7 +85,16 @@ class Pieces:
         tree = self.tree
         exit_ = np.searchsorted(tokens, tree.exit[tokens])
         targets = tree.tokens[self.target[edges]]
-        arrays = (tree.tokens[tokens], tree.depth[tokens], exit_)
-        ids, depth, exit_tensor = (torch.from_numpy(array).to(self.device) for array in arrays)
-        rest = (torch.from_numpy(array).to(self.device) for array in (trunk, edges, targets, rows, row_of_edge))
-        return Piece(ids, depth, exit_tensor, first, *rest)
+        depth = tree.depth[tokens]
+        arrays = {
+            "input_ids": tree.tokens[tokens],
+            "depth": depth,
+            "exit": exit_,
+            "trunk": trunk,
+            "edges": edges,
+            "targets": targets,
+            "rows": rows,
+            "row_of_edge": row_of_edge,
+        }
+        tensors = dict(zip(arrays, upload(list(arrays.values()), self.device), strict=True))
+        return Piece(**tensors, first=first, host=(exit_, depth), host_row_of_edge=row_of_edge)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -89,7 +90,8 @@ def _fused(
     def forward(_: PreTrainedModel, dta_call: dict[str, Any], **__: Any) -> dict[str, torch.Tensor]:
         rows = decoder(**dta_call).last_hidden_state[place]
         edges = torch.arange(len(rows), device=rows.device)
-        logprobs, _entropies = score(rows, head, targets, edges, temperature=1.0, return_entropy=False)
+        on_both = edges, np.arange(len(rows))
+        logprobs, _entropies = score(rows, head, targets, *on_both, temperature=1.0, return_entropy=False)
         return {"logprobs": logprobs}
 
     with tree_forward(base, forward):

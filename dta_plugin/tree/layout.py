@@ -15,6 +15,7 @@ import torch
 
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.tree.trie import PrefixTree
+from dta_plugin.upload import upload
 
 Scored = Sequence[int | Sequence[bool] | torch.Tensor | np.ndarray]
 
@@ -33,7 +34,20 @@ class TreeLayout:
     @classmethod
     def from_tree(cls, tree: PrefixTree, device: torch.device | str = "cpu") -> TreeLayout:
         arrays = (tree.tokens, tree.parent, tree.depth, tree.exit, tree.multiplicity)
-        return cls(tree, *(torch.from_numpy(array).to(device) for array in arrays))
+        return cls(tree, *upload(arrays, device))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HostEdges:
+    """What the CPU has to know of `ScoredEdges` while the device computes.
+
+    target, rows, row_of_edge: as there. scored_tokens: of all sequences, however many share an edge.
+    """
+
+    target: np.ndarray
+    rows: np.ndarray
+    row_of_edge: np.ndarray
+    scored_tokens: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,7 +58,7 @@ class ScoredEdges:
     rows: int64 [R] layout index of the hidden states that the LM head reads, ascending.
     row_of_edge: int64 [E] position in ``rows`` of each edge's parent.
     edge_of_token: int64 [N - S] for tokens 1.. of every sequence, their edge, or E where unscored.
-    lengths: per sequence, len - 1.
+    lengths: per sequence, len - 1. host: in the CPU's memory.
     temperature: float64 [R] where sequences have temperatures of their own. Edges and rows are then distinct by
     temperature too: sequences of different ones share hidden states, not log-probs.
     """
@@ -54,6 +68,7 @@ class ScoredEdges:
     row_of_edge: torch.Tensor
     edge_of_token: torch.Tensor
     lengths: list[int]
+    host: HostEdges
     temperature: torch.Tensor | None = None
 
     @classmethod
@@ -83,13 +98,12 @@ class ScoredEdges:
         rows, kind_of_row = np.divmod(row_keys, kinds)
         edge_of_key = np.cumsum(is_edge) - 1
         edge_of_token = np.where(wanted, edge_of_key[keys], len(target))[~is_first]
-        temperature = None if temperatures is None else torch.from_numpy(values[kind_of_row]).to(device)
-
-        def tensor(array: np.ndarray) -> torch.Tensor:
-            return torch.from_numpy(array.astype(np.int64, copy=False)).to(device)
-
+        temperature = None if temperatures is None else upload([values[kind_of_row]], device)[0]
+        arrays = [x.astype(np.int64, copy=False) for x in (target, rows, row_of_edge, edge_of_token)]
+        on_device = dict(zip(("target", "rows", "row_of_edge", "edge_of_token"), upload(arrays, device), strict=True))
         lengths = (np.diff(tree.offsets) - 1).tolist()
-        return cls(tensor(target), tensor(rows), tensor(row_of_edge), tensor(edge_of_token), lengths, temperature)
+        host = HostEdges(target, rows, row_of_edge, int(wanted.sum()))
+        return cls(**on_device, lengths=lengths, host=host, temperature=temperature)
 
     def per_token(self, edge_values: torch.Tensor) -> torch.Tensor:
         """Edge values [E] -> flat values [N - S] of tokens 1.. of every sequence, 0 where unscored; differentiable."""

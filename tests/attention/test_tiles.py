@@ -23,7 +23,7 @@ PROCESSORS = 132  # of an H200
 
 
 def pairs_of(mask: TreeMask, query_tile: int, key_tile: int, window: int | None = None, first: int = 0) -> TilePairs:
-    return tile_pairs(mask.exit, mask.depth, window, query_tile, key_tile, first)
+    return tile_pairs(*mask.host(), window, query_tile, key_tile, first)
 
 
 def tiled(mask: TreeMask, query_tile: int, key_tile: int, window: int | None, first: int) -> np.ndarray:
@@ -42,7 +42,7 @@ def check_pairs(sequences: Sequences, query_tile: int, key_tile: int, window: in
     pairs = pairs_of(mask, query_tile, key_tile, window, first)
     blocks = tiled(mask, query_tile, key_tile, window, first)
     visited = np.zeros(blocks.shape[:2], dtype=int)
-    np.add.at(visited, (pairs.query.numpy(), pairs.key.numpy()), 1)
+    np.add.at(visited, (pairs.query, pairs.key), 1)
     assert visited.max() <= 1
     assert (visited[blocks.any(axis=2)] == 1).all()
     if window is None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from dta_plugin import TreeConfig, TreeMask, tree_attention
-from dta_plugin.attention import api, tiles, triton_backend
+from dta_plugin import PrefixTree, TreeConfig, TreeMask, tree_attention
+from dta_plugin.attention import api, self_check, tiles, triton_backend
 from dta_plugin.attention.reference import reference_attention
 from dta_plugin.attention.tiles import Visits
 from dta_plugin.attention.triton_backend import TritonKernels, triton_attention
@@ -39,6 +40,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles and splits so small that little trees have many of both."""
     monkeypatch.setattr(triton_backend, "launches", lambda *_: SMALL)
     monkeypatch.setattr(tiles, "_FEWEST_VISITS", 2)
+    monkeypatch.setattr(self_check, "_tree", lambda: PrefixTree.from_sequences(star(3, prefix=20, branch=9)))
 
 
 @pytest.mark.parametrize("option", VARIANTS)
@@ -180,10 +182,10 @@ def test_strided_sinks(small_tiles: None) -> None:
 def test_tf32_follows_the_switch_of_torch(small_tiles: None) -> None:
     """transformers' TrainingArguments(tf32=True) sets it in a way that makes torch's older switches raise."""
     before = torch.backends.fp32_precision
-    assert not triton_backend._allows_tf32()
+    assert not triton_backend.allows_tf32()
     try:
         torch.backends.fp32_precision = "tf32"
-        assert triton_backend._allows_tf32()
+        assert triton_backend.allows_tf32()
         check(SHAPES["forest"], VARIANTS["plain"], torch.bfloat16)
     finally:
         torch.backends.fp32_precision = before
@@ -201,7 +203,7 @@ def test_two_backward_runs_are_bitwise_equal(small_tiles: None, dtype: torch.dty
 
 def splits_of(mask: TreeMask) -> int:
     size = SMALL.key_gradient
-    pairs = tiles.tile_pairs(mask.exit, mask.depth, None, size.query_tile, size.key_tile)
+    pairs = tiles.tile_pairs(*mask.host(), None, size.query_tile, size.key_tile)
     by_key = tiles.visits(pairs.key, pairs.query, pairs.full, -(-len(mask) // size.key_tile))
     return tiles.key_work(by_key, 3, 2, triton_backend._processors(DEVICE)).slots
 
@@ -240,7 +242,7 @@ def test_negative_control_siblings_made_visible(small_tiles: None) -> None:
 
 
 def test_negative_control_masked_tiles_taken_for_full(small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def all_full(*arguments: torch.Tensor | int) -> Visits:
+    def all_full(*arguments: np.ndarray | int) -> Visits:
         found = tiles.visits(*arguments)  # type: ignore[arg-type]
         return replace(found, masked=found.start[1:].clone())
 
@@ -261,7 +263,7 @@ def test_negative_control_dropped_partial_sum(small_tiles: None, monkeypatch: py
 
 
 def test_negative_control_dropped_visit(small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def one_short(exit: torch.Tensor, depth: torch.Tensor, *rest: int) -> tiles.TilePairs:
+    def one_short(exit: np.ndarray, depth: np.ndarray, *rest: int) -> tiles.TilePairs:
         pairs = tiles.tile_pairs(exit, depth, *rest)
         return tiles.TilePairs(pairs.query[1:], pairs.key[1:], pairs.full[1:])
 

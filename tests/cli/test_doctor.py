@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import metadata
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tests.cli.support import run_dta, save_config, save_unsupported_config
 def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     _, out, err = run_dta(capsys, "doctor")
     assert err == "" and "attention backend: cpu" in out
+    assert "there is no GPU" in out and re.search(r"rate +[\d.e-]+ forward, [\d.e-]+ backward +TFLOP/s .* cpu", out)
     for package in ("dta-plugin", "python", "torch", "triton", "transformers", "trl", "verl", "peft", "accelerate"):
         assert f"  {package} " in out or f"! {package} " in out
 

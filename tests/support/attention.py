@@ -1,33 +1,14 @@
-"""Random inputs of the attention op, and a run of a backend with gradients of a random functional."""
+"""Variants of the attention op and masks of token sequences. Inputs, runs and budgets are the package's own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
 import torch
-import torch.nn.functional as F
 
 from dta_plugin import PrefixTree, TreeLayout, TreeMask
+from dta_plugin.attention.trial import Attention, Inputs, Options, Outputs, dense_in_own_dtype, relative_error
 from tests.support.trees import Sequences
 
-Attention = Callable[..., torch.Tensor]
-Outputs = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """Heads and variant of one attention layer."""
-
-    q_heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 8
-    value_dim: int = 8
-    scale: float = 0.5
-    window: int | None = None
-    softcap: float | None = None
-    sinks: bool = False
-
+__all__ = ["Attention", "Inputs", "Options", "Outputs", "dense_in_own_dtype", "mask_of", "relative_error"]
 
 OPTIONS: dict[str, Options] = {
     "plain": Options(q_heads=2),
@@ -46,82 +27,3 @@ OPTIONS: dict[str, Options] = {
 
 def mask_of(sequences: Sequences, backend: str = "auto", device: torch.device | str = "cpu") -> TreeMask:
     return TreeMask.from_layout(TreeLayout.from_tree(PrefixTree.from_sequences(sequences), device), backend)
-
-
-@dataclass(slots=True)
-class Inputs:
-    """Leaf tensors q, k, v and sinks for `tokens` tokens, large enough that attention is far from uniform.
-
-    queries: the last so many tokens have queries, None for all.
-    """
-
-    options: Options
-    tokens: int
-    dtype: torch.dtype
-    device: torch.device | str = "cpu"
-    queries: int | None = None
-    leaves: dict[str, torch.Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        o, queries = self.options, self.queries or self.tokens
-        shapes = {
-            "q": (1, o.q_heads, queries, o.head_dim),
-            "k": (1, o.kv_heads, self.tokens, o.head_dim),
-            "v": (1, o.kv_heads, self.tokens, o.value_dim),
-            "out": (1, o.q_heads, queries, o.value_dim),
-        }
-        self.leaves = {name: torch.randn(s, generator=generator, dtype=torch.float64) for name, s in shapes.items()}
-        if o.sinks:
-            self.leaves["sinks"] = torch.randn(o.q_heads, generator=generator, dtype=torch.float64)
-        self.leaves = {name: x.to(torch.bfloat16).to(self.device, self.dtype) for name, x in self.leaves.items()}
-
-    def run(self, attention: Attention, mask: TreeMask) -> Outputs:
-        """Output and gradients of a fixed random functional of it."""
-        weight = self.leaves["out"]
-        leaves = {name: x.clone().requires_grad_() for name, x in self.leaves.items() if name != "out"}
-        o = self.options
-        out = attention(leaves["q"], leaves["k"], leaves["v"], mask, o.scale, o.window, o.softcap, leaves.get("sinks"))
-        names = list(leaves)
-        grads = torch.autograd.grad((out * weight).sum(), list(leaves.values()))
-        return {"out": out.detach(), **dict(zip(names, grads, strict=True))}
-
-
-def dense_in_own_dtype(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: TreeMask,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """What a dense path would run in the inputs' dtype: torch's attention or, where that has no kernel (soft-caps,
-    sinks, unequal head dims), the products and the softmax that transformers writes out."""
-    visible = mask.visible(window)[-q.shape[2] :]
-    if softcap is None and sinks is None and q.shape[-1] == v.shape[-1]:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    scores = q @ k.transpose(2, 3) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~visible, float("-inf"))
-    if sinks is not None:
-        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(1, -1, q.shape[2], 1)], dim=-1)
-    return scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype)[..., : k.shape[2]] @ v
-
-
-def relative_error(actual: Outputs, expected: Outputs, floor: float = 0.02) -> float:
-    """Largest relative L2 error among the output and the gradients; infinite where there is a NaN.
-
-    Gradients that vanish (a token that sees one key has none in q and k) are judged against `floor` times the largest.
-    """
-    assert actual.keys() == expected.keys()
-    norms = {name: value.double().norm().item() for name, value in expected.items()}
-    smallest = floor * max(norms.values())
-    errors = [
-        (actual[name].double() - value.double()).norm().cpu() / max(norms[name], smallest)
-        for name, value in expected.items()
-    ]
-    return torch.stack(errors).nan_to_num(nan=float("inf")).max().item()
