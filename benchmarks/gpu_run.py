@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -31,6 +31,7 @@ from gpu_plan import PLANS, RESULT, Setting, Step
 ROOT = Path(__file__).resolve().parents[1]
 ROLLOUTS = ROOT.parent / "shared" / "data" / "tau_airline_gpt4o.jsonl.gz"
 SEES_A_GPU = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+DRY_PATIENCE = 10  # a CPU takes longer: so many times a step's seconds
 PATIENCE = 5.0  # seconds between asking a step to end and ending it
 
 
@@ -52,8 +53,10 @@ def main() -> None:
     if not args.dry and subprocess.run([sys.executable, "-c", SEES_A_GPU]).returncode != 0:
         sys.exit("torch sees no CUDA device. Expected one; --dry tries every step without.")
     args.output.mkdir(parents=True, exist_ok=True)
-    rollouts = args.rollouts if args.rollouts.exists() else None
+    rollouts = args.rollouts.resolve() if args.rollouts.exists() else None
     steps = PLANS[args.plan](Setting(args.dry, args.site, args.wheels, rollouts))
+    if args.dry:
+        steps = [replace(step, seconds=DRY_PATIENCE * step.seconds) for step in steps]
     if unknown := sorted(set(args.only or ()) - {step.name for step in steps}):
         sys.exit(f"No step named {', '.join(unknown)}. Expected among: {', '.join(step.name for step in steps)}.")
     endings: list[Ending] = []

@@ -1,7 +1,7 @@
 """The tests that need a CUDA device, dealt out to several processes: what `make gpu` runs first.
 
     python benchmarks/gpu_tests.py --output tests.json
-    python benchmarks/gpu_tests.py --every 25 --processes 2     # a sample; without a GPU, under Triton's interpreter
+    python benchmarks/gpu_tests.py --select strides --processes 2     # some; without a GPU, in Triton's interpreter
 
 Most of the time goes into compiling kernels, one variant per test, which is why tests run side by side; pytest alone
 is enough for that. Only files whose tests use the device are run, and none that compiles for GPUs that are not there.
@@ -30,12 +30,12 @@ SHOWN_LINES = 25  # of a failure's traceback
 class Share:
     """pytest plugin: keeps one share of the tests, and writes a line of JSON per outcome."""
 
-    def __init__(self, index: int, count: int, every: int, report: TextIO) -> None:
-        self.index, self.count, self.every, self.report = index, count, every, report
+    def __init__(self, index: int, count: int, report: TextIO) -> None:
+        self.index, self.count, self.report = index, count, report
 
     @pytest.hookimpl(trylast=True)  # after those that the markers deselect are gone
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items[:] = items[:: self.every][self.index :: self.count]
+        items[:] = items[self.index :: self.count]
         self._write(collected=len(items))
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
@@ -56,8 +56,8 @@ def main() -> None:
     args = _arguments()
     if args.share is not None:
         with args.output.open("w") as report:
-            plugin = Share(args.share, args.processes, args.every, report)
-            options = ["-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", "-m", "not slow"]
+            plugin = Share(args.share, args.processes, report)
+            options = ["-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", "-m", "not slow", "-k", args.select]
             sys.exit(pytest.main([*options, *FILES], plugins=[plugin]))
     with tempfile.TemporaryDirectory() as folder:
         result = _summary(_run(args, Path(folder)))
@@ -75,7 +75,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=600.0, help="what still runs then is stopped")
-    parser.add_argument("--every", type=int, default=1, help="run one test in so many")
+    parser.add_argument("--select", default="", help="an expression for pytest's -k")
     parser.add_argument("--output", type=Path, help="JSON file for the outcomes")
     parser.add_argument("--share", type=int, help=argparse.SUPPRESS)  # this process runs that share of the tests
     return parser.parse_args()
@@ -86,7 +86,7 @@ def _run(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     stop = time.monotonic() + args.seconds
     reports = [folder / f"{index}.jsonl" for index in range(args.processes)]
     logs = [folder / f"{index}.txt" for index in range(args.processes)]
-    command = [sys.executable, __file__, "--processes", str(args.processes), "--every", str(args.every)]
+    command = [sys.executable, __file__, "--processes", str(args.processes), "--select", args.select]
     shares = []
     for index, (report, log) in enumerate(zip(reports, logs, strict=True)):
         with log.open("w") as out:

@@ -41,7 +41,7 @@ import torch
 from contenders import Outcome
 from harness import CLOCKS, environment, interleaved, median_ratio, write_json
 from models import MODEL_KEYS, MODELS, qwen3, random_model, twin, with_lora, without_adapters
-from policy_update_report import NAMES, summary, update_table
+from policy_update_report import NAMES, last_line, summary, update_table
 from transformers import PreTrainedModel
 from workloads import ROLLOUTS, Workload, rollouts, star, unrelated
 
@@ -97,7 +97,7 @@ def main() -> None:
         print(summary(rows[-1]), flush=True)
         if args.output:
             write_json(args.output, content)
-    print(f"\n{update_table(rows)}")
+    print(f"\n{update_table(rows)}\n\n{last_line(rows)}")
     if not all("tree" in row["milliseconds"] for row in rows):
         sys.exit("The tree did not run on every row: see above.")
     if bad := [row["name"] for row in rows if not max(row["error"].values(), default=0.0) <= TOLERANCE[dtype]]:

@@ -71,3 +71,9 @@ def update_table(rows: list[dict[str, Any]]) -> str:
         for row in rows
     ]
     return table(header, body)
+
+
+def last_line(rows: list[dict[str, Any]]) -> str:
+    """How many times faster than the first contender the tree was."""
+    faster = [(row["name"], *next(iter(row["speed_up_over"].items()), ("", None))) for row in rows]
+    return "; ".join(f"{name}: {ratio:.2f}x as fast as {NAMES[other]}" for name, other, ratio in faster if ratio)
