@@ -104,13 +104,10 @@ def test_without_a_gpu_it_is_an_error(tmp_path: Path) -> None:
 
 def test_every_test_of_the_device_runs_there(module: Callable[[str], ModuleType]) -> None:
     """Files whose tests move to the GPU where there is one are those that say where they run."""
-    on_device = {
-        path.relative_to(ROOT)
-        for path in (ROOT / "tests").rglob("test_*.py")
-        if "support.interpreter import" in path.read_text() or "support.triton import" in path.read_text()
-    }
+    imports = re.compile(r"^from tests\.support\.(interpreter|triton) import", re.MULTILINE)
+    on_device = {path for path in (ROOT / "tests").rglob("test_*.py") if imports.search(path.read_text())}
     listed = [ROOT / name for name in module("gpu_tests").FILES]
-    assert on_device and all(any((ROOT / path).is_relative_to(where) for where in listed) for path in on_device)
+    assert on_device and all(any(path.is_relative_to(where) for where in listed) for path in on_device)
 
 
 def test_device_tests_are_collected_without_hypothesis_or_trainers() -> None:
