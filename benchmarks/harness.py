@@ -24,7 +24,7 @@ import torch
 
 import dta_plugin
 
-PACKAGES = ("dta-plugin", "torch", "triton", "transformers", "trl", "peft", "prefix-grouper", "flash-attn", "numpy")
+PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "prefix-grouper", "flash-attn", "numpy")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -99,7 +99,11 @@ def environment(device: torch.device) -> dict[str, Any]:
             "driver": _driver() if device.type == "cuda" else None,
             "system": platform.system(),
         },
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            "dta-plugin": dta_plugin.__version__,
+            **{name: _version(name) for name in PACKAGES},
+        },
         "commit": _commit(),
     }
 
