@@ -1,7 +1,7 @@
 # Everything that can be run here. `make` lists it; the first target that needs packages creates $(VENV).
 #   make test VENV=            use the environment that is active instead
 #   make test WORKERS=8        more processes
-#   make gpu VENV= RESULTS=out
+#   make gpu RESULTS=out           on a machine with a GPU; creates no environment
 
 SHELL := bash -o pipefail
 VENV ?= .venv
@@ -31,7 +31,8 @@ QUIET := HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
 
 .DEFAULT_GOAL := help
 .PHONY: help venv test test-slow test-verl test-verl-oldest lint quickstart quickstart-lora quickstart-verl bench
-.PHONY: quickstart-diffusion bench-streamed bench-balance bench-nat bench-diffusion gpu
+.PHONY: quickstart-diffusion bench-streamed bench-balance bench-nat bench-diffusion
+.PHONY: gpu gpu-trl gpu-more gpu-dry gpu-wheels
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -117,9 +118,25 @@ bench-diffusion: $(INSTALLED) ## measure updates of a diffusion LM: memory again
 	test -d runs/quickstart_diffusion/model || python recipes/quickstart/diffusion.py --output runs/quickstart_diffusion
 	python benchmarks/diffusion_learning.py
 
-gpu: $(INSTALLED) ## tests and measurements on a CUDA device; results in $(RESULTS)
-	$(PYTEST) tests/gpu tests/attention -m "not slow"
-	python benchmarks/attention.py --output $(RESULTS)/attention_cuda.json
-	python benchmarks/policy_update.py --device cuda --dtype bfloat16 --output $(RESULTS)/policy_update_cuda.json
-	python benchmarks/token_selection.py --device cuda --output $(RESULTS)/token_selection_cuda.json
-	python benchmarks/diffusion_memory.py --device cuda --output $(RESULTS)/diffusion_memory_cuda.json
+# On a machine with a GPU: nothing is installed, and python3 is the one that holds torch. See benchmarks/gpu_run.py.
+#   make gpu RESULTS=out GPU_OPTIONS='--commit 1a2b3c4 --rollouts rollouts.jsonl.gz'
+GPU_RUN = python3 benchmarks/gpu_run.py $(1) --output $(RESULTS) $(GPU_OPTIONS)
+gpu: ## tests and measurements on a CUDA device, ten minutes at most; needs no TRL; results in $(RESULTS)
+	$(call GPU_RUN,op)
+
+gpu-trl: ## whole policy updates on a CUDA device, ten minutes at most; with TRL, or with what gpu-wheels downloaded
+	$(call GPU_RUN,trl)
+
+gpu-more: ## token selection and diffusion LMs on a CUDA device
+	$(call GPU_RUN,more)
+
+gpu-dry: ## every step of these without a GPU, tiny; all kernel variants are compiled
+	status=0; for plan in op trl more; do $(call GPU_RUN,$$plan) --dry || status=1; done; exit $$status
+
+# What TRL needs and a machine with torch, transformers and the usual data packages lacks, for that machine's Python.
+GPU_PYTHON ?= 3.12
+GPU_WHEELS := $(TRL) datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 peft==0.21.2 accelerate==1.15.0 \
+	prefix-grouper==0.0.1.post1
+gpu-wheels: ## download wheels (4 MB, ignored by git) for gpu-trl on a machine without a network
+	rm -rf wheels
+	python3 -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) --dest wheels $(GPU_WHEELS)

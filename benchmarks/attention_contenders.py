@@ -112,11 +112,10 @@ class Contender:
 def candidates(tree: PrefixTree, setting: Setting) -> dict[str, Iterable[Callable[[], Contender]]]:
     """Per contender the ways to build it, best first; see `warmed_up`."""
     lengths = np.diff(tree.offsets).tolist()
-    varied = len(set(lengths)) > 1 or tree.flat_tokens == tree.tree_tokens
     return {
         "tree": [partial(_on_tree, tree, setting, setting.tree_backend)],
         "flex": [partial(_on_tree, tree, setting, "flex")],
-        **({"varlen flash": [partial(_packed, lengths, setting)]} if varied else {}),
+        "varlen flash": [partial(_packed, lengths, setting)],
         "dense flash": _batched_variants(lengths, setting),
     }
 

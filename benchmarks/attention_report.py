@@ -16,6 +16,7 @@ PUBLISHED: dict[str, dict[str, tuple[float | None, float]]] = {
     "65536/2048/16": {"A100": (None, 1357.8), "H100": (None, 1731.8)},
 }
 PARTS = ("forward", "backward", "total")
+RATES = {"forward": 400, "backward": 300}  # TFLOP/s on visible pairs that the target is to reach
 
 
 def summary(row: dict[str, Any]) -> str:
@@ -79,6 +80,9 @@ def checks(rows: Sequence[dict[str, Any]], target: str, unshared: Sequence[str])
     value = speed_up(target, "dense flash")
     limit = f" (ceiling {by_name[target]['ceiling']:.2f}x)" if target in by_name else ""
     check(f"{target}: at least 5x faster than dense flash{limit}", value, lambda x: x >= 5, ".2f")
+    for part, least in RATES.items():
+        rate = by_name[target]["contenders"]["tree"].get("tflops", {}).get(part) if target in by_name else None
+        check(f"{target}: {part} at least {least} TFLOP/s, on an H200", rate, lambda x, y=least: x >= y, ".0f")
     share = None
     if value is not None:
         rates = {name: contender.get("tflops") for name, contender in by_name[target]["contenders"].items()}

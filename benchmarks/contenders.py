@@ -11,6 +11,9 @@ of GRPO's first iteration, the mean over completion tokens of ``-ratio * advanta
 * `prefix_grouper`: PrefixGrouper 0.0.1.post1 with the same LM head. Its own adapter fails on CPUs, so it gets the
   attention function below.
 * `tree`: dta-plugin as its TRL adapter calls it, building the tree included.
+* `flex`: the same with attention by torch's FlexAttention, which on CPUs has no backward pass.
+
+Models may be PEFT's.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from models import without_adapters
+from torch.nn.attention.bias import causal_lower_right
 from transformers import PreTrainedModel
 from workloads import Workload
 
@@ -45,8 +50,8 @@ class Outcome:
 Step = Callable[[], Outcome]
 
 
-def tree(model: PreTrainedModel, work: Workload) -> Step:
-    config = TreeConfig()
+def tree(model: PreTrainedModel, work: Workload, backend: str = "auto") -> Step:
+    config = TreeConfig(backend=backend)
 
     def step() -> Outcome:
         batch = prepare(model, work.sequences, work.prompt_lengths, config)
@@ -61,6 +66,10 @@ def tree(model: PreTrainedModel, work: Workload) -> Step:
         return Outcome(loss.detach(), logprobs.detach(), entropies.detach())
 
     return step
+
+
+def flex(model: PreTrainedModel, work: Workload) -> Step:
+    return tree(model, work, backend="flex")
 
 
 def trl(model: PreTrainedModel, work: Workload) -> Step:
@@ -92,9 +101,11 @@ def dense(model: PreTrainedModel, work: Workload) -> Step:
     def step() -> Outcome:
         outcomes = []
         for input_ids, attention_mask, completion, advantages in batches:
-            hidden = model.base_model(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-            ).last_hidden_state
+            hidden = (
+                without_adapters(model)
+                .base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+                .last_hidden_state
+            )
             columns = completion.shape[1]
             logprobs, entropies = _score(
                 model, hidden[:, -columns - 1 : -1][completion], input_ids[:, -columns:][completion]
@@ -112,7 +123,9 @@ def prepare_for_trl(model: PreTrainedModel) -> None:
     """What GRPOTrainer.__init__ does to its model, at temperature 1."""
     from trl.trainer.utils import add_fused_lm_head
 
-    add_fused_lm_head(model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=("log_probs", "entropy"))
+    add_fused_lm_head(
+        without_adapters(model), temperature=1.0, cast_lm_head_to_fp32=False, outputs=("log_probs", "entropy")
+    )
 
 
 def prefix_grouper(model: PreTrainedModel, work: Workload) -> Step:
@@ -136,13 +149,17 @@ def prefix_grouper(model: PreTrainedModel, work: Workload) -> Step:
         positions = [torch.arange(info.prefix_len, device=device) for info in grouper.group_info]
         for info in grouper.group_info:
             positions += [torch.arange(n, device=device) + info.prefix_len for n in info.suffix_lens]
-        hidden = model.base_model(
-            input_ids=input_ids,
-            position_ids=torch.cat(positions)[None],
-            attention_mask=placeholder,
-            use_cache=False,
-            prefix_grouper=grouper,
-        ).last_hidden_state
+        hidden = (
+            without_adapters(model)
+            .base_model(
+                input_ids=input_ids,
+                position_ids=torch.cat(positions)[None],
+                attention_mask=placeholder,
+                use_cache=False,
+                prefix_grouper=grouper,
+            )
+            .last_hidden_state
+        )
         _, _, suffix, mask = grouper.split_output(hidden, include_prefix_last=1)
         targets = grouper.convert_padding(completion_ids, completion_mask, padding_mode="right")
         logprobs, entropies = _score(model, suffix[:, :-1][mask[:, 1:]], targets[mask[:, 1:]])
@@ -158,7 +175,7 @@ def prepare_for_prefix_grouper(model: PreTrainedModel) -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register("prefix_grouper_any_device", _grouped_attention)
-    model.set_attn_implementation("prefix_grouper_any_device")
+    without_adapters(model).set_attn_implementation("prefix_grouper_any_device")
 
 
 def _grouped_attention(
@@ -185,6 +202,10 @@ def _grouper_attention(
     if nq == nk and bool(keys_valid.all()):
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         return out.transpose(1, 2)
+    if q.is_cuda and bool(keys_valid.all()):
+        lower_right = causal_lower_right(nq, nk)  # FlashAttention, where a mask would mean one of the slow kernels
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=lower_right, scale=scale, enable_gqa=True)
+        return out.transpose(1, 2)
     bias = grouper.__dict__.setdefault("_benchmark_bias", {}).get((nq, nk))  # once per batch, for all layers
     if bias is None:
         keys = torch.arange(nk, device=q.device)
@@ -207,7 +228,7 @@ def _per_token_advantages(work: Workload) -> torch.Tensor:
 def _score(model: PreTrainedModel, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """hidden: [R, d], targets: int64 [R] -> log-probs and entropies [R]."""
     rows = torch.arange(len(targets), device=targets.device)
-    logprobs, entropies = edge_logprobs(hidden, lm_head(model), targets, rows, return_entropy=True)
+    logprobs, entropies = edge_logprobs(hidden, lm_head(without_adapters(model)), targets, rows, return_entropy=True)
     assert entropies is not None
     return logprobs, entropies
 

@@ -24,7 +24,7 @@ import torch
 
 import dta_plugin
 
-PACKAGES = ("dta-plugin", "torch", "triton", "transformers", "trl", "prefix-grouper", "numpy")
+PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "prefix-grouper", "flash-attn", "numpy")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -96,9 +96,14 @@ def environment(device: torch.device) -> dict[str, Any]:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+            "driver": _driver() if device.type == "cuda" else None,
             "system": platform.system(),
         },
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {
+            "python": platform.python_version(),
+            "dta-plugin": dta_plugin.__version__,
+            **{name: _version(name) for name in PACKAGES},
+        },
         "commit": _commit(),
     }
 
@@ -116,6 +121,15 @@ def _cpu_model() -> str:
     fields = dict(line.replace("\t", "").split(":", 1) for line in lines if ":" in line)
     family, model = fields.get("cpu family", "?").strip(), fields.get("model", "?").strip()
     return f"{fields.get('model name', platform.machine()).strip()} (family {family}, model {model})"
+
+
+def _driver() -> str | None:
+    """NVIDIA's, of the first GPU."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
 
 
 def _version(package: str) -> str | None:

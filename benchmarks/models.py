@@ -1,11 +1,17 @@
-"""The model that the benchmarks train: a small Qwen3 with random weights."""
+"""The models that the benchmarks train: Qwen3 with random weights, small or of the released sizes."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from itertools import chain
+from typing import Any, TypeVar
 
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+Module = TypeVar("Module", bound=torch.nn.Module)
+LORA_RANK = 32
 
 # What describes a model in a result file.
 MODEL_KEYS = (
@@ -35,7 +41,48 @@ def qwen3(layers: int = 4, hidden: int = 256, vocab: int = 8192) -> Qwen3Config:
     )
 
 
-def random_model(config: Qwen3Config) -> Qwen3ForCausalLM:
-    """The same weights every time; its attention setting is the model's own."""
+def released(layers: int, hidden: int, intermediate: int, heads: int) -> Qwen3Config:
+    """The sizes of a released Qwen3; its vocabulary, its heads of 128 and 8 key-value heads."""
+    return Qwen3Config(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+        max_position_embeddings=40960,
+    )
+
+
+MODELS: dict[str, Callable[[], Qwen3Config]] = {
+    "small": qwen3,
+    "qwen3-0.6b": lambda: released(28, 1024, 3072, 16),
+    "qwen3-4b": lambda: released(36, 2560, 9728, 32),
+}
+
+
+def random_model(config: Qwen3Config, device: torch.device | None = None) -> Qwen3ForCausalLM:
+    """The same weights every time on a device; its attention setting is the model's own."""
     torch.manual_seed(0)
-    return Qwen3ForCausalLM(copy.deepcopy(config)).train()
+    with device or torch.device("cpu"):
+        return Qwen3ForCausalLM(copy.deepcopy(config)).train()
+
+
+def with_lora(model: PreTrainedModel) -> torch.nn.Module:
+    """Adapters on every linear layer, none of them zero: all of them have a gradient."""
+    from peft import LoraConfig, get_peft_model
+
+    options = LoraConfig(r=LORA_RANK, lora_dropout=0.0, init_lora_weights=False, target_modules="all-linear")
+    return get_peft_model(model, options).to(model.dtype)
+
+
+def without_adapters(model: Any) -> PreTrainedModel:
+    """The model that PEFT wrapped, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def twin(model: Module) -> Module:
+    """A copy with modules and settings of its own, and the very same parameters and buffers."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())})

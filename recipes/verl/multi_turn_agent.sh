@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # An agent with verl: Qwen3-4B calls a calculator over several turns, on 8 GPUs (written for 80 GB each, not yet run).
-#   pip install 'dta-plugin[verl]' vllm && python recipes/verl/data.py stories
+#   pip install 'dta-plugin[verl]' 'verl[vllm]==0.9.1' && python recipes/verl/data.py stories
 #   recipes/verl/multi_turn_agent.sh                 # more options of verl may follow
 # Rollouts of a prompt part at their first different call and go on from there: their tree forks turn by turn.
 set -euo pipefail
 
 options=(
   actor_rollout_ref.model.path=Qwen/Qwen3-4B
+  # verl's default, flash_attention_2, needs flash-attn, which pip has to build; leave this out where you have it.
+  +actor_rollout_ref.model.override_config.attn_implementation=sdpa
   data.train_files=data/stories/train.jsonl
   data.val_files=data/stories/test.jsonl
   +data.apply_chat_template_kwargs.enable_thinking=False

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # GSM8K with verl: LoRA on Qwen3-8B on 8 GPUs with FSDP2 (written for 80 GB each, not yet run on them).
-#   pip install 'dta-plugin[verl]' vllm && python recipes/verl/data.py gsm8k
+#   pip install 'dta-plugin[verl]' 'verl[vllm]==0.9.1' && python recipes/verl/data.py gsm8k
 #   recipes/verl/qwen3_8b_lora.sh                    # more options of verl may follow
 set -euo pipefail
 
 options=(
   actor_rollout_ref.model.path=Qwen/Qwen3-8B
+  # verl's default, flash_attention_2, needs flash-attn, which pip has to build; leave this out where you have it.
+  +actor_rollout_ref.model.override_config.attn_implementation=sdpa
   data.train_files=data/gsm8k/train.jsonl
   data.val_files=data/gsm8k/test.jsonl
   +data.apply_chat_template_kwargs.enable_thinking=False

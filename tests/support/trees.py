@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-
-from hypothesis import strategies as st
+from typing import TYPE_CHECKING
 
 from dta_plugin.attention.cpu_plan import _BLOCK, _UNIT
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
 
 FIRST_TOKEN = 3  # below are padding, start and end of sequence
 VOCABULARY = 1100  # enough for a fork with 1,000 different children
@@ -86,16 +88,22 @@ def block_forks() -> Iterator[tuple[str, Sequences]]:
 BLOCK_FORKS: dict[str, Sequences] = dict(block_forks())
 
 
-@st.composite
 def sequence_batches(
-    draw: st.DrawFn, max_sequences: int = 8, max_length: int = 12, alphabet: int = 3, min_length: int = 1
-) -> Sequences:
+    max_sequences: int = 8, max_length: int = 12, alphabet: int = 3, min_length: int = 1
+) -> SearchStrategy[Sequences]:
     """Batches in which a sequence continues, ends inside, repeats or ignores an earlier one."""
+    from hypothesis import strategies as st  # here: tests on a GPU need the shapes above, and may lack it
+
     tokens = st.integers(FIRST_TOKEN, FIRST_TOKEN + alphabet - 1)
-    batch: Sequences = []
-    for _ in range(draw(st.integers(1, max_sequences))):
-        base = draw(st.sampled_from([[], *batch]))
-        kept = base[: draw(st.integers(0, len(base)))]
-        fewest = max(0, min_length - len(kept))
-        batch.append(kept + draw(st.lists(tokens, min_size=fewest, max_size=max(fewest, max_length - len(kept)))))
-    return draw(st.permutations(batch))
+
+    @st.composite
+    def batches(draw: st.DrawFn) -> Sequences:
+        batch: Sequences = []
+        for _ in range(draw(st.integers(1, max_sequences))):
+            base = draw(st.sampled_from([[], *batch]))
+            kept = base[: draw(st.integers(0, len(base)))]
+            fewest = max(0, min_length - len(kept))
+            batch.append(kept + draw(st.lists(tokens, min_size=fewest, max_size=max(fewest, max_length - len(kept)))))
+        return draw(st.permutations(batch))
+
+    return batches()
