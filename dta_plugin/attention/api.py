@@ -57,7 +57,8 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, head_dims: tuple[in
     arch = 10 * capability[0] + capability[1]
     for head_dim in head_dims:
         if head_dim % 16 or launches(arch, dtype.itemsize, head_dim, has_softcap=False) is None:
-            return f"the head dim is {head_dim} and the kernels serve multiples of 16 up to {widest_head(arch, dtype.itemsize)}"
+            widest = widest_head(arch, dtype.itemsize)
+            return f"the head dim is {head_dim} and the kernels serve multiples of 16 up to {widest}"
     return None
 
 

@@ -102,7 +102,7 @@ class Dispatcher:
             return
         alive = next(iter(TreeMask.alive), None)
         if alive is not None:
-            weakref.finalize(alive, self.give_way).atexit = False
+            weakref.finalize(alive, self.give_way).atexit = False  # type: ignore[misc]  # a property, says its docs
         elif self._entries.get(self._key) is self:
             _set(self._entries, self._key, self.behind)
 

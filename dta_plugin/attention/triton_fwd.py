@@ -23,8 +23,10 @@ DYNAMIC = ["queries", "keys", "first_query", "window"]
 
 @triton.jit
 def load_rows(base, row, stride, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHECKED: tl.constexpr, first=0):
-    """[len(row), BLOCK] of a matrix with unit column stride, from column `first` on; zeros beyond WIDTH and, if CHECKED,
-    beyond `rows`."""
+    """[len(row), BLOCK] of a matrix with unit column stride, from column `first` on.
+
+    Zeros beyond WIDTH and, if CHECKED, beyond `rows`.
+    """
     column = first + tl.arange(0, BLOCK)
     place = base + row[:, None].to(tl.int64) * stride + column[None, :]
     if CHECKED:

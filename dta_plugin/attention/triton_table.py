@@ -1,15 +1,16 @@
 """Tile sizes and launch options of the Triton kernels, per GPU generation, element size and head width.
 
 How they were found: candidates were compiled for every generation without a GPU (tests/support/offline.py) and judged
-by what the compiler reports. In 16 bits at widths 64 and 128 no kernel may spill a register; shared memory
-must fit the smallest GPU that a row serves; of what is left, the largest tiles that keep the generation's matrix
-instruction, or ones of which two programs fit on a multiprocessor. tests/attention/test_compile.py holds them to it.
-None of them has been timed on a GPU yet.
+by the machine code. No loop may compute anything twice or wait for more than its products; in 16 bits at widths 64 and
+128 no kernel may spill a register; shared memory must fit the smallest GPU that a row serves; of what is left, what a
+model of the multiprocessor takes for fastest (docs/kernels.md). tests/attention/test_compile.py holds them to it. None
+of them has been timed on a GPU yet.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,51 +37,42 @@ class Launches:
     value_gradient: Launch | None = None
 
 
-# For 16-bit elements, by matrix instruction and head width. "mma" serves A100, "small mma" consumer GPUs, with their 99 KiB
-# of shared memory. Hopper's "wgmma" takes 64 rows per 4 warps: rows of queries, or of keys in the keys' gradient; with
-# fewer rows than that per group of warps, several groups compute the same. At width 256 the gradients of keys and values
-# do not fit into registers together; at 512 a program has half of the
-# columns of its output.
+# For 16-bit elements, by matrix unit and head width: forward, gradient of queries, of keys, and of values where that is
+# a pass of its own. "mma" serves A100; "small mma" consumer GPUs, with their 99 KiB of shared memory, where heads are
+# wide. Hopper's "wgmma" takes 64 rows per 4 warps, rows of queries, or of keys in their gradient: with fewer, several
+# groups of warps compute the same. At width 256 the gradients of keys and values do not fit into registers together, at
+# 512 a program has half of its output's columns.
 _HALF = {
-    ("mma", 64): Launches(Launch(128, 64, 8, 2), Launch(64, 64, 4, 2), Launch(64, 64, 4, 2)),
-    ("mma", 128): Launches(Launch(128, 64, 8, 2), Launch(64, 32, 4, 2), Launch(64, 64, 8, 2)),
-    ("mma", 256): Launches(Launch(64, 64, 4, 2), Launch(64, 32, 4, 2), Launch(32, 64, 4, 2), Launch(32, 64, 4, 2)),
-    ("small mma", 256): Launches(
-        Launch(64, 32, 4, 2), Launch(64, 32, 4, 1), Launch(32, 64, 4, 1), Launch(32, 64, 4, 2)
-    ),
-    ("mma", 512): Launches(Launch(32, 32, 4, 2), Launch(32, 16, 4, 1), Launch(16, 32, 4, 1), Launch(16, 32, 4, 2)),
-    ("small mma", 512): Launches(
-        Launch(16, 32, 4, 1), Launch(16, 16, 4, 1), Launch(16, 16, 4, 1), Launch(16, 16, 4, 1)
-    ),
-    ("wgmma", 64): Launches(Launch(128, 64, 4, 3), Launch(64, 64, 4, 3, described=True), Launch(128, 64, 4, 2)),
-    ("wgmma", 128): Launches(Launch(128, 64, 8, 3), Launch(128, 64, 8, 3, described=True), Launch(64, 64, 4, 2)),
-    ("wgmma", 256): Launches(
-        Launch(128, 64, 8, 2), Launch(128, 32, 8, 2, described=True), Launch(32, 128, 8, 2), Launch(64, 128, 8, 2)
-    ),
-    ("wgmma", 512): Launches(Launch(64, 32, 4, 2), Launch(64, 32, 4, 1), Launch(32, 64, 4, 1), Launch(32, 64, 4, 2)),
-    ("tcgen05", 64): Launches(Launch(128, 64, 8, 2), Launch(128, 64, 4, 2), Launch(64, 128, 8, 2)),
-    ("tcgen05", 128): Launches(Launch(128, 64, 8, 2), Launch(128, 64, 8, 2), Launch(64, 128, 8, 2)),
-    ("tcgen05", 256): Launches(
-        Launch(128, 32, 8, 2), Launch(128, 32, 8, 2), Launch(32, 128, 8, 2), Launch(64, 128, 8, 2)
-    ),
-    ("tcgen05", 512): Launches(Launch(128, 32, 8, 1), Launch(64, 32, 4, 1), Launch(32, 64, 4, 1), Launch(32, 64, 4, 2)),
+    ("mma", 64): ((128, 64, 8, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+    ("mma", 128): ((128, 64, 8, 2), (64, 32, 4, 2), (64, 64, 8, 2)),
+    ("mma", 256): ((64, 64, 4, 2), (64, 32, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2)),
+    ("mma", 512): ((32, 32, 4, 2), (32, 16, 4, 1), (16, 32, 4, 1), (16, 32, 4, 2)),
+    ("small mma", 256): ((64, 32, 4, 2), (64, 32, 4, 1), (32, 64, 4, 1), (32, 64, 4, 2)),
+    ("small mma", 512): ((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    ("wgmma", 64): ((128, 64, 4, 3), (64, 64, 4, 3, True), (128, 64, 4, 2)),
+    ("wgmma", 128): ((128, 64, 8, 3), (128, 64, 8, 3, True), (64, 64, 4, 2)),
+    ("wgmma", 256): ((128, 64, 8, 2), (128, 32, 8, 2, True), (32, 128, 8, 2), (64, 128, 8, 2)),
+    ("wgmma", 512): ((64, 32, 4, 2), (64, 32, 4, 1), (32, 64, 4, 1), (32, 64, 4, 2)),
+    ("tcgen05", 64): ((128, 64, 8, 2), (128, 64, 4, 2), (64, 128, 8, 2)),
+    ("tcgen05", 128): ((128, 64, 8, 2), (128, 64, 8, 2), (64, 128, 8, 2)),
+    ("tcgen05", 256): ((128, 32, 8, 2), (128, 32, 8, 2), (32, 128, 8, 2), (64, 128, 8, 2)),
+    ("tcgen05", 512): ((128, 32, 8, 1), (64, 32, 4, 1), (32, 64, 4, 1), (32, 64, 4, 2)),
 }
-# Soft-caps keep two more values per score, which costs registers.
-_HALF_SOFTCAP = {
-    ("wgmma", 64): Launches(Launch(128, 64, 4, 3), Launch(64, 64, 4, 3, described=True), Launch(64, 64, 4, 2))
-}
-# For float32, by head width, on every GPU. Exact products have no matrix unit and unroll into much code if tiles are
-# large; TF32 takes the same tiles.
+# Where soft-caps, which keep two more values per score, need more registers than such a row leaves.
+_HALF_SOFTCAP = {("wgmma", 64): ((128, 64, 4, 3), (64, 64, 4, 3, True), (64, 64, 4, 2))}
+# For float32, by head width, on every GPU that has the shared memory. Exact products have no matrix unit and unroll
+# into much code if tiles are large; TF32 takes the same tiles.
 _SINGLE = {
-    64: Launches(Launch(32, 32, 4, 2), Launch(32, 32, 4, 2), Launch(16, 32, 8, 2)),
-    128: Launches(Launch(32, 32, 8, 1), Launch(32, 32, 8, 2), Launch(16, 32, 8, 2)),
-    256: Launches(Launch(16, 32, 8, 1), Launch(16, 16, 8, 1), Launch(16, 16, 8, 2)),
-    512: Launches(Launch(16, 16, 8, 1), Launch(16, 16, 8, 1), Launch(16, 16, 8, 1), Launch(16, 16, 8, 1)),
+    64: ((32, 32, 4, 2), (32, 32, 4, 2), (16, 32, 8, 2)),
+    128: ((32, 32, 8, 1), (32, 32, 8, 2), (16, 32, 8, 2)),
+    256: ((16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 2)),
+    512: ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
 }
 
 
+@cache
 def launches(arch: int, element_size: int, width: int, has_softcap: bool) -> Launches | None:
-    """How to launch for such inputs; None where no row fits.
+    """How to launch for such inputs; None where no row serves them.
 
     arch: 10 * compute capability, such as 90. element_size: bytes. width: head dim.
     """
@@ -88,9 +80,12 @@ def launches(arch: int, element_size: int, width: int, has_softcap: bool) -> Lau
     unit = {9: "wgmma", 10: "tcgen05"}.get(arch // 10, "mma")
     if unit == "mma" and block > 128 and arch not in (80, 87):
         unit = "small mma"
+    row: tuple[tuple[int, ...], ...] | None
     if element_size == 4:
-        return None if (unit, block) == ("small mma", 512) else _SINGLE.get(block)
-    return (has_softcap and _HALF_SOFTCAP.get((unit, block))) or _HALF.get((unit, block))
+        row = None if (unit, block) == ("small mma", 512) else _SINGLE.get(block)
+    else:
+        row = (has_softcap and _HALF_SOFTCAP.get((unit, block))) or _HALF.get((unit, block))
+    return None if row is None else Launches(*(Launch(*figures) for figures in row))
 
 
 def widest_head(arch: int, element_size: int) -> int:

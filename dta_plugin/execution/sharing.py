@@ -12,8 +12,8 @@ import copy
 import functools
 import inspect
 import sys
-from collections.abc import Callable
 from dataclasses import fields
+from types import MethodType
 from typing import Any
 
 import torch
@@ -198,7 +198,7 @@ class _Hook:
     may not have this package.
     """
 
-    def __init__(self, method: Callable[..., Any]) -> None:
+    def __init__(self, method: MethodType) -> None:
         self.method = method
 
     @torch.compiler.disable
