@@ -13,7 +13,6 @@ import functools
 import inspect
 import sys
 from dataclasses import fields
-from types import MethodType
 from typing import Any
 
 import torch
@@ -96,12 +95,12 @@ class PrefixSharing:
         if not self._hooks:
             self._decoder = decoder
             self._hooks = [
-                decoder.register_forward_pre_hook(_Hook(self.merge), with_kwargs=True),
-                decoder.register_forward_hook(_Hook(self.restore), with_kwargs=True),
+                decoder.register_forward_pre_hook(_Hook(self, "merge"), with_kwargs=True),
+                decoder.register_forward_hook(_Hook(self, "restore"), with_kwargs=True),
             ]
         if base is not decoder and not any(base is known for known in self._watched):
             self._watched.append(base)
-            self._hooks.append(base.register_forward_pre_hook(_Hook(self.look_at_labels), with_kwargs=True))
+            self._hooks.append(base.register_forward_pre_hook(_Hook(self, "look_at_labels"), with_kwargs=True))
 
     def remove(self) -> None:
         """Back to the model's own path. Graphs of shared calls may still be alive; attention waits for the last."""
@@ -198,15 +197,15 @@ class _Hook:
     may not have this package.
     """
 
-    def __init__(self, method: MethodType) -> None:
-        self.method = method
+    def __init__(self, handle: PrefixSharing, method: str) -> None:
+        self.handle, self.method = handle, method
 
     @torch.compiler.disable
     def __call__(self, *args: Any) -> Any:
-        return self.method(*args)
+        return getattr(self.handle, self.method)(*args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return _Hook(copy.deepcopy(self.method, memo))
+        return _Hook(copy.deepcopy(self.handle, memo), self.method)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return functools.partial, (sys.audit, "forward")  # takes any arguments, returns None
@@ -214,8 +213,7 @@ class _Hook:
 
 def _of(decoder: nn.Module) -> PrefixSharing | None:
     """The handle of a decoder that shares already; a deep copy of a model has its own."""
-    owners = (hook.method.__self__ for hook in decoder._forward_pre_hooks.values() if isinstance(hook, _Hook))
-    return next((owner for owner in owners if isinstance(owner, PrefixSharing)), None)
+    return next((hook.handle for hook in decoder._forward_pre_hooks.values() if isinstance(hook, _Hook)), None)
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
