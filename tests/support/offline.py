@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 
+from tests.support.machine_code import disassemble, loops
+
 BUDGETS = Path(__file__).parents[1] / "attention" / "budgets.json"
 WORKERS = 2
 
@@ -58,6 +60,8 @@ class Usage:
 
     pending: most copies that a loop leaves in flight when it waits for others; 0 means that every copy is waited for at
     once. key: the same for launches that share one compiled kernel.
+    Of the worst loop: work: matrix FLOPs over those that the tile needs; exponentials over pairs of the tile; waits for
+    products over their number. All 0 in kernels without products.
     """
 
     registers: int
@@ -67,9 +71,23 @@ class Usage:
     instruction: str
     pending: int
     key: str
+    work: float = 0.0
+    exponentials: float = 0.0
+    waits: float = 0.0
 
 
 Report = dict[str, dict[str, Usage]]
+
+# The kernel of the keys' and values' gradients, where it is launched once for each.
+KEYS_ALONE, VALUES_ALONE = "key_gradient_kernel, keys", "key_gradient_kernel, values"
+# How many products of tiles a loop has.
+PRODUCTS = {
+    "forward_kernel": 2,
+    "query_gradient_kernel": 3,
+    "key_gradient_kernel": 4,
+    KEYS_ALONE: 3,
+    VALUES_ALONE: 2,
+}
 
 
 def _shipped() -> list[Variant]:
@@ -82,8 +100,10 @@ def _shipped() -> list[Variant]:
         variants += [Variant(arch, "float16", width) for width in (64, 128)]
         variants += [Variant(arch, "float32", width, f) for width in (64, 128, 256) for f in ("plain", "all")]
         variants += [Variant(arch, "tfloat32", 128)]
+        variants += [Variant(arch, dtype, 512) for dtype in ("bfloat16", "float32")]
     for arch in (86, 120):  # tiles as for sm_80, less shared memory
         variants += [Variant(arch, dtype, width) for dtype in ("bfloat16", "tfloat32") for width in (128, 256)]
+        variants += [Variant(arch, "bfloat16", 512)]
     return variants
 
 
@@ -121,25 +141,29 @@ def work() -> None:
     report = {}
     for fields in json.load(sys.stdin):
         variant = Variant(**fields)
-        report[variant.name] = {name: asdict(_usage(kernel)) for name, kernel in _compile(variant).items()}
+        kernels = _compile(variant)
+        report[variant.name] = {name: asdict(_usage(name, variant, *compiled)) for name, compiled in kernels.items()}
     json.dump(report, sys.stdout)
 
 
-def _compile(variant: Variant) -> dict[str, Any]:
-    """Triton's compiled kernels by name. Leaves this process with a driver that only claims to be a GPU."""
+def _compile(variant: Variant) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Triton's compiled kernels and the options they were launched with, by name.
+
+    Leaves this process with a driver that only claims to be a GPU.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
     from dta_plugin.attention import triton_backend, triton_table
 
-    compiled: dict[str, Any] = {}
+    compiled: dict[str, tuple[Any, dict[str, Any]]] = {}
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         name = self.fn.__name__
         if options.get("KEYS", True) != options.get("VALUES", True):
-            name = "keys of " + name if options["KEYS"] else "values of " + name
-        compiled[name] = _run(self, *arguments, grid=grid, warmup=True, **options)
+            name = KEYS_ALONE if options["KEYS"] else VALUES_ALONE
+        compiled[name] = _run(self, *arguments, grid=grid, warmup=True, **options), options
 
     _run = JITFunction.run
     gpu = SimpleNamespace(
@@ -153,7 +177,7 @@ def _compile(variant: Variant) -> dict[str, Any]:
     triton_backend.launches = triton_table.launches
     if variant.tiles is not None:
         launch = triton_table.Launch(*variant.tiles)
-        triton_backend.launches = lambda *_: triton_table.Launches(launch, launch, launch)
+        triton_backend.launches = lambda *_, **__: triton_table.Launches(launch, launch, launch)
     JITFunction.run = compile_only
     try:
         _step(variant)
@@ -186,15 +210,9 @@ def _step(variant: Variant) -> None:
     kernels.backward(tensor(8), q, k, v, out, lse, tensor(2, torch.float32), tensor(2, torch.float32))
 
 
-def _usage(kernel: Any) -> Usage:
+def _usage(name: str, variant: Variant, kernel: Any, options: dict[str, Any]) -> Usage:
     """Read from the machine code. The local memory of these kernels holds spilled registers and nothing else."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(kernel.asm["cubin"])
-        cubin.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", cubin.name]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    output = disassemble(kernel.asm["cubin"], "-res-usage")
     figures = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", output)}
     instructions = (name for name in ("tcgen05.mma", "wgmma.mma", "mma.sync") if name in kernel.asm["ptx"])
     return Usage(
@@ -205,7 +223,21 @@ def _usage(kernel: Any) -> Usage:
         instruction=next(instructions, "fma"),
         pending=max((int(n) for n in re.findall(r"async_wait .*num = (\d+)", kernel.asm["ttgir"])), default=0),
         key=kernel.hash,
+        **_of_loops(name, variant, kernel, options),
     )
+
+
+def _of_loops(name: str, variant: Variant, kernel: Any, options: dict[str, Any]) -> dict[str, float]:
+    """work, exponentials and waits of `Usage`."""
+    if name not in PRODUCTS or variant.dtype not in ("bfloat16", "float16"):
+        return {}
+    pairs, products = options["QUERY_TILE"] * options["KEY_TILE"], PRODUCTS[name]
+    found = loops(kernel, options["num_warps"])
+    return {
+        "work": max(loop.flops for loop in found) / (2 * products * pairs * variant.head_dim),
+        "exponentials": max(loop.exponentials for loop in found) / pairs,
+        "waits": max(loop.waits for loop in found) / products,
+    }
 
 
 def record(report: Report) -> None:
@@ -224,7 +256,8 @@ def table(report: Report) -> Iterable[str]:
         for kernel, u in usages.items():
             yield (
                 f"{name:36} {kernel:22} {u.registers:3} registers {u.spills:5} B spilled {u.shared:7} B shared "
-                f"{u.columns:4} columns  {u.instruction}"
+                f"{u.columns:4} columns  {u.instruction:11} work {u.work:.2f} exponentials {u.exponentials:.2f} "
+                f"waits {u.waits:.2f}"
             )
 
 
