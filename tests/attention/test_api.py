@@ -27,7 +27,7 @@ def test_cpu() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("head_dims", [(16, 16), (64, 64), (96, 96), (192, 128), (256, 256)])
+@pytest.mark.parametrize("head_dims", [(16, 16), (64, 64), (96, 96), (192, 128), (256, 256), (512, 512)])
 def test_nvidia_gpu(hopper: None, dtype: torch.dtype, head_dims: tuple[int, int]) -> None:
     assert resolve_backend("auto", CUDA, dtype, head_dims) == "triton"
     assert resolve_backend("triton", CUDA, dtype, head_dims) == "triton"
@@ -38,7 +38,7 @@ def test_nvidia_gpu(hopper: None, dtype: torch.dtype, head_dims: tuple[int, int]
     "dtype,head_dims,reason",
     [
         (torch.float64, (64, 64), r"torch.float64 and the kernels serve float16"),
-        (torch.bfloat16, (512, 512), r"head dim is 512 .* multiples of 16 up to 256"),
+        (torch.bfloat16, (576, 512), r"head dim is 576 .* multiples of 16 up to 512"),
         (torch.bfloat16, (64, 72), r"head dim is 72"),
     ],
 )
@@ -54,6 +54,14 @@ def refused(match: str) -> None:
     assert resolve_backend("auto", CUDA, torch.bfloat16, (64, 64)) == "flex"
     with pytest.raises(InvalidInputError, match=match):
         resolve_backend("triton", CUDA, torch.bfloat16, (64, 64))
+
+
+def test_wide_float32_heads_where_shared_memory_is_small(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    assert resolve_backend("auto", CUDA, torch.bfloat16, (512, 512)) == "triton"
+    assert resolve_backend("auto", CUDA, torch.float32, (512, 512)) == "flex"
+    with pytest.raises(InvalidInputError, match="head dim is 512 .* up to 256"):
+        resolve_backend("triton", CUDA, torch.float32, (512, 512))
 
 
 def test_old_gpus(hopper: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,8 @@ from tests.support.triton import VARIANTS, check, poisoned_memory
 __all__ = ["poisoned_memory"]
 
 SMALL = Launches(Launch(32, 16, 4, 2), Launch(16, 32, 4, 2), Launch(16, 32, 4, 2))
+# Gradients of keys and values one after the other, and keys that dQ reads through tensor descriptors.
+TWO_PASSES = Launches(Launch(32, 16, 4, 2), Launch(16, 32, 4, 2, True), Launch(16, 32, 4, 2), Launch(32, 16, 4, 2))
 FORKS = {f"fork_{offset}": fork_at(offset, tail=5) for offset in range(1, 34)}
 
 
@@ -55,6 +57,22 @@ def test_every_shape(small_tiles: None, option: str) -> None:
 def test_forks_at_every_offset_of_a_tile(small_tiles: None, option: str) -> None:
     for sequences in FORKS.values():
         check(sequences, replace(VARIANTS[option], q_heads=2, kv_heads=1))
+
+
+@pytest.mark.parametrize("option", ["grouped", "value_dim", "all_of_it"])
+def test_two_passes_and_descriptors(small_tiles: None, monkeypatch: pytest.MonkeyPatch, option: str) -> None:
+    monkeypatch.setattr(triton_backend, "launches", lambda *_: TWO_PASSES)
+    for name in ("star_33", "branching_comb", "binary", "forest", "single_token"):
+        check(SHAPES[name], VARIANTS[option])
+    check(branching_comb(5), VARIANTS[option], torch.bfloat16, queries=17)
+
+
+def test_keys_that_descriptors_cannot_address() -> None:
+    """A hardware descriptor wants starts and strides of 16 bytes; other keys go through pointers."""
+    plain = torch.zeros(1, 2, 8, 24, dtype=torch.bfloat16)
+    assert triton_backend._can_describe(plain, plain[..., 8:])
+    assert not triton_backend._can_describe(plain, plain[..., 4:])
+    assert not triton_backend._can_describe(torch.zeros(1, 2, 8, 20, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("name", WIDE)
@@ -102,7 +120,7 @@ def test_tiles_of_the_launch_table(name: str) -> None:
     check(BLOCK_FORKS[name], Options(q_heads=2, kv_heads=1, head_dim=64, value_dim=64, scale=0.2), dtype)
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256, 320, 512])
 def test_head_dims(head_dim: int) -> None:
     options = Options(q_heads=2, kv_heads=1, head_dim=head_dim, value_dim=head_dim, scale=head_dim**-0.5)
     for dtype in (torch.float32, torch.bfloat16):

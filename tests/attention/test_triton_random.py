@@ -38,8 +38,10 @@ def random_forest(seed: int) -> Sequences:
 
 
 def check_forest(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    sizes = [Launch(*TILES[(seed // n) % len(TILES)], 4, 2) for n in (1, 2, 3)]
-    monkeypatch.setattr(triton_backend, "launches", lambda *_: Launches(*sizes))
+    forward, queries, keys, values = (Launch(*TILES[(seed // n) % len(TILES)], 4, 2) for n in (1, 2, 3, 5))
+    queries = replace(queries, described=seed % 2 == 0)
+    sizes = Launches(forward, queries, keys, values if seed % 3 else None)
+    monkeypatch.setattr(triton_backend, "launches", lambda *_: sizes)
     monkeypatch.setattr(tiles, "_FEWEST_VISITS", 1 + seed % 5)
     options = list(VARIANTS.values())[seed % len(VARIANTS)]
     heads = {"q_heads": 2 if seed % 3 == 0 else 1, "kv_heads": 1}

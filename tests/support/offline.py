@@ -177,7 +177,7 @@ def _compile(variant: Variant) -> dict[str, tuple[Any, dict[str, Any]]]:
     triton_backend.launches = triton_table.launches
     if variant.tiles is not None:
         launch = triton_table.Launch(*variant.tiles)
-        triton_backend.launches = lambda *_, **__: triton_table.Launches(launch, launch, launch)
+        triton_backend.launches = lambda *_: triton_table.Launches(launch, launch, launch)
     JITFunction.run = compile_only
     try:
         _step(variant)
