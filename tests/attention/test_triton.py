@@ -62,9 +62,11 @@ def test_forks_at_every_offset_of_a_tile(small_tiles: None, option: str) -> None
 @pytest.mark.parametrize("option", ["grouped", "value_dim", "all_of_it"])
 def test_two_passes_and_descriptors(small_tiles: None, monkeypatch: pytest.MonkeyPatch, option: str) -> None:
     monkeypatch.setattr(triton_backend, "launches", lambda *_: TWO_PASSES)
+    wide = {16: 16, 24: 48}  # Triton 3.4's interpreter wants strides of 16 elements, where a GPU wants 16 bytes
+    options = replace(VARIANTS[option], value_dim=wide[VARIANTS[option].value_dim])
     for name in ("star_33", "branching_comb", "binary", "forest", "single_token"):
-        check(SHAPES[name], VARIANTS[option])
-    check(branching_comb(5), VARIANTS[option], torch.bfloat16, queries=17)
+        check(SHAPES[name], options)
+    check(branching_comb(5), options, torch.bfloat16, queries=17)
 
 
 def test_keys_that_descriptors_cannot_address() -> None:
