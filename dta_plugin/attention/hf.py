@@ -27,6 +27,7 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from dta_plugin.attention.api import tree_attention
+from dta_plugin.attention.layers import indexed_modules
 from dta_plugin.attention.mask import TreeMask
 from dta_plugin.errors import UnsupportedModelError
 
@@ -153,18 +154,13 @@ def _autocast(*inputs: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _places(model: PreTrainedModel) -> Iterator[tuple[Entries, str]]:
-    """Where the attention layers of the language model look their functions up: (mapping, key).
-
-    Layers are told by their index, and from those of vision towers by the class of their config.
-    """
-    kind = type(model.config.get_text_config())
+    """Where the attention layers of the language model look their functions up: (mapping, key)."""
     layers: dict[object, tuple[nn.Module, str]] = {}
-    for module in model.modules():
+    for module in indexed_modules(model):
         own = vars(module)
-        if "layer_idx" in own and isinstance(own.get("config"), kind):
-            name = own["config"]._attn_implementation or "eager"
-            own_forward = getattr(own.get("forward"), "__func__", None)
-            layers[type(module), own_forward, name] = (module, name)
+        name = own["config"]._attn_implementation or "eager"
+        own_forward = getattr(own.get("forward"), "__func__", None)
+        layers[type(module), own_forward, name] = (module, name)
     for layer, name in layers.values():
         for file in _files(layer):
             for key, value in list(file.items()):

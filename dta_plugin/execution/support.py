@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from dta_plugin.attention.layers import layer_types
 from dta_plugin.errors import UnsupportedModelError
-from dta_plugin.execution.model import causal_lm, layer_types
+from dta_plugin.execution.model import causal_lm
 
 _TREE_LAYERS = {"full_attention", "sliding_attention"}
 # Families whose window lives in the mask alone: their attention functions are not told of it.
@@ -56,7 +57,9 @@ def _attention_reason(model: PreTrainedModel, config: Any) -> str | None:
         )
     if config.model_type in _EXTRA_HEAD:
         return f"{type(model).__name__} transforms hidden states before its output embedding; use another model family"
-    if getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", None) is False:
+    # "vision": among the tokens of an image only, which is for the adapters to see.
+    is_bidirectional = getattr(config, "use_bidirectional_attention", False) not in (False, None, "vision")
+    if is_bidirectional or getattr(config, "is_causal", None) is False:
         return f"{type(model).__name__} attends in both directions; use a causal model"
     if not model._can_set_attn_implementation():
         return (
