@@ -27,6 +27,7 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from dta_plugin.attention.api import tree_attention
+from dta_plugin.attention.keywords import check_keywords
 from dta_plugin.attention.layers import indexed_modules
 from dta_plugin.attention.mask import TreeMask
 from dta_plugin.errors import UnsupportedModelError
@@ -91,7 +92,8 @@ class Dispatcher:
     def __call__(
         self, *args: Any, dta_tree: TreeMask | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self.behind(*args, **kwargs) if dta_tree is None else _tree_call(dta_tree, *args, **kwargs)
+        tree = dta_tree or carried(kwargs.get("attention_mask") if len(args) < 5 else args[4])
+        return self.behind(*args, **kwargs) if tree is None else _tree_call(tree, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A pickle of what holds an attention function has the one behind."""
@@ -115,6 +117,17 @@ def _set(entries: Entries, key: str, attention: Attention) -> None:
         entries[key] = attention
 
 
+def carry(placeholder: torch.Tensor, tree: TreeMask) -> torch.Tensor:
+    """The attention mask that stands for a tree, with the tree: some layers hand on no keywords, but all hand it on."""
+    placeholder.dta_tree = tree  # type: ignore[attr-defined]
+    return placeholder
+
+
+def carried(attention_mask: torch.Tensor | None) -> TreeMask | None:
+    """The tree that came with an attention mask."""
+    return getattr(attention_mask, "dta_tree", None)
+
+
 def _tree_call(
     tree: TreeMask,
     module: nn.Module,
@@ -130,6 +143,7 @@ def _tree_call(
             f"{tuple(attention_mask.shape)}. Expected the causal mask alone, which the tree replaces; use another "
             "model, or on_unsupported='dense'."
         )
+    check_keywords(module, kwargs)
     query, key, value = _autocast(query, key, value)
     layer = cast(int, module.layer_idx)
     out = tree_attention(
@@ -142,7 +156,7 @@ def _tree_call(
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
     )
-    tree.layers_seen.add(layer)
+    tree.calls[layer] += 1
     return out.transpose(1, 2), None
 
 

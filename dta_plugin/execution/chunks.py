@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from dta_plugin.attention.arena import Arena, ChunkMask
 from dta_plugin.attention.hf import install
+from dta_plugin.errors import UnsupportedModelError
 from dta_plugin.execution.fsdp2 import parameters_in_use
 from dta_plugin.execution.model import decoder_of, lm_head, tree_forward
 from dta_plugin.execution.packed import check_every_layer_hit, row_inputs, score
@@ -98,6 +99,8 @@ class Runner:
             else:  # within the wrapper's call
                 outputs = forward(job.base, inputs)
         check_every_layer_hit(job.base, mask)
+        _check_repeats(job.base, mask)
+        mask.close()
         self.backends |= mask.backends_used
         seconds = time.perf_counter() - start
         log.debug("dta: %s: %d tokens behind %d ancestors, %.3f s", what, len(piece.depth), piece.first, seconds)
@@ -112,3 +115,14 @@ class Runner:
         own = piece.temperature if piece.temperature is not None and count else self.job.temperature
         scores = score(hidden.index_select(0, rows), self.head, targets, *on_both, own, self.job.return_entropy)
         return [values if count else values[:0].clone() for values in scores if values is not None]
+
+
+def _check_repeats(model: PreTrainedModel, mask: ChunkMask) -> None:
+    """Recomputed in the backward pass, the calls of one layer come in an order that nothing tells them apart by."""
+    repeated = sorted(layer for layer, calls in mask.calls.items() if calls > 1)
+    if repeated and model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+        raise UnsupportedModelError(
+            f"Layer(s) {repeated} of {type(model).__name__} attend more than once, and gradient checkpointing is on. "
+            "Expected one call per layer for executor='streamed' with checkpointing; switch checkpointing off, which "
+            "streaming does not need, or use executor='packed'."
+        )

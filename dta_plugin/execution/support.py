@@ -6,12 +6,13 @@ its adapter.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from dta_plugin.attention.layers import layer_types
+from dta_plugin.attention.layers import attention_modules, layer_types
 from dta_plugin.errors import UnsupportedModelError
 from dta_plugin.execution.model import causal_lm
 
@@ -20,6 +21,9 @@ _TREE_LAYERS = {"full_attention", "sliding_attention"}
 _WINDOW_IN_MASK_ONLY = {"phimoe", "olmoe"}
 # Families that change hidden states between the decoder and the output embedding.
 _EXTRA_HEAD = {"modernbert-decoder"}
+
+# What attention modules call the rate at which they drop attention weights.
+_DROPOUTS = ("attention_dropout", "attn_dropout", "attn_pdrop", "attn_dropout_p")
 
 
 def unsupported_reason(model: nn.Module) -> str | None:
@@ -80,13 +84,31 @@ def _position_reason(model: PreTrainedModel, config: Any) -> str | None:
 
 def dropout_reason(model: PreTrainedModel) -> str | None:
     """The part of `unsupported_reason` that may change from call to call."""
-    rate = getattr(model.config.get_text_config(), "attention_dropout", 0.0)
-    if model.training and rate:
-        return (
-            f"attention_dropout is {rate}: shared tokens would share one dropout mask; set attention_dropout=0 in the "
-            "model config"
-        )
+    if not model.training:
+        return None
+    for where, rate in _dropout_rates(model):
+        if rate:
+            return (
+                f"attention dropout is {rate} in {where}: shared tokens would share one dropout mask; set it to 0, in "
+                "the model config before the model is loaded"
+            )
     return None
+
+
+def _dropout_rates(model: PreTrainedModel) -> Iterator[tuple[str, float]]:
+    """(where, rate) as each attention layer holds it; the config counts where the layer does not."""
+    config = model.config.get_text_config()
+    stated = getattr(config, "attention_dropout", 0.0) or getattr(
+        getattr(config, "attn_config", None), "attn_pdrop", 0.0
+    )
+    modules = attention_modules(model)
+    if not modules:
+        yield "the model config", stated
+    for index, module in modules.items():
+        held = [getattr(module, name) for name in _DROPOUTS if hasattr(module, name)]
+        rates = [rate.p if isinstance(rate, nn.Dropout) else rate for rate in held]
+        numbers = [rate for rate in rates if isinstance(rate, (int, float))]
+        yield f"layer {index}", max(numbers, default=stated)
 
 
 def _adapter_reason(model: Any) -> str | None:
