@@ -36,7 +36,8 @@ def check_keywords(module: nn.Module, keywords: dict[str, Any]) -> None:
     if unknown:
         raise UnsupportedModelError(
             f"{name} gives its attention function {', '.join(unknown)}, which the tree does not know. Expected only "
-            "what causal attention needs (scale, window, soft-cap, sinks); use another model, or on_unsupported='dense'."
+            "what causal attention needs (scale, window, soft-cap, sinks); use another model, or "
+            "on_unsupported='dense'."
         )
     if keywords.get("is_causal") is False:
         raise UnsupportedModelError(
@@ -64,8 +65,8 @@ def _check_window(module: nn.Module, window: int | None) -> None:
     if kind in ("full_attention", "sliding_attention") and window != stated:
         raise UnsupportedModelError(
             f"{type(module).__name__} tells its attention function of {_named(window)} in layer {layer}, and its "
-            f"config says {_named(stated)} there ({kind}). Expected both to agree; set sliding_window=None in the config "
-            "if no sequence is longer than the window, or use on_unsupported='dense'."
+            f"config says {_named(stated)} there ({kind}). Expected both to agree; set sliding_window=None in the "
+            "config if no sequence is longer than the window, or use on_unsupported='dense'."
         )
 
 

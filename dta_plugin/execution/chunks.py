@@ -21,6 +21,7 @@ from dta_plugin.execution.model import decoder_of, lm_head, tree_forward
 from dta_plugin.execution.packed import check_every_layer_hit, row_inputs, score
 from dta_plugin.execution.pieces import Piece
 from dta_plugin.execution.replay import Autocast, plain_checkpointing
+from dta_plugin.execution.rotary import as_long_as
 from dta_plugin.tree.layout import ScoredEdges
 from dta_plugin.tree.plan import Plan
 from dta_plugin.tree.trie import PrefixTree
@@ -76,6 +77,7 @@ class Runner:
         self.head = lm_head(job.base, job.head_dtype)
         self.autocast = Autocast.now(device.type)
         self.backends: set[str] = set()
+        self.longest = int(job.tree.depth.max()) + 1
 
     def run(self, piece: Piece, arena: Arena, what: str, needs_head: bool = False) -> Graph:
         """what: for the log. needs_head: the LM head takes part in the graph even if nothing is scored."""
@@ -92,7 +94,12 @@ class Runner:
         inputs = row_inputs(piece.input_ids, piece.depth, mask)
         # Weights that were cast in a call without gradient are of no use to one with: torch 2.8 reuses them.
         torch.clear_autocast_cache()
-        with self.autocast.entered(), plain_checkpointing(job.base), parameters_in_use(job.model) as parameters:
+        with (
+            self.autocast.entered(),
+            plain_checkpointing(job.base),
+            as_long_as(job.base, self.longest),
+            parameters_in_use(job.model) as parameters,
+        ):
             if job.is_sharded:  # through the wrapper, which gathers the weights
                 with tree_forward(job.base, forward):
                     outputs = job.model(dta_inputs=inputs)

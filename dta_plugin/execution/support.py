@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from dta_plugin.attention.layers import attention_modules, layer_types
 from dta_plugin.errors import UnsupportedModelError
 from dta_plugin.execution.model import causal_lm
+from dta_plugin.execution.rotary import rotary_reason
 
 _TREE_LAYERS = {"full_attention", "sliding_attention"}
 # Families whose window lives in the mask alone: their attention functions are not told of it.
@@ -36,6 +37,7 @@ def unsupported_reason(model: nn.Module) -> str | None:
     return (
         _attention_reason(base, config)
         or _position_reason(base, config)
+        or rotary_reason(base)
         or dropout_reason(base)
         or _adapter_reason(model)
     )
