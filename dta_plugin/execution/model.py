@@ -28,20 +28,26 @@ from dta_plugin.tree.cost import ModelCost
 log = logging.getLogger("dta_plugin")
 
 
-def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
-    """The Hugging Face model inside DDP, FSDP, DeepSpeed, torch.compile and PEFT wrappers."""
+def wrappings(model: torch.nn.Module) -> Iterator[Any]:
+    """DDP, FSDP, DeepSpeed, torch.compile and PEFT wrappers from the outermost inwards, and last what is inside."""
     seen: Any = model
-    while not isinstance(seen, PreTrainedModel):
+    while seen is not None:
+        yield seen
+        if isinstance(seen, PreTrainedModel):
+            return
         inner = getattr(seen, "module", None) or getattr(seen, "_orig_mod", None)
-        if inner is None and hasattr(seen, "get_base_model"):
-            inner = seen.get_base_model()
-        if inner is None:
-            raise UnsupportedModelError(
-                f"Got a {type(model).__name__}. Expected a Hugging Face causal LM (PreTrainedModel), possibly inside "
-                "PEFT, DDP or FSDP; load it with AutoModelForCausalLM."
-            )
-        seen = inner
-    return seen
+        seen = seen.get_base_model() if inner is None and hasattr(seen, "get_base_model") else inner
+
+
+def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
+    """The Hugging Face model inside all wrappers."""
+    *_, found = wrappings(model)
+    if not isinstance(found, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"Got a {type(model).__name__}. Expected a Hugging Face causal LM (PreTrainedModel), possibly inside "
+            "PEFT, DDP or FSDP; load it with AutoModelForCausalLM."
+        )
+    return found
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:

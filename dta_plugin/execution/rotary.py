@@ -25,8 +25,8 @@ def rotary_reason(model: PreTrainedModel) -> str | None:
     unknown = sorted({kind for kind, _ in _types(model)} - _FIXED - {"longrope", "dynamic"})
     if unknown:
         return (
-            f"the rotary type {', '.join(map(repr, unknown))} of {type(model).__name__} is not known to be the same for "
-            f"every call; use one of {', '.join(sorted(_FIXED))}, longrope or dynamic"
+            f"the rotary type {', '.join(map(repr, unknown))} of {type(model).__name__} is not known to be the "
+            f"same for every call; use one of {', '.join(sorted(_FIXED))}, longrope or dynamic"
         )
     return None
 

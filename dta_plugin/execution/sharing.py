@@ -160,7 +160,8 @@ class PrefixSharing:
 
     def _why_not_now(self, decoder: PreTrainedModel, call: dict[str, Any]) -> str | None:
         """Why this call takes the model's own path, by what may change from call to call."""
-        reason = dropout_reason(decoder) or padded_length_reason(decoder, call["input_ids"].shape[1])
+        ids = call.get("input_ids")
+        reason = dropout_reason(decoder) or padded_length_reason(decoder, 0 if ids is None else ids.shape[1])
         if reason is not None and self.config.on_unsupported == "error":
             raise UnsupportedModelError(f"Prefixes cannot be shared exactly here: {reason}; or on_unsupported='dense'.")
         if reason is not None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from dta_plugin.attention.layers import attention_modules, layer_types
 from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.execution.adapters import adapter_reason
 from dta_plugin.execution.model import causal_lm
 from dta_plugin.execution.rotary import rotary_reason
 
@@ -39,7 +40,7 @@ def unsupported_reason(model: nn.Module) -> str | None:
         or _position_reason(base, config)
         or rotary_reason(base)
         or dropout_reason(base)
-        or _adapter_reason(model)
+        or adapter_reason(model)
     )
 
 
@@ -111,12 +112,3 @@ def _dropout_rates(model: PreTrainedModel) -> Iterator[tuple[str, float]]:
         rates = [rate.p if isinstance(rate, nn.Dropout) else rate for rate in held]
         numbers = [rate for rate in rates if isinstance(rate, (int, float))]
         yield f"layer {index}", max(numbers, default=stated)
-
-
-def _adapter_reason(model: Any) -> str | None:
-    while not hasattr(model, "active_peft_config") and hasattr(model, "module"):
-        model = model.module
-    peft = getattr(model, "active_peft_config", None)
-    if peft is not None and peft.is_prompt_learning:
-        return f"{peft.peft_type} adds virtual tokens to every row of a batch; use LoRA or full fine-tuning"
-    return None
