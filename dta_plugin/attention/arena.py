@@ -53,10 +53,11 @@ class Arena:
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
-        self._layers: dict[int, ArenaLayer] = {}
+        self._layers: dict[tuple[int, int], ArenaLayer] = {}
 
-    def layer(self, index: int) -> ArenaLayer:
-        return self._layers.setdefault(index, ArenaLayer(self.slots))
+    def layer(self, index: int, call: int) -> ArenaLayer:
+        """call: a layer that attends several times has a place for each."""
+        return self._layers.setdefault((index, call), ArenaLayer(self.slots))
 
     def clear(self) -> None:
         """Give the buffers up."""
@@ -144,9 +145,16 @@ class ChunkMask(TreeMask):
             (behind, np.concatenate([above, own_depth])),
         )
         self._arena, self._first, self._trunk = arena, first, first + trunk
+        self._calls_of_pass: dict[int, int] = {}
 
     def at_layer(self, index: int) -> TreeMask:
         """The same mask, with this chunk's place in that layer of the arena."""
         mask = copy.copy(self)
-        mask.place = ArenaPlace(self._arena.layer(index), self._first, self._trunk)
+        seen = self.calls[index]
+        call = seen % self._calls_of_pass[index] if index in self._calls_of_pass else seen
+        mask.place = ArenaPlace(self._arena.layer(index, call), self._first, self._trunk)
         return mask
+
+    def close(self) -> None:
+        """The forward pass is over: what attends from now on is recomputed."""
+        self._calls_of_pass = dict(self.calls)

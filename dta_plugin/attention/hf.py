@@ -27,6 +27,8 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from dta_plugin.attention.api import tree_attention
+from dta_plugin.attention.keywords import check_keywords
+from dta_plugin.attention.layers import indexed_modules
 from dta_plugin.attention.mask import TreeMask
 from dta_plugin.errors import UnsupportedModelError
 
@@ -90,7 +92,8 @@ class Dispatcher:
     def __call__(
         self, *args: Any, dta_tree: TreeMask | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return self.behind(*args, **kwargs) if dta_tree is None else _tree_call(dta_tree, *args, **kwargs)
+        tree = dta_tree or carried(kwargs.get("attention_mask") if len(args) < 5 else args[4])
+        return self.behind(*args, **kwargs) if tree is None else _tree_call(tree, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A pickle of what holds an attention function has the one behind."""
@@ -114,6 +117,17 @@ def _set(entries: Entries, key: str, attention: Attention) -> None:
         entries[key] = attention
 
 
+def carry(placeholder: torch.Tensor, tree: TreeMask) -> torch.Tensor:
+    """The attention mask that stands for a tree, with the tree: some layers hand on no keywords, but all hand it on."""
+    placeholder.dta_tree = tree  # type: ignore[attr-defined]
+    return placeholder
+
+
+def carried(attention_mask: torch.Tensor | None) -> TreeMask | None:
+    """The tree that came with an attention mask."""
+    return getattr(attention_mask, "dta_tree", None)
+
+
 def _tree_call(
     tree: TreeMask,
     module: nn.Module,
@@ -129,6 +143,7 @@ def _tree_call(
             f"{tuple(attention_mask.shape)}. Expected the causal mask alone, which the tree replaces; use another "
             "model, or on_unsupported='dense'."
         )
+    check_keywords(module, kwargs)
     query, key, value = _autocast(query, key, value)
     layer = cast(int, module.layer_idx)
     out = tree_attention(
@@ -141,7 +156,7 @@ def _tree_call(
         softcap=kwargs.get("softcap"),
         sinks=kwargs.get("s_aux"),
     )
-    tree.layers_seen.add(layer)
+    tree.calls[layer] += 1
     return out.transpose(1, 2), None
 
 
@@ -153,18 +168,13 @@ def _autocast(*inputs: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _places(model: PreTrainedModel) -> Iterator[tuple[Entries, str]]:
-    """Where the attention layers of the language model look their functions up: (mapping, key).
-
-    Layers are told by their index, and from those of vision towers by the class of their config.
-    """
-    kind = type(model.config.get_text_config())
+    """Where the attention layers of the language model look their functions up: (mapping, key)."""
     layers: dict[object, tuple[nn.Module, str]] = {}
-    for module in model.modules():
+    for module in indexed_modules(model):
         own = vars(module)
-        if "layer_idx" in own and isinstance(own.get("config"), kind):
-            name = own["config"]._attn_implementation or "eager"
-            own_forward = getattr(own.get("forward"), "__func__", None)
-            layers[type(module), own_forward, name] = (module, name)
+        name = own["config"]._attn_implementation or "eager"
+        own_forward = getattr(own.get("forward"), "__func__", None)
+        layers[type(module), own_forward, name] = (module, name)
     for layer, name in layers.values():
         for file in _files(layer):
             for key, value in list(file.items()):

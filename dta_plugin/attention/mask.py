@@ -6,6 +6,7 @@ PEFT, DDP and FSDP forward it unchanged. It is a plain class because FSDP1 rebui
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, ClassVar
 from weakref import WeakSet
@@ -27,7 +28,7 @@ class TreeMask:
 
     exit: int64 [T]. depth: int64 [T]. backend: who is to compute attention, a name from `config.BACKENDS`. host: the
     same exit and depth in the CPU's memory, as far as the caller has them.
-    layers_seen: indices of the attention layers that have used this mask, for the check that none was bypassed.
+    calls: how often each attention layer has used this mask, by index, for the check that none was bypassed.
     backends_used: who computed it. place: where the keys lie, see `Place` in attention/function.py.
     alive: all masks there are; as long as one is, a layer may be recomputed with it.
     """
@@ -40,7 +41,7 @@ class TreeMask:
         self.exit = exit
         self.depth = depth
         self.backend = backend
-        self.layers_seen: set[int] = set()
+        self.calls: Counter[int] = Counter()
         self.backends_used: set[str] = set()
         self.place: Place = OwnKeys()
         self._plans: dict[object, Any] = {}
@@ -63,6 +64,11 @@ class TreeMask:
     def at_layer(self, index: int) -> TreeMask:
         """The mask as attention layer `index` has it."""
         return self
+
+    @property
+    def layers_seen(self) -> set[int]:
+        """Indices of the attention layers that have used this mask."""
+        return set(self.calls)
 
     def __len__(self) -> int:
         return self.exit.shape[0]

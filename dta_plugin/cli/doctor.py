@@ -172,7 +172,8 @@ def model_findings(path: str) -> list[Finding]:
 
 
 def _architecture(model: PreTrainedModel) -> Iterator[Finding]:
-    from dta_plugin.execution.model import layer_types, lm_head, model_cost
+    from dta_plugin.attention.layers import layer_types
+    from dta_plugin.execution.model import lm_head, model_cost
 
     config = model.config.get_text_config()
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -86,7 +86,10 @@ def _obstacle_to_streaming(model: nn.Module, batch: Batch, config: TreeConfig, r
     hooked = [name for name, parameter in model.named_parameters() if parameter._backward_hooks]
     if hooked:
         return f"a gradient hook on {hooked[0]}; register_post_accumulate_grad_hook sees what is summed over chunks"
-    kinds = attention_kinds(causal_lm(model), batch.edges.target.device)
+    try:
+        kinds = attention_kinds(causal_lm(model), batch.edges.target.device)
+    except Exception as error:
+        return f"attention whose sizes cannot be read ({type(error).__name__}: {error})"
     backends = {serving_backend(config.backend, kind) for kind in kinds} - {"cpu", "triton"}
     if backends:
         return f"attention through backend {backends.pop()!r}: streaming needs 'cpu' or 'triton'"

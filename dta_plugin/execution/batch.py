@@ -16,6 +16,7 @@ from dta_plugin.execution.calibration import Calibration, calibration_of
 from dta_plugin.execution.memory import token_budget
 from dta_plugin.execution.model import causal_lm, input_device, model_cost
 from dta_plugin.execution.ranks import gathered, is_collective
+from dta_plugin.execution.rotary import length_reason
 from dta_plugin.execution.support import unsupported_reason
 from dta_plugin.tree.cost import CostEstimate, ModelCost, Padded, estimate
 from dta_plugin.tree.layout import Scored, ScoredEdges
@@ -84,7 +85,7 @@ def prepare(
     """
     stands_in = not len(sequences) and is_collective(model)
     tree = PrefixTree.from_sequences([STAND_IN] if stands_in else sequences)
-    reason = unsupported_reason(model)
+    reason = unsupported_reason(model) or length_reason(causal_lm(model), [len(sequence) for sequence in sequences])
     if reason is not None and config.on_unsupported == "error":
         raise UnsupportedModelError(f"Prefix-tree execution is not exact here: {reason}; or on_unsupported='dense'.")
     base = causal_lm(model)

@@ -22,6 +22,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from dta_plugin.attention.layers import one_size
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.execution.model import causal_lm, input_device, model_cost
@@ -126,7 +127,7 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
     is_cuda = device.type == "cuda"
     return {
         "model": next(c.__name__ for c in type(model).__mro__ if not issubclass(c, FSDPModule)),  # renames its models
-        **{size: getattr(config, size, None) for size in _SIZES},
+        **{size: one_size(config, size) for size in _SIZES},
         "dtype": str(model.dtype).removeprefix("torch."),
         "autocast": _autocast(device.type),
         "checkpointing": any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),

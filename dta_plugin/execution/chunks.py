@@ -15,11 +15,13 @@ from transformers import PreTrainedModel
 
 from dta_plugin.attention.arena import Arena, ChunkMask
 from dta_plugin.attention.hf import install
+from dta_plugin.errors import UnsupportedModelError
 from dta_plugin.execution.fsdp2 import parameters_in_use
 from dta_plugin.execution.model import decoder_of, lm_head, tree_forward
 from dta_plugin.execution.packed import check_every_layer_hit, row_inputs, score
 from dta_plugin.execution.pieces import Piece
 from dta_plugin.execution.replay import Autocast, plain_checkpointing
+from dta_plugin.execution.rotary import as_long_as
 from dta_plugin.tree.layout import ScoredEdges
 from dta_plugin.tree.plan import Plan
 from dta_plugin.tree.trie import PrefixTree
@@ -75,6 +77,7 @@ class Runner:
         self.head = lm_head(job.base, job.head_dtype)
         self.autocast = Autocast.now(device.type)
         self.backends: set[str] = set()
+        self.longest = int(job.tree.depth.max()) + 1
 
     def run(self, piece: Piece, arena: Arena, what: str, needs_head: bool = False) -> Graph:
         """what: for the log. needs_head: the LM head takes part in the graph even if nothing is scored."""
@@ -91,13 +94,20 @@ class Runner:
         inputs = row_inputs(piece.input_ids, piece.depth, mask)
         # Weights that were cast in a call without gradient are of no use to one with: torch 2.8 reuses them.
         torch.clear_autocast_cache()
-        with self.autocast.entered(), plain_checkpointing(job.base), parameters_in_use(job.model) as parameters:
+        with (
+            self.autocast.entered(),
+            plain_checkpointing(job.base),
+            as_long_as(job.base, self.longest),
+            parameters_in_use(job.model) as parameters,
+        ):
             if job.is_sharded:  # through the wrapper, which gathers the weights
                 with tree_forward(job.base, forward):
                     outputs = job.model(dta_inputs=inputs)
             else:  # within the wrapper's call
                 outputs = forward(job.base, inputs)
         check_every_layer_hit(job.base, mask)
+        _check_repeats(job.base, mask)
+        mask.close()
         self.backends |= mask.backends_used
         seconds = time.perf_counter() - start
         log.debug("dta: %s: %d tokens behind %d ancestors, %.3f s", what, len(piece.depth), piece.first, seconds)
@@ -112,3 +122,14 @@ class Runner:
         own = piece.temperature if piece.temperature is not None and count else self.job.temperature
         scores = score(hidden.index_select(0, rows), self.head, targets, *on_both, own, self.job.return_entropy)
         return [values if count else values[:0].clone() for values in scores if values is not None]
+
+
+def _check_repeats(model: PreTrainedModel, mask: ChunkMask) -> None:
+    """Recomputed in the backward pass, the calls of one layer come in an order that nothing tells them apart by."""
+    repeated = sorted(layer for layer, calls in mask.calls.items() if calls > 1)
+    if repeated and model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+        raise UnsupportedModelError(
+            f"Layer(s) {repeated} of {type(model).__name__} attend more than once, and gradient checkpointing is on. "
+            "Expected one call per layer for executor='streamed' with checkpointing; switch checkpointing off, which "
+            "streaming does not need, or use executor='packed'."
+        )

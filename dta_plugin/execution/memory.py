@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -10,7 +11,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dta_plugin.execution.model import head_dim
+from dta_plugin.attention.layers import attention_sizes
+from dta_plugin.execution.model import say_guessed
+from dta_plugin.execution.sizes import feed_forward_numbers
 from dta_plugin.logprobs import KEEP_BYTES
 
 log = logging.getLogger("dta_plugin")
@@ -41,22 +44,40 @@ def halve(model: PreTrainedModel, budget: int) -> int | None:
     return budget // 2
 
 
+# Looked at once per model and checkpointing: the estimate walks all modules.
+_estimates: WeakKeyDictionary[nn.Module, dict[bool, int]] = WeakKeyDictionary()
+
+
 def bytes_per_token(model: PreTrainedModel) -> int:
-    """Estimate of what one token's forward pass saves for the backward pass in the decoder layers.
+    """Estimate of what one token's forward pass saves for the backward pass in the decoder layers; never raises.
 
     Counts the usual pre-norm decoder: two norms, attention, a gated MLP, two residuals. With gradient checkpointing
     one hidden state per layer and a single layer in full.
     """
-    config = model.config.get_text_config()
-    hidden, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-    active = getattr(config, "num_experts_per_tok", None) or 1
-    norms, attention = 8 * hidden, (4 * heads + 6 * kv_heads) * head_dim(model)
-    layer = norms + attention + 5 * inner * active
     is_checkpointed = model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-    elements = layers * hidden + layer if is_checkpointed else layers * layer
-    return elements * model.dtype.itemsize
+    estimates = _estimates.setdefault(model, {})
+    if is_checkpointed not in estimates:
+        try:
+            elements = _saved_elements(model, is_checkpointed)
+        except Exception as error:
+            say_guessed("memory per token", model, error)
+            elements = _GUESSED_ELEMENTS
+        estimates[is_checkpointed] = elements * model.dtype.itemsize
+    return estimates[is_checkpointed]
+
+
+# Of a model that cannot be read: 30 layers in full with hidden states of 4096.
+_GUESSED_ELEMENTS = 30 * 30 * 4096
+
+
+def _saved_elements(model: PreTrainedModel, is_checkpointed: bool) -> int:
+    hidden, attention = model.config.get_text_config().hidden_size, attention_sizes(model)
+    per_layer = [8 * hidden + sum(x.head_dims) * (2 * x.heads + 3 * x.kv_heads) for x in attention]
+    # A gated MLP saves five times its width and has three matrices of it.
+    feed_forward = math.ceil(5 * feed_forward_numbers(model) / (3 * hidden))
+    if is_checkpointed:
+        return len(per_layer) * hidden + max(per_layer) + feed_forward // len(per_layer)
+    return sum(per_layer) + feed_forward
 
 
 def _free_bytes(device: torch.device) -> int:

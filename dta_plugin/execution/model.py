@@ -7,6 +7,7 @@ decoder layers are all that checkpointing recomputes, and those are left alone.
 
 from __future__ import annotations
 
+import logging
 import math
 import types
 from collections.abc import Callable, Iterator
@@ -17,26 +18,36 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
+from dta_plugin.attention.layers import attention_sizes
 from dta_plugin.attention.self_check import Kind
 from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.execution.sizes import counted_cost
 from dta_plugin.logprobs import LMHead
 from dta_plugin.tree.cost import ModelCost
 
+log = logging.getLogger("dta_plugin")
+
+
+def wrappings(model: torch.nn.Module) -> Iterator[Any]:
+    """DDP, FSDP, DeepSpeed, torch.compile and PEFT wrappers from the outermost inwards, and last what is inside."""
+    seen: Any = model
+    while seen is not None:
+        yield seen
+        if isinstance(seen, PreTrainedModel):
+            return
+        inner = getattr(seen, "module", None) or getattr(seen, "_orig_mod", None)
+        seen = seen.get_base_model() if inner is None and hasattr(seen, "get_base_model") else inner
+
 
 def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
-    """The Hugging Face model inside DDP, FSDP, DeepSpeed, torch.compile and PEFT wrappers."""
-    seen: Any = model
-    while not isinstance(seen, PreTrainedModel):
-        inner = getattr(seen, "module", None) or getattr(seen, "_orig_mod", None)
-        if inner is None and hasattr(seen, "get_base_model"):
-            inner = seen.get_base_model()
-        if inner is None:
-            raise UnsupportedModelError(
-                f"Got a {type(model).__name__}. Expected a Hugging Face causal LM (PreTrainedModel), possibly inside "
-                "PEFT, DDP or FSDP; load it with AutoModelForCausalLM."
-            )
-        seen = inner
-    return seen
+    """The Hugging Face model inside all wrappers."""
+    *_, found = wrappings(model)
+    if not isinstance(found, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"Got a {type(model).__name__}. Expected a Hugging Face causal LM (PreTrainedModel), possibly inside "
+            "PEFT, DDP or FSDP; load it with AutoModelForCausalLM."
+        )
+    return found
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -89,38 +100,24 @@ def tree_forward(model: torch.nn.Module, forward: Callable[..., Any]) -> Iterato
             model.forward = own
 
 
-def layer_types(config: Any) -> list[str]:
-    """Per decoder layer: "full_attention", "sliding_attention", or another kind of layer."""
-    types_ = getattr(config, "layer_types", None)
-    if types_:
-        return list(types_)
-    kind = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
-    return [kind] * config.num_hidden_layers
-
-
 def attention_kinds(model: PreTrainedModel, device: torch.device) -> set[Kind]:
-    """The kinds of attention that the model's layers ask for on `device`, as far as its config says."""
+    """The kinds of attention that the model's layers ask for on `device`, as far as modules and config say."""
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
     has_softcap = getattr(config, "attn_logit_softcapping", None) is not None
     has_sinks = any(isinstance(getattr(module, "sinks", None), torch.Tensor) for module in model.modules())
     return {
-        Kind(device, dtype, (head_dim(model),) * 2, heads // kv_heads, window, has_softcap, has_sinks)
-        for window in {kind == "sliding_attention" for kind in layer_types(config)}
+        Kind(
+            device,
+            dtype,
+            layer.head_dims,
+            layer.heads // layer.kv_heads,
+            layer.window is not None,
+            has_softcap,
+            has_sinks,
+        )
+        for layer in attention_sizes(model)
     }
-
-
-def head_dim(model: PreTrainedModel) -> int:
-    """Width of an attention head."""
-    config = model.config.get_text_config()
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _shape(parameter: torch.nn.Parameter) -> torch.Size:
-    """Shape of the whole parameter, also where DeepSpeed ZeRO-3 has left nothing of it here."""
-    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 # Looked at once per model: adapters that come later change little.
@@ -128,31 +125,20 @@ _costs: WeakKeyDictionary[PreTrainedModel, ModelCost] = WeakKeyDictionary()
 
 
 def model_cost(model: PreTrainedModel) -> ModelCost:
-    """Forward FLOPs of the model's parts, two per multiply-add; experts count as far as they are active."""
+    """Forward FLOPs of the model's parts, two per multiply-add; experts count as far as they are active.
+
+    An estimate never stops a run: of a model that cannot be read, all parameters count once per token, nothing else.
+    """
     if model not in _costs:
-        _costs[model] = _counted(model)
+        try:
+            _costs[model] = counted_cost(model)
+        except Exception as error:
+            say_guessed("cost", model, error)
+            _costs[model] = ModelCost(2.0 * max(1, sum(math.prod(p.shape) for p in model.parameters())), 0.0, 0.0)
     return _costs[model]
 
 
-def _counted(model: PreTrainedModel) -> ModelCost:
-    config = model.config.get_text_config()
-    decoder_matrices = {id(p): (name, p) for name, p in model.named_parameters() if len(_shape(p)) >= 2}
-    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
-    for embedding in embeddings:
-        decoder_matrices.pop(id(getattr(embedding, "weight", None)), None)
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 0
-    active = (getattr(config, "num_experts_per_tok", None) or experts) / experts if experts else 1.0
-    parameters = sum(
-        math.prod(_shape(p)) * (active if ".experts." in name else 1.0) for name, p in decoder_matrices.values()
-    )
-
-    per_pair = 4.0 * config.num_attention_heads * head_dim(model)
-    kinds = layer_types(config)
-    window = int(getattr(config, "sliding_window", None) or 0)
-    windowed = sum(kind == "sliding_attention" for kind in kinds) if window else 0
-    return ModelCost(
-        per_token=2.0 * parameters,
-        per_pair=per_pair * (len(kinds) - windowed),
-        per_scored=2.0 * config.hidden_size * config.vocab_size,
-        per_window_pair=((window, per_pair * windowed),) if windowed else (),
-    )
+def say_guessed(what: str, model: PreTrainedModel, error: Exception) -> None:
+    """One line for an estimate that goes without the sizes of the model's layers."""
+    name, kind = type(model).__name__, type(error).__name__
+    log.warning("dta: the %s of %s is a guess, its sizes cannot be read (%s: %s)", what, name, kind, error)

@@ -13,7 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from dta_plugin.attention import TreeMask
-from dta_plugin.attention.hf import install
+from dta_plugin.attention.hf import carry, install
+from dta_plugin.attention.layers import attention_modules
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 from dta_plugin.execution.model import causal_lm, decoder_of, lm_head, tree_forward
 from dta_plugin.logprobs import LMHead, edge_logprobs
@@ -43,12 +44,13 @@ def row_inputs(input_ids: torch.Tensor, depth: torch.Tensor, mask: TreeMask) -> 
     """Keyword arguments of the model's forward for one packed row. input_ids, depth: int64 [T].
 
     The 4-D attention mask is a placeholder: transformers hands such a mask on as it is, where without one it would
-    take position restarts for packed sequences and build a mask that is wrong for trees. Our attention ignores it.
+    take position restarts for packed sequences and build a mask that is wrong for trees. It carries the tree to
+    attention layers that hand on no keywords.
     """
     return {
         "input_ids": input_ids[None],
         "position_ids": depth[None],
-        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device),
+        "attention_mask": carry(torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device), mask),
         "use_cache": False,
         "dta_tree": mask,
     }
@@ -140,8 +142,9 @@ def _router_loss(model: PreTrainedModel, router_logits: Any, multiplicity: torch
 
 
 def check_every_layer_hit(model: PreTrainedModel, mask: TreeMask) -> None:
-    layers = model.config.get_text_config().num_hidden_layers
-    missed = sorted(set(range(layers)) - mask.layers_seen)
+    layers = set(range(model.config.get_text_config().num_hidden_layers))
+    # Models that loop over their layers state more than they have.
+    missed = sorted((layers & set(attention_modules(model)) or layers) - mask.layers_seen)
     if missed:
         raise UnsupportedModelError(
             f"Attention layer(s) {missed} of {type(model).__name__} did not use the tree: something replaced their "

@@ -28,6 +28,7 @@ from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 from dta_plugin.execution.model import causal_lm, decoder_of, model_cost
 from dta_plugin.execution.packed import check_every_layer_hit, model_inputs
 from dta_plugin.execution.padded import PaddedBatch, spread
+from dta_plugin.execution.rotary import padded_length_reason
 from dta_plugin.execution.support import dropout_reason, unsupported_reason
 from dta_plugin.tree.cost import estimate
 from dta_plugin.tree.layout import TreeLayout
@@ -158,7 +159,8 @@ class PrefixSharing:
 
     def _why_not_now(self, decoder: PreTrainedModel, call: dict[str, Any]) -> str | None:
         """Why this call takes the model's own path, by what may change from call to call."""
-        reason = dropout_reason(decoder)
+        ids = call.get("input_ids")
+        reason = dropout_reason(decoder) or padded_length_reason(decoder, 0 if ids is None else ids.shape[1])
         if reason is not None and self.config.on_unsupported == "error":
             raise UnsupportedModelError(f"Prefixes cannot be shared exactly here: {reason}; or on_unsupported='dense'.")
         if reason is not None:

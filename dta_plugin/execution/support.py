@@ -6,19 +6,26 @@ its adapter.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from dta_plugin.attention.layers import attention_modules, layer_types
 from dta_plugin.errors import UnsupportedModelError
-from dta_plugin.execution.model import causal_lm, layer_types
+from dta_plugin.execution.adapters import adapter_reason
+from dta_plugin.execution.model import causal_lm
+from dta_plugin.execution.rotary import rotary_reason
 
 _TREE_LAYERS = {"full_attention", "sliding_attention"}
 # Families whose window lives in the mask alone: their attention functions are not told of it.
 _WINDOW_IN_MASK_ONLY = {"phimoe", "olmoe"}
 # Families that change hidden states between the decoder and the output embedding.
 _EXTRA_HEAD = {"modernbert-decoder"}
+
+# What attention modules call the rate at which they drop attention weights.
+_DROPOUTS = ("attention_dropout", "attn_dropout", "attn_pdrop", "attn_dropout_p")
 
 
 def unsupported_reason(model: nn.Module) -> str | None:
@@ -31,8 +38,9 @@ def unsupported_reason(model: nn.Module) -> str | None:
     return (
         _attention_reason(base, config)
         or _position_reason(base, config)
+        or rotary_reason(base)
         or dropout_reason(base)
-        or _adapter_reason(model)
+        or adapter_reason(model)
     )
 
 
@@ -56,7 +64,9 @@ def _attention_reason(model: PreTrainedModel, config: Any) -> str | None:
         )
     if config.model_type in _EXTRA_HEAD:
         return f"{type(model).__name__} transforms hidden states before its output embedding; use another model family"
-    if getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", None) is False:
+    # "vision": among the tokens of an image only, which is for the adapters to see.
+    is_bidirectional = getattr(config, "use_bidirectional_attention", False) not in (False, None, "vision")
+    if is_bidirectional or getattr(config, "is_causal", None) is False:
         return f"{type(model).__name__} attends in both directions; use a causal model"
     if not model._can_set_attn_implementation():
         return (
@@ -77,19 +87,28 @@ def _position_reason(model: PreTrainedModel, config: Any) -> str | None:
 
 def dropout_reason(model: PreTrainedModel) -> str | None:
     """The part of `unsupported_reason` that may change from call to call."""
-    rate = getattr(model.config.get_text_config(), "attention_dropout", 0.0)
-    if model.training and rate:
-        return (
-            f"attention_dropout is {rate}: shared tokens would share one dropout mask; set attention_dropout=0 in the "
-            "model config"
-        )
+    if not model.training:
+        return None
+    for where, rate in _dropout_rates(model):
+        if rate:
+            return (
+                f"attention dropout is {rate} in {where}: shared tokens would share one dropout mask; set it to 0, in "
+                "the model config before the model is loaded"
+            )
     return None
 
 
-def _adapter_reason(model: Any) -> str | None:
-    while not hasattr(model, "active_peft_config") and hasattr(model, "module"):
-        model = model.module
-    peft = getattr(model, "active_peft_config", None)
-    if peft is not None and peft.is_prompt_learning:
-        return f"{peft.peft_type} adds virtual tokens to every row of a batch; use LoRA or full fine-tuning"
-    return None
+def _dropout_rates(model: PreTrainedModel) -> Iterator[tuple[str, float]]:
+    """(where, rate) as each attention layer holds it; the config counts where the layer does not."""
+    config = model.config.get_text_config()
+    stated = getattr(config, "attention_dropout", 0.0) or getattr(
+        getattr(config, "attn_config", None), "attn_pdrop", 0.0
+    )
+    modules = attention_modules(model)
+    if not modules:
+        yield "the model config", stated
+    for index, module in modules.items():
+        held = [getattr(module, name) for name in _DROPOUTS if hasattr(module, name)]
+        rates = [rate.p if isinstance(rate, nn.Dropout) else rate for rate in held]
+        numbers = [rate for rate in rates if isinstance(rate, (int, float))]
+        yield f"layer {index}", max(numbers, default=stated)

@@ -95,7 +95,10 @@ def random_model(
 
 
 def norm_in_own_dtype(model: torch.nn.Module) -> None:
-    """Make every RMSNorm compute in its input's dtype; transformers' own goes through float32, a floor of 1e-7."""
+    """Make every RMSNorm compute in its input's dtype; transformers' own goes through float32, a floor of 1e-7.
+
+    The gain of Gemma's norms up to version 3 is one plus the weight; those with `with_scale` may have none.
+    """
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = types.MethodType(_rms_norm, module)
@@ -103,8 +106,10 @@ def norm_in_own_dtype(model: torch.nn.Module) -> None:
 
 def _rms_norm(self: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     eps = self.eps if hasattr(self, "eps") else self.variance_epsilon
-    gain = 1.0 + self.weight if type(self).__name__.startswith("Gemma") else self.weight
-    return hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + eps) * gain
+    normed = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + eps)
+    if hasattr(self, "with_scale"):
+        return normed * self.weight if self.with_scale else normed
+    return normed * (1.0 + self.weight if type(self).__name__.startswith("Gemma") else self.weight)
 
 
 @contextmanager

@@ -1,0 +1,94 @@
+"""How much of a model every token passes, and what that costs: read off its modules.
+
+Configs do not say it: sizes differ by layer, quantised weights are stored in other shapes, embeddings are tables.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dta_plugin.attention.layers import attention_modules, attention_sizes
+from dta_plugin.tree.cost import ModelCost
+
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_ACTIVE_EXPERTS = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k")
+
+
+def counted_cost(model: PreTrainedModel) -> ModelCost:
+    """FLOPs of the forward pass, two per multiply-add."""
+    config = model.config.get_text_config()
+    per_pair = 0.0
+    per_window: dict[int, float] = {}
+    for layer in attention_sizes(model):
+        flops = 2.0 * layer.heads * sum(layer.head_dims)
+        if layer.window is None:
+            per_pair += flops
+        else:
+            per_window[layer.window] = per_window.get(layer.window, 0.0) + flops
+    return ModelCost(
+        per_token=2.0 * sum(numbers for _, numbers in active_matrices(model)),
+        per_pair=per_pair,
+        per_scored=2.0 * config.hidden_size * config.vocab_size,
+        per_window_pair=tuple(sorted(per_window.items())),
+    )
+
+
+def feed_forward_numbers(model: PreTrainedModel) -> float:
+    """How many numbers of matrices outside attention multiply every token."""
+    within = {id(m) for attention in attention_modules(model).values() for m in attention.modules()}
+    return sum(numbers for module, numbers in active_matrices(model) if id(module) not in within)
+
+
+def active_matrices(model: PreTrainedModel) -> Iterator[tuple[nn.Module, float]]:
+    """(module, numbers in its own matrices): of the language model, experts as far as they are active, no LM head."""
+    share = _active_share(model.config.get_text_config())
+    head = model.get_output_embeddings()
+    seen = {id(getattr(table, "weight", None)) for table in (head, model.get_input_embeddings())}
+    for name, module in _decoder(model).named_modules():
+        if isinstance(module, nn.Embedding) or module is head:
+            continue
+        numbers = _own_numbers(module, seen)
+        if numbers:
+            yield module, numbers * (share if ".experts." in f".{name}." else 1.0)
+
+
+def _decoder(model: PreTrainedModel) -> nn.Module:
+    """The language model alone, without vision towers."""
+    found = model.get_decoder()
+    return found if isinstance(found, nn.Module) else model
+
+
+def _own_numbers(module: nn.Module, seen: set[int]) -> int:
+    """A linear layer's by its features, since its weight may be packed, sharded or flattened; others' by shape."""
+    own = [p for p in (*module._parameters.values(), *module._buffers.values()) if p is not None]
+    features: Any = [getattr(module, name, None) for name in ("in_features", "out_features")]
+    if own and all(isinstance(size, int) for size in features):
+        weight = getattr(module, "weight", own[0])
+        found = [] if id(weight) in seen else [features]
+        seen.add(id(weight))
+    else:
+        matrices = {id(p): _shape(p) for p in module._parameters.values() if p is not None and len(_shape(p)) >= 2}
+        found = [shape for key, shape in matrices.items() if key not in seen]
+        seen.update(matrices)
+    return sum(math.prod(shape) for shape in found)
+
+
+def _shape(parameter: torch.Tensor) -> Any:
+    """Shape of the whole parameter, also where DeepSpeed ZeRO-3 has left nothing of it here, or bits are packed."""
+    packed = getattr(getattr(parameter, "quant_state", None), "shape", None)
+    return packed or getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _active_share(config: Any) -> float:
+    """The share of experts that a token passes."""
+    experts, active = (
+        next(filter(None, (getattr(config, name, None) for name in names)), None)
+        for names in (_EXPERTS, _ACTIVE_EXPERTS)
+    )
+    return active / experts if experts and active else 1.0
