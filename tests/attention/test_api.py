@@ -60,7 +60,7 @@ def test_wide_float32_heads_where_shared_memory_is_small(hopper: None, monkeypat
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
     assert resolve_backend("auto", CUDA, torch.bfloat16, (512, 512)) == "triton"
     assert resolve_backend("auto", CUDA, torch.float32, (512, 512)) == "flex"
-    with pytest.raises(InvalidInputError, match="head dim is 512 .* up to 256"):
+    with pytest.raises(InvalidInputError, match=r"head dim is 512 .* up to 256"):
         resolve_backend("triton", CUDA, torch.float32, (512, 512))
 
 

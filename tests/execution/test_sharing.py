@@ -65,14 +65,14 @@ def padded_batch(sequences: Sequences, side: str = "right") -> Inputs:
 
 
 def outcome(model: torch.nn.Module, inputs: Inputs, **options: Any) -> dict[str, torch.Tensor]:
-    """Logits at real tokens (or of rows), loss, and the gradient of loss and random sums of logits, by name."""
+    """Logits at real tokens (or of rows), loss, and the gradient of loss plus a random sum of logits, by name."""
     output = model(**inputs, use_cache=False, **options)
     logits = output.logits[inputs["attention_mask"].bool()] if output.logits.ndim == 3 else output.logits
     noise = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    loss = (noise.to(logits.dtype) * logits).sum()
-    if output.loss is not None and output.loss.isfinite():
-        loss = loss + output.loss
-    return {"logits": logits.detach(), "loss": loss.detach()} | gradients(model, loss)
+    has_loss = output.loss is not None and bool(output.loss.isfinite())
+    loss = output.loss if has_loss else logits.new_zeros(())
+    total = loss + (noise.to(logits.dtype) * logits).sum()
+    return {"logits": logits.detach(), "loss": loss.detach()} | gradients(model, total)
 
 
 def apart(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
