@@ -164,6 +164,7 @@ def _run_fused_loss(trainer: Any, config: TreeConfig, state: TreeState) -> None:
         raise InvalidInputError(f"token_selection={config.token_selection!r} cannot be followed: {reason}.")
     if config.on_unsupported == "error":
         raise UnsupportedModelError(f"Prefix-tree execution cannot run here: {reason}; or on_unsupported='dense'.")
+    state.why_dense = reason
     state.say_once(trainer, f"dense path: {reason}", level=logging.WARNING)
     if trainer.model.training:
         state.log_metrics(trainer, None)

@@ -76,6 +76,11 @@ def foreign_reader(trainer: Any) -> str | None:
     return f"{type(trainer).__name__}.{HOOK} is not the plugin's"
 
 
+def has_our_hook(trainer: Any) -> bool:
+    """Whether a call of the log-prob hook can reach the plugin."""
+    return any(link.is_ours for link in _links(trainer, HOOK))
+
+
 def replaced_scoring(trainer: Any) -> str | None:
     """Whose way to compute log-probs a tree would run in place of, where it is not TRL's; with the remedy."""
     behind = [link for name in _SCORING for link in _behind_us(_links(trainer, name), everywhere=name != HOOK)]

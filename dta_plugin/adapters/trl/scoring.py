@@ -51,6 +51,7 @@ def tree_log_probs(
     micro_batch = MicroBatch.from_padded(input_ids, attention_mask, logits_to_keep, has_weights)
 
     def run_dense(reason: str, topic: str | None = None) -> tuple[torch.Tensor | None, ...]:
+        state.why_dense = reason
         state.say_once(trainer, f"dense path: {reason}", topic, logging.WARNING)
         if torch.is_grad_enabled():
             state.log_metrics(trainer, None)
