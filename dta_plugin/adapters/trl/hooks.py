@@ -11,6 +11,7 @@ import torch
 from dta_plugin.adapters.trl.buffer import Inputs, has_images
 from dta_plugin.adapters.trl.config import tree_config
 from dta_plugin.adapters.trl.exchange import exchange
+from dta_plugin.adapters.trl.noise import noise_reason
 from dta_plugin.adapters.trl.origin import foreign_reader, replaced_preparation, unknown_loss
 from dta_plugin.adapters.trl.regroup import composition_reason, regroup
 from dta_plugin.adapters.trl.scoring import Hook, tree_log_probs
@@ -56,7 +57,8 @@ def prepare_inputs(trainer: Any, own: Callable[[Any], Any], default: TreeConfig 
         _say_what_stays(trainer, config, state)
         return inputs
     is_new = buffer is not before
-    if is_new and unsupported_reason(trainer.model) is None:  # else the dense path will run, on what TRL made
+    runs_dense = unsupported_reason(trainer.model) or noise_reason(trainer)
+    if is_new and runs_dense is None:  # else on what TRL made
         trainer._buffered_inputs = _dealt_out(trainer, config, state, buffer)
     slot = trainer._step % trainer.args.steps_per_generation
     if is_new or slot == 0 or not state.handed_out:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from dta_plugin.adapters.trl.noise import noise_reason
 from dta_plugin.adapters.trl.origin import replaced_scoring
 from dta_plugin.adapters.trl.rows import MicroBatch, joined
 from dta_plugin.adapters.trl.state import TreeState
@@ -62,7 +63,7 @@ def tree_log_probs(
         padded = (model, *micro_batch.padded(input_ids, attention_mask))
         return tuple(map(micro_batch.only_scored, dense(*padded, *args, **kwargs)))
 
-    reason = replaced_scoring(trainer) or _image_reason(inputs)
+    reason = replaced_scoring(trainer) or noise_reason(trainer) or _image_reason(inputs)
     if reason is not None:
         if state.config.on_unsupported == "error":
             raise UnsupportedModelError(
