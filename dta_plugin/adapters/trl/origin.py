@@ -29,7 +29,8 @@ _LOSS = (
 # What TRL's hook calls, in some releases: a tree runs in place of all of it.
 _SCORING = (HOOK, "_chunked_logps", "_full_logits_logps")
 
-_OURS = ("dta_plugin.adapters.trl.patch", "dta_plugin.adapters.trl.trainer")
+# The last one is what `patches/` adds to TRL.
+_OURS = ("dta_plugin.adapters.trl.patch", "dta_plugin.adapters.trl.trainer", "trl.extras.dta")
 _TRL = ("trl.trainer.", "trl.extras.", "transformers.", "accelerate.", "torch.")
 # Losses outside of TRL's own trainers in which a row's gradient does not depend on the rows beside it.
 _ROW_LOCAL = ("trl.experimental.gmpo.",)
