@@ -19,7 +19,7 @@ BACKENDS = ("auto", "cpu", "flex", "reference", "triton")
 _EXECUTORS = ("auto", "packed", "streamed")
 _REGROUP = ("auto", "always", "never")
 _BALANCE_RANKS = ("never", "always")
-_PRUNE = ("auto", "never")
+_PRUNE = ("auto", "always", "never")
 _ON_UNSUPPORTED = ("error", "dense")
 
 
@@ -79,7 +79,8 @@ class TreeConfig:
     prune: str = _option(
         "auto",
         "Leave tokens whose log-probs no loss reads (rows with advantage 0, masked turns) out of the update, exactly: "
-        "auto (where the trainer's loss is known), or never (all tokens run, as for the metric `entropy` of all rows).",
+        "auto (where the trainer's loss is known), always (a loss that is not known is taken to read what the "
+        "framework's does), or never (all tokens run, as for the metric `entropy` of all rows).",
     )
     token_selection: str = _option(
         "all",

@@ -59,7 +59,21 @@ def main(argv: list[str] | None = None) -> None:
     script = os.path.abspath(rest[0])
     sys.argv = [script, *rest[1:]]
     sys.path[0] = os.path.dirname(script)
-    runpy.run_path(script, run_name="__main__")
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as end:
+        if config is not None and not end.code:
+            _say_if_unused()
+        raise
+    if config is not None:
+        _say_if_unused()
+
+
+def _say_if_unused() -> None:
+    from dta_plugin.adapters.trl.idle import say_if_nothing_trained
+
+    if os.environ.get("RANK", "0") == "0":
+        say_if_nothing_trained()
 
 
 def take_options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:

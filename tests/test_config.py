@@ -14,8 +14,8 @@ INVALID: dict[str, tuple[dict[str, object], str]] = {
     "executor": ({"executor": "chunked"}, r"executor='chunked'. Expected one of auto, packed"),
     "on_unsupported": ({"on_unsupported": "warn"}, r"on_unsupported='warn'. Expected one of error, dense"),
     "balance_ranks": ({"balance_ranks": "auto"}, r"balance_ranks='auto'. Expected one of never, always"),
-    "prune": ({"prune": "always"}, r"prune='always'. Expected one of auto, never"),
-    "prune in YAML": ({"prune": False}, r"prune=False. Expected one of auto, never"),
+    "prune": ({"prune": "some"}, r"prune='some'. Expected one of auto, always, never"),
+    "prune in YAML": ({"prune": False}, r"prune=False. Expected one of auto, always, never"),
     "selection": ({"token_selection": "nat"}, r"token_selection='nat'. Expected all or one of urs, urs-fixed, rpc"),
     "selection off": ({"token_selection": False}, r"token_selection=False. Expected all or one of urs"),
     "budget of all": (

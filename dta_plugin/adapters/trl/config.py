@@ -39,7 +39,10 @@ TreeArguments = make_dataclass(
 
 class _Validated:
     def __post_init__(self) -> None:
-        tree_config(self)
+        if tree_config(self) is not None:
+            from dta_plugin.adapters.trl.idle import watch
+
+            watch()
         super().__post_init__()  # type: ignore[misc]
 
 

@@ -20,6 +20,7 @@ from torch import distributed
 
 from dta_plugin.adapters.trl.buffer import PADDING, Inputs, Rows, has_images
 from dta_plugin.adapters.trl.deal import to_ranks
+from dta_plugin.adapters.trl.origin import unknown_loss
 from dta_plugin.adapters.trl.regroup import composition_reason
 from dta_plugin.adapters.trl.rows import MicroBatch, joined
 from dta_plugin.adapters.trl.version import counts_padding
@@ -106,7 +107,7 @@ def _obstacle(trainer: Any, buffer: list[Inputs]) -> str | None:
         return "ranks share rows by tensor, context or sequence parallelism"
     if counts_padding(trainer):
         return "loss_type='luspo' depends on each rank's padding before TRL 1.10"
-    return composition_reason(trainer)
+    return unknown_loss(trainer) or composition_reason(trainer)
 
 
 def _mismatch(offers: list[_Offer]) -> str | None:

@@ -11,10 +11,13 @@ import torch
 from dta_plugin.adapters.trl.buffer import Inputs, has_images
 from dta_plugin.adapters.trl.config import tree_config
 from dta_plugin.adapters.trl.exchange import exchange
+from dta_plugin.adapters.trl.noise import noise_reason
+from dta_plugin.adapters.trl.origin import foreign_reader, replaced_preparation, unknown_loss
 from dta_plugin.adapters.trl.regroup import composition_reason, regroup
 from dta_plugin.adapters.trl.scoring import Hook, tree_log_probs
 from dta_plugin.adapters.trl.state import TreeState
 from dta_plugin.adapters.trl.subset import HandedOut, check_selection, pruned
+from dta_plugin.adapters.trl.weights import is_weighted
 from dta_plugin.adapters.trl.window import merges, window_size
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
@@ -50,15 +53,29 @@ def prepare_inputs(trainer: Any, own: Callable[[Any], Any], default: TreeConfig 
     buffer = trainer._buffered_inputs
     if not trainer.model.training or buffer is None:
         return inputs
+    if replaced_preparation(trainer):  # what came out of the buffer may not be what is in it
+        _say_what_stays(trainer, config, state)
+        return inputs
     is_new = buffer is not before
-    if is_new and unsupported_reason(trainer.model) is None:  # else the dense path will run, on what TRL made
+    runs_dense = unsupported_reason(trainer.model) or noise_reason(trainer)
+    if is_new and runs_dense is None:  # else on what TRL made
         trainer._buffered_inputs = _dealt_out(trainer, config, state, buffer)
     slot = trainer._step % trainer.args.steps_per_generation
     if is_new or slot == 0 or not state.handed_out:
         state.handed_out = _drawn(trainer, config, state)
     state.loads.hands_out(slot)
     state.log_selection(trainer, state.handed_out[slot].statistics)
-    return state.handed_out[slot].inputs
+    return _for_our_hook(trainer, state.handed_out[slot].inputs)
+
+
+def _for_our_hook(trainer: Any, inputs: Inputs) -> Inputs:
+    """The inputs; InvalidInputError where they have weights that the log-prob hook of somebody else would read."""
+    if is_weighted(inputs) and (reader := foreign_reader(trainer)):
+        raise InvalidInputError(
+            f"This generation batch was pruned or weighted for the plugin's log-prob hook, and now {reader}. Expected "
+            "the same method during the whole training; replace it before training begins."
+        )
+    return inputs
 
 
 def _drawn(trainer: Any, config: TreeConfig, state: TreeState) -> list[HandedOut]:
@@ -80,7 +97,9 @@ def _dealt_out(trainer: Any, config: TreeConfig, state: TreeState, buffer: list[
     repeated: list[float] = []
 
     def prune(batches: list[Inputs]) -> list[Inputs]:
-        return batches if config.prune == "never" else pruned(trainer, batches)
+        return batches if config.prune == "never" else pruned(trainer, batches, forced=config.prune == "always")
+
+    _say_what_stays(trainer, config, state)
 
     if config.balance_ranks == "always" and trainer.accelerator.num_processes > 1:
         found = exchange(trainer, buffer, size, cost, prune)
@@ -110,10 +129,28 @@ def _why_not_regroup(trainer: Any, config: TreeConfig, buffer: list[Inputs]) -> 
     """None: regroup. Otherwise why not, empty where there is nothing to say."""
     if config.regroup == "never" or len(buffer) == 1 or has_images(buffer):
         return ""
-    reason = composition_reason(trainer)
-    if reason is None or config.regroup == "always":
+    if config.regroup == "always":
         return None
-    return f"{reason}; regroup='always' regroups all the same"
+    if unknown_loss(trainer):
+        return ""
+    reason = composition_reason(trainer)
+    return reason and f"{reason}; regroup='always' regroups all the same"
+
+
+def _say_what_stays(trainer: Any, config: TreeConfig, state: TreeState) -> None:
+    """One line where the loss is of unknown origin, about what is left alone and what would force it."""
+    unknown = unknown_loss(trainer)
+    if unknown is None:
+        return
+    forced = ["regroup", "merge_window"] * (not replaced_preparation(trainer))
+    forced += ["prune"] * (bool(forced) and foreign_reader(trainer) is None)
+    ways = [f"{name}='always'" for name in forced if getattr(config, name) == "auto"]
+    state.say_once(
+        trainer,
+        f"rows and tokens stay as TRL made them, because {unknown}"
+        + (f"; {', '.join(ways)} would treat it as TRL's own loss" if ways else ""),
+        topic="unknown loss",
+    )
 
 
 def _loss_is_fused(trainer: Any) -> bool:
@@ -129,6 +166,7 @@ def _run_fused_loss(trainer: Any, config: TreeConfig, state: TreeState) -> None:
         raise InvalidInputError(f"token_selection={config.token_selection!r} cannot be followed: {reason}.")
     if config.on_unsupported == "error":
         raise UnsupportedModelError(f"Prefix-tree execution cannot run here: {reason}; or on_unsupported='dense'.")
+    state.why_dense = reason
     state.say_once(trainer, f"dense path: {reason}", level=logging.WARNING)
     if trainer.model.training:
         state.log_metrics(trainer, None)

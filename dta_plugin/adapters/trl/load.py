@@ -108,8 +108,9 @@ class Loads(TrainerCallback):
         self._steps.clear()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._steps.append(self._current)
-        self._current = []
+        asked_for_log_probs = all(step.spans for step in self._current)  # else what was planned is not what ran
+        self._steps.append(self._current if asked_for_log_probs else [])
+        self._begun, self._current = None, []
         if control.should_log:
             self._report()
 

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 from trl import DPOTrainer, RewardTrainer, SFTTrainer
 
+from dta_plugin.adapters.trl.noise import noise_reason
 from dta_plugin.adapters.trl.state import TreeState
 from dta_plugin.balance import SiblingSampler
 from dta_plugin.balance.examples import token_columns, token_path
@@ -35,7 +36,7 @@ class SiblingBatchesMixin:
     tree_config: see `share_prefixes`; a reference model shares, too. The sampler takes the place of the random one
     alone: a `train_sampling_strategy` of another kind, or an iterable data set, keeps the trainer's own order.
 
-    Raises InvalidInputError for packing, padding-free batches and torch.compile, UnsupportedModelError as
+    Raises InvalidInputError for packing, padding-free batches, torch.compile and NEFTune, UnsupportedModelError as
     `share_prefixes` does.
     """
 
@@ -44,6 +45,8 @@ class SiblingBatchesMixin:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _check_arguments(self.args)  # type: ignore[attr-defined]
+        if (noise := noise_reason(self)) is not None:
+            raise InvalidInputError(f"Prefixes cannot be shared: {noise}.")
         self._sharing = share_prefixes(self.model, self.tree_config)  # type: ignore[attr-defined]
         self._counted: tuple[int, ...] = (0, 0, 0, 0)
         self._since: dict[str, tuple[int, ...]] = {"": (0, 0, 0, 0), "eval_": (0, 0, 0, 0)}  # since the last entry
@@ -134,21 +137,12 @@ def sibling_sampler(trainer: Any, dataset: Any) -> SiblingSampler:
 
 def _check_arguments(args: Any) -> None:
     for name, remedy in (
-        (
-            "packing",
-            "a row of several sequences hides what they share; the tree is packed itself",
-        ),
-        (
-            "padding_free",
-            "a row of several sequences hides what they share; the tree has no padding either",
-        ),
-        ("neftune_noise_alpha", "its noise depends on the length of a row, and the tree is another"),
+        ("packing", "a row of several sequences hides what they share; the tree is packed itself"),
+        ("padding_free", "a row of several sequences hides what they share; the tree has no padding either"),
         ("torch_compile", "the tree of each batch is another graph"),
     ):
-        value = getattr(args, name, False)
-        if value:
-            other = False if value is True else None
-            raise InvalidInputError(f"{name}={value} with shared prefixes. Expected {name}={other}: {remedy}.")
+        if getattr(args, name, False):
+            raise InvalidInputError(f"{name}=True with shared prefixes. Expected {name}=False: {remedy}.")
 
 
 def _next_sampler(trainer: type) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from trl import GRPOTrainer, RLOOTrainer
 
-from dta_plugin.adapters.trl import hooks
+from dta_plugin.adapters.trl import hooks, idle
 from dta_plugin.adapters.trl.config import tree_config
 from dta_plugin.config import TreeConfig
 
@@ -25,6 +25,7 @@ def enable(config: TreeConfig) -> None:
     """See `dta_plugin.enable`."""
     global _active
     _active = config
+    idle.expect_trees(config)
     for trainer_class in (GRPOTrainer, RLOOTrainer):
         for name, hook in _HOOKS.items():
             if (trainer_class, name) not in _own:
@@ -36,6 +37,7 @@ def disable() -> None:
     """See `dta_plugin.disable`."""
     global _active
     _active = None
+    idle.expect_trees(None)
     for (trainer_class, name), own in _own.items():
         setattr(trainer_class, name, own)
     _own.clear()

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from dta_plugin.adapters.trl.noise import noise_reason
+from dta_plugin.adapters.trl.origin import replaced_scoring
 from dta_plugin.adapters.trl.rows import MicroBatch, joined
 from dta_plugin.adapters.trl.state import TreeState
 from dta_plugin.adapters.trl.window import unwrapped
@@ -50,6 +52,7 @@ def tree_log_probs(
     micro_batch = MicroBatch.from_padded(input_ids, attention_mask, logits_to_keep, has_weights)
 
     def run_dense(reason: str, topic: str | None = None) -> tuple[torch.Tensor | None, ...]:
+        state.why_dense = reason
         state.say_once(trainer, f"dense path: {reason}", topic, logging.WARNING)
         if torch.is_grad_enabled():
             state.log_metrics(trainer, None)
@@ -60,9 +63,8 @@ def tree_log_probs(
         padded = (model, *micro_batch.padded(input_ids, attention_mask))
         return tuple(map(micro_batch.only_scored, dense(*padded, *args, **kwargs)))
 
-    images = sorted(name for name, value in inputs.items() if value is not None and name != "batch_size")
-    if images:
-        reason = f"the batch has {', '.join(images)}: image tokens cannot be merged by token id; train on text"
+    reason = replaced_scoring(trainer) or noise_reason(trainer) or _image_reason(inputs)
+    if reason is not None:
         if state.config.on_unsupported == "error":
             raise UnsupportedModelError(
                 f"Prefix-tree execution is not exact here: {reason}; or on_unsupported='dense'."
@@ -129,6 +131,13 @@ def _run(
             return_router_loss=compute_aux_loss,
             head_dtype=torch.float32 if getattr(trainer.args, "cast_lm_head_to_fp32", False) else None,
         )
+
+
+def _image_reason(inputs: dict[str, Any]) -> str | None:
+    images = sorted(name for name, value in inputs.items() if value is not None and name != "batch_size")
+    if not images:
+        return None
+    return f"the batch has {', '.join(images)}: image tokens cannot be merged by token id; train on text"
 
 
 def _returns_aux_loss(hook: Hook) -> bool:

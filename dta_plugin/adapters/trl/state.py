@@ -25,6 +25,7 @@ class TreeState:
     def __init__(self, config: TreeConfig) -> None:
         self.config = config
         self.calls = 0
+        self.why_dense: str | None = None  # of the last call that was none
         self.windows = Windows()
         self.loads = Loads()
         self.handed_out: list[HandedOut] = []  # the micro-batches of the current pass over a generation batch

@@ -13,31 +13,24 @@ import torch
 from trl import GRPOTrainer, RLOOTrainer
 
 from dta_plugin.adapters.trl.buffer import Inputs, Rows, has_images
+from dta_plugin.adapters.trl.origin import foreign_reader, unknown_terms
 from dta_plugin.adapters.trl.version import counts_padding
 from dta_plugin.adapters.trl.weights import is_weighted, loss_mask, reweighted
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.objectives.nat import TokenSelection, draw
 
 _TOKEN_LOCAL = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
-_STEP = ("training_step", "compute_loss", "_compute_loss")
-
-
-def has_own_loss(trainer: Any) -> bool:
-    """Whether losses are computed as TRL does: a subclass may read any token, and change or skip micro-batches."""
-    return all(module.startswith(("transformers.", "trl.trainer.")) for module in loss_modules(trainer))
-
-
-def loss_modules(trainer: Any) -> set[str]:
-    """Where the methods come from that make a micro-batch's loss."""
-    return {getattr(type(trainer), name).__module__ for name in _STEP}
+# Losses in which every term of a token has its advantage as a factor.
+_NEED_ADVANTAGE = _TOKEN_LOCAL
 
 
 def selection_obstacle(trainer: Any, buffer: list[Inputs]) -> str | None:
     """Why a loss on a subset of tokens would not be that of all tokens on average; names the setting and the remedy."""
     if not isinstance(trainer, GRPOTrainer):
         return f"{type(trainer).__name__}, whose ratio is one of whole sequences; use GRPOTrainer"
-    if not has_own_loss(trainer):
-        return f"{type(trainer).__name__}, which computes a loss of its own; use GRPOTrainer's"
+    unknown = foreign_reader(trainer) or unknown_terms(trainer)
+    if unknown is not None:
+        return f"a loss that may not be a sum over tokens, since {unknown}; use GRPOTrainer's own"
     level = getattr(trainer, "importance_sampling_level", "token")
     if level != "token":
         return f"importance_sampling_level={level!r}, which is no sum over tokens; use 'token'"
@@ -63,13 +56,17 @@ def selection_obstacle(trainer: Any, buffer: list[Inputs]) -> str | None:
     return None
 
 
-def pruned(trainer: Any, buffer: list[Inputs]) -> list[Inputs]:
+def pruned(trainer: Any, buffer: list[Inputs], forced: bool = False) -> list[Inputs]:
     """The micro-batches of a generation batch without the tokens whose log-probs no loss reads; as they were if none.
+
+    forced: a loss of unknown terms is taken for TRL's; but what reads the inputs must be the plugin's own hook.
 
     These are masked tokens, and rows with advantage 0 where the loss has no other term. All but the metric `entropy`
     stay what they were; that one is then of the tokens that run.
     """
-    if not has_own_loss(trainer) or has_images(buffer) or counts_padding(trainer) or _has_gaps(buffer):
+    if (unknown_terms(trainer) and not forced) or foreign_reader(trainer):
+        return buffer
+    if has_images(buffer) or counts_padding(trainer) or _has_gaps(buffer):
         return buffer
     rows = Rows.of(buffer)
     inputs: Inputs = rows.per_row | rows.constant
@@ -98,7 +95,7 @@ def _ignores_zero_advantages(trainer: Any) -> bool:
         return not getattr(trainer, "aux_loss_enabled", False)
     return (
         trainer.beta == 0.0
-        and trainer.loss_type != "vespo"
+        and trainer.loss_type in _NEED_ADVANTAGE
         and trainer.top_entropy_quantile >= 1.0
         and not getattr(trainer, "_entropy_bonus_enabled", False)
         and not getattr(trainer, "aux_loss_enabled", False)

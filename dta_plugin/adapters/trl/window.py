@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from dta_plugin.adapters.trl.buffer import Inputs, has_images
+from dta_plugin.adapters.trl.origin import unknown_loss
 from dta_plugin.adapters.trl.rows import MicroBatch, joined
-from dta_plugin.adapters.trl.subset import loss_modules
 from dta_plugin.balance.costs import TOKENS, SequenceCosts
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError
@@ -55,7 +55,7 @@ def merges(trainer: Any, state: Any, buffer: list[Inputs], separate: list[Inputs
         state.say_once(trainer, f"accumulation windows are not merged because of {obstacle}", level=logging.WARNING)
     wanted = obstacle is None and (
         config.merge_window == "always"
-        or (_is_plain(trainer) and _pays(trainer, config, cost, buffer[:size], separate[:size]))
+        or (unknown_loss(trainer) is None and _pays(trainer, config, cost, buffer[:size], separate[:size]))
     )
     model = trainer.model_wrapped
     return all(gathered(model, wanted)) if is_collective(model) else wanted
@@ -73,11 +73,6 @@ def _obstacle(trainer: Any, buffer: list[Inputs]) -> str | None:
     if any(isinstance(module, FullyShardedDataParallel) for module in wrapped.modules()):
         return "FSDP1"
     return None
-
-
-def _is_plain(trainer: Any) -> bool:
-    """Whether losses are computed as TRL does: a subclass may change or skip micro-batches on the way."""
-    return all(module.partition(".")[0] in ("trl", "transformers") for module in loss_modules(trainer))
 
 
 def _pays(trainer: Any, config: TreeConfig, cost: ModelCost, window: list[Inputs], alternative: list[Inputs]) -> bool:

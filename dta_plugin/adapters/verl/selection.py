@@ -106,7 +106,8 @@ def _mode(actor: Any) -> str:
 
 def _may_prune(data: TensorDict, actor: Any, config: TreeConfig) -> bool:
     known = _mode(actor) in TOKEN_LOCAL | _NOT_LOCAL
-    return config.prune == "auto" and known and not tu.get_non_tensor_data(data, "return_model_output", False)
+    may = config.prune == "always" or (config.prune == "auto" and known)
+    return may and not tu.get_non_tensor_data(data, "return_model_output", False)
 
 
 def _has_loss(data: TensorDict, actor: Any, mask: np.ndarray) -> np.ndarray:

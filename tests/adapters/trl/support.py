@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -195,12 +197,14 @@ def enabled(**options: Any) -> Iterator[None]:
 
 @contextmanager
 def no_dense_pass(trainer_class: type) -> Iterator[None]:
-    """Within the context the trainer's own log-prob method raises."""
+    """Within the context the trainer's own log-prob method raises; it still counts as TRL's, by its globals."""
     owner = next(base for base in trainer_class.__mro__ if HOOK in base.__dict__)
 
-    @functools.wraps(owner.__dict__[HOOK])
-    def forbidden(*_: Any, **__: Any) -> None:
+    def refuses(*_: Any, **__: Any) -> None:
         raise AssertionError("a dense pass ran where a tree was expected")
+
+    globals_of_trl = vars(sys.modules[owner.__module__])
+    forbidden = functools.wraps(owner.__dict__[HOOK])(types.FunctionType(refuses.__code__, globals_of_trl))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, HOOK, forbidden)

@@ -1,0 +1,138 @@
+"""Whose methods stand between the generated rows and the loss: TRL's, or somebody else's.
+
+Rows may be moved, left out or weighted only where it is known what the loss reads of them, as of TRL's own methods. A
+method of any other origin may look at a whole micro-batch, at every token, or skip steps, so its inputs stay as TRL
+made them. Origin is the module whose code runs, decorators and patches included, not a name: a subclass, a patch of the
+class or of one trainer, and a mixin behind TRL's classes are all found.
+
+`_LOSS` is all that TRL 1.0 to 1.16 calls between its buffer and the gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+HOOK = "_get_per_token_logps_and_entropies"
+_PREPARE = "_prepare_inputs"
+_LOSS = (
+    "training_step",
+    _PREPARE,
+    "compute_loss",
+    "_compute_loss",
+    "compute_liger_loss",
+    HOOK,
+    "get_high_entropy_mask",
+    "get_off_policy_mask",
+    "get_gamma_weights",
+)
+# What TRL's hook calls, in some releases: a tree runs in place of all of it.
+_SCORING = (HOOK, "_chunked_logps", "_full_logits_logps")
+
+# The last one is what `patches/` adds to TRL.
+_OURS = ("dta_plugin.adapters.trl.patch", "dta_plugin.adapters.trl.trainer", "trl.extras.dta")
+_TRL = ("trl.trainer.", "trl.extras.", "transformers.", "accelerate.", "torch.")
+# Losses outside of TRL's own trainers in which a row's gradient does not depend on the rows beside it.
+_ROW_LOCAL = ("trl.experimental.gmpo.",)
+
+_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+_LEVELS = ("token", "sequence")
+
+
+class _Link(NamedTuple):
+    """One function in the chain that a call runs through. owner: the class, or the trainer, that has it."""
+
+    module: str
+    owner: str
+    name: str
+
+    @property
+    def is_ours(self) -> bool:
+        return self.module in _OURS
+
+    def is_foreign(self, known: tuple[str, ...] = _TRL) -> bool:
+        return not self.is_ours and not self.module.startswith(known)
+
+    def __str__(self) -> str:
+        return f"{self.owner}.{self.name} comes from {self.module}"
+
+
+def unknown_loss(trainer: Any) -> str | None:
+    """Why it is not known what the loss does with the rows of a micro-batch, or None where it is TRL's."""
+    return _unknown(trainer, _TRL + _ROW_LOCAL)
+
+
+def unknown_terms(trainer: Any) -> str | None:
+    """Why it is not known which tokens the loss reads, or None where it is TRL's."""
+    return _unknown(trainer, _TRL)
+
+
+def foreign_reader(trainer: Any) -> str | None:
+    """Who reads the inputs of the log-prob hook before the plugin does; None if nobody does."""
+    for link in _links(trainer, HOOK):
+        if link.is_ours:
+            return None
+        if link.is_foreign():
+            return str(link)
+    return f"{type(trainer).__name__}.{HOOK} is not the plugin's"
+
+
+def has_our_hook(trainer: Any) -> bool:
+    """Whether a call of the log-prob hook can reach the plugin."""
+    return any(link.is_ours for link in _links(trainer, HOOK))
+
+
+def replaced_scoring(trainer: Any) -> str | None:
+    """Whose way to compute log-probs a tree would run in place of, where it is not TRL's; with the remedy."""
+    behind = [link for name in _SCORING for link in _behind_us(_links(trainer, name), everywhere=name != HOOK)]
+    link = next((link for link in behind if link.is_foreign()), None)
+    if link is None:
+        return None
+    return (
+        f"{link}, and a tree would run in its place; put it in front (dta_plugin.enable() first, then the subclass or "
+        "patch that calls TRL's own method)"
+    )
+
+
+def replaced_preparation(trainer: Any) -> bool:
+    """Whether somebody else picks or changes the micro-batch before the plugin does."""
+    return any(link.is_foreign() for link in _behind_us(_links(trainer, _PREPARE)))
+
+
+def _unknown(trainer: Any, known: tuple[str, ...]) -> str | None:
+    links = (link for name in _LOSS for link in _links(trainer, name))
+    foreign = next((link for link in links if link.is_foreign(known)), None)
+    if foreign is not None:
+        return f"{foreign}, whose use of them is not known"
+    for name, values in (("loss_type", _LOSS_TYPES), ("importance_sampling_level", _LEVELS)):
+        value = getattr(trainer, name, None)
+        if value is not None and value not in values:
+            return f"{name}={value!r} is not among those known, {', '.join(values)}"
+    return None
+
+
+def _behind_us(links: Iterable[_Link], everywhere: bool = False) -> Iterator[_Link]:
+    """The links that come after the plugin's first, or all."""
+    seen = everywhere
+    for link in links:
+        if seen:
+            yield link
+        seen = seen or link.is_ours
+
+
+def _links(trainer: Any, name: str) -> Iterator[_Link]:
+    """All functions that a call may run through, outermost first: of the trainer, its class, and every base."""
+    if name in vars(trainer):
+        yield from _unwrapped(vars(trainer)[name], f"this {type(trainer).__name__}", name)
+    for base in type(trainer).__mro__:
+        if name in vars(base):
+            yield from _unwrapped(vars(base)[name], base.__name__, name)
+
+
+def _unwrapped(function: Any, owner: str, name: str) -> Iterator[_Link]:
+    """A function and what it says it wraps; partial objects and the like count as what they are."""
+    while function is not None:
+        function = getattr(function, "__func__", function)
+        code = getattr(function, "__globals__", None)
+        yield _Link(str(code.get("__name__")) if code is not None else type(function).__module__, owner, name)
+        function = getattr(function, "__wrapped__", None)
