@@ -11,6 +11,7 @@ import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 import dta_plugin
-from dta_plugin import TreeConfig, UnsupportedModelError, share_prefixes
+from dta_plugin import TreeConfig, TreeMask, UnsupportedModelError, share_prefixes
 from dta_plugin.attention.hf import Dispatcher, install, is_installed, uninstall
 from tests.support.flash import IMPLEMENTATIONS, flash_attention
 from tests.support.models import tiny_model
@@ -39,9 +40,9 @@ PREFIX_TREE = SHAPES["forest"]
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left() -> Iterator[None]:
-    """Every test ends with what transformers had."""
-    gc.collect()
+def nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every test ends with what transformers had, whatever graphs other tests have left alive."""
+    monkeypatch.setattr(TreeMask, "alive", WeakSet())
     uninstall()
     yield
     gc.collect()

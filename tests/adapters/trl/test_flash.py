@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import GRPOConfig, GRPOTrainer
 
+from dta_plugin import TreeMask
 from dta_plugin.attention.hf import uninstall
 from tests.adapters.trl.support import TOLERANCE, assert_equal, dense_and_tree, difference, enabled, moved, train
 from tests.support.flash import IMPLEMENTATIONS, flash_attention
@@ -67,7 +69,8 @@ def test_continuous_batching(attention: str, model: str, tmp_path: Path) -> None
     assert not any("dta" in name for name in names) and attention in names
 
 
-def test_the_flag_leaves_nothing_behind(model: str, tmp_path: Path) -> None:
+def test_the_flag_leaves_nothing_behind(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TreeMask, "alive", WeakSet())  # graphs that other tests have left alive do not count
     uninstall()
     before = dict(ALL_ATTENTION_FUNCTIONS)
     with enabled():
