@@ -23,7 +23,13 @@ from typing import Any, TextIO
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ("tests/gpu", "tests/attention/test_triton.py", "tests/attention/test_triton_random.py")
+FILES = (
+    "tests/gpu",
+    "tests/attention/test_self_check.py",
+    "tests/attention/test_triton.py",
+    "tests/attention/test_triton_random.py",
+    "tests/execution/test_waits.py",
+)
 SHOWN_LINES = 25  # of a failure's traceback
 
 

@@ -31,7 +31,7 @@ def load_rows(base, row, stride, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     place = base + row[:, None].to(tl.int64) * stride + column[None, :]
     if CHECKED:
         return tl.load(place, mask=(row < rows)[:, None] & (column < WIDTH)[None, :], other=0.0)
-    elif WIDTH % BLOCK:
+    elif WIDTH != BLOCK and WIDTH != 2 * BLOCK:  # a wide head has two shares
         return tl.load(place, mask=(column < WIDTH)[None, :], other=0.0)
     else:
         return tl.load(place)

@@ -92,8 +92,8 @@ def dropout_reason(model: PreTrainedModel) -> str | None:
     for where, rate in _dropout_rates(model):
         if rate:
             return (
-                f"attention dropout is {rate} in {where}: shared tokens would share one dropout mask; set it to 0, in "
-                "the model config before the model is loaded"
+                f"attention_dropout is {rate} in {where}: shared tokens would share one dropout mask; set "
+                "attention_dropout=0 in the model config before the model is loaded"
             )
     return None
 

@@ -127,7 +127,7 @@ def test_dropout_is_read_where_it_acts() -> None:
     """A layer keeps the rate that it was made with, whatever the config says later."""
     model = tiny_model("llama", attention_dropout=0.1).train()
     model.config.attention_dropout = 0.0
-    with pytest.raises(UnsupportedModelError, match=r"attention dropout is 0.1 in layer 0"):
+    with pytest.raises(UnsupportedModelError, match=r"attention_dropout is 0.1 in layer 0"):
         dta_plugin.sequence_logprobs(model, SEQUENCES)
     model = tiny_model("llama").train()
     model.config.attention_dropout = 0.1

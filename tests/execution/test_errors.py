@@ -116,7 +116,7 @@ UNSUPPORTED: dict[Callable[[], torch.nn.Module], str] = {
     bidirectional: r"Gemma3ForCausalLM attends in both directions; use a causal model",
     window_in_the_mask_only: r"does not tell its attention function about the sliding window of 8; set sliding_window",
     extra_head: r"transforms hidden states before its output embedding; use another model family",
-    attention_dropout: r"attention dropout is 0.1 in layer 0.*set it to 0, in the model config",
+    attention_dropout: r"attention_dropout is 0.1 in layer 0.*set attention_dropout=0 in the model config",
     prompt_tuning: r"PROMPT_TUNING adds virtual tokens.*use LoRA or full fine-tuning",
     prefix_tuning_in_a_wrapper: r"PREFIX_TUNING adds virtual tokens",
     lambda: torch.nn.Linear(2, 2): r"Got a Linear. Expected a Hugging Face causal LM.*AutoModelForCausalLM",

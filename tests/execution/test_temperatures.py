@@ -56,7 +56,8 @@ def test_fallback_and_verification_know_them() -> None:
     temperatures = _temperatures(len(sequences))
     tree = dta_plugin.sequence_logprobs(model, sequences, TreeConfig(verify="first"), temperatures)
     model.train()
-    model.config.attention_dropout = 1e-9
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 1e-9
     dense = dta_plugin.sequence_logprobs(model, sequences, TreeConfig(on_unsupported="dense"), temperatures)
     assert dense.report.executor == "dense"
     torch.testing.assert_close(torch.cat(tree.logprobs), torch.cat(dense.logprobs), rtol=1e-4, atol=1e-5)

@@ -16,6 +16,7 @@ from verl.utils import tensordict_utils as tu
 
 from dta_plugin.adapters.verl.engine import TreeEngine
 from dta_plugin.attention.hf import is_installed
+from dta_plugin.attention.layers import attention_modules
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 from dta_plugin.execution.model import causal_lm
@@ -70,7 +71,7 @@ ENGINES: dict[str, tuple[Callable[[Any], None], str]] = {
         "full or sliding-window attention",
     ),
     "dropout": (
-        lambda engine: setattr(causal_lm(engine.module).config, "attention_dropout", 0.1),
+        lambda engine: setattr(attention_modules(causal_lm(engine.module))[0], "attention_dropout", 0.1),
         "attention_dropout=0",
     ),
 }
