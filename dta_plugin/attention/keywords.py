@@ -26,14 +26,14 @@ _OF_NO_EFFECT = {
     "dropout",
     "return_shared_kv_states",
 }
-_READ = {"scaling", "sliding_window", "softcap", "s_aux"}
+_KNOWN = _OF_NO_EFFECT | {"scaling", "sliding_window", "softcap", "s_aux"}
 
 
 def check_keywords(module: nn.Module, keywords: dict[str, Any]) -> None:
     """Raises UnsupportedModelError for what the tree would leave out, or what contradicts the config."""
     name = type(module).__name__
-    told = [key for key, value in keywords.items() if value is not None and not key.startswith("dta_")]
-    unknown = [key for key in told if key not in _OF_NO_EFFECT | _READ]
+    told = (key for key, value in keywords.items() if value is not None and not key.startswith("dta_"))
+    unknown = [key for key in told if key not in _KNOWN]
     if unknown:
         raise UnsupportedModelError(
             f"{name} gives its attention function {', '.join(unknown)}, which the tree does not know. Expected only "

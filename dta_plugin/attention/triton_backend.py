@@ -82,7 +82,8 @@ class TritonKernels:
                 out, grad, delta, *_strides(out, grad), q.shape[2],
                 DV=v.shape[3], BLOCK_DV=_block(v), TILE=_DELTA_TILE,
             )  # fmt: skip
-            self._add_key_gradients(grad, q, k, v, lse, delta, grad_k, grad_v)
+            for launch, keys, values in self._launches(q, v).key_passes():
+                self._add_key_gradients(launch, grad, q, k, v, lse, delta, grad_k, grad_v, keys=keys, values=values)
             return self._query_gradient(grad, q, k, v, lse, delta)
 
     def _query_gradient(
@@ -107,25 +108,6 @@ class TritonKernels:
 
     def _add_key_gradients(
         self,
-        grad: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        lse: torch.Tensor,
-        delta: torch.Tensor,
-        grad_k: torch.Tensor,
-        grad_v: torch.Tensor,
-    ) -> None:
-        table = self._launches(q, v)
-        inputs = (grad, q, k, v, lse, delta, grad_k, grad_v)
-        if table.value_gradient is None:
-            self._key_pass(table.key_gradient, *inputs, keys=True, values=True)
-        else:
-            self._key_pass(table.value_gradient, *inputs, keys=False, values=True)
-            self._key_pass(table.key_gradient, *inputs, keys=True, values=False)
-
-    def _key_pass(
-        self,
         launch: Launch,
         grad: torch.Tensor,
         q: torch.Tensor,
@@ -143,8 +125,8 @@ class TritonKernels:
         heads = k.shape[1]
         visits, work = self._by_key(launch, q, k)
         part_k, part_v = (
-            torch.empty(work.slots, heads, launch.key_tile, x.shape[3], dtype=torch.float32, device=x.device)
-            for x in (k, v)
+            x.new_empty(work.slots * is_wanted, heads, launch.key_tile, x.shape[3], dtype=torch.float32)
+            for x, is_wanted in ((k, keys), (v, values))
         )
         key_gradient_kernel[(heads, len(work.tile), _shares(k if keys else v))](
             q, k, v, grad, grad_k, grad_v, part_k, part_v, lse, delta, *self._tree(),

@@ -36,6 +36,12 @@ class Launches:
     key_gradient: Launch
     value_gradient: Launch | None = None
 
+    def key_passes(self) -> list[tuple[Launch, bool, bool]]:
+        """(launch, gradients of keys, gradients of values) of each pass over the key tiles."""
+        if self.value_gradient is None:
+            return [(self.key_gradient, True, True)]
+        return [(self.value_gradient, False, True), (self.key_gradient, True, False)]
+
 
 # For 16-bit elements, by matrix unit and head width: forward, gradient of queries, of keys, and of values where that is
 # a pass of its own. "mma" serves A100; "small mma" consumer GPUs, with their 99 KiB of shared memory, where heads are
