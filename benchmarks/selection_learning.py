@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from curves import arguments
 from harness import environment, write_json
 from selection_learning_report import draw, learning_table
 from streamed_contenders import SavedBytes
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 import dta_plugin
 from dta_plugin import TreeConfig
@@ -73,32 +73,34 @@ class Run:
     saved_bytes: list[int]
 
 
-@dataclass(slots=True)
-class Updates:
-    """CPU seconds and peak of saved bytes of every loss and its backward pass."""
+class Updates(TrainerCallback):
+    """CPU seconds and peak of saved bytes of every step's loss and backward pass, which is what a step does before its
+    optimizer runs, less what generation takes. The trainer's own methods stay as they are: token selection refuses a
+    loss that somebody has wrapped."""
 
-    seconds: list[float] = field(default_factory=list)
-    saved_bytes: list[int] = field(default_factory=list)
+    def __init__(self, trainer: Any) -> None:
+        self.seconds: list[float] = []
+        self.saved_bytes: list[int] = []
+        self._saved = SavedBytes(trainer.model)
+        self._generate = trainer._generate_and_score_completions
+        trainer._generate_and_score_completions = self._generated
 
-    def watch(self, trainer: Any) -> None:
-        """Measures the trainer's updates from now on; one micro-batch is a step."""
-        compute_loss, backward, saved = trainer.compute_loss, trainer.accelerator.backward, SavedBytes(trainer.model)
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._saved.peak = self._saved.live
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._saved.pack, lambda held: held.tensor)
+        self._hooks.__enter__()
+        self._start = time.process_time()
 
-        def watched_loss(*args: Any, **kwargs: Any) -> torch.Tensor:
-            saved.peak = saved.live
-            start = time.process_time()
-            with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda held: held.tensor):
-                loss = compute_loss(*args, **kwargs)
-            self.seconds.append(time.process_time() - start)
-            self.saved_bytes.append(saved.peak)
-            return loss
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.process_time() - self._start)
+        self._hooks.__exit__()
+        self.saved_bytes.append(self._saved.peak)
 
-        def watched_backward(*args: Any, **kwargs: Any) -> None:
-            start = time.process_time()
-            backward(*args, **kwargs)
-            self.seconds[-1] += time.process_time() - start
-
-        trainer.compute_loss, trainer.accelerator.backward = watched_loss, watched_backward
+    def _generated(self, *args: Any, **kwargs: Any) -> Any:
+        start = time.process_time()
+        rows = self._generate(*args, **kwargs)
+        self._start += time.process_time() - start
+        return rows
 
 
 def main() -> None:
@@ -148,12 +150,12 @@ def _train(task: Task) -> Run:
         "logging_steps": 1,
         "save_strategy": "no",
     }
-    updates = Updates()
     with tempfile.TemporaryDirectory() as output:
         flags = [text for name, value in overrides.items() for text in (f"--{name}", str(value))]
         trainer = build_trainer(str(RECIPE), *flags, "--output_dir", output)
         trainer.remove_callback(PrinterCallback)
-        updates.watch(trainer)
+        updates = Updates(trainer)
+        trainer.add_callback(updates)
         dta_plugin.enable(TreeConfig(**SELECTIONS[task.name]))
         trainer.train()
         dta_plugin.disable()
