@@ -17,7 +17,7 @@ from dta_plugin.execution.batch import SequenceLogProbs, prepare
 from dta_plugin.execution.model import causal_lm
 from dta_plugin.tree.layout import Scored
 from dta_plugin.tree.trie import TokenSequence
-from dta_plugin.verify import check_logprobs
+from dta_plugin.verify import check_batch
 
 # 0-based number of each model's last call with `verify` on.
 _calls: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
@@ -65,7 +65,7 @@ def sequence_logprobs(
     if config.verify != "off":
         call = _calls[model] = _calls.get(model, -1) + 1
         if config.verifies(call):
-            check_logprobs(model, batch, config, common)
+            check_batch(model, batch, config, common)
     try:
         return run_tree(model, batch, config, temperature=common, return_entropy=return_entropy)
     except UnsupportedModelError as error:  # found only while running, such as a layer that bypasses the tree

@@ -19,6 +19,7 @@ BACKENDS = ("auto", "cpu", "flex", "reference", "triton")
 _EXECUTORS = ("auto", "packed", "streamed")
 _REGROUP = ("auto", "always", "never")
 _BALANCE_RANKS = ("never", "always")
+_PROBE = ("auto", "off")
 _PRUNE = ("auto", "always", "never")
 _ON_UNSUPPORTED = ("error", "dense")
 
@@ -56,6 +57,11 @@ class TreeConfig:
         "auto",
         "Measured speeds to decide and balance by: auto (what `dta calibrate` stored for this machine and model; FLOPs "
         "where there is nothing), off (FLOPs), or the file that it wrote with --output.",
+    )
+    probe: str = _option(
+        "auto",
+        "Before a model's first tree, run a small forest both ways and refuse the tree where log-probs differ by more "
+        "than rounding: auto (once per model, set of adapters and precision), or off.",
     )
     verify: str = _option(
         "off",
@@ -113,6 +119,7 @@ class TreeConfig:
         _choice("regroup", self.regroup, _REGROUP)
         _choice("merge_window", self.merge_window, _REGROUP)
         _choice("balance_ranks", self.balance_ranks, _BALANCE_RANKS)
+        _choice("probe", self.probe, _PROBE)
         _choice("prune", self.prune, _PRUNE)
         _choice("on_unsupported", self.on_unsupported, _ON_UNSUPPORTED)
         self.selection()

@@ -1,26 +1,36 @@
 """Compare the tree with the dense path on a user's own model and batch: log-probs, and gradients of every parameter.
 
-Both passes run in evaluation mode, so that dropout cannot differ.
+What training uses is what is compared, packed or streamed as it runs. What rounding explains is measured on the same
+batch (execution/noise.py). Both passes run in evaluation mode, so that dropout cannot differ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from dta_plugin.config import TreeConfig
 from dta_plugin.execution.auto import run_dense, run_tree
 from dta_plugin.execution.batch import Batch, SequenceLogProbs, prepare
-from dta_plugin.execution.model import causal_lm
+from dta_plugin.execution.dense import dense_logprobs
+from dta_plugin.execution.model import causal_lm, evaluation_mode
+from dta_plugin.execution.noise import Gap, is_routed, moved_embeddings, rounding_unit
+from dta_plugin.execution.ranks import is_sharded, is_zero3, without_reducers
+from dta_plugin.execution.traces import decoder_layers, first_difference, traced
 from dta_plugin.tree.layout import Scored
 from dta_plugin.tree.trie import TokenSequence
 
-# Largest mean |difference| of log-probs, in nats, that rounding explains; a wrong mask gives 0.1 and more.
-_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+# Times the noise, and rounding steps beyond it, that a parameter's gradient may be off.
+_GRADIENT, _STEPS = 4.0, 8
+# With fewer tokens, what rounding does is looked at several times.
+_FEW, _TIMES = 64, 3
+Gradients = dict[str, torch.Tensor]
 
 
 class VerificationError(AssertionError):
@@ -29,47 +39,58 @@ class VerificationError(AssertionError):
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Tree against dense. logprob_max, logprob_mean: nats. gradients: parameter name -> relative error (L2)."""
+    """Tree against dense, and what rounding explains of it.
 
-    logprob_max: float
-    logprob_mean: float
+    logprobs, logprob_noise: in nats. gradients, gradient_noise: parameter name -> relative error (L2); empty where
+    gradients were not compared. unit: relative size of a rounding step.
+    """
+
+    logprobs: Gap
+    logprob_noise: Gap
     gradients: dict[str, float]
+    gradient_noise: dict[str, float]
+    unit: float
+
+    def __str__(self) -> str:
+        text = f"log-probs agree to {self.logprobs.mean:.1e} nats on average, {self.logprobs.most:.1e} at most"
+        return text + (f", gradients to {self.worst_gradient[1]:.1e}" if self.gradients else "")
 
     @property
     def worst_gradient(self) -> tuple[str, float]:
         """The parameter that differs most, and by how much."""
         return max(self.gradients.items(), key=lambda item: item[1], default=("none", 0.0))
 
+    def allowed_gradient(self, name: str) -> float:
+        """The largest relative error of a parameter's gradient that rounding explains."""
+        return _GRADIENT * self.gradient_noise[name] + _STEPS * self.unit
 
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    @property
+    def agreeing_logprobs(self) -> bool:
+        return self.logprobs.is_within(self.logprob_noise, self.unit)
+
+    @property
+    def wrong_gradients(self) -> list[str]:
+        """Names of parameters whose gradients differ by more than rounding."""
+        return [name for name, error in self.gradients.items() if not error <= self.allowed_gradient(name)]
 
 
-@torch.no_grad()
-def check_logprobs(model: nn.Module, batch: Batch, config: TreeConfig, temperature: float = 1.0) -> float:
-    """Run a prepared batch both ways. Returns the mean |difference| of log-probs in nats.
+def check_batch(model: nn.Module, batch: Batch, config: TreeConfig, temperature: float = 1.0) -> Difference:
+    """Run a prepared batch both ways: log-probs, and gradients where the weights are not sharded over ranks.
 
-    Raises VerificationError where it is more than rounding explains for the model's dtype.
+    Raises VerificationError where they differ by more than rounding explains: from which layer on, in which parameter.
     """
-    with _evaluation_mode(model):
-        tree = run_tree(model, batch, config, temperature=temperature)
-        dense = run_dense(model, batch, temperature=temperature)
-    worst, mean = _logprob_difference(tree, dense)
-    dtype = _compute_dtype(model)
-    if not mean <= _TOLERANCE[dtype]:
-        raise VerificationError(
-            f"Tree and dense log-probs differ by {mean:.2e} nats on average (at most {worst:.2e}); rounding in {dtype} "
-            f"explains {_TOLERANCE[dtype]:.0e}. Please report the model ({type(causal_lm(model)).__name__}) with the "
-            "output of `dta doctor`; until then run without the tree."
-        )
-    return mean
+    model = without_reducers(model)
+    difference, executor = _difference(model, batch, config, temperature)
+    if not difference.agreeing_logprobs:
+        what = f"log-probs differ {_place(model, batch, config, executor)}, by {_in_words(difference)}"
+    elif difference.wrong_gradients:
+        what = f"gradients differ {_parameters(model, difference)}"
+    else:
+        return difference
+    raise VerificationError(
+        f"Tree and dense {what}. Please report the model ({type(causal_lm(model)).__name__}) with the output of "
+        "`dta doctor`; until then run without the tree."
+    )
 
 
 def compare(
@@ -81,50 +102,136 @@ def compare(
 ) -> Difference:
     """Log-probs and gradients of a seeded random linear functional of them, tree against dense.
 
-    Leaves the parameters' `.grad` as it was. Raises as `sequence_logprobs` does.
+    Leaves the parameters' `.grad` as it was, and does not probe. Raises as `sequence_logprobs` does.
     """
-    config = config or TreeConfig()
-    batch = prepare(model, sequences, scored, config)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with _evaluation_mode(model):
-        dense = run_dense(model, batch, temperature=temperature)
-        dense_gradients = _gradients(dense, parameters)
-        tree = run_tree(model, batch, config, temperature=temperature)
-        tree_gradients = _gradients(tree, parameters)
-    worst, mean = _logprob_difference(tree, dense)
-    scale = max((g.norm().item() for g in dense_gradients.values()), default=0.0)
-    gradients = {
-        name: _relative(tree_gradients[name], expected, floor=1e-3 * scale)
-        for name, expected in dense_gradients.items()
-    }
-    return Difference(worst, mean, gradients)
+    config = replace(config or TreeConfig(), probe="off")
+    return _difference(model, prepare(model, sequences, scored, config), config, temperature)[0]
 
 
-def _gradients(result: SequenceLogProbs, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    flat = torch.cat(result.logprobs)
-    weights = torch.randn(flat.shape, generator=generator).to(flat)
-    gradients = torch.autograd.grad((flat * weights).sum(), list(parameters.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(parameter) if gradient is None else gradient
-        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
-    }
-
-
-def _relative(actual: torch.Tensor, expected: torch.Tensor, floor: float) -> float:
-    """|actual - expected| / |expected|; `floor` keeps parameters without a gradient worth the name from dominating."""
-    difference = (actual.double() - expected.double()).norm().item()
-    return difference / max(expected.double().norm().item(), floor, torch.finfo(torch.float64).tiny)
-
-
-def _logprob_difference(tree: SequenceLogProbs, dense: SequenceLogProbs) -> tuple[float, float]:
-    if not tree.logprobs:  # on a rank without sequences
-        return 0.0, 0.0
-    difference = (torch.cat(tree.logprobs) - torch.cat(dense.logprobs)).abs()
-    return (difference.max().item(), difference.mean().item()) if difference.numel() else (0.0, 0.0)
-
-
-def _compute_dtype(model: nn.Module) -> torch.dtype:
+def _difference(model: nn.Module, batch: Batch, config: TreeConfig, temperature: float) -> tuple[Difference, str]:
+    """And the executor that ran the tree."""
     base = causal_lm(model)
-    kind = base.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.dtype
+    parameters = {} if _has_no_gradients(model) else {n: p for n, p in model.named_parameters() if p.requires_grad}
+    routed, noises, gradient_noises = is_routed(base), [], []
+    with evaluation_mode(base), torch.set_grad_enabled(bool(parameters)):
+        own, expected = _own(model, batch, temperature, parameters)
+        for seed in range(_TIMES if batch.edges.host.scored_tokens < _FEW else 1):
+            with moved_embeddings(base, seed):
+                moved, gradients = _own(model, batch, temperature, parameters)
+            noises.append(Gap.of(moved - own, routed))
+            gradient_noises.append(_errors(gradients, expected))
+        result = run_tree(model, batch, config, temperature=temperature)
+        logprobs = _flat(result)
+        gradients = _gradients(logprobs, _weights(batch), parameters) if parameters else {}
+    return Difference(
+        logprobs=Gap.of(logprobs - own, routed),
+        logprob_noise=Gap(max(noise.mean for noise in noises), max(noise.most for noise in noises)),
+        gradients=_errors(gradients, expected),
+        gradient_noise=_by_kind(gradient_noises),
+        unit=rounding_unit(base),
+    ), result.report.executor
+
+
+def _has_no_gradients(model: nn.Module) -> bool:
+    """Whether gradients cannot be asked for by parameter: they are sharded, or nothing is to learn."""
+    is_fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    return is_sharded(model) or is_zero3(model) or is_fsdp1
+
+
+def _flat(result: SequenceLogProbs) -> torch.Tensor:
+    return torch.cat([result.anchor[None], *result.logprobs])[1:]  # a rank may have no sequences
+
+
+def _weights(batch: Batch) -> torch.Tensor:
+    """The linear functional's, of every token's log-prob, float32 [N - S]."""
+    return torch.randn(sum(batch.edges.lengths), generator=torch.Generator().manual_seed(0))
+
+
+def _own(
+    model: nn.Module, batch: Batch, temperature: float, parameters: dict[str, nn.Parameter]
+) -> tuple[torch.Tensor, Gradients]:
+    """Log-probs, flat, of the model's own path, and gradients: row by row, so that one row's graph is alive."""
+    if not parameters:
+        return _flat(run_dense(model, batch, temperature=temperature)), {}
+    device, lengths = batch.edges.target.device, batch.edges.lengths
+    temperatures = batch.temperatures or [temperature] * len(lengths)
+    unscored = (batch.edges.edge_of_token == len(batch.edges.target)).split(lengths)
+    logprobs: list[torch.Tensor] = []
+    total: Gradients = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    rows = zip(batch.sequences, temperatures, unscored, _weights(batch).split(lengths), strict=True)
+    for sequence, own, is_unscored, weights in rows:
+        row = torch.as_tensor(sequence, dtype=torch.int64, device=device)
+        values = dense_logprobs(model, [row], own)[0][0].masked_fill(is_unscored, 0.0)
+        logprobs.append(values.detach())
+        if len(values):
+            for name, gradient in _gradients(values, weights, parameters).items():
+                total[name] += gradient
+    return torch.cat(logprobs), total
+
+
+def _gradients(values: torch.Tensor, weights: torch.Tensor, parameters: dict[str, nn.Parameter]) -> Gradients:
+    found = torch.autograd.grad((values * weights.to(values)).sum(), list(parameters.values()), allow_unused=True)
+    pairs = zip(parameters.items(), found, strict=True)
+    return {name: torch.zeros_like(p) if gradient is None else gradient for (name, p), gradient in pairs}
+
+
+def _errors(gradients: Gradients, expected: Gradients) -> dict[str, float]:
+    """|actual - expected| / |expected| of every parameter.
+
+    A floor under the denominator keeps parameters without a gradient worth the name from dominating.
+    """
+    norms = {name: gradient.double().norm().item() for name, gradient in expected.items()}
+    floor = max(1e-3 * max(norms.values(), default=0.0), torch.finfo(torch.float64).tiny)
+    return {
+        name: (gradients[name].double() - gradient.double()).norm().item() / max(norms[name], floor)
+        for name, gradient in expected.items()
+    }
+
+
+def _by_kind(noises: list[dict[str, float]]) -> dict[str, float]:
+    """The largest noise of all parameters of a kind: where rounding reroutes a token, few see it in one run."""
+    largest: dict[str, float] = defaultdict(float)
+    for name, noise in (pair for found in noises for pair in found.items()):
+        largest[_kind(name)] = max(largest[_kind(name)], noise)
+    return {name: largest[_kind(name)] for name in noises[0]}
+
+
+def _kind(name: str) -> str:
+    """A parameter's name without the numbers of layers and experts."""
+    return re.sub(r"\d+", "", name)
+
+
+def _place(model: nn.Module, batch: Batch, config: TreeConfig, executor: str) -> str:
+    """Where the hidden states of a batch part."""
+    base = causal_lm(model)
+    budget = max(1, batch.tree.tree_tokens // 4) if executor == "streamed" else None
+    with evaluation_mode(base), torch.no_grad():
+        layer = first_difference(
+            base,
+            batch.tree.paths,
+            lambda: run_dense(model, batch),
+            lambda: traced(model, batch.tree, batch.edges, budget, config.backend)[1],
+        )
+    return "behind the last layer: in the head" if layer is None else f"from layer {layer} on"
+
+
+def _in_words(difference: Difference) -> str:
+    gap, noise = difference.logprobs, difference.logprob_noise
+    return (
+        f"{gap.mean:.2e} nats on average and {gap.most:.2e} at most, where rounding explains {noise.mean:.1e} and "
+        f"{noise.most:.1e}"
+    )
+
+
+def _parameters(model: nn.Module, difference: Difference) -> str:
+    """The layer nearest to the head with a wrong gradient, which is where a backward pass goes wrong first."""
+    wrong = difference.wrong_gradients
+    layers = decoder_layers(causal_lm(model))
+    layer_of = {id(p): index for index, layer in enumerate(layers) for p in layer.parameters()}
+    places = [layer_of[id(p)] for name, p in model.named_parameters() if name in set(wrong) and id(p) in layer_of]
+    worst = max(wrong, key=lambda name: difference.gradients[name])
+    where = f"from layer {max(places)} down" if places else f"in {len(wrong)} parameters"
+    return (
+        f"{where}, most in {worst}: by {difference.gradients[worst]:.1e} of its norm, where rounding explains "
+        f"{difference.gradient_noise[worst]:.1e}"
+    )

@@ -12,12 +12,13 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from dta_plugin.attention.api import serving_backend
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import InvalidInputError
+from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 from dta_plugin.execution.batch import STAND_IN, Batch, SequenceLogProbs
 from dta_plugin.execution.dense import dense_logprobs
 from dta_plugin.execution.memory import token_budget
 from dta_plugin.execution.model import attention_kinds, causal_lm
 from dta_plugin.execution.packed import EdgeOutputs, run_packed
+from dta_plugin.execution.probe import probe
 from dta_plugin.execution.ranks import gathered, has_tensor_parallel, is_collective, is_sharded, is_zero3
 from dta_plugin.execution.streamed import run_streamed
 from dta_plugin.tree.layout import ScoredEdges
@@ -39,10 +40,11 @@ def run_tree(
 ) -> SequenceLogProbs:
     """Run the batch as a tree: packed where it fits the token budget, else streamed (see `TreeConfig.executor`).
 
-    Raises InvalidInputError where the executor that the config asks for cannot do what is wanted.
+    Raises InvalidInputError where the executor that the config asks for cannot do what is wanted, UnsupportedModelError
+    where it gives other log-probs than the model.
     """
     options: dict[str, Any] = {"backend": config.backend, "temperature": temperature, "head_dtype": head_dtype}
-    budget = _stream_budget(model, batch, config, return_router_loss)
+    budget = _stream_budget(model, batch, config, _obstacle_to_streaming(model, batch, config, return_router_loss))
     if budget is not None:
         output, plan = run_streamed(model, batch.tree, batch.edges, budget, return_entropy=return_entropy, **options)
         return _result(batch, output, return_entropy, plan)
@@ -56,22 +58,34 @@ def run_tree(
     return _result(batch, output, return_entropy)
 
 
-def _stream_budget(model: nn.Module, batch: Batch, config: TreeConfig, return_router_loss: bool) -> int | None:
-    """Tokens per chunk if the batch is to be streamed, None if it is to run packed."""
-    if config.executor == "packed":
-        return None
-    obstacle = _obstacle_to_streaming(model, batch, config, return_router_loss)
-    if obstacle is not None:
-        if config.executor == "streamed":
-            raise InvalidInputError(
-                f"executor='streamed' with {obstacle}. Use executor='auto', which runs such batches packed."
-            )
+def _stream_budget(model: nn.Module, batch: Batch, config: TreeConfig, obstacle: str | None) -> int | None:
+    """Tokens per chunk if the batch is to be streamed, None if it is to run packed. obstacle: to streaming."""
+    if obstacle is not None and config.executor == "streamed":
+        raise InvalidInputError(
+            f"executor='streamed' with {obstacle}. Use executor='auto', which runs such batches packed."
+        )
+    reasons = _probed(model, config, obstacle is None)
+    if config.executor == "auto" and reasons.get("streamed"):
+        obstacle = reasons["streamed"]
+    if config.executor == "packed" or obstacle is not None:
         return None
     budget = token_budget(causal_lm(model), batch.edges.target.device, config.max_tree_tokens_per_chunk)
     streams = config.executor == "streamed" or batch.tree.tree_tokens > budget
     if is_sharded(model):  # all ranks do the same, because all must call the model equally often
         streams = any(gathered(model, streams))
     return budget if streams else None
+
+
+def _probed(model: nn.Module, config: TreeConfig, can_stream: bool) -> dict[str, str | None]:
+    """Per executor that may run, why it may not after all. Raises UnsupportedModelError if none is left."""
+    if config.probe == "off":
+        return {}
+    executors = [config.executor] if config.executor != "auto" else ["packed", *["streamed"] * can_stream]
+    reasons = probe(model, executors, config.backend)
+    first = reasons[executors[0]]
+    if first is not None:
+        raise UnsupportedModelError(first)
+    return reasons
 
 
 def _obstacle_to_streaming(model: nn.Module, batch: Batch, config: TreeConfig, return_router_loss: bool) -> str | None:

@@ -100,6 +100,18 @@ def tree_forward(model: torch.nn.Module, forward: Callable[..., Any]) -> Iterato
             model.forward = own
 
 
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Within the context, no module of the model is in training mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def attention_kinds(model: PreTrainedModel, device: torch.device) -> set[Kind]:
     """The kinds of attention that the model's layers ask for on `device`, as far as modules and config say."""
     config = model.config.get_text_config()

@@ -30,6 +30,13 @@ def watches_gradients(model: nn.Module) -> bool:
     return isinstance(model, DistributedDataParallel) or hasattr(model, "zero_optimization_stage")
 
 
+def without_reducers(model: nn.Module) -> nn.Module:
+    """The model without the wrappers that only sum gradients, DDP and DeepSpeed's, or compile."""
+    while watches_gradients(model):
+        model = model.module  # type: ignore[assignment]  # a module
+    return getattr(model, "_orig_mod", model)
+
+
 def is_collective(model: nn.Module) -> bool:
     """Whether ranks are tied together, so that one without sequences has to take part."""
     return watches_gradients(model) or is_sharded(model) or is_zero3(model)

@@ -35,7 +35,7 @@ def length_reason(model: PreTrainedModel, lengths: Sequence[int]) -> str | None:
     """Why this batch cannot be exact: rows of these lengths would get different frequencies, or any call might."""
     if not lengths:
         return None
-    for kind, limit in _limits(model):
+    for kind, limit in length_limits(model):
         if kind == "dynamic" and max(lengths) >= limit:
             return (
                 f"a row has {max(lengths)} tokens, and from {limit} on the frequencies of the rotary type 'dynamic' "
@@ -51,7 +51,7 @@ def length_reason(model: PreTrainedModel, lengths: Sequence[int]) -> str | None:
 
 def padded_length_reason(model: PreTrainedModel, width: int) -> str | None:
     """Why a call of this padded width cannot be a tree: the padding decides about frequencies, too."""
-    limit = min((limit for _, limit in _limits(model)), default=width)
+    limit = min((limit for _, limit in length_limits(model)), default=width)
     if width > limit:
         return f"rotary frequencies depend on the padded width beyond {limit} tokens; keep batches below it"
     return None
@@ -61,7 +61,7 @@ def padded_length_reason(model: PreTrainedModel, width: int) -> str | None:
 def as_long_as(model: PreTrainedModel, longest: int) -> Iterator[None]:
     """Calls within choose frequencies as if their longest row had `longest` tokens."""
     handles: list[Any] = []
-    if any(True for _ in _limits(model)):
+    if any(True for _ in length_limits(model)):
         for module in model.modules():
             if _type_names(getattr(module, "rope_type", None)):
                 handles.append(module.register_forward_pre_hook(_lengthen(longest - 1), with_kwargs=True))
@@ -94,7 +94,7 @@ def _shorten(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     return tuple(x[..., :-1, :] for x in output)
 
 
-def _limits(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
+def length_limits(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
     """(rotary type, length) for each length at which frequencies change."""
     config = model.config.get_text_config()
     for kind, parameters in _types(model):

@@ -22,7 +22,8 @@ from dta_plugin.adapters.trl.window import unwrapped
 from dta_plugin.errors import UnsupportedModelError
 from dta_plugin.execution.auto import run_tree
 from dta_plugin.execution.batch import Batch, SequenceLogProbs, hopeless, prepare
-from dta_plugin.verify import check_logprobs
+from dta_plugin.execution.probe import latest_outcome
+from dta_plugin.verify import check_batch
 
 Hook = Callable[..., tuple[torch.Tensor | None, ...]]
 
@@ -120,9 +121,9 @@ def _run(
     """Verify the batch if it is its turn, then run it."""
     with trainer.accelerator.autocast():
         if state.config.verifies(state.calls):
-            difference = check_logprobs(model, batch, state.config, trainer.temperature)
-            state.say(trainer, f"call {state.calls} verified against dense: log-probs agree to {difference:.1e} nats")
-        return run_tree(
+            difference = check_batch(model, batch, state.config, trainer.temperature)
+            state.say(trainer, f"call {state.calls} verified against dense: {difference}")
+        result = run_tree(
             model,
             batch,
             state.config,
@@ -131,6 +132,9 @@ def _run(
             return_router_loss=compute_aux_loss,
             head_dtype=torch.float32 if getattr(trainer.args, "cast_lm_head_to_fp32", False) else None,
         )
+    if (outcome := latest_outcome(model)) is not None:
+        state.say_once(trainer, str(outcome))
+    return result
 
 
 def _image_reason(inputs: dict[str, Any]) -> str | None:

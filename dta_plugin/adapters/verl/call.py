@@ -13,7 +13,7 @@ from dta_plugin.config import TreeConfig
 from dta_plugin.execution.auto import run_tree
 from dta_plugin.execution.batch import Batch
 from dta_plugin.tree.report import TreeReport
-from dta_plugin.verify import check_logprobs
+from dta_plugin.verify import Difference, check_batch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,19 +24,19 @@ class TreeOutputs:
 
 
 class TreeCall:
-    """Called once, by verl's step, within its autocast. report: what was shared. verified: mean difference, in nats."""
+    """Called once, by verl's step, within its autocast. report: what was shared. verified: the dense path's result."""
 
     report: TreeReport
 
     def __init__(self, module: nn.Module, batch: Batch, rows: Rows, config: TreeConfig) -> None:
         self.module, self.batch, self.rows, self.config = module, batch, rows, config
         self.wants_entropy = self.verifies = False
-        self.verified: float | None = None
+        self.verified: Difference | None = None
 
     def __call__(self, **_: Any) -> TreeOutputs:
         temperature = 1.0 if isinstance(self.rows.temperature, list) else self.rows.temperature
         if self.verifies:
-            self.verified = check_logprobs(self.module, self.batch, self.config, temperature)
+            self.verified = check_batch(self.module, self.batch, self.config, temperature)
         result = run_tree(
             self.module, self.batch, self.config, temperature=temperature, return_entropy=self.wants_entropy
         )

@@ -37,6 +37,7 @@ from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 from dta_plugin.execution.batch import prepare
 from dta_plugin.execution.model import causal_lm, model_cost
+from dta_plugin.execution.probe import latest_outcome
 from dta_plugin.execution.support import unsupported_reason
 from dta_plugin.tree.cost import CostEstimate
 
@@ -138,8 +139,10 @@ class TreeEngine(FSDPEngineWithLMHead):
             return self._dense_step(run, micro_batch, loss_function, forward_only)
         self._dta_calls += 1
         run.tally.tree(call.report)
+        if (outcome := latest_outcome(self.module)) is not None:
+            self._say(str(outcome))
         if call.verified is not None:
-            self._say(f"call {self._dta_calls} verified against dense: log-probs agree to {call.verified:.1e} nats")
+            self._say(f"call {self._dta_calls} verified against dense: {call.verified}")
         if run.is_update:
             self._say(str(call.report), topic="idle" if call.report.is_idle else "report")
         return result

@@ -1,0 +1,139 @@
+"""The same sequences through a model's own path and as a tree, compared at every place where they could part.
+
+- States: hidden states of the decoder, and log-probs, the model's own against the tree's, within what rounding
+  explains (noise.py).
+- Head: our reading of the head, on the hidden states of the model's own path, against the model's own logits.
+- Scoring: log-probs of the tree against that head, plainly, on the hidden states of the tree.
+
+Head and scoring have the same inputs on both sides, so that a few rounding steps are all that they may be off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dta_plugin.execution.model import decoder_of, input_device, lm_head
+from dta_plugin.execution.noise import Gap, is_routed, moved_embeddings, rounding_unit
+from dta_plugin.execution.ranks import is_sharded
+from dta_plugin.execution.traces import first_difference, in_layout_order, recorded, state_gaps, traced
+from dta_plugin.tree.layout import ScoredEdges
+from dta_plugin.tree.trie import PrefixTree
+
+# Tokens per chunk of a streamed forest, as a share of the tree: several chunks, trunks and rebuilt paths.
+_CHUNKS = 2
+# Rows that show what rounding does.
+_NOISY_ROWS = 3
+# Rounding steps of float32 that the order of a sum explains.
+_SUMS = 64
+
+
+class Comparison:
+    """A model's own path on some sequences, and what trees are compared with. Without gradient; in evaluation mode.
+
+    worst: the largest gap so far, of log-probs in nats, or, of a model without a head, of hidden states, relative.
+    """
+
+    def __init__(self, model: nn.Module, base: PreTrainedModel, sequences: list[list[int]], backend: str) -> None:
+        self.model, self.base, self.backend = model, base, backend
+        device = input_device(base)
+        self.tree = PrefixTree.from_sequences(sequences)
+        self.edges = ScoredEdges.from_tree(self.tree, None, device)
+        self.rows = [torch.tensor(row, device=device) for row in sequences]
+        self.paths = torch.from_numpy(self.tree.paths).to(device)
+        self.routed, self.unit = is_routed(base), rounding_unit(base)
+        self.step = self.unit + _SUMS * torch.finfo(torch.float32).eps
+        self.has_head = base.get_output_embeddings() is not None
+        # The weight of a sharded head is whole within a call of the model only.
+        self.head = lm_head(base) if self.has_head and not is_sharded(model) else None
+        self.head_difference: str | None = None
+        self.worst = Gap(0.0, 0.0)
+        self.logprobs, self.states = self._own(self.rows, looks_at_head=True)
+        with moved_embeddings(base):
+            moved, moved_states = self._own(self.rows[:_NOISY_ROWS])
+        self.noise = Gap.of(moved - self.logprobs[: len(moved)], self.routed)
+        self.state_noise = Gap.of(state_gaps(moved_states, self.states[: len(moved_states)]), self.routed)
+
+    def difference(self, executor: str) -> str | None:
+        """Where a tree's results differ from the model's own ("from layer 3 on, by .."), or None.
+
+        executor: "packed", "streamed", or "decoder" for a model without a head.
+        """
+        if self.head_difference is not None:
+            return self.head_difference
+        with recorded([decoder_of(self.base)]) as calls:
+            logprobs, order = self._tree(executor)
+        states = in_layout_order(calls[0], order)
+        state_gap = Gap.of(state_gaps(states[self.paths], self.states), self.routed)
+        gap = Gap.of(self.edges.per_token(logprobs) - self.logprobs, self.routed) if self.has_head else state_gap
+        self.worst = max(self.worst, gap, key=lambda each: each.most)
+        if self.head is not None and (found := self._scoring(logprobs, states)) is not None:
+            return found
+        if not state_gap.is_within(self.state_noise, self.unit):
+            explained = f"{state_gap.mean:.1e} on average, where rounding explains {self.state_noise.mean:.1e}"
+            return f"{self._place(executor)}, hidden states by {explained}"
+        if self.has_head and not gap.is_within(self.noise, self.unit):
+            explained = f"{gap.mean:.1e} nats on average, where rounding explains {self.noise.mean:.1e}"
+            return f"in its head, log-probs by {explained}"
+        return None
+
+    def _place(self, executor: str) -> str:
+        def run_own() -> None:
+            for row in self.rows:
+                self._run(row)
+
+        layer = first_difference(self.base, self.tree.paths, run_own, lambda: self._tree(executor)[1])
+        return "behind the last layer" if layer is None else f"from layer {layer} on"
+
+    def _own(self, rows: Sequence[torch.Tensor], looks_at_head: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs, flat, of tokens 1.. of every row, and hidden states [tokens, H] of all."""
+        logprobs: list[torch.Tensor] = []
+        with recorded([decoder_of(self.base)]) as calls:
+            for row in rows:
+                logits = self._run(row)
+                if logits is None:
+                    continue
+                if looks_at_head and self.head is not None and self.head_difference is None:
+                    self.head_difference = self._head(logits, self.head.logits(calls[0][-1]))
+                logprobs.append(logits[:-1].log_softmax(dim=-1).gather(1, row[1:, None])[:, 0])
+        states = torch.cat(calls[0])
+        return torch.cat(logprobs) if logprobs else states.new_empty(0), states
+
+    def _run(self, row: torch.Tensor) -> torch.Tensor | None:
+        """The model's own logits [len, V], in float32 or wider; None if it has no head."""
+        output = self.model(input_ids=row[None], use_cache=False)
+        if not self.has_head:
+            return None
+        logits: torch.Tensor = output.logits[0]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _head(self, own: torch.Tensor, ours: torch.Tensor) -> str | None:
+        """Both in [len, V], from the same hidden states."""
+        if own.shape != ours.shape:
+            return f"in its head: logits {tuple(own.shape)}, and {tuple(ours.shape)} as the tree reads it"
+        gap, size, largest = (own - ours).abs(), own.abs().mean().item(), own.abs().max().item()
+        if gap.mean().item() <= self.step * size and gap.max().item() <= 4 * self.step * largest:
+            return None
+        return f"in its head, logits by {gap.mean().item():.1e} on average, from the same hidden states"
+
+    def _scoring(self, logprobs: torch.Tensor, states: torch.Tensor) -> str | None:
+        """The tree's log-probs [E] against the head on its own hidden states [T, H]."""
+        assert self.head is not None
+        rows, targets = self.edges.row_of_edge, self.edges.host.target
+        logits = self.head.logits(states[self.edges.rows])
+        tokens = torch.from_numpy(self.tree.tokens[targets]).to(logits.device)
+        log_p = logits.log_softmax(dim=-1)
+        size = logits[rows, tokens].abs() + (log_p.exp() * logits.abs()).sum(dim=-1)[rows]
+        gap = (logprobs - log_p[rows, tokens]).abs()
+        if bool((gap <= self.step * size).all()):
+            return None
+        return f"in its head, log-probs by up to {gap.max().item():.1e} nats, from the same hidden states"
+
+    def _tree(self, executor: str) -> tuple[torch.Tensor, np.ndarray]:
+        """Log-probs [E], and the layout indices [T] in the order in which the model was given the tokens."""
+        budget = max(1, self.tree.tree_tokens // _CHUNKS) if executor == "streamed" else None
+        return traced(self.model, self.tree, self.edges, budget, self.backend)

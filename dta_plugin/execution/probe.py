@@ -1,0 +1,121 @@
+"""The probe: before its first batch as a tree, a model runs a small forest both ways, as a tree and by its own path.
+
+Whatever a list of model families does not know about, a mask that is built elsewhere, a head that scales its logits, a
+layer that looks at its neighbours, shows as a difference that rounding does not explain (comparison.py). Then the tree
+is refused, and the message names the first layer that differs, or the head.
+
+Once per model, set of adapters, attention implementation and precision; no gradients, evaluation mode, random numbers
+stay as they were.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from transformers import PreTrainedModel
+
+from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.execution.comparison import Comparison
+from dta_plugin.execution.forest import probe_forest
+from dta_plugin.execution.model import causal_lm, evaluation_mode, wrappings
+from dta_plugin.execution.noise import Gap, rounding_unit
+from dta_plugin.execution.ranks import gathered, has_tensor_parallel, is_sharded, is_zero3, without_reducers
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a probe found. reasons: per executor, why it may not run, as a sentence, or None if it may.
+
+    gap: log-probs against the model's own, in nats, the largest of all executors. skipped: why nothing was compared.
+    """
+
+    reasons: dict[str, str | None]
+    gap: Gap
+    tokens: int
+    seconds: float
+    skipped: str | None = None
+
+    def __str__(self) -> str:
+        if self.skipped is not None:
+            return f"not probed: {self.skipped}"
+        executors = " and ".join(self.reasons)
+        return f"probed {executors}: log-probs agree to {self.gap.most:.1e} nats ({self.seconds:.2f} s, once)"
+
+
+# By executor, backend, and what the model is at the moment.
+_outcomes: WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], Outcome]] = WeakKeyDictionary()
+
+
+def probe(model: nn.Module, executors: Sequence[str], backend: str) -> dict[str, str | None]:
+    """Per executor, "packed" or "streamed", why it may not run, as a sentence, or None if it may.
+
+    Those that were not probed yet are. Ranks whose weights are sharded must all call it, and get the same answers.
+    """
+    base = causal_lm(model)
+    known = _outcomes.setdefault(base, {})
+    state = backend, base.config._attn_implementation, rounding_unit(base), tuple(_adapters(model))
+    missing = [executor for executor in executors if (executor, state) not in known]
+    if missing:
+        outcome = _probe(model, base, missing, backend)
+        known |= {(executor, state): outcome for executor in missing}
+    return {executor: known[executor, state].reasons[executor] for executor in executors}
+
+
+def latest_outcome(model: nn.Module) -> Outcome | None:
+    """What the last probe of a model found; None if there was none."""
+    return next(reversed(_outcomes.get(causal_lm(model), {}).values()), None)
+
+
+def _adapters(model: nn.Module) -> Iterator[str]:
+    for module in wrappings(model):
+        active = getattr(module, "active_adapters", None) if hasattr(module, "peft_config") else None
+        yield from map(str, active if isinstance(active, (list, tuple)) else ())
+
+
+def _probe(model: nn.Module, base: PreTrainedModel, executors: Sequence[str], backend: str) -> Outcome:
+    start = time.perf_counter()
+    inner = without_reducers(model)
+    skipped = _obstacle(inner)
+    if skipped is not None:
+        return Outcome(dict.fromkeys(executors), Gap(0.0, 0.0), 0, 0.0, skipped)
+    forest = probe_forest(base)
+    devices = [base.device] if base.device.type == "cuda" else []
+    with torch.no_grad(), evaluation_mode(base), torch.random.fork_rng(devices):
+        comparison = Comparison(inner, base, forest, backend)
+        reasons = {executor: _reason(comparison, executor) for executor in executors}
+    torch.clear_autocast_cache()
+    if is_sharded(inner):
+        ranks = gathered(inner, reasons)
+        reasons = {name: next((found for rank in ranks if (found := rank[name])), None) for name in executors}
+    return Outcome(reasons, comparison.worst, comparison.tree.flat_tokens, time.perf_counter() - start)
+
+
+def _obstacle(model: nn.Module) -> str | None:
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        return "FSDP1 shards the model (FSDP2 can be probed)"
+    if is_zero3(model):
+        return "DeepSpeed ZeRO-3 shards the model (FSDP2, or ZeRO-1 or 2, can be probed)"
+    return "the model is tensor-parallel" if has_tensor_parallel(model) else None
+
+
+def _reason(comparison: Comparison, executor: str) -> str | None:
+    """Why an executor may not run, as a sentence for an error."""
+    try:
+        found = comparison.difference(executor)
+    except UnsupportedModelError as error:
+        return str(error)
+    if found is None:
+        return None
+    name = type(comparison.base).__name__
+    return (
+        f"A tree of {name}, {executor}, differs from the model's own forward {found}. Expected "
+        "rounding errors only. Please report the model with the output of `dta doctor`; until then run without the "
+        "tree, as on_unsupported='dense' does (probe='off' would train on what differs)."
+    )

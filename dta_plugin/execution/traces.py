@@ -1,0 +1,106 @@
+"""Hidden states on their way through a model, of its own path or of a tree, and the first layer where both part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dta_plugin.attention.layers import attention_modules
+from dta_plugin.execution.model import decoder_of
+from dta_plugin.execution.noise import Gap, is_routed, moved_embeddings, rounding_unit
+from dta_plugin.execution.packed import run_packed
+from dta_plugin.execution.streamed import run_streamed
+from dta_plugin.tree.layout import ScoredEdges
+from dta_plugin.tree.trie import PrefixTree
+
+# Runs a tree and says, int64 [T], which layout index every token had in the order of the calls.
+TreeRun = Callable[[], np.ndarray]
+
+
+@contextmanager
+def recorded(modules: Sequence[nn.Module]) -> Iterator[list[list[torch.Tensor]]]:
+    """Within the context, what each of the modules returns is kept, call by call, as [tokens, H] without graph."""
+    calls: list[list[torch.Tensor]] = [[] for _ in modules]
+
+    def keep_in(kept: list[torch.Tensor]) -> Callable[..., None]:
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            output = getattr(output, "last_hidden_state", output)
+            states = output[0] if isinstance(output, tuple) else output
+            kept.append(states.detach().reshape(-1, states.shape[-1]))
+
+        return keep
+
+    handles = [module.register_forward_hook(keep_in(kept)) for module, kept in zip(modules, calls, strict=True)]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def traced(
+    model: nn.Module, tree: PrefixTree, edges: ScoredEdges, budget: int | None, backend: str
+) -> tuple[torch.Tensor, np.ndarray]:
+    """Run a tree, streamed in chunks of `budget` tokens or, if None, packed.
+
+    Returns log-probs [E], and the layout indices [T] in the order in which the model was given the tokens.
+    """
+    if budget is None:
+        (output,) = run_packed(model, [(tree, edges)], backend=backend)
+        return output.logprobs, np.arange(tree.tree_tokens)
+    output, plan = run_streamed(model, tree, edges, budget, backend=backend)
+    return output.logprobs, np.concatenate([chunk.tokens for chunk in plan.chunks])
+
+
+def in_layout_order(calls: list[torch.Tensor], order: np.ndarray) -> torch.Tensor:
+    """[T, H] of the tree's tokens, from what `recorded` kept. order: as a `TreeRun` returns it."""
+    states = torch.cat(calls)
+    return torch.empty_like(states).index_copy_(0, torch.from_numpy(order).to(states.device), states)
+
+
+def state_gaps(states: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """|x - y| / |y| per token, [tokens]."""
+    x, y = states.double(), others.double()
+    return (x - y).norm(dim=-1) / y.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def first_difference(
+    model: PreTrainedModel, paths: np.ndarray, run_own: Callable[[], Any], run_tree: TreeRun
+) -> int | None:
+    """The first layer whose output in the tree differs from the model's own by more than rounding; None if none does.
+
+    paths: int64 [N] layout index of every token of every row. run_own: runs these rows one after the other.
+    """
+    layers = decoder_layers(model)
+    if not layers:
+        return None
+    with recorded(layers) as own:
+        run_own()
+    with recorded(layers) as moved, moved_embeddings(model):
+        run_own()
+    with recorded(layers) as tree:
+        order = run_tree()
+    routed, unit = is_routed(model), rounding_unit(model)
+    rows = torch.from_numpy(paths).to(own[0][0].device)
+    for index, (mine, noisy, theirs) in enumerate(zip(own, moved, tree, strict=True)):
+        expected = torch.cat(mine)
+        noise = Gap.of(state_gaps(torch.cat(noisy), expected), routed)
+        gap = Gap.of(state_gaps(in_layout_order(theirs, order)[rows], expected), routed)
+        if not gap.is_within(noise, unit):
+            return index
+    return None
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder's layers in order: the list of modules that every attention module is part of."""
+    attention = set(attention_modules(model).values())
+    for module in decoder_of(model).modules():
+        if isinstance(module, nn.ModuleList) and attention <= set(module.modules()):
+            return list(module)
+    return []
