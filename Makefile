@@ -30,7 +30,7 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m pytest
 QUIET := HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-slow test-verl test-verl-oldest lint quickstart quickstart-lora quickstart-verl bench
+.PHONY: help venv test test-long test-slow test-verl test-verl-oldest lint quickstart quickstart-lora quickstart-verl bench
 .PHONY: quickstart-diffusion bench-streamed bench-balance bench-nat bench-diffusion
 .PHONY: gpu gpu-trl gpu-more gpu-dry gpu-wheels
 
@@ -56,7 +56,10 @@ $(VERL_VENV)/.installed: pyproject.toml
 endif
 
 test: $(INSTALLED) ## the test suite, on a CPU
-	$(PYTEST) --numprocesses $(WORKERS) --dist loadfile -m "not slow and not gpu"
+	$(PYTEST) --numprocesses $(WORKERS) --dist loadfile
+
+test-long: $(INSTALLED) ## other releases, launchers, benchmarks and compiled kernels: minutes each
+	$(PYTEST) --numprocesses $(WORKERS) --dist loadfile -m "long and not slow and not gpu"
 
 test-slow: $(INSTALLED) ## long fuzzing and many trainer runs
 	$(PYTEST) --numprocesses $(WORKERS) --dist worksteal -m "slow and not gpu"

@@ -65,7 +65,8 @@ class TreeConfig:
     )
     verify: str = _option(
         "off",
-        "Compare the tree's log-probs with the dense path: off, first (first call only), or every:N (every N-th call).",
+        "Compare log-probs and every gradient with the dense path, within what rounding explains: off, first (first "
+        "call only), or every:N (every N-th call).",
     )
     regroup: str = _option(
         "auto",

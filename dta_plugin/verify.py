@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from dta_plugin.config import TreeConfig
 from dta_plugin.execution.auto import run_dense, run_tree
@@ -21,7 +20,7 @@ from dta_plugin.execution.batch import Batch, SequenceLogProbs, prepare
 from dta_plugin.execution.dense import dense_logprobs
 from dta_plugin.execution.model import causal_lm, evaluation_mode
 from dta_plugin.execution.noise import Gap, is_routed, moved_embeddings, rounding_unit
-from dta_plugin.execution.ranks import is_sharded, is_zero3, without_reducers
+from dta_plugin.execution.ranks import is_fsdp1, is_sharded, is_zero3, without_reducers
 from dta_plugin.execution.traces import decoder_layers, first_difference, traced
 from dta_plugin.tree.layout import Scored
 from dta_plugin.tree.trie import TokenSequence
@@ -134,8 +133,7 @@ def _difference(model: nn.Module, batch: Batch, config: TreeConfig, temperature:
 
 def _has_no_gradients(model: nn.Module) -> bool:
     """Whether gradients cannot be asked for by parameter: they are sharded, or nothing is to learn."""
-    is_fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
-    return is_sharded(model) or is_zero3(model) or is_fsdp1
+    return is_sharded(model) or is_zero3(model) or is_fsdp1(model)
 
 
 def _flat(result: SequenceLogProbs) -> torch.Tensor:

@@ -16,6 +16,8 @@ from dta_plugin import PrefixTree
 from dta_plugin.attention import TreeMask
 from dta_plugin.tree.layout import TreeLayout
 
+pytestmark = pytest.mark.long
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 STARS = {"24/8/4": (24, 8, 4), "8/24/3": (8, 24, 3)}
 FLOP = {"forward": 4, "backward": 10, "total": 14}  # per visible pair, query head and dimension

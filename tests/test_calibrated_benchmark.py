@@ -15,6 +15,7 @@ from dta_plugin import PrefixTree
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
+@pytest.mark.long
 def test_smoke_run(tmp_path: Path) -> None:
     files = ["--output", str(tmp_path / "result.json"), "--plot", str(tmp_path / "plots" / "result.png")]
     command = [sys.executable, str(BENCHMARKS / "calibrated.py"), "--smoke", *files]

@@ -13,6 +13,7 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
+@pytest.mark.long
 def test_memory(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     command = [sys.executable, str(BENCHMARKS / "diffusion_memory.py"), "--smoke", "--output", str(path)]

@@ -15,6 +15,8 @@ from dta_plugin.config import TreeConfig
 from tests.adapters.trl.launch import SCRIPTS, Result, Site, install
 from tests.adapters.trl.support import assert_equal, identical
 
+pytestmark = pytest.mark.long
+
 PATCHES = Path(__file__).parents[1] / "patches"
 RELEASE = "1.16.0"
 SCRIPT = SCRIPTS / "train.py"

@@ -21,6 +21,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
+@pytest.mark.long
 def test_smoke_run(tmp_path: Path) -> None:
     """On a model that is hardly trained, whose rewards may all be 0."""
     pytest.importorskip("trl")
@@ -38,6 +39,7 @@ def test_smoke_run(tmp_path: Path) -> None:
     assert (tmp_path / "plots" / "result.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 def test_without_a_model_it_says_how_to_make_one(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "selection_learning.py"), "--folder", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -20,6 +20,8 @@ from dta_plugin.tree.plan import Plan
 from tests.support.models import tiny_model
 from tests.support.trees import SHAPES, Sequences, binary, branching_comb, star
 
+pytestmark = pytest.mark.long
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 CONTENDERS = ["packed", "dense", *(f"{kind} 1/{n}" for n in (2, 4, 8) for kind in ("streamed", "one path"))]
 PLAIN = ("packed", "dense", "streamed", "one path")

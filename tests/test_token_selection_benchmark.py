@@ -16,6 +16,8 @@ import torch
 from dta_plugin.objectives.nat import TokenSelection
 from tests.support.models import tiny_model
 
+pytestmark = pytest.mark.long
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 CONTENDERS = ["dense", "tree", "rpc", "urs"]
 

@@ -29,14 +29,15 @@ def test_a_wrong_mask_is_found(monkeypatch: pytest.MonkeyPatch, family: str, dty
     make_siblings_visible(monkeypatch)
     model = tiny_model(family, dtype)
     with pytest.raises(
-        VerificationError, match=r"differ by .* nats on average.*report the model.*run without the tree"
+        VerificationError,
+        match=r"differ from layer 0 on, by .* nats on average.*report the model.*run without the tree",
     ):
-        dta_plugin.sequence_logprobs(model, star(12), TreeConfig(verify="first"))
+        dta_plugin.sequence_logprobs(model, star(12), TreeConfig(verify="first", probe="off"))
 
 
 def test_calls_are_counted_per_model(monkeypatch: pytest.MonkeyPatch) -> None:
     verified: list[torch.nn.Module] = []
-    monkeypatch.setattr("dta_plugin.api.check_logprobs", lambda model, *_: verified.append(model))
+    monkeypatch.setattr("dta_plugin.api.check_batch", lambda model, *_: verified.append(model))
     for verify, expected in (("every:2", 3), ("first", 1), ("off", 0)):
         for model in (tiny_model("llama"), tiny_model("llama")):
             for _ in range(5):
@@ -46,7 +47,7 @@ def test_calls_are_counted_per_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nan_is_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dta_plugin.verify._logprob_difference", lambda tree, dense: (float("nan"), float("nan")))
+    monkeypatch.setattr("dta_plugin.verify._flat", lambda result: torch.cat(result.logprobs) * float("nan"))
     with pytest.raises(VerificationError):
         dta_plugin.sequence_logprobs(tiny_model("llama"), SEQUENCES, TreeConfig(verify="every:1"))
 
@@ -65,11 +66,11 @@ def test_verification_leaves_model_and_gradients_alone() -> None:
 def test_compare_measures_gradients_too(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("qwen3", torch.float64)
     good = compare(model, SEQUENCES, temperature=0.7)
-    assert good.logprob_max < 1e-6 and good.worst_gradient[1] < 1e-6
+    assert good.logprobs.most < 1e-6 and good.worst_gradient[1] < 1e-6
     assert set(good.gradients) == {name for name, _ in model.named_parameters()}
     make_siblings_visible(monkeypatch)
     bad = compare(model, SEQUENCES, temperature=0.7)
-    assert bad.logprob_mean > 1e-2 and bad.worst_gradient[1] > 1e-2
+    assert bad.logprobs.mean > 1e-2 and bad.worst_gradient[1] > 1e-2
 
 
 def test_compare_of_frozen_parameters_and_nothing_scored() -> None:
@@ -77,4 +78,4 @@ def test_compare_of_frozen_parameters_and_nothing_scored() -> None:
     model.model.embed_tokens.requires_grad_(False)
     assert "model.embed_tokens.weight" not in compare(model, SEQUENCES).gradients
     nothing = compare(model, SEQUENCES, scored=[len(s) for s in SEQUENCES])
-    assert (nothing.logprob_max, nothing.worst_gradient[1]) == (0.0, 0.0)
+    assert (nothing.logprobs.most, nothing.worst_gradient[1]) == (0.0, 0.0)

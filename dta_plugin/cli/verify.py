@@ -34,8 +34,8 @@ examples:
 what is compared: the log-prob of every token, and the gradient of a random weighting of all log-probs with respect to
 every parameter; the unmodified model runs each sequence by itself. A wrong attention mask gives log-prob differences
 of 0.1 nats and gradient errors near 1. Allowed are rounding errors only, as measured on the same batch: the unmodified
-model runs it once more with its input embeddings moved by up to half a rounding step. Log-probs may differ by 3 times as
-much, on average and at most, a parameter's gradient by 4 times.
+model runs it once more with its input embeddings moved by up to half a rounding step. Log-probs may differ by 3 times
+as much, on average and at most, a parameter's gradient by 4 times.
 
 exit code: 0 PASS, 1 FAIL or a model that cannot run as a tree, 2 unusable input.
 """

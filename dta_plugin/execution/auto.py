@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from dta_plugin.attention.api import serving_backend
 from dta_plugin.config import TreeConfig
@@ -19,7 +18,7 @@ from dta_plugin.execution.memory import token_budget
 from dta_plugin.execution.model import attention_kinds, causal_lm
 from dta_plugin.execution.packed import EdgeOutputs, run_packed
 from dta_plugin.execution.probe import probe
-from dta_plugin.execution.ranks import gathered, has_tensor_parallel, is_collective, is_sharded, is_zero3
+from dta_plugin.execution.ranks import gathered, has_tensor_parallel, is_collective, is_fsdp1, is_sharded, is_zero3
 from dta_plugin.execution.streamed import run_streamed
 from dta_plugin.tree.layout import ScoredEdges
 from dta_plugin.tree.plan import Plan
@@ -91,7 +90,7 @@ def _probed(model: nn.Module, config: TreeConfig, can_stream: bool) -> dict[str,
 def _obstacle_to_streaming(model: nn.Module, batch: Batch, config: TreeConfig, return_router_loss: bool) -> str | None:
     if return_router_loss:
         return "a router loss, which needs the whole batch at once"
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+    if is_fsdp1(model):
         return "a model that FSDP1 shards; FSDP2 (fully_shard) can stream"
     if has_tensor_parallel(model):
         return "tensor-parallel parameters, which this version cannot stream"

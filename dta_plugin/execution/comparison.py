@@ -17,11 +17,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from dta_plugin.attention import TreeMask
+from dta_plugin.attention.hf import install
 from dta_plugin.execution.model import decoder_of, input_device, lm_head
 from dta_plugin.execution.noise import Gap, is_routed, moved_embeddings, rounding_unit
-from dta_plugin.execution.ranks import is_sharded
+from dta_plugin.execution.packed import check_every_layer_hit, model_inputs
+from dta_plugin.execution.ranks import is_fsdp1, is_sharded
 from dta_plugin.execution.traces import first_difference, in_layout_order, recorded, state_gaps, traced
-from dta_plugin.tree.layout import ScoredEdges
+from dta_plugin.tree.layout import ScoredEdges, TreeLayout
 from dta_plugin.tree.trie import PrefixTree
 
 # Tokens per chunk of a streamed forest, as a share of the tree: several chunks, trunks and rebuilt paths.
@@ -49,7 +52,7 @@ class Comparison:
         self.step = self.unit + _SUMS * torch.finfo(torch.float32).eps
         self.has_head = base.get_output_embeddings() is not None
         # The weight of a sharded head is whole within a call of the model only.
-        self.head = lm_head(base) if self.has_head and not is_sharded(model) else None
+        self.head = None if is_sharded(model) or is_fsdp1(model) or not self.has_head else lm_head(base)
         self.head_difference: str | None = None
         self.worst = Gap(0.0, 0.0)
         self.logprobs, self.states = self._own(self.rows, looks_at_head=True)
@@ -135,5 +138,16 @@ class Comparison:
 
     def _tree(self, executor: str) -> tuple[torch.Tensor, np.ndarray]:
         """Log-probs [E], and the layout indices [T] in the order in which the model was given the tokens."""
+        if executor == "decoder":
+            return self._decoder()
         budget = max(1, self.tree.tree_tokens // _CHUNKS) if executor == "streamed" else None
         return traced(self.model, self.tree, self.edges, budget, self.backend)
+
+    def _decoder(self) -> tuple[torch.Tensor, np.ndarray]:
+        """A decoder without a head: no log-probs."""
+        install(self.base)
+        layout = TreeLayout.from_tree(self.tree, self.paths.device)
+        mask = TreeMask.from_layout(layout, self.backend)
+        self.base(**model_inputs(layout, mask))
+        check_every_layer_hit(self.base, mask)
+        return self.states.new_empty(0), np.arange(self.tree.tree_tokens)

@@ -1,8 +1,9 @@
 """What rounding explains of a difference from a model's own path: measured on the batch itself, not assumed.
 
-The same rows run through the model's own path once more, with every input embedding moved by up to half a unit in the last
-place. That draws all later rounding anew, so the difference between the two runs is what rounding does to this model,
-these rows and this precision. (Padding the rows differently would not do: on many devices it changes no bit.)
+The same rows run through the model's own path once more, with every input embedding moved by up to half a rounding
+step.
+That draws all later rounding anew, so the difference between the two runs is what rounding does to this model, these
+rows and this precision. (Padding the rows differently would not do: on many devices it changes no bit.)
 
 Measured on tiny random models, the tree differs from the dense path by 0.4 to 1.3 times as much, mean or maximum.
 """

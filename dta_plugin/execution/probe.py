@@ -18,7 +18,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import PreTrainedModel
 
 from dta_plugin.errors import UnsupportedModelError
@@ -26,7 +25,7 @@ from dta_plugin.execution.comparison import Comparison
 from dta_plugin.execution.forest import probe_forest
 from dta_plugin.execution.model import causal_lm, evaluation_mode, wrappings
 from dta_plugin.execution.noise import Gap, rounding_unit
-from dta_plugin.execution.ranks import gathered, has_tensor_parallel, is_sharded, is_zero3, without_reducers
+from dta_plugin.execution.ranks import gathered, has_tensor_parallel, is_fsdp1, is_sharded, is_zero3, without_reducers
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,9 @@ _outcomes: WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], Outcome]] = 
 
 
 def probe(model: nn.Module, executors: Sequence[str], backend: str) -> dict[str, str | None]:
-    """Per executor, "packed" or "streamed", why it may not run, as a sentence, or None if it may.
+    """Per executor, why it may not run, as a sentence, or None if it may.
+
+    executors: "packed", "streamed", or, of a model without a head, "decoder".
 
     Those that were not probed yet are. Ranks whose weights are sharded must all call it, and get the same answers.
     """
@@ -87,21 +88,19 @@ def _probe(model: nn.Module, base: PreTrainedModel, executors: Sequence[str], ba
         return Outcome(dict.fromkeys(executors), Gap(0.0, 0.0), 0, 0.0, skipped)
     forest = probe_forest(base)
     devices = [base.device] if base.device.type == "cuda" else []
-    with torch.no_grad(), evaluation_mode(base), torch.random.fork_rng(devices):
+    with torch.no_grad(), evaluation_mode(inner), torch.random.fork_rng(devices):
         comparison = Comparison(inner, base, forest, backend)
         reasons = {executor: _reason(comparison, executor) for executor in executors}
     torch.clear_autocast_cache()
-    if is_sharded(inner):
+    if is_sharded(inner) or is_fsdp1(inner):
         ranks = gathered(inner, reasons)
         reasons = {name: next((found for rank in ranks if (found := rank[name])), None) for name in executors}
     return Outcome(reasons, comparison.worst, comparison.tree.flat_tokens, time.perf_counter() - start)
 
 
 def _obstacle(model: nn.Module) -> str | None:
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        return "FSDP1 shards the model (FSDP2 can be probed)"
     if is_zero3(model):
-        return "DeepSpeed ZeRO-3 shards the model (FSDP2, or ZeRO-1 or 2, can be probed)"
+        return "DeepSpeed ZeRO-3 shards the model (FSDP, or ZeRO-1 or 2, can be probed)"
     return "the model is tensor-parallel" if has_tensor_parallel(model) else None
 
 

@@ -11,7 +11,7 @@ from itertools import zip_longest
 from typing import Any, TypeVar
 
 from torch import distributed, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,6 +23,11 @@ T = TypeVar("T")
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 shards the model's weights."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def is_fsdp1(model: nn.Module) -> bool:
+    """Whether FSDP1 shards the model's weights."""
+    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
 
 
 def watches_gradients(model: nn.Module) -> bool:

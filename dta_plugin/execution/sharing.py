@@ -28,6 +28,8 @@ from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 from dta_plugin.execution.model import causal_lm, decoder_of, model_cost
 from dta_plugin.execution.packed import check_every_layer_hit, model_inputs
 from dta_plugin.execution.padded import PaddedBatch, spread
+from dta_plugin.execution.probe import probe
+from dta_plugin.execution.ranks import is_fsdp1, is_sharded
 from dta_plugin.execution.rotary import padded_length_reason
 from dta_plugin.execution.support import dropout_reason, unsupported_reason
 from dta_plugin.tree.cost import estimate
@@ -135,6 +137,8 @@ class PrefixSharing:
         batch = asked or self._why_not_now(decoder, call) or PaddedBatch.from_call(call)
         if isinstance(batch, PaddedBatch):
             batch = self._gate(decoder, batch)
+        if isinstance(batch, PaddedBatch) and (differs := self._probed(decoder)) is not None:
+            batch = differs
         if isinstance(batch, str):
             self.report, self.reason = None, batch
             return ((), call) if asked else None
@@ -169,6 +173,20 @@ class PrefixSharing:
             return "the config's use_cache makes it return a cache; pass use_cache=False"
         wanted = ("output_attentions", "output_hidden_states")
         return next((f"the config's {name} is on" for name in wanted if getattr(decoder.config, name, False)), None)
+
+    def _probed(self, decoder: PreTrainedModel) -> str | None:
+        """Why the decoder's first tree, of a small forest, is not exact."""
+        # Weights that are sharded are being gathered for this very call.
+        if self.config.probe == "off" or is_sharded(decoder) or is_fsdp1(decoder):
+            return None
+        self._is_probing = True
+        try:
+            reason = probe(decoder, ["decoder"], self.config.backend)["decoder"]
+        finally:
+            self._is_probing = False
+        if reason is not None and self.config.on_unsupported == "error":
+            raise UnsupportedModelError(reason)
+        return reason
 
     def _gate(self, decoder: PreTrainedModel, batch: PaddedBatch) -> PaddedBatch | str:
         if not self.config.min_saving:

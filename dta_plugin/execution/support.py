@@ -19,10 +19,6 @@ from dta_plugin.execution.model import causal_lm
 from dta_plugin.execution.rotary import rotary_reason
 
 _TREE_LAYERS = {"full_attention", "sliding_attention"}
-# Families whose window lives in the mask alone: their attention functions are not told of it.
-_WINDOW_IN_MASK_ONLY = {"phimoe", "olmoe"}
-# Families that change hidden states between the decoder and the output embedding.
-_EXTRA_HEAD = {"modernbert-decoder"}
 
 # What attention modules call the rate at which they drop attention weights.
 _DROPOUTS = ("attention_dropout", "attn_dropout", "attn_pdrop", "attn_dropout_p")
@@ -51,19 +47,12 @@ def _attention_reason(model: PreTrainedModel, config: Any) -> str | None:
             f"{type(model).__name__} has {', '.join(other)} layers, whose state would run across branches of the tree; "
             "use a model with full or sliding-window attention only"
         )
-    if config.model_type in _WINDOW_IN_MASK_ONLY and getattr(config, "sliding_window", None):
-        return (
-            f"{type(model).__name__} does not tell its attention function about the sliding window of "
-            f"{config.sliding_window}; set sliding_window=None in the config if no sequence is longer"
-        )
     softcap = getattr(config, "attn_logit_softcapping", None)
     if softcap and config._attn_implementation == "sdpa":
         return (
             f"{type(model).__name__} has a soft-cap of {softcap}, which transformers' attention 'sdpa' leaves out; "
             "load the model with attn_implementation='eager'"
         )
-    if config.model_type in _EXTRA_HEAD:
-        return f"{type(model).__name__} transforms hidden states before its output embedding; use another model family"
     # "vision": among the tokens of an image only, which is for the adapters to see.
     is_bidirectional = getattr(config, "use_bidirectional_attention", False) not in (False, None, "vision")
     if is_bidirectional or getattr(config, "is_causal", None) is False:

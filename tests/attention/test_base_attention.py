@@ -71,7 +71,7 @@ def generated(model: PreTrainedModel) -> torch.Tensor:
     return model.eval().generate(ROWS, max_new_tokens=4, do_sample=False)
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", [pytest.param(b, marks=[pytest.mark.long] * (b == "flex_attention")) for b in BASES])
 def test_every_base(base: str, flash: list[str]) -> None:
     """Trees, `verify`, generation and evaluation under the model's own name; the oracle is an untouched eager model."""
     model, stock = (tiny_model("llama", attention=base) for _ in range(2))

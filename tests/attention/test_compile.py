@@ -29,7 +29,9 @@ is_recorded = pytest.mark.skipif(
 )
 
 
-# Compiled in every run of the suite; the others take minutes and run with `make test-slow`.
+# Compiled in every run of the suite.
+QUICK = [Variant(arch, "bfloat16", 128) for arch in (90, 100)]
+# With `make test-long`; the others take many minutes, and run with `make test-slow`.
 USUAL = [
     *(Variant(arch, "bfloat16", width) for arch in (80, 90, 100) for width in (64, 128, 256)),
     *(Variant(90, "bfloat16", 128, features) for features in ("window+sinks", "softcap")),
@@ -40,23 +42,21 @@ INSTRUCTIONS = {80: "mma.sync", 90: "wgmma.mma", 100: "tcgen05.mma"}
 
 
 def each(variants: list[Variant]) -> pytest.MarkDecorator:
-    """A test per variant, slow where it is rare."""
-    cases = [pytest.param(variant, marks=[pytest.mark.slow] if variant in RARE else []) for variant in variants]
+    """A test per variant, run as often as its group."""
+    marks = [[] if v in QUICK else [pytest.mark.long] if v in USUAL else [pytest.mark.slow] for v in variants]
+    cases = [pytest.param(variant, marks=own) for variant, own in zip(variants, marks, strict=True)]
     return pytest.mark.parametrize("variant", cases, ids=lambda variant: variant.name)
 
 
 @functools.cache
-def usual() -> Report:
-    return measure(USUAL)
-
-
-@functools.cache
-def rare() -> Report:
-    return measure(RARE)
+def report(*variants: Variant) -> Report:
+    """Of one group, compiled together."""
+    return measure(list(variants))
 
 
 def usages_of(variant: Variant) -> dict[str, Usage]:
-    return (usual() if variant in USUAL else rare())[variant.name]
+    group = next(group for group in (QUICK, USUAL, RARE) if variant in group)
+    return report(*group)[variant.name]
 
 
 def test_what_is_usual_ships() -> None:
@@ -144,6 +144,7 @@ def test_loads_run_ahead_where_the_pipeline_has_three_stages() -> None:
     assert usages_of(Variant(90, "bfloat16", 128))["forward_kernel"].pending > 0
 
 
+@pytest.mark.long
 def test_a_new_length_compiles_nothing() -> None:
     lengths = [Variant(90, "bfloat16", 64, "window+sinks", tokens=n) for n in (1, 17, 1000, 2048, 2049)]
     report = measure(lengths)

@@ -48,12 +48,12 @@ def check_forest(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     check(random_forest(seed), replace(options, **heads), torch.float32 if seed % 4 else torch.bfloat16)
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", range(30))
 def test_random_forests(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     check_forest(monkeypatch, seed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100, 600))
+@pytest.mark.parametrize("seed", range(30, 600))
 def test_more_random_forests(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     check_forest(monkeypatch, seed)

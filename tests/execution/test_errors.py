@@ -114,8 +114,6 @@ UNSUPPORTED: dict[Callable[[], torch.nn.Module], str] = {
     linear_attention: r"LlamaForCausalLM has linear_attention layers.*full or sliding-window attention only",
     qwen3_next: r"Qwen3NextForCausalLM has linear_attention layers",
     bidirectional: r"Gemma3ForCausalLM attends in both directions; use a causal model",
-    window_in_the_mask_only: r"does not tell its attention function about the sliding window of 8; set sliding_window",
-    extra_head: r"transforms hidden states before its output embedding; use another model family",
     attention_dropout: r"attention_dropout is 0.1 in layer 0.*set attention_dropout=0 in the model config",
     prompt_tuning: r"PROMPT_TUNING adds virtual tokens.*use LoRA or full fine-tuning",
     prefix_tuning_in_a_wrapper: r"PREFIX_TUNING adds virtual tokens",
@@ -128,6 +126,21 @@ def test_unsupported_models(build: Callable[[], torch.nn.Module]) -> None:
     message = rf"Prefix-tree execution is not exact here: .*{UNSUPPORTED[build]}.*on_unsupported='dense'"
     with pytest.raises(UnsupportedModelError, match=message):
         dta_plugin.sequence_logprobs(build(), SEQUENCES)
+
+
+FOUND_BY_RUNNING = {
+    window_in_the_mask_only: r"tells its attention function of no window in layer 0, and its config says a window of 8",
+    extra_head: r"differs from the model's own forward in its head, logits by .*on_unsupported='dense'",
+}
+
+
+@pytest.mark.parametrize("build", FOUND_BY_RUNNING, ids=lambda build: build.__name__)
+def test_models_that_differ_when_they_run(build: Callable[[], torch.nn.Module]) -> None:
+    model = build()
+    with pytest.raises(UnsupportedModelError, match=FOUND_BY_RUNNING[build]):
+        dta_plugin.sequence_logprobs(model, SEQUENCES)
+    out = dta_plugin.sequence_logprobs(model, SEQUENCES, TreeConfig(on_unsupported="dense"))
+    assert out.report.executor == "dense"
 
 
 def test_attention_dropout_is_no_obstacle_in_evaluation() -> None:

@@ -129,6 +129,20 @@ def test_dense_instead(monkeypatch: pytest.MonkeyPatch) -> None:
     assert out.report.executor == "dense" and "from layer 0 on" in out.report.reason
 
 
+@pytest.mark.parametrize("seen", [False, True])
+def test_decoders_that_share_prefixes(seen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = tiny_model("llama"), torch.tensor([[5, 6, 7, 8], [5, 6, 9, 10]])
+    sharing = dta_plugin.share_prefixes(model)
+    if seen:
+        siblings_seen_in_layer(monkeypatch, 1)
+        with pytest.raises(UnsupportedModelError, match=r"decoder, differs .* from layer 1 on, hidden states by"):
+            model(input_ids=ids, use_cache=False)
+        sharing = dta_plugin.share_prefixes(model, TreeConfig(on_unsupported="dense"))
+    model(input_ids=ids, use_cache=False)
+    assert (sharing.report is None) == seen and ("from layer 1 on" in sharing.reason) == seen
+    assert sharing.shared_calls == (0 if seen else 1) and sharing.calls == (2 if seen else 1)
+
+
 def test_model_and_random_numbers_stay_as_they_were() -> None:
     model = tiny_model("qwen3").train()
     model.model.layers[0].eval()

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
@@ -28,7 +27,7 @@ from dta_plugin.errors import InvalidInputError
 from dta_plugin.execution.batch import SequenceLogProbs
 from dta_plugin.execution.memory import token_budget
 from dta_plugin.execution.model import causal_lm, input_device, tree_forward
-from dta_plugin.execution.ranks import gathered, is_collective
+from dta_plugin.execution.ranks import gathered, is_collective, is_fsdp1
 from dta_plugin.tree.cost import ModelCost
 
 # One tree must save this share of what separate ones compute: it holds more activations at a time.
@@ -70,7 +69,7 @@ def _obstacle(trainer: Any, buffer: list[Inputs]) -> str | None:
         return "the router loss, which is computed over each micro-batch"
     if hasattr(wrapped, "zero_optimization_stage"):
         return "DeepSpeed, which drives every backward pass itself"
-    if any(isinstance(module, FullyShardedDataParallel) for module in wrapped.modules()):
+    if is_fsdp1(wrapped):
         return "FSDP1"
     return None
 

@@ -54,17 +54,20 @@ def test_launcher_with_trl_parser_and_yaml(site: Site, stock: Result) -> None:
     assert "call 1 verified" not in result.output
 
 
+@pytest.mark.long
 def test_launcher_with_argparse(site: Site, stock: Result) -> None:
     """Flags before the script, with hyphens; the script imports its neighbour."""
     command = (*LAUNCHER, "--use-dta", "--dta-regroup=never", ARGPARSE, *site.data_options(), "--output", "argparse")
     assert_switched_on(site.train("argparse", "python", *command), stock)
 
 
+@pytest.mark.long
 def test_accelerate(site: Site, stock: Result) -> None:
     command = ("launch", *LAUNCHER, SCRIPT, "--use_dta", "true", *site.options())
     assert_switched_on(site.train("accelerate", "accelerate", *command), stock)
 
 
+@pytest.mark.long
 def test_torchrun(site: Site) -> None:
     command = ("--nproc_per_node", 2, "--standalone", *LAUNCHER, SCRIPT, "--use_dta", "true", *site.options())
     done = site.run("torchrun", *command, "--dta_verify", "every:2", "--result", site.result("torchrun"))

@@ -32,9 +32,14 @@ OLDEST_TRANSFORMERS = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("release", "others"),
-    [*((release, ()) for release in RELEASES), (RELEASES[-1], OLDEST_TRANSFORMERS)],
+    [
+        (RELEASES[0], ()),
+        *(pytest.param(release, (), marks=pytest.mark.slow) for release in RELEASES[1:]),
+        (RELEASES[-1], OLDEST_TRANSFORMERS),
+    ],
     ids=[*RELEASES, "oldest transformers"],
 )
 def test_equal_to_stock(release: str, others: tuple[str, ...], tmp_path: Path) -> None:
@@ -56,6 +61,7 @@ def test_equal_to_stock(release: str, others: tuple[str, ...], tmp_path: Path) -
         assert max(differences.values()) <= TOLERANCE, f"{case}: {differences}"
 
 
+@pytest.mark.long
 def test_offline_trainers_of_the_oldest_release(tmp_path: Path) -> None:
     folder = install(RELEASES[0], tmp_path / "trl")
     environment = os.environ | {"PYTHONPATH": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
