@@ -12,7 +12,7 @@ from trl import GRPOTrainer, RLOOTrainer
 from dta_plugin.adapters.trl import hooks, idle
 from dta_plugin.adapters.trl.config import tree_config
 from dta_plugin.adapters.trl.protocols import GRPOLike
-from dta_plugin.adapters.trl.upstream import HOOK, PREPARE, check
+from dta_plugin.adapters.trl.upstream import HOOK, PREPARE, check, say_what_is_untested
 from dta_plugin.config import TreeConfig
 
 _HOOKS: dict[str, Callable[..., Any]] = {
@@ -27,6 +27,7 @@ def enable(config: TreeConfig) -> None:
     """See `dta_plugin.enable`."""
     global _active
     check()
+    say_what_is_untested()
     _active = config
     idle.expect_trees(config)
     for trainer_class in (GRPOTrainer, RLOOTrainer):

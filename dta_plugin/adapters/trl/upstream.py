@@ -55,7 +55,7 @@ _OF_DIFFUSION = (
     Name("trl:GRPOTrainer._generate_single_turn", ("prompt_ids", "images")),
     Name("trl:GRPOTrainer._generate_and_score_completions", ("inputs",)),
     Name("trl:GRPOTrainer._compute_loss", ("model", "inputs")),
-    Name("trl.models:prepare_fsdp", ("model", "accelerator")),
+    Name("trl.models.utils:prepare_fsdp", ("model", "accelerator")),
     Name("trl.models.utils:disable_gradient_checkpointing", ("model", "gradient_checkpointing_kwargs")),
 )
 
@@ -87,6 +87,11 @@ def check() -> None:
     require(_NAMES)
 
 
+def say_what_is_untested() -> None:
+    """One line, once in a process, where TRL or transformers is newer than what was tested."""
+    say_if_untested(TRL, TRANSFORMERS)
+
+
 def check_scorer() -> None:
     """The same for what `dense` needs."""
     require(_OF_SCORERS)
@@ -94,7 +99,7 @@ def check_scorer() -> None:
 
 def check_diffusion() -> None:
     """The same for what the trainer of diffusion LMs needs."""
-    say_if_untested(TRL, TRANSFORMERS)
+    say_what_is_untested()
     require(_OF_DIFFUSION)
 
 
@@ -102,7 +107,7 @@ def check_trainer(trainer: object) -> None:
     """Raises UnsupportedModelError for a GRPO or RLOO trainer without what the plugin's hooks read of it."""
     from trl import GRPOTrainer, RLOOTrainer
 
-    say_if_untested(TRL, TRANSFORMERS)
+    say_what_is_untested()
     require_attributes(trainer, _ONLINE, "trl")
     if isinstance(trainer, GRPOTrainer):
         require_attributes(trainer, _LOSS_OF_GRPO, "trl")
@@ -117,5 +122,5 @@ def check_diffusion_trainer(trainer: object) -> None:
 
 def check_offline_trainer(trainer: object) -> None:
     """The same for a trainer whose batches are made of siblings."""
-    say_if_untested(TRL, TRANSFORMERS)
+    say_what_is_untested()
     require_attributes(trainer, _OFFLINE, "transformers")

@@ -94,7 +94,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         """The frozen initial policy, wrapped as TRL wraps the reference that it loads."""
         reference.requires_grad_(False).eval()
         if self.is_fsdp_enabled:
-            from trl.models import prepare_fsdp
+            from trl.models.utils import prepare_fsdp
 
             return prepare_fsdp(reference, self.accelerator)
         return self.accelerator.prepare_model(reference, evaluation_mode=True)
