@@ -37,7 +37,7 @@ class Releases:
     @property
     def remedy(self) -> str:
         """What pip is to be told."""
-        return f"pip install '{self.package}>={self.oldest},<={self.newest_tested}'"
+        return f"pip install '{self.package}=={self.newest_tested}.*'"
 
     def supports(self, version: str) -> bool:
         found = counted_as(version)

@@ -77,6 +77,7 @@ _DIFFUSION = {
     "num_iterations": "1.0.0",
     "mask_truncated_completions": "1.0.0",
     "is_fsdp_enabled": "1.0.0",
+    "eos_token_ids": "1.14.2",
 }
 _OFFLINE = {"_train_batch_size": "4.57"}
 

@@ -82,7 +82,9 @@ def check_trainer_module(module: ModuleType) -> None:
     trainer = TRAINERS[module.__name__]
     if module.__name__ == V1 or hasattr(module, trainer):
         parameters = ("batch", "metrics", "logging_prefix")
-        require((Name(f"{module.__name__}:{trainer}._balance_batch", parameters),))
+        require([Name(f"{module.__name__}:{trainer}._balance_batch", parameters)])
+    if module.__name__ == V1:
+        require([Name("verl.utils.transferqueue_utils:tq.kv_batch_get")])
 
 
 def check_engine(engine: object) -> None:

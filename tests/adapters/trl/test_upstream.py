@@ -23,7 +23,7 @@ from dta_plugin.adapters.trl.upstream import HOOK, PREPARE
 from dta_plugin.errors import UnsupportedModelError
 from tests.adapters.trl.support import build, enabled
 
-RELEASES = r"Expected what TRL 1\.0\.0 to 1\.16 have; pip install 'trl>=1\.0\.0,<=1\.16'"
+RELEASES = r"Expected what TRL 1\.0\.0 to 1\.16 have; pip install 'trl==1\.16\.\*'"
 GROUPS = {
     "enable": (upstream.check, upstream._NAMES),
     "calibrate": (upstream.check_scorer, upstream._OF_SCORERS),

@@ -27,7 +27,7 @@ from dta_plugin.errors import UnsupportedModelError
 from tests.adapters.verl.batches import trainer
 from tests.adapters.verl.support import Setup, build
 
-RELEASES = r"Expected what verl 0\.8\.0 to 0\.9\.1 have; pip install 'verl>=0\.8\.0,<=0\.9\.1'"
+RELEASES = r"Expected what verl 0\.8\.0 to 0\.9\.1 have; pip install 'verl==0\.9\.1\.\*'"
 GROUPS = {upstream.check_engine_module: upstream._OF_ENGINES, upstream.check_worker_module: upstream._OF_WORKERS}
 REQUIRED = [(check, name) for check, names in GROUPS.items() for name in names if not name.is_optional]
 OPTIONAL = [name for name in upstream._OF_ENGINES if name.is_optional]
