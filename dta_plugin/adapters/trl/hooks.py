@@ -63,10 +63,10 @@ def prepare_inputs(
     is_new = buffer is not before
     runs_dense = unsupported_reason(trainer.model) or noise_reason(trainer)
     if is_new and runs_dense is None:  # else on what TRL made
-        trainer._buffered_inputs = _dealt_out(trainer, config, state, buffer)
+        buffer = trainer._buffered_inputs = _dealt_out(trainer, config, state, buffer)
     slot = trainer._step % trainer.args.steps_per_generation
     if is_new or slot == 0 or not state.handed_out:
-        state.handed_out = _drawn(trainer, config, state, trainer._buffered_inputs or [])
+        state.handed_out = _drawn(trainer, config, state, buffer)
     state.loads.hands_out(slot)
     state.log_selection(trainer, state.handed_out[slot].statistics)
     return _for_our_hook(trainer, state.handed_out[slot].inputs)

@@ -82,15 +82,15 @@ _DIFFUSION = {
 _OFFLINE = {"_train_batch_size": "4.57"}
 
 
+def say_what_is_untested() -> None:
+    """One line, once in a process, where TRL or transformers is newer than what was tested."""
+    say_if_untested(TRL, TRANSFORMERS)
+
+
 def check() -> None:
     """Raises UnsupportedModelError for a TRL release that is not supported, and where a name is not as it was."""
     supported_release(TRL)
     require(_NAMES)
-
-
-def say_what_is_untested() -> None:
-    """One line, once in a process, where TRL or transformers is newer than what was tested."""
-    say_if_untested(TRL, TRANSFORMERS)
 
 
 def check_scorer() -> None:

@@ -35,8 +35,9 @@ def install() -> None:
     """Extend the trainer classes that have been imported. Call it again when more have been."""
     for module, name in TRAINERS.items():
         trainer = getattr(sys.modules.get(module), name, None)
-        if trainer is not None and not hasattr(trainer._balance_batch, "_dta_stock"):
-            trainer._balance_batch = keeping_groups(trainer._balance_batch)
+        stock = getattr(trainer, "_balance_batch", None)
+        if trainer is not None and stock is not None and not hasattr(stock, "_dta_stock"):
+            trainer._balance_batch = keeping_groups(stock)
 
 
 def uninstall() -> None:

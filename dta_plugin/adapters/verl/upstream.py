@@ -54,12 +54,11 @@ _ENGINE = {
     "engine_config": "0.8.0",
     "model_config": "0.8.0",
     "lr_scheduler": "0.8.0",
-    "scaler": "0.8.0",
     "use_ulysses_sp": "0.8.0",
     "ulysses_sequence_parallel_size": "0.8.0",
-    "_autocast_dtype": "0.8.0",
     "_qat_enabled": "0.8.0",
 }
+_DIFFUSION = {"scaler": "0.8.0", "_autocast_dtype": "0.8.0"}
 _MODEL_CONFIG = {"mtp": "0.8.0", "enable_activation_offload": "0.8.0"}
 _WORKER = {"config": "0.8.0", "actor": "0.8.0", "ref": "0.8.0"}
 _PART = {"engine": "0.8.0", "engine_config": "0.8.0"}
@@ -91,6 +90,11 @@ def check_engine(engine: object) -> None:
     """The same for an engine that has been initialised."""
     require_attributes(engine, _ENGINE, "verl")
     require_attributes(engine.model_config, _MODEL_CONFIG, "verl")  # type: ignore[attr-defined]
+
+
+def check_diffusion_engine(engine: object) -> None:
+    """The same for what the updates of diffusion LMs read of it besides."""
+    require_attributes(engine, _DIFFUSION, "verl")
 
 
 def check_worker(worker: object) -> None:

@@ -123,6 +123,10 @@ def test_engines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             patch.delattr(engine, attribute)
             with pytest.raises(UnsupportedModelError, match=f"TreeEngine has no {attribute}. {RELEASES}"):
                 upstream.check_engine(engine)
+    upstream.check_diffusion_engine(engine)
+    monkeypatch.delattr(engine, "_autocast_dtype")
+    with pytest.raises(UnsupportedModelError, match="TreeEngine has no _autocast_dtype"):
+        upstream.check_diffusion_engine(engine)
     own = FSDPEngineWithLMHead.initialize
 
     def initialize(self: Any) -> None:
