@@ -90,7 +90,7 @@ def say_if_untested(*frameworks: Releases) -> None:
         found = ", ".join(f"{releases.name} {version}" for releases, version in newer)
         tested = ", ".join(f"{releases.name} {releases.newest_tested}" for releases, _ in newer)
         say(
-            f"installed is {found}, newer than what was tested, up to {tested}; it goes on. verify='first' compares "
+            f"this is {found}, newer than what was tested, up to {tested}; it goes on. verify='first' compares "
             "with the dense path",
             logging.WARNING,
         )
