@@ -12,10 +12,12 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from dta_plugin import __version__
+from dta_plugin.adapters.releases import TRANSFORMERS, TRL, VERL
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 
 if TYPE_CHECKING:
     import torch
+    from packaging.specifiers import SpecifierSet
     from transformers import PreTrainedModel
 
 _PACKAGES = ("torch", "triton", "transformers", "trl", "verl", "peft", "accelerate", "prefix_grouper")
@@ -93,13 +95,22 @@ def versions() -> list[Finding]:
         if allowed is None:
             findings.append(Finding(package, version, _IF_INSTALLED.get(package, "")))
         else:
-            ok = allowed.contains(version, prereleases=True)
+            note, ok = _judgement(package, version, allowed)
             bounds = ",".join(sorted(map(str, allowed), reverse=True))
-            findings.append(Finding(package, version, f"{'supported' if ok else 'not supported'} ({bounds})", ok))
+            findings.append(Finding(package, version, f"{note} ({bounds})", ok))
     return findings
 
 
-def _declared() -> dict[str, Any]:
+def _judgement(package: str, version: str, allowed: SpecifierSet) -> tuple[str, bool]:
+    """What to say of an installed version, and whether it is supported. allowed: what this package declares."""
+    known = next((releases for releases in (TRL, VERL, TRANSFORMERS) if releases.package == package), None)
+    ok = allowed.contains(version, prereleases=True) if known is None else known.supports(version)
+    if ok and known is not None and known.is_untested(version):
+        return f"newer than tested, up to {known.newest_tested}", ok
+    return "supported" if ok else "not supported", ok
+
+
+def _declared() -> dict[str, SpecifierSet]:
     """Package -> version specifier of this package's dependencies and extras; empty if it is not installed."""
     from packaging.requirements import Requirement
 

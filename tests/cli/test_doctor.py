@@ -35,6 +35,24 @@ def test_trl_versions(installed: str | None, ok: bool, monkeypatch: pytest.Monke
     assert (">=1.0,<2" if installed else "pip install") in trl.note
 
 
+@pytest.mark.parametrize(
+    "package, installed, note, ok",
+    [
+        ("trl", "1.16.2", "supported (", True),
+        ("trl", "1.19.0", "newer than tested, up to 1.16 (", True),
+        ("trl", "2.0.0rc1", "not supported (", False),
+        ("transformers", "5.25.0.dev0", "newer than tested, up to 5.24 (", True),
+        ("verl", "0.9.2", "newer than tested, up to 0.9.1 (", True),
+        ("verl", "0.10.0.dev0", "not supported (", False),
+    ],
+)
+def test_newer_versions(package: str, installed: str, note: str, ok: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = metadata.version
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: installed if name == package else own(name))
+    (found,) = (finding for finding in doctor.versions() if finding.name == package)
+    assert found.note.startswith(note) and found.ok == ok
+
+
 def test_an_unsupported_version_is_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

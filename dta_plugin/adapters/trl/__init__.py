@@ -1,8 +1,8 @@
 """TRL: trainers that run as prefix trees. Online: GRPOTrainer, RLOOTrainer. Offline: SFT, DPO, reward models."""
 
-from dta_plugin.adapters.trl.version import check_version
+from dta_plugin.adapters.trl.upstream import check
 
-check_version()  # before anything that needs TRL: a release that cannot be imported gets our message, too
+check()  # before anything that needs TRL: a release that cannot be imported gets our message, too
 
 from dta_plugin.adapters.trl.config import TreeGRPOConfig, TreeRLOOConfig
 from dta_plugin.adapters.trl.diffusion import DiffusionGRPOConfig, DiffusionGRPOTrainer

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.trainer import utils
 
+from dta_plugin.adapters.trl.upstream import check_scorer
 from dta_plugin.execution.measure import Rows
 
 
@@ -21,6 +22,7 @@ class DenseScorer(GRPOTrainer):
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        check_scorer()
         if hasattr(utils, "add_fused_lm_head"):
             utils.add_fused_lm_head(
                 model, temperature=1.0, cast_lm_head_to_fp32=False, outputs=("log_probs", "entropy")

@@ -21,6 +21,7 @@ from torch import distributed
 from dta_plugin.adapters.trl.buffer import PADDING, Inputs, Rows, has_images
 from dta_plugin.adapters.trl.deal import to_ranks
 from dta_plugin.adapters.trl.origin import unknown_loss
+from dta_plugin.adapters.trl.protocols import GRPOLike
 from dta_plugin.adapters.trl.regroup import composition_reason
 from dta_plugin.adapters.trl.rows import MicroBatch, joined
 from dta_plugin.adapters.trl.version import counts_padding
@@ -54,7 +55,11 @@ class Exchanged:
 
 
 def exchange(
-    trainer: Any, buffer: list[Inputs], window: int, model: ModelCost, prune: Callable[[list[Inputs]], list[Inputs]]
+    trainer: GRPOLike,
+    buffer: list[Inputs],
+    window: int,
+    model: ModelCost,
+    prune: Callable[[list[Inputs]], list[Inputs]],
 ) -> Exchanged | str:
     """Move rows between ranks, or say why not; all ranks must call it, with as many micro-batches per `window`.
 
@@ -84,7 +89,7 @@ def _gathered(offer: _Offer) -> list[_Offer]:
 
 
 def _offer(
-    trainer: Any, buffer: list[Inputs], model: ModelCost, prune: Callable[[list[Inputs]], list[Inputs]]
+    trainer: GRPOLike, buffer: list[Inputs], model: ModelCost, prune: Callable[[list[Inputs]], list[Inputs]]
 ) -> _Offer:
     obstacle = _obstacle(trainer, buffer)
     if obstacle is not None:
@@ -98,7 +103,7 @@ def _offer(
     return _Offer(None, model, [row.astype(np.int32) for row in sequences], first_scored, rows.sizes, shapes)
 
 
-def _obstacle(trainer: Any, buffer: list[Inputs]) -> str | None:
+def _obstacle(trainer: GRPOLike, buffer: list[Inputs]) -> str | None:
     """Why rows of this trainer cannot move to another rank."""
     if has_images(buffer):
         return "images do not move"
@@ -144,7 +149,7 @@ def _common_shapes(offers: list[_Offer]) -> dict[str, Shape]:
     return {key: (dtype, max(offer.shapes[key][1] for offer in offers)) for key, (dtype, _) in offers[0].shapes.items()}
 
 
-def _pad_token(trainer: Any) -> int:
+def _pad_token(trainer: GRPOLike) -> int:
     token = getattr(trainer, "pad_token_id", None)
     return int(token) if token is not None else int(getattr(trainer.processing_class, "pad_token_id", None) or 0)
 

@@ -13,10 +13,12 @@ from dta_plugin.adapters.trl.config import tree_config
 from dta_plugin.adapters.trl.exchange import exchange
 from dta_plugin.adapters.trl.noise import noise_reason
 from dta_plugin.adapters.trl.origin import foreign_reader, replaced_preparation, unknown_loss
+from dta_plugin.adapters.trl.protocols import GRPOLike
 from dta_plugin.adapters.trl.regroup import composition_reason, regroup
 from dta_plugin.adapters.trl.scoring import Hook, tree_log_probs
 from dta_plugin.adapters.trl.state import TreeState
 from dta_plugin.adapters.trl.subset import HandedOut, check_selection, pruned
+from dta_plugin.adapters.trl.upstream import check_trainer
 from dta_plugin.adapters.trl.weights import is_weighted
 from dta_plugin.adapters.trl.window import merges, window_size
 from dta_plugin.config import TreeConfig
@@ -26,25 +28,27 @@ from dta_plugin.execution.support import unsupported_reason
 
 
 def log_probs(
-    trainer: Any, own: Hook, default: TreeConfig | None, *args: Any, **kwargs: Any
+    trainer: GRPOLike, own: Hook, default: TreeConfig | None, *args: Any, **kwargs: Any
 ) -> tuple[torch.Tensor | None, ...]:
     """In front of `_get_per_token_logps_and_entropies`. default: configuration of trainers without the flag."""
     config = active_config(trainer, default)
     if config is None:
         return own(*args, **kwargs)
-    state = TreeState.of(trainer, config)
+    state = _state(trainer, config)
     values = tree_log_probs(trainer, state, own, *args, **kwargs)
     if values[0] is not None:
         state.loads.scored(values[0])
     return values
 
 
-def prepare_inputs(trainer: Any, own: Callable[[Any], Any], default: TreeConfig | None, generation_batch: Any) -> Any:
+def prepare_inputs(
+    trainer: GRPOLike, own: Callable[[Any], Any], default: TreeConfig | None, generation_batch: Any
+) -> Any:
     """In front of `_prepare_inputs`: deal a new generation batch out anew, then hand out the step's micro-batch."""
     config = active_config(trainer, default)
     if config is None:
         return own(generation_batch)
-    state = TreeState.of(trainer, config)
+    state = _state(trainer, config)
     if _loss_is_fused(trainer):
         _run_fused_loss(trainer, config, state)
         return own(generation_batch)
@@ -59,16 +63,23 @@ def prepare_inputs(trainer: Any, own: Callable[[Any], Any], default: TreeConfig 
     is_new = buffer is not before
     runs_dense = unsupported_reason(trainer.model) or noise_reason(trainer)
     if is_new and runs_dense is None:  # else on what TRL made
-        trainer._buffered_inputs = _dealt_out(trainer, config, state, buffer)
+        buffer = trainer._buffered_inputs = _dealt_out(trainer, config, state, buffer)
     slot = trainer._step % trainer.args.steps_per_generation
     if is_new or slot == 0 or not state.handed_out:
-        state.handed_out = _drawn(trainer, config, state)
+        state.handed_out = _drawn(trainer, config, state, buffer)
     state.loads.hands_out(slot)
     state.log_selection(trainer, state.handed_out[slot].statistics)
     return _for_our_hook(trainer, state.handed_out[slot].inputs)
 
 
-def _for_our_hook(trainer: Any, inputs: Inputs) -> Inputs:
+def _state(trainer: GRPOLike, config: TreeConfig) -> TreeState:
+    """The trainer's; at its first use, the trainer is checked for what the plugin reads of it."""
+    if not TreeState.exists(trainer):
+        check_trainer(trainer)
+    return TreeState.of(trainer, config)
+
+
+def _for_our_hook(trainer: GRPOLike, inputs: Inputs) -> Inputs:
     """The inputs; InvalidInputError where they have weights that the log-prob hook of somebody else would read."""
     if is_weighted(inputs) and (reader := foreign_reader(trainer)):
         raise InvalidInputError(
@@ -78,9 +89,9 @@ def _for_our_hook(trainer: Any, inputs: Inputs) -> Inputs:
     return inputs
 
 
-def _drawn(trainer: Any, config: TreeConfig, state: TreeState) -> list[HandedOut]:
+def _drawn(trainer: GRPOLike, config: TreeConfig, state: TreeState, buffer: list[Inputs]) -> list[HandedOut]:
     """The micro-batches of one pass over the generation batch, each with a drawing of its own."""
-    buffer, selection = trainer._buffered_inputs, config.selection()
+    selection = config.selection()
     if selection is None:
         return [HandedOut(inputs) for inputs in buffer]
     check_selection(trainer, buffer, selection)
@@ -89,7 +100,7 @@ def _drawn(trainer: Any, config: TreeConfig, state: TreeState) -> list[HandedOut
     return [HandedOut.of(inputs, selection, seed, first + slot, rank) for slot, inputs in enumerate(buffer)]
 
 
-def _dealt_out(trainer: Any, config: TreeConfig, state: TreeState, buffer: list[Inputs]) -> list[Inputs]:
+def _dealt_out(trainer: GRPOLike, config: TreeConfig, state: TreeState, buffer: list[Inputs]) -> list[Inputs]:
     """A new generation batch with its rows where they cost least, and the decision whether windows are merged."""
     with trainer.accelerator.autocast():  # measured speeds are those of a precision
         cost = tree_cost(trainer.model, config)
@@ -118,14 +129,14 @@ def _dealt_out(trainer: Any, config: TreeConfig, state: TreeState, buffer: list[
     return chosen
 
 
-def active_config(trainer: Any, default: TreeConfig | None) -> TreeConfig | None:
+def active_config(trainer: GRPOLike, default: TreeConfig | None) -> TreeConfig | None:
     """The trainer's own options where its config has the flag, else the process-wide ones."""
     if hasattr(trainer.args, "use_dta"):
         return tree_config(trainer.args)
     return default
 
 
-def _why_not_regroup(trainer: Any, config: TreeConfig, buffer: list[Inputs]) -> str | None:
+def _why_not_regroup(trainer: GRPOLike, config: TreeConfig, buffer: list[Inputs]) -> str | None:
     """None: regroup. Otherwise why not, empty where there is nothing to say."""
     if config.regroup == "never" or len(buffer) == 1 or has_images(buffer):
         return ""
@@ -137,7 +148,7 @@ def _why_not_regroup(trainer: Any, config: TreeConfig, buffer: list[Inputs]) -> 
     return reason and f"{reason}; regroup='always' regroups all the same"
 
 
-def _say_what_stays(trainer: Any, config: TreeConfig, state: TreeState) -> None:
+def _say_what_stays(trainer: GRPOLike, config: TreeConfig, state: TreeState) -> None:
     """One line where the loss is of unknown origin, about what is left alone and what would force it."""
     unknown = unknown_loss(trainer)
     if unknown is None:
@@ -153,13 +164,13 @@ def _say_what_stays(trainer: Any, config: TreeConfig, state: TreeState) -> None:
     )
 
 
-def _loss_is_fused(trainer: Any) -> bool:
+def _loss_is_fused(trainer: object) -> bool:
     """TRL up to 1.13 routes the Liger loss around the log-prob hook."""
     asked = getattr(trainer, "use_liger_kernel", False) or getattr(trainer, "use_liger_loss", False)
     return bool(asked) and hasattr(trainer, "compute_liger_loss")
 
 
-def _run_fused_loss(trainer: Any, config: TreeConfig, state: TreeState) -> None:
+def _run_fused_loss(trainer: GRPOLike, config: TreeConfig, state: TreeState) -> None:
     """Refuse, or say that the loss runs dense."""
     reason = "this TRL version's Liger loss bypasses the log-prob hook; set use_liger_kernel=False or use trl>=1.14"
     if config.selection() is not None:

@@ -15,7 +15,8 @@ from trl import DPOTrainer, GRPOTrainer, RewardTrainer, RLOOTrainer, SFTTrainer
 
 from dta_plugin.adapters.logs import say
 from dta_plugin.adapters.trl.config import tree_config
-from dta_plugin.adapters.trl.origin import HOOK, foreign_reader, has_our_hook
+from dta_plugin.adapters.trl.origin import foreign_reader, has_our_hook
+from dta_plugin.adapters.trl.upstream import HOOK
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import UnsupportedModelError
 
@@ -59,7 +60,7 @@ def say_if_nothing_trained() -> None:
 
 def _watched(train: Any) -> Any:
     @functools.wraps(train)
-    def watched(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+    def watched(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
         global _trainings
         _trainings += 1
         _refuse_what_cannot_run(trainer)
@@ -72,7 +73,7 @@ def _watched(train: Any) -> Any:
     return watched
 
 
-def _refuse_what_cannot_run(trainer: Any) -> None:
+def _refuse_what_cannot_run(trainer: Trainer) -> None:
     config = tree_config(trainer.args)
     if config is not None and config.on_unsupported == "error" and not has_our_hook(trainer):
         raise UnsupportedModelError(
@@ -81,7 +82,7 @@ def _refuse_what_cannot_run(trainer: Any) -> None:
         )
 
 
-def _why_idle(trainer: Any) -> str | None:
+def _why_idle(trainer: Trainer) -> str | None:
     """Why no call ran as a tree; None where one did, or none was asked for."""
     asked = tree_config(trainer.args) if hasattr(trainer.args, "use_dta") else _process_config
     state, sharing = trainer.__dict__.get("_dta_state"), trainer.__dict__.get("_sharing")
@@ -96,7 +97,7 @@ def _why_idle(trainer: Any) -> str | None:
     return f"{type(trainer).__name__} does not know the flag; use {_remedy(trainer)}"
 
 
-def _remedy(trainer: Any) -> str:
+def _remedy(trainer: Trainer) -> str:
     for known, remedy in _CLASSES.items():
         if isinstance(trainer, known):
             return f"{remedy} (dta_plugin.adapters.trl)" if type(trainer) is known else f"{remedy} as its base"

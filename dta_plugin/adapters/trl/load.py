@@ -20,6 +20,7 @@ from torch import distributed
 from transformers import TrainerCallback
 
 from dta_plugin.adapters.trl.buffer import Inputs, has_images
+from dta_plugin.adapters.trl.protocols import GRPOLike
 from dta_plugin.adapters.trl.rows import MicroBatch, joined
 from dta_plugin.balance.costs import TOKENS, SequenceCosts, loads
 from dta_plugin.tree.cost import ModelCost
@@ -53,14 +54,20 @@ class Loads(TrainerCallback):
     def __init__(self) -> None:
         self._plan: list[tuple[float, float]] = []  # per slot of the generation batch: cost, repeated tokens
         self._merged = False
-        self._trainer: Any = None
+        self._trainer: GRPOLike | None = None
         self._device = torch.device("cpu")
         self._begun: Mark | None = None
         self._current: list[_MicroStep] = []
         self._steps: deque[list[_MicroStep]] = deque(maxlen=_MOST_STEPS)
 
     def plan(
-        self, trainer: Any, buffer: list[Inputs], window: int, merged: bool, model: ModelCost, between: Sequence[float]
+        self,
+        trainer: GRPOLike,
+        buffer: list[Inputs],
+        window: int,
+        merged: bool,
+        model: ModelCost,
+        between: Sequence[float],
     ) -> None:
         """A new generation batch. between: per window, tokens that are repeated between ranks, as far as known."""
         self._plan = []
@@ -135,7 +142,7 @@ class Loads(TrainerCallback):
         self._steps.clear()
 
     def _write(self, name: str, value: float | None) -> None:
-        if value is not None:
+        if value is not None and self._trainer is not None:
             self._trainer._metrics["train"][f"dta/{name}"].append(value)
 
 

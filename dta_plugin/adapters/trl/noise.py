@@ -5,12 +5,11 @@ A tree, or a batch without what its rows share, has other rows than the trainer 
 
 from __future__ import annotations
 
-from typing import Any
-
+from dta_plugin.adapters.trl.protocols import TrainerLike
 from dta_plugin.execution.model import causal_lm
 
 
-def noise_reason(trainer: Any) -> str | None:
+def noise_reason(trainer: TrainerLike) -> str | None:
     """What adds such noise in a trainer's model, with the remedy, or None. NEFTune, by config or on the model."""
     embeddings = causal_lm(trainer.model).get_input_embeddings()
     for owner in (trainer.args, trainer, embeddings):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sized
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from datasets import Dataset
@@ -21,7 +21,9 @@ from transformers import Trainer
 from trl import DPOTrainer, RewardTrainer, SFTTrainer
 
 from dta_plugin.adapters.trl.noise import noise_reason
+from dta_plugin.adapters.trl.protocols import OfflineLike
 from dta_plugin.adapters.trl.state import TreeState
+from dta_plugin.adapters.trl.upstream import check_offline_trainer
 from dta_plugin.balance import SiblingSampler
 from dta_plugin.balance.examples import token_columns, token_path
 from dta_plugin.config import TreeConfig
@@ -44,8 +46,9 @@ class SiblingBatchesMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        check_offline_trainer(self)
         _check_arguments(self.args)  # type: ignore[attr-defined]
-        if (noise := noise_reason(self)) is not None:
+        if (noise := noise_reason(cast(OfflineLike, self))) is not None:
             raise InvalidInputError(f"Prefixes cannot be shared: {noise}.")
         self._sharing = share_prefixes(self.model, self.tree_config)  # type: ignore[attr-defined]
         self._counted: tuple[int, ...] = (0, 0, 0, 0)
@@ -66,7 +69,7 @@ class SiblingBatchesMixin:
         dataset = self.train_dataset if train_dataset is None else train_dataset  # type: ignore[attr-defined]
         if _why_own_order(self.args, dataset) is not None:  # type: ignore[attr-defined]
             return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
-        return sibling_sampler(self, dataset)
+        return sibling_sampler(cast(OfflineLike, self), dataset)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         self._count("eval_")
@@ -108,7 +111,8 @@ class SiblingBatchesMixin:
         return model
 
     def _say(self, message: str, level: int = logging.INFO, topic: str | None = None) -> None:
-        TreeState.of(self, self.tree_config).say_once(self, message, topic, level)
+        trainer = cast(OfflineLike, self)
+        TreeState.of(trainer, self.tree_config).say_once(trainer, message, topic, level)
 
 
 class TreeSFTTrainer(SiblingBatchesMixin, SFTTrainer):
@@ -123,7 +127,7 @@ class TreeRewardTrainer(SiblingBatchesMixin, RewardTrainer):
     """RewardTrainer that computes what the pairs of a batch share once, with the same losses and gradients."""
 
 
-def sibling_sampler(trainer: Any, dataset: Any) -> SiblingSampler:
+def sibling_sampler(trainer: OfflineLike, dataset: Any) -> SiblingSampler:
     """The order of a tokenised, map-style data set that suits a trainer's batches."""
     args = trainer.args
     return SiblingSampler(
@@ -135,7 +139,7 @@ def sibling_sampler(trainer: Any, dataset: Any) -> SiblingSampler:
     )
 
 
-def _check_arguments(args: Any) -> None:
+def _check_arguments(args: object) -> None:
     for name, remedy in (
         ("packing", "a row of several sequences hides what they share; the tree is packed itself"),
         ("padding_free", "a row of several sequences hides what they share; the tree has no padding either"),
@@ -151,7 +155,7 @@ def _next_sampler(trainer: type) -> Any:
     return next((vars(base)["_get_train_sampler"] for base in behind if "_get_train_sampler" in vars(base)), None)
 
 
-def _why_own_order(args: Any, dataset: Any) -> str | None:
+def _why_own_order(args: object, dataset: Any) -> str | None:
     if dataset is None or not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
         return "an iterable data set is read in its own order; load it as a Dataset to bring siblings together"
     strategy = getattr(args, "train_sampling_strategy", "random")

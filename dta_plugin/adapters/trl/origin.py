@@ -3,9 +3,7 @@
 Rows may be moved, left out or weighted only where it is known what the loss reads of them, as of TRL's own methods. A
 method of any other origin may look at a whole micro-batch, at every token, or skip steps, so its inputs stay as TRL
 made them. Origin is the module whose code runs, decorators and patches included, not a name: a subclass, a patch of the
-class or of one trainer, and a mixin behind TRL's classes are all found.
-
-`_LOSS` is all that TRL 1.0 to 1.16 calls between its buffer and the gradient.
+class or of one trainer, and a mixin behind TRL's classes are all found. `upstream` has the names of TRL's methods.
 """
 
 from __future__ import annotations
@@ -13,21 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-HOOK = "_get_per_token_logps_and_entropies"
-_PREPARE = "_prepare_inputs"
-_LOSS = (
-    "training_step",
-    _PREPARE,
-    "compute_loss",
-    "_compute_loss",
-    "compute_liger_loss",
-    HOOK,
-    "get_high_entropy_mask",
-    "get_off_policy_mask",
-    "get_gamma_weights",
-)
-# What TRL's hook calls, in some releases: a tree runs in place of all of it.
-_SCORING = (HOOK, "_chunked_logps", "_full_logits_logps")
+from dta_plugin.adapters.trl.upstream import HOOK, LOSS, PREPARE, SCORING
 
 # The last one is what `patches/` adds to TRL.
 _OURS = ("dta_plugin.adapters.trl.patch", "dta_plugin.adapters.trl.trainer", "trl.extras.dta")
@@ -57,17 +41,17 @@ class _Link(NamedTuple):
         return f"{self.owner}.{self.name} comes from {self.module}"
 
 
-def unknown_loss(trainer: Any) -> str | None:
+def unknown_loss(trainer: object) -> str | None:
     """Why it is not known what the loss does with the rows of a micro-batch, or None where it is TRL's."""
     return _unknown(trainer, _TRL + _ROW_LOCAL)
 
 
-def unknown_terms(trainer: Any) -> str | None:
+def unknown_terms(trainer: object) -> str | None:
     """Why it is not known which tokens the loss reads, or None where it is TRL's."""
     return _unknown(trainer, _TRL)
 
 
-def foreign_reader(trainer: Any) -> str | None:
+def foreign_reader(trainer: object) -> str | None:
     """Who reads the inputs of the log-prob hook before the plugin does; None if nobody does."""
     for link in _links(trainer, HOOK):
         if link.is_ours:
@@ -77,14 +61,14 @@ def foreign_reader(trainer: Any) -> str | None:
     return f"{type(trainer).__name__}.{HOOK} is not the plugin's"
 
 
-def has_our_hook(trainer: Any) -> bool:
+def has_our_hook(trainer: object) -> bool:
     """Whether a call of the log-prob hook can reach the plugin."""
     return any(link.is_ours for link in _links(trainer, HOOK))
 
 
-def replaced_scoring(trainer: Any) -> str | None:
+def replaced_scoring(trainer: object) -> str | None:
     """Whose way to compute log-probs a tree would run in place of, where it is not TRL's; with the remedy."""
-    behind = [link for name in _SCORING for link in _behind_us(_links(trainer, name), everywhere=name != HOOK)]
+    behind = [link for name in SCORING for link in _behind_us(_links(trainer, name), everywhere=name != HOOK)]
     link = next((link for link in behind if link.is_foreign()), None)
     if link is None:
         return None
@@ -94,13 +78,13 @@ def replaced_scoring(trainer: Any) -> str | None:
     )
 
 
-def replaced_preparation(trainer: Any) -> bool:
+def replaced_preparation(trainer: object) -> bool:
     """Whether somebody else picks or changes the micro-batch before the plugin does."""
-    return any(link.is_foreign() for link in _behind_us(_links(trainer, _PREPARE)))
+    return any(link.is_foreign() for link in _behind_us(_links(trainer, PREPARE)))
 
 
-def _unknown(trainer: Any, known: tuple[str, ...]) -> str | None:
-    links = (link for name in _LOSS for link in _links(trainer, name))
+def _unknown(trainer: object, known: tuple[str, ...]) -> str | None:
+    links = (link for name in LOSS for link in _links(trainer, name))
     foreign = next((link for link in links if link.is_foreign(known)), None)
     if foreign is not None:
         return f"{foreign}, whose use of them is not known"
@@ -120,7 +104,7 @@ def _behind_us(links: Iterable[_Link], everywhere: bool = False) -> Iterator[_Li
         seen = seen or link.is_ours
 
 
-def _links(trainer: Any, name: str) -> Iterator[_Link]:
+def _links(trainer: object, name: str) -> Iterator[_Link]:
     """All functions that a call may run through, outermost first: of the trainer, its class, and every base."""
     if name in vars(trainer):
         yield from _unwrapped(vars(trainer)[name], f"this {type(trainer).__name__}", name)

@@ -11,11 +11,13 @@ from trl import GRPOTrainer, RLOOTrainer
 
 from dta_plugin.adapters.trl import hooks, idle
 from dta_plugin.adapters.trl.config import tree_config
+from dta_plugin.adapters.trl.protocols import GRPOLike
+from dta_plugin.adapters.trl.upstream import HOOK, PREPARE, check, say_what_is_untested
 from dta_plugin.config import TreeConfig
 
 _HOOKS: dict[str, Callable[..., Any]] = {
-    "_get_per_token_logps_and_entropies": hooks.log_probs,
-    "_prepare_inputs": hooks.prepare_inputs,
+    HOOK: hooks.log_probs,
+    PREPARE: hooks.prepare_inputs,
 }
 _own: dict[tuple[type, str], Callable[..., Any]] = {}
 _active: TreeConfig | None = None
@@ -24,6 +26,8 @@ _active: TreeConfig | None = None
 def enable(config: TreeConfig) -> None:
     """See `dta_plugin.enable`."""
     global _active
+    check()
+    say_what_is_untested()
     _active = config
     idle.expect_trees(config)
     for trainer_class in (GRPOTrainer, RLOOTrainer):
@@ -50,14 +54,14 @@ def process_config() -> TreeConfig | None:
 
 def _in_front_of(own: Callable[..., Any], hook: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(own)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def method(self: GRPOLike, *args: Any, **kwargs: Any) -> Any:
         _say_who_decides(self)
         return hook(self, functools.partial(own, self), _active, *args, **kwargs)
 
     return method
 
 
-def _say_who_decides(trainer: Any) -> None:
+def _say_who_decides(trainer: GRPOLike) -> None:
     """A config with the flag goes before `enable`; where the two differ, that must not pass in silence."""
     if not hasattr(trainer.args, "use_dta"):
         return

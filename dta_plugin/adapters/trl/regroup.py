@@ -11,7 +11,6 @@ The gradient would change where a loss normalises over the tokens of each micro-
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from dta_plugin.adapters.trl.buffer import Inputs, Rows
 from dta_plugin.adapters.trl.deal import to_micro_batches
@@ -19,7 +18,7 @@ from dta_plugin.adapters.trl.rows import MicroBatch, joined
 from dta_plugin.tree.cost import ModelCost
 
 
-def composition_reason(trainer: Any) -> str | None:
+def composition_reason(trainer: object) -> str | None:
     """Why a row's gradient depends on which rows share its micro-batch, or None if it does not."""
     if getattr(trainer, "loss_type", None) == "bnpo":
         return "loss_type='bnpo' normalises over each micro-batch"

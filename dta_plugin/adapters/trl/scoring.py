@@ -16,6 +16,7 @@ import torch
 
 from dta_plugin.adapters.trl.noise import noise_reason
 from dta_plugin.adapters.trl.origin import replaced_scoring
+from dta_plugin.adapters.trl.protocols import GRPOLike
 from dta_plugin.adapters.trl.rows import MicroBatch, joined
 from dta_plugin.adapters.trl.state import TreeState
 from dta_plugin.adapters.trl.window import unwrapped
@@ -29,7 +30,7 @@ Hook = Callable[..., tuple[torch.Tensor | None, ...]]
 
 
 def tree_log_probs(
-    trainer: Any,
+    trainer: GRPOLike,
     state: TreeState,
     dense: Hook,
     model: torch.nn.Module,
@@ -116,7 +117,12 @@ def tree_log_probs(
 
 
 def _run(
-    trainer: Any, state: TreeState, model: torch.nn.Module, batch: Batch, compute_entropy: bool, compute_aux_loss: bool
+    trainer: GRPOLike,
+    state: TreeState,
+    model: torch.nn.Module,
+    batch: Batch,
+    compute_entropy: bool,
+    compute_aux_loss: bool,
 ) -> SequenceLogProbs:
     """Verify the batch if it is its turn, then run it."""
     with trainer.accelerator.autocast():

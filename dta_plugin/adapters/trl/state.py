@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
 
 import torch
 
 from dta_plugin.adapters.logs import say
 from dta_plugin.adapters.trl.buffer import Inputs
 from dta_plugin.adapters.trl.load import Loads
+from dta_plugin.adapters.trl.protocols import GRPOLike, TrainerLike
 from dta_plugin.adapters.trl.rows import MicroBatch
 from dta_plugin.adapters.trl.subset import HandedOut
 from dta_plugin.adapters.trl.weights import LEFT_OUT, is_weighted
@@ -33,26 +33,31 @@ class TreeState:
         self._micro_steps_before: int | None = None
         self._said: set[str] = set()
 
+    @staticmethod
+    def exists(trainer: TrainerLike) -> bool:
+        """Whether the trainer has been used."""
+        return "_dta_state" in vars(trainer)
+
     @classmethod
-    def of(cls, trainer: Any, config: TreeConfig) -> TreeState:
+    def of(cls, trainer: TrainerLike, config: TreeConfig) -> TreeState:
         state = trainer.__dict__.get("_dta_state")
         if state is None or state.config != config:
             state = trainer.__dict__["_dta_state"] = cls(config)
         return state
 
-    def say(self, trainer: Any, message: str, level: int = logging.INFO) -> None:
+    def say(self, trainer: TrainerLike, message: str, level: int = logging.INFO) -> None:
         """One line in the log of the main process, also where the application has not set up logging."""
         if trainer.accelerator.is_main_process:
             say(message, level)
 
-    def say_once(self, trainer: Any, message: str, topic: str | None = None, level: int = logging.INFO) -> None:
+    def say_once(self, trainer: TrainerLike, message: str, topic: str | None = None, level: int = logging.INFO) -> None:
         """The same, but a topic (default: the message itself) is spoken of only once per trainer."""
         topic = topic or message
         if topic not in self._said:
             self._said.add(topic)
             self.say(trainer, message, level)
 
-    def micro_step(self, trainer: Any) -> int:
+    def micro_step(self, trainer: GRPOLike) -> int:
         """The number of the current micro-step since the training's first one, before it was resumed, too."""
         if self._micro_steps_before is None:
             self._micro_steps_before = trainer.state.global_step * trainer.args.gradient_accumulation_steps
@@ -63,11 +68,11 @@ class TreeState:
         """The micro-batches that are handed out in the current pass over the generation batch."""
         return [each.inputs for each in self.handed_out]
 
-    def hands_out_weights(self, trainer: Any) -> bool:
+    def hands_out_weights(self, trainer: GRPOLike) -> bool:
         """Whether the loss of the current micro-step has weights for a mask."""
         return bool(self.handed_out) and is_weighted(self.handed_out[trainer._step % len(self.handed_out)].inputs)
 
-    def pruned_tokens(self, trainer: Any, micro_batches: int) -> int:
+    def pruned_tokens(self, trainer: GRPOLike, micro_batches: int) -> int:
         """Tokens that the next so many micro-batches have and do not run."""
         slot = trainer._step % max(len(self.handed_out), 1)
         inputs = [each.inputs for each in self.handed_out[slot : slot + micro_batches]]
@@ -91,12 +96,12 @@ class TreeState:
             fills[:, -1] &= ~micro_batch.scored.any(dim=1)
         return entropies.masked_fill(fills, self.entropy)
 
-    def log_selection(self, trainer: Any, statistics: dict[str, float]) -> None:
+    def log_selection(self, trainer: GRPOLike, statistics: dict[str, float]) -> None:
         """Add the `dta/*` metrics of what one micro-step has drawn."""
         for name, value in statistics.items():
             trainer._metrics["train"][f"dta/{name}"].append(value)
 
-    def log_metrics(self, trainer: Any, report: TreeReport | None) -> None:
+    def log_metrics(self, trainer: GRPOLike, report: TreeReport | None) -> None:
         """Add the `dta/*` metrics of one policy pass to the trainer's log. report: None for the dense path."""
         metrics = trainer._metrics["train" if trainer.model.training else "eval"]
         metrics["dta/dense_fallback"].append(float(report is None))

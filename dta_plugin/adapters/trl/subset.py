@@ -7,13 +7,13 @@ micro-step; a buffer that is used for several optimizer passes is drawn from ane
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from trl import GRPOTrainer, RLOOTrainer
 
 from dta_plugin.adapters.trl.buffer import Inputs, Rows, has_images
 from dta_plugin.adapters.trl.origin import foreign_reader, unknown_terms
+from dta_plugin.adapters.trl.protocols import GRPOLike
 from dta_plugin.adapters.trl.version import counts_padding
 from dta_plugin.adapters.trl.weights import is_weighted, loss_mask, reweighted
 from dta_plugin.errors import InvalidInputError
@@ -24,7 +24,7 @@ _TOKEN_LOCAL = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
 _NEED_ADVANTAGE = _TOKEN_LOCAL
 
 
-def selection_obstacle(trainer: Any, buffer: list[Inputs]) -> str | None:
+def selection_obstacle(trainer: GRPOLike, buffer: list[Inputs]) -> str | None:
     """Why a loss on a subset of tokens would not be that of all tokens on average; names the setting and the remedy."""
     if not isinstance(trainer, GRPOTrainer):
         return f"{type(trainer).__name__}, whose ratio is one of whole sequences; use GRPOTrainer"
@@ -56,7 +56,7 @@ def selection_obstacle(trainer: Any, buffer: list[Inputs]) -> str | None:
     return None
 
 
-def pruned(trainer: Any, buffer: list[Inputs], forced: bool = False) -> list[Inputs]:
+def pruned(trainer: GRPOLike, buffer: list[Inputs], forced: bool = False) -> list[Inputs]:
     """The micro-batches of a generation batch without the tokens whose log-probs no loss reads; as they were if none.
 
     forced: a loss of unknown terms is taken for TRL's; but what reads the inputs must be the plugin's own hook.
@@ -89,7 +89,7 @@ def _has_gaps(buffer: list[Inputs]) -> bool:
     return any(bool((mask[:, 1:] & ~mask[:, :-1]).any()) for mask in masks)
 
 
-def _ignores_zero_advantages(trainer: Any) -> bool:
+def _ignores_zero_advantages(trainer: GRPOLike) -> bool:
     """Whether a row with advantage 0 adds nothing to the gradient, and nothing of its own to a metric but `entropy`."""
     if isinstance(trainer, RLOOTrainer):
         return not getattr(trainer, "aux_loss_enabled", False)
@@ -128,7 +128,7 @@ def _groups(inputs: Inputs) -> list[int]:
     return groups.tolist()
 
 
-def check_selection(trainer: Any, buffer: list[Inputs], selection: TokenSelection) -> None:
+def check_selection(trainer: GRPOLike, buffer: list[Inputs], selection: TokenSelection) -> None:
     """Raises InvalidInputError where the trainer's loss cannot be estimated from a subset of tokens."""
     obstacle = selection_obstacle(trainer, buffer)
     if obstacle is not None:

@@ -8,12 +8,13 @@ told, or else with the class's `tree_config`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from trl import GRPOTrainer, RLOOTrainer
 
 from dta_plugin.adapters.trl import hooks, patch
+from dta_plugin.adapters.trl.protocols import GRPOLike
 from dta_plugin.config import TreeConfig
 
 
@@ -24,11 +25,13 @@ class TreeTrainerMixin:
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, ...]:
         own = super()._get_per_token_logps_and_entropies  # type: ignore[misc]
-        return hooks.log_probs(self, own, patch.process_config() or self.tree_config, *args, **kwargs)
+        return hooks.log_probs(cast(GRPOLike, self), own, patch.process_config() or self.tree_config, *args, **kwargs)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         own = super()._prepare_inputs  # type: ignore[misc]
-        return hooks.prepare_inputs(self, own, patch.process_config() or self.tree_config, generation_batch)
+        return hooks.prepare_inputs(
+            cast(GRPOLike, self), own, patch.process_config() or self.tree_config, generation_batch
+        )
 
 
 class TreeGRPOTrainer(TreeTrainerMixin, GRPOTrainer):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 from dta_plugin.adapters.trl.buffer import Inputs, has_images
 from dta_plugin.adapters.trl.origin import unknown_loss
+from dta_plugin.adapters.trl.protocols import GRPOLike
 from dta_plugin.adapters.trl.rows import MicroBatch, joined
 from dta_plugin.balance.costs import TOKENS, SequenceCosts
 from dta_plugin.config import TreeConfig
@@ -30,18 +31,21 @@ from dta_plugin.execution.model import causal_lm, input_device, tree_forward
 from dta_plugin.execution.ranks import gathered, is_collective, is_fsdp1
 from dta_plugin.tree.cost import ModelCost
 
+if TYPE_CHECKING:
+    from dta_plugin.adapters.trl.state import TreeState
+
 # One tree must save this share of what separate ones compute: it holds more activations at a time.
 _WORTH = 0.05
 # A tree that is streamed runs forward twice.
 _STREAMED = 4 / 3
 
 
-def window_size(trainer: Any, buffer: list[Inputs]) -> int:
+def window_size(trainer: GRPOLike, buffer: list[Inputs]) -> int:
     """Micro-batches of a generation batch that always fall into the same optimizer step."""
     return math.gcd(len(buffer), trainer.args.gradient_accumulation_steps)
 
 
-def merges(trainer: Any, state: Any, buffer: list[Inputs], separate: list[Inputs], cost: ModelCost) -> bool:
+def merges(trainer: GRPOLike, state: TreeState, buffer: list[Inputs], separate: list[Inputs], cost: ModelCost) -> bool:
     """Whether the windows of a new generation batch are to run as one tree each; on all ranks alike.
 
     separate: the micro-batches that would run otherwise, regrouped or not. cost: what to weigh trees by.
@@ -60,7 +64,7 @@ def merges(trainer: Any, state: Any, buffer: list[Inputs], separate: list[Inputs
     return all(gathered(model, wanted)) if is_collective(model) else wanted
 
 
-def _obstacle(trainer: Any, buffer: list[Inputs]) -> str | None:
+def _obstacle(trainer: GRPOLike, buffer: list[Inputs]) -> str | None:
     """Why one backward pass per window is not possible."""
     wrapped = trainer.model_wrapped
     if has_images(buffer):
@@ -74,7 +78,9 @@ def _obstacle(trainer: Any, buffer: list[Inputs]) -> str | None:
     return None
 
 
-def _pays(trainer: Any, config: TreeConfig, cost: ModelCost, window: list[Inputs], alternative: list[Inputs]) -> bool:
+def _pays(
+    trainer: GRPOLike, config: TreeConfig, cost: ModelCost, window: list[Inputs], alternative: list[Inputs]
+) -> bool:
     model = causal_lm(trainer.model)
 
     def of(batches: list[MicroBatch], cost: ModelCost) -> float:
@@ -119,7 +125,7 @@ class Windows(TrainerCallback):
                 "one was skipped: set merge_window='never'."
             )
 
-    def begin(self, trainer: Any, micro_batch: MicroBatch, buffer: list[Inputs]) -> list[MicroBatch]:
+    def begin(self, trainer: GRPOLike, micro_batch: MicroBatch, buffer: list[Inputs]) -> list[MicroBatch]:
         """What to run together with a micro-batch: the window that begins with it, or itself alone.
 
         buffer: the micro-batches that are handed out in this pass over the generation batch.
@@ -133,7 +139,7 @@ class Windows(TrainerCallback):
         return [micro_batch, *rest]
 
     def opened(
-        self, trainer: Any, model: nn.Module, micro_batches: list[MicroBatch], result: SequenceLogProbs
+        self, trainer: GRPOLike, model: nn.Module, micro_batches: list[MicroBatch], result: SequenceLogProbs
     ) -> Values:
         """A window that has run: the values of its first micro-batch."""
         if not self._is_watching:
@@ -144,7 +150,7 @@ class Windows(TrainerCallback):
         assert values is not None
         return values
 
-    def take(self, trainer: Any, model: nn.Module, micro_batch: MicroBatch) -> Values | None:
+    def take(self, trainer: GRPOLike, model: nn.Module, micro_batch: MicroBatch) -> Values | None:
         """Log-probs and entropies [n] of the next micro-batch's completions; None if no window holds them."""
         if self._window is None or trainer._step == self._step:
             return None

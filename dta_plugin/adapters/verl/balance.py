@@ -24,34 +24,25 @@ import torch
 from dta_plugin.adapters.logs import say
 from dta_plugin.adapters.verl.config import KEY, tree_config
 from dta_plugin.adapters.verl.deal import Dealt, deal
+from dta_plugin.adapters.verl.protocols import Trainer
 from dta_plugin.adapters.verl.sampled import Sampled, UnusableBatch, sampled, uids_of
+from dta_plugin.adapters.verl.upstream import TRAINERS, check_trainer
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import UnsupportedModelError
 
-_TRAINERS = (("verl.trainer.ppo.v1.trainer_base", "PPOTrainer"), ("verl.trainer.ppo.ray_trainer", "RayPPOTrainer"))
-
 
 def install() -> None:
-    """Extend the trainer classes that have been imported. Call it again when more have been.
-
-    Raises UnsupportedModelError for one without `_balance_batch`.
-    """
-    for module, name in _TRAINERS:
+    """Extend the trainer classes that have been imported. Call it again when more have been."""
+    for module, name in TRAINERS.items():
         trainer = getattr(sys.modules.get(module), name, None)
-        if trainer is None:
-            continue
-        if not hasattr(trainer, "_balance_batch"):
-            raise UnsupportedModelError(
-                f"{module}.{name} has no _balance_batch, so that siblings could not be kept together. Expected a "
-                "verl release that the plugin supports; see dta_plugin.adapters.verl.version."
-            )
-        if not hasattr(trainer._balance_batch, "_dta_stock"):
-            trainer._balance_batch = keeping_groups(trainer._balance_batch)
+        stock = getattr(trainer, "_balance_batch", None)
+        if trainer is not None and stock is not None and not hasattr(stock, "_dta_stock"):
+            trainer._balance_batch = keeping_groups(stock)
 
 
 def uninstall() -> None:
     """Give trainer classes back what they had."""
-    for module, name in _TRAINERS:
+    for module, name in TRAINERS.items():
         trainer = getattr(sys.modules.get(module), name, None)
         stock = getattr(getattr(trainer, "_balance_batch", None), "_dta_stock", None)
         if trainer is not None and stock is not None:
@@ -63,7 +54,7 @@ def keeping_groups(balance_batch: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(balance_batch)
     def wrapped(
-        trainer: Any,
+        trainer: Trainer,
         batch: Any,
         metrics: MutableMapping[str, Any],
         logging_prefix: str = "global_seqlen",
@@ -94,7 +85,7 @@ def keeping_groups(balance_batch: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _refuse(trainer: Any, config: TreeConfig, reason: UnusableBatch) -> None:
+def _refuse(trainer: Trainer, config: TreeConfig, reason: UnusableBatch) -> None:
     """Raise UnsupportedModelError, or say that verl's order stays, as `on_unsupported` says."""
     message = f"siblings cannot be kept together on one rank because of the batch: {reason}"
     if config.on_unsupported == "error":
@@ -104,11 +95,12 @@ def _refuse(trainer: Any, config: TreeConfig, reason: UnusableBatch) -> None:
     _say_once(trainer, f"{message}; ranks get the rows that verl deals out", logging.WARNING, topic="refused")
 
 
-def _ranks_and_steps(trainer: Any, rows: int) -> tuple[int, int]:
+def _ranks_and_steps(trainer: Trainer, rows: int) -> tuple[int, int]:
     """Data-parallel ranks, as the worker group has told verl, and optimizer steps of the actor, as verl counts them.
 
     During critic warm-up a batch need not be whole mini-batches of the actor; then it is one step.
     """
+    check_trainer(trainer)
     ranks = max(trainer.actor_rollout_wg._dispatch_info["actor"]) + 1
     config = trainer.config.actor_rollout_ref
     mini_batch = config.actor.ppo_mini_batch_size * config.rollout.n
@@ -139,7 +131,7 @@ def _metrics(dealt: Dealt, rows: Sampled, prefix: str) -> dict[str, float]:
     }
 
 
-def _describe_once(trainer: Any, dealt: Dealt) -> None:
+def _describe_once(trainer: Trainer, dealt: Dealt) -> None:
     _say_once(trainer, f"the first batch: {dealt}", topic="batch")
     if trainer.config.actor_rollout_ref.actor.get("shuffle", False):
         _say_once(
@@ -150,7 +142,7 @@ def _describe_once(trainer: Any, dealt: Dealt) -> None:
         )
 
 
-def _say_once(trainer: Any, message: str, level: int = logging.INFO, topic: str | None = None) -> None:
+def _say_once(trainer: Trainer, message: str, level: int = logging.INFO, topic: str | None = None) -> None:
     """topic: what is said only once per trainer; the message unless given."""
     said = trainer.__dict__.setdefault("_dta_said", set())
     if (topic or message) not in said:

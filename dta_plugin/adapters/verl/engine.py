@@ -31,6 +31,7 @@ from dta_plugin.adapters.verl.registry import registered
 from dta_plugin.adapters.verl.rows import Rows
 from dta_plugin.adapters.verl.selection import Passes, choose, clear_weights, objection
 from dta_plugin.adapters.verl.tally import Tally
+from dta_plugin.adapters.verl.upstream import check_engine
 from dta_plugin.adapters.verl.weighted import weighted
 from dta_plugin.attention.hf import uninstall
 from dta_plugin.config import TreeConfig
@@ -83,6 +84,10 @@ class TreeEngine(FSDPEngineWithLMHead):
                 "ppo_max_token_len_per_gpu, which counts tree tokens."
             )
         self._dta_config = config
+
+    def initialize(self) -> None:
+        super().initialize()
+        check_engine(self)
 
     def _build_fsdp_module(self, module: nn.Module) -> Any:
         with suppress(UnsupportedModelError):  # said when the first batch comes

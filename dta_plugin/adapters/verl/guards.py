@@ -6,11 +6,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from tensordict import NonTensorData, TensorDict
 from verl.utils import tensordict_utils as tu
+
+from dta_plugin.adapters.verl.protocols import Engine
 
 _WANTED = {
     "calculate_sum_pi_squared": (
@@ -21,7 +21,7 @@ _WANTED = {
 }
 
 
-def engine_reason(engine: Any) -> str | None:
+def engine_reason(engine: Engine) -> str | None:
     """What in an engine's own configuration a tree cannot follow, or None."""
     if engine.use_ulysses_sp:
         size = engine.ulysses_sequence_parallel_size

@@ -16,11 +16,16 @@ from types import ModuleType
 import dta_plugin
 from dta_plugin.adapters.imports import when_imported
 from dta_plugin.adapters.logs import say
+from dta_plugin.adapters.verl.upstream import (
+    ENGINE,
+    TRAINERS,
+    WORKERS,
+    check_engine_module,
+    check_trainer_module,
+    check_worker_module,
+)
 from dta_plugin.adapters.verl.version import checked_version, unreached_trainer
 
-ENGINE = "verl.workers.engine.fsdp.transformer_impl"
-WORKERS = "verl.workers.engine_workers"
-TRAINERS = ("verl.trainer.ppo.v1.trainer_base", "verl.trainer.ppo.ray_trainer")
 _BALANCE = "dta_plugin.adapters.verl.balance"
 
 _installed = False
@@ -51,15 +56,18 @@ def install() -> None:
 
 
 def _register_engine(_: ModuleType) -> None:
+    check_engine_module()
     import_module("dta_plugin.adapters.verl.engine")  # registers itself, also if it is what has begun this import
 
 
 def _pass_options_on(module: ModuleType) -> None:
     from dta_plugin.adapters.verl.workers import passing_options_on
 
+    check_worker_module()
     worker = module.ActorRolloutRefWorker
     worker.set_dispatch_collect = passing_options_on(worker.set_dispatch_collect)
 
 
-def _balance(_: ModuleType) -> None:
+def _balance(module: ModuleType) -> None:
+    check_trainer_module(module)
     import_module(_BALANCE).install()

@@ -1,4 +1,4 @@
-"""Which verl releases the adapter supports: those whose one path is engines. And what is out of reach in 0.8."""
+"""The installed verl: whether it is supported (releases whose one path is engines), and what is out of reach in 0.8."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ import sys
 
 from packaging.version import Version
 
-from dta_plugin.adapters.releases import supported_release
+from dta_plugin.adapters.releases import VERL, say_if_untested, supported_release
 
-OLDEST, BELOW = "0.8.0", "0.10"
 MODULE = "dta_plugin.adapters.verl"
 EXTERNAL_MODULES = "VERL_USE_EXTERNAL_MODULES"  # what verl imports in every process
 
 
 def checked_version() -> str:
-    """The installed version of verl. Raises UnsupportedModelError outside the supported range."""
-    return supported_release("verl", OLDEST, BELOW, f", or leave external_lib={MODULE} out")
+    """The installed version of verl; one line where it is newer than what was tested.
+
+    Raises UnsupportedModelError outside the supported range.
+    """
+    found = supported_release(VERL, f", or leave external_lib={MODULE} out")
+    say_if_untested(VERL)
+    return found
 
 
 def unreached_trainer(found: str) -> str | None:

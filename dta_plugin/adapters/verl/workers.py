@@ -8,6 +8,8 @@ from typing import Any
 
 from dta_plugin.adapters.logs import say
 from dta_plugin.adapters.verl.config import DIFFUSION, tree_config
+from dta_plugin.adapters.verl.protocols import Worker
+from dta_plugin.adapters.verl.upstream import check_worker
 from dta_plugin.errors import UnsupportedModelError
 
 
@@ -19,17 +21,18 @@ def passing_options_on(set_dispatch_collect: Callable[..., None]) -> Callable[..
     """
 
     @functools.wraps(set_dispatch_collect)
-    def wrapped(worker: Any, *args: Any, **kwargs: Any) -> None:
+    def wrapped(worker: Worker, *args: Any, **kwargs: Any) -> None:
         set_dispatch_collect(worker, *args, **kwargs)
         from dta_plugin.adapters.verl.diffusion.worker import diffusion_settings
         from dta_plugin.adapters.verl.engine import TreeEngine
 
+        check_worker(worker)
         config, diffusion = tree_config(worker.config.rollout), diffusion_settings(worker.config)
-        for part in (worker.actor, worker.ref):
-            engine = getattr(part, "engine", None)
+        for part in (part for part in (worker.actor, worker.ref) if part is not None):
+            engine = part.engine
             if isinstance(engine, TreeEngine):
                 engine.configure(config, diffusion)
-            elif engine is not None and (config is not None or diffusion is not None):
+            elif config is not None or diffusion is not None:
                 reason = (
                     f"strategy {part.engine_config.strategy!r} runs in {type(engine).__name__}. Expected fsdp or fsdp2 "
                     "on this machine's own kind of device (actor_rollout_ref.actor.strategy, .ref.strategy)"

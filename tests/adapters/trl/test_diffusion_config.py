@@ -157,5 +157,5 @@ def test_blocks_other_than_the_models_are_refused(tmp_path: Path) -> None:
 
 def test_a_release_without_the_hooks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(GRPOTrainer, "_generate_single_turn")
-    with pytest.raises(UnsupportedModelError, match=r"no _generate_single_turn. Expected TRL 1\.0"):
+    with pytest.raises(UnsupportedModelError, match=r"_generate_single_turn is missing. Expected what TRL 1\.0"):
         tiny.trainer(tmp_path)

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import distributed, nn
-from trl.models.utils import disable_gradient_checkpointing
 
+from dta_plugin.adapters.trl.protocols import DiffusionLike
 from dta_plugin.diffusion import DiffusionFamily, SampledCompletions, SamplerConfig, predictions, sample
 
 
 def sampled_completions(
-    trainer: Any, family: DiffusionFamily, config: SamplerConfig, prompt_ids: list[list[int]]
+    trainer: DiffusionLike, family: DiffusionFamily, config: SamplerConfig, prompt_ids: list[list[int]]
 ) -> SampledCompletions:
     """One completion per prompt, drawn with torch's own generator, which TRL seeds per rank.
 
     DDP is taken off; FSDP gathers a layer's weights in every call, so its ranks call the model equally often.
     """
+    from trl.models.utils import disable_gradient_checkpointing
+
     device = trainer.accelerator.device
     width = max(map(len, prompt_ids))
     ids = torch.full(
@@ -40,7 +41,7 @@ def sampled_completions(
 
 
 @contextmanager
-def _equally_often(trainer: Any, model: nn.Module, family: DiffusionFamily) -> Iterator[None]:
+def _equally_often(trainer: DiffusionLike, model: nn.Module, family: DiffusionFamily) -> Iterator[None]:
     """Ranks whose weights are sharded wait for each other in every call: who is done goes on until all are."""
     if trainer.accelerator.num_processes == 1 or not trainer.is_fsdp_enabled:
         yield

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+
+from dta_plugin.adapters.trl.protocols import DiffusionLike
 
 Value = torch.Tensor | float
 
@@ -21,7 +22,7 @@ class Statistics:
     sums: dict[str, Value] = field(default_factory=dict)
     maxima: dict[str, Value] = field(default_factory=dict)
 
-    def log(self, trainer: Any) -> None:
+    def log(self, trainer: DiffusionLike) -> None:
         """Add the metrics to those that TRL averages until it logs. A collective: every rank takes part."""
         totals = [total for total, _ in self.means.values()]
         weights = [weight for _, weight in self.means.values()]

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
-from trl.models import prepare_fsdp
 
 from dta_plugin.adapters.trl import patch
 from dta_plugin.adapters.trl.diffusion.config import DiffusionGRPOConfig
@@ -28,17 +27,11 @@ from dta_plugin.adapters.trl.diffusion.one_step import OneStepObjective
 from dta_plugin.adapters.trl.diffusion.rows import MASK_SEEDS, MicroStep, Rows, draw_seeds
 from dta_plugin.adapters.trl.diffusion.unused import check_arguments
 from dta_plugin.adapters.trl.diffusion.update import back_propagated
+from dta_plugin.adapters.trl.upstream import check_diffusion, check_diffusion_trainer
 from dta_plugin.diffusion import DiffusionFamily, family_of, load_diffusion_lm
 from dta_plugin.diffusion.sampler import check_blocks
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from dta_plugin.errors import InvalidInputError
 from dta_plugin.execution.model import causal_lm
-
-_HOOKS = (
-    "_generate_single_turn",
-    "_generate_and_score_completions",
-    "_get_per_token_logps_and_entropies",
-    "_compute_loss",
-)
 
 
 class DiffusionGRPOTrainer(GRPOTrainer):
@@ -84,6 +77,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         aside = {"model_init_kwargs": None} | ({} if reference is None else {"beta": 0.0})
         with _set_aside(args, **aside):
             super().__init__(model, reward_funcs, args, **arguments)
+        check_diffusion_trainer(self)
         self.beta = args.beta
         if reference is not None:
             self.ref_model = self._prepared(reference)
@@ -100,6 +94,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         """The frozen initial policy, wrapped as TRL wraps the reference that it loads."""
         reference.requires_grad_(False).eval()
         if self.is_fsdp_enabled:
+            from trl.models.utils import prepare_fsdp
+
             return prepare_fsdp(reference, self.accelerator)
         return self.accelerator.prepare_model(reference, evaluation_mode=True)
 
@@ -175,12 +171,7 @@ def _check(args: DiffusionGRPOConfig, arguments: dict[str, Any]) -> None:
             f"args is a {type(args).__name__}. Expected a DiffusionGRPOConfig, which refuses what has no meaning for a "
             "diffusion LM (prefix trees, too: they need attention from left to right)."
         )
-    missing = [name for name in _HOOKS if not hasattr(GRPOTrainer, name)]
-    if missing:
-        raise UnsupportedModelError(
-            f"This TRL release's GRPOTrainer has no {', '.join(missing)}. Expected TRL 1.0 to 1.16; install one of "
-            "those: pip install 'trl>=1.0,<=1.16'."
-        )
+    check_diffusion()
     if patch.process_config() is not None:
         raise InvalidInputError(
             "Prefix trees are switched on in this process (dta_plugin.enable, use_dta). Expected them off: a diffusion "

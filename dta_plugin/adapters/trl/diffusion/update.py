@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from dta_plugin.adapters.trl.protocols import DiffusionLike
 
-def back_propagated(trainer: Any, model: nn.Module, losses: Iterator[torch.Tensor], passes: int) -> torch.Tensor:
+
+def back_propagated(
+    trainer: DiffusionLike, model: nn.Module, losses: Iterator[torch.Tensor], passes: int
+) -> torch.Tensor:
     """Back-propagate every loss but the last, which is returned for the Trainer to do; its value is that of the sum.
 
     losses: at most `passes` scalars; a loss's forward runs when it is asked for. model: wrapped (DDP, FSDP). Gradients
@@ -29,7 +33,7 @@ def back_propagated(trainer: Any, model: nn.Module, losses: Iterator[torch.Tenso
     return before.requires_grad_() if last is None else last + before
 
 
-def _reduced_later(trainer: Any, model: nn.Module) -> AbstractContextManager[Any]:
+def _reduced_later(trainer: DiffusionLike, model: nn.Module) -> AbstractContextManager[Any]:
     """Gradients of this context stay on their rank. Within the Trainer's own such context there is nothing to do.
 
     accelerate's context for FSDP2 ends with gradients being reduced again: nested, it would end the outer one, too.

@@ -21,6 +21,8 @@ from verl.utils.metric import AggregationType, Metric
 from dta_plugin.adapters.verl.diffusion.canvas import TERMS, Canvas, carried_terms, row_advantages
 from dta_plugin.adapters.verl.diffusion.options import DiffusionOptions
 from dta_plugin.adapters.verl.guards import batch_reason, engine_reason
+from dta_plugin.adapters.verl.protocols import OurEngine
+from dta_plugin.adapters.verl.upstream import check_diffusion_engine
 from dta_plugin.diffusion import MaskDraws, draw_masks, family_of
 from dta_plugin.errors import UnsupportedModelError
 from dta_plugin.execution.model import causal_lm
@@ -45,7 +47,8 @@ class Settings:
 class DiffusionUpdates:
     """For one engine. Raises InvalidInputError or UnsupportedModelError for a model without a diffusion family."""
 
-    def __init__(self, engine: Any, settings: Settings) -> None:
+    def __init__(self, engine: OurEngine, settings: Settings) -> None:
+        check_diffusion_engine(engine)
         if engine.engine_config.forward_only:
             raise UnsupportedModelError(
                 "Got a reference policy for a diffusion LM, which has no log-probs of single tokens to compare. "
