@@ -24,6 +24,17 @@ if find_spec("hypothesis"):  # the tests of a GPU machine do without
     settings.load_profile("suite")
 
 
+@pytest.fixture
+def unprobed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that were not probed before they run as trees: for faults in trees, and for what is counted."""
+
+    def no_reason(model: torch.nn.Module, executors: list[str], backend: str) -> dict[str, None]:
+        return dict.fromkeys(executors)
+
+    for place in ("auto", "sharing"):
+        monkeypatch.setattr(f"dta_plugin.execution.{place}.probe", no_reason)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def garbage_is_young() -> None:
     gc.collect()

@@ -11,6 +11,7 @@ Head and scoring have the same inputs on both sides, so that a few rounding step
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from dta_plugin.attention import TreeMask
 from dta_plugin.attention.hf import install
 from dta_plugin.execution.model import decoder_of, input_device, lm_head
 from dta_plugin.execution.noise import Gap, is_routed, moved_embeddings, rounding_unit
-from dta_plugin.execution.packed import check_every_layer_hit, model_inputs
+from dta_plugin.execution.packed import check_every_layer_hit, check_finite, model_inputs
 from dta_plugin.execution.ranks import is_fsdp1, is_sharded
 from dta_plugin.execution.traces import first_difference, in_layout_order, recorded, state_gaps, traced
 from dta_plugin.tree.layout import ScoredEdges, TreeLayout
@@ -56,6 +57,7 @@ class Comparison:
         self.head_difference: str | None = None
         self.worst = Gap(0.0, 0.0)
         self.logprobs, self.states = self._own(self.rows, looks_at_head=True)
+        check_finite([self.logprobs], base)
         with moved_embeddings(base):
             moved, moved_states = self._own(self.rows[:_NOISY_ROWS])
         self.noise = Gap.of(moved - self.logprobs[: len(moved)], self.routed)
@@ -68,9 +70,7 @@ class Comparison:
         """
         if self.head_difference is not None:
             return self.head_difference
-        with recorded([decoder_of(self.base)]) as calls:
-            logprobs, order = self._tree(executor)
-        states = in_layout_order(calls[0], order)
+        logprobs, states = self._tree(executor)
         state_gap = Gap.of(state_gaps(states[self.paths], self.states), self.routed)
         gap = Gap.of(self.edges.per_token(logprobs) - self.logprobs, self.routed) if self.has_head else state_gap
         self.worst = max(self.worst, gap, key=lambda each: each.most)
@@ -89,30 +89,29 @@ class Comparison:
             for row in self.rows:
                 self._run(row)
 
-        layer = first_difference(self.base, self.tree.paths, run_own, lambda: self._tree(executor)[1])
+        layer = first_difference(self.base, self.tree.paths, run_own, lambda: self._traced(executor)[1])
         return "behind the last layer" if layer is None else f"from layer {layer} on"
 
     def _own(self, rows: Sequence[torch.Tensor], looks_at_head: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs, flat, of tokens 1.. of every row, and hidden states [tokens, H] of all."""
-        logprobs: list[torch.Tensor] = []
-        with recorded([decoder_of(self.base)]) as calls:
-            for row in rows:
-                logits = self._run(row)
-                if logits is None:
-                    continue
-                if looks_at_head and self.head is not None and self.head_difference is None:
-                    self.head_difference = self._head(logits, self.head.logits(calls[0][-1]))
-                logprobs.append(logits[:-1].log_softmax(dim=-1).gather(1, row[1:, None])[:, 0])
-        states = torch.cat(calls[0])
-        return torch.cat(logprobs) if logprobs else states.new_empty(0), states
+        logprobs, states = [row.new_empty(0, dtype=torch.float32) for row in rows], []
+        for index, row in enumerate(rows):
+            logits, hidden = self._run(row)
+            states.append(hidden)
+            if logits is None:
+                continue
+            if looks_at_head and self.head is not None and self.head_difference is None:
+                self.head_difference = self._head(logits, self.head.logits(hidden))
+            logprobs[index] = logits[:-1].log_softmax(dim=-1).gather(1, row[1:, None])[:, 0]
+        return torch.cat(logprobs), torch.cat(states)
 
-    def _run(self, row: torch.Tensor) -> torch.Tensor | None:
-        """The model's own logits [len, V], in float32 or wider; None if it has no head."""
-        output = self.model(input_ids=row[None], use_cache=False)
+    def _run(self, row: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The model's own logits [len, V], in float32 or wider, None if it has no head; hidden states [len, H]."""
         if not self.has_head:
-            return None
-        logits: torch.Tensor = output.logits[0]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+            return None, self._decoder(input_ids=row[None], use_cache=False)
+        with recorded([decoder_of(self.base)]) as calls:
+            logits: torch.Tensor = self.model(input_ids=row[None], use_cache=False).logits[0]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)), calls[0][0]
 
     def _head(self, own: torch.Tensor, ours: torch.Tensor) -> str | None:
         """Both in [len, V], from the same hidden states."""
@@ -136,18 +135,27 @@ class Comparison:
             return None
         return f"in its head, log-probs by up to {gap.max().item():.1e} nats, from the same hidden states"
 
-    def _tree(self, executor: str) -> tuple[torch.Tensor, np.ndarray]:
+    def _tree(self, executor: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs [E] and hidden states [T, H]."""
+        if executor == "decoder":
+            install(self.base)
+            layout = TreeLayout.from_tree(self.tree, self.paths.device)
+            mask = TreeMask.from_layout(layout, self.backend)
+            states = self._decoder(**model_inputs(layout, mask))
+            check_every_layer_hit(self.base, mask)
+            return states.new_empty(0), states
+        with recorded([decoder_of(self.base)]) as calls:
+            logprobs, order = self._traced(executor)
+        return logprobs, in_layout_order(calls[0], order)
+
+    def _traced(self, executor: str) -> tuple[torch.Tensor, np.ndarray]:
         """Log-probs [E], and the layout indices [T] in the order in which the model was given the tokens."""
         if executor == "decoder":
-            return self._decoder()
+            return self._tree(executor)[0], np.arange(self.tree.tree_tokens)
         budget = max(1, self.tree.tree_tokens // _CHUNKS) if executor == "streamed" else None
         return traced(self.model, self.tree, self.edges, budget, self.backend)
 
-    def _decoder(self) -> tuple[torch.Tensor, np.ndarray]:
-        """A decoder without a head: no log-probs."""
-        install(self.base)
-        layout = TreeLayout.from_tree(self.tree, self.paths.device)
-        mask = TreeMask.from_layout(layout, self.backend)
-        self.base(**model_inputs(layout, mask))
-        check_every_layer_hit(self.base, mask)
-        return self.states.new_empty(0), np.arange(self.tree.tree_tokens)
+    def _decoder(self, **inputs: Any) -> torch.Tensor:
+        """Hidden states [tokens, H]. Past the decoder's hooks, which belong to its caller's own call."""
+        states: torch.Tensor = self.base.forward(**inputs).last_hidden_state[0]
+        return states

@@ -179,11 +179,7 @@ class PrefixSharing:
         # Weights that are sharded are being gathered for this very call.
         if self.config.probe == "off" or is_sharded(decoder) or is_fsdp1(decoder):
             return None
-        self._is_probing = True
-        try:
-            reason = probe(decoder, ["decoder"], self.config.backend)["decoder"]
-        finally:
-            self._is_probing = False
+        reason = probe(decoder, ["decoder"], self.config.backend)["decoder"]
         if reason is not None and self.config.on_unsupported == "error":
             raise UnsupportedModelError(reason)
         return reason

@@ -60,7 +60,7 @@ def traced(
 
 def in_layout_order(calls: list[torch.Tensor], order: np.ndarray) -> torch.Tensor:
     """[T, H] of the tree's tokens, from what `recorded` kept. order: as a `TreeRun` returns it."""
-    states = torch.cat(calls)
+    states = torch.cat(calls)[-len(order) :]  # out of memory, a run begins anew
     return torch.empty_like(states).index_copy_(0, torch.from_numpy(order).to(states.device), states)
 
 

@@ -161,6 +161,7 @@ def test_rows_without_tokens_and_no_mask() -> None:
     assert sharing.shared_calls == 2, "without a mask, all tokens are real"
 
 
+@pytest.mark.usefixtures("unprobed")
 def test_negative_controls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Siblings that see each other, and a copy whose gradient is lost."""
     inputs = padded_batch(branching_comb(4))

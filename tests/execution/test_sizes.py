@@ -59,6 +59,7 @@ def test_layers_without_keys_of_their_own_are_recomputed(name: str) -> None:
         assert found.worst <= 1e-6, (executor, found)
 
 
+@pytest.mark.usefixtures("unprobed")
 @pytest.mark.parametrize("name", ["text, all at once", "gemma3n text"])
 def test_visible_siblings_are_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = dense(gemma_model(name, torch.float64), SEQUENCES)

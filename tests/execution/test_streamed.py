@@ -205,6 +205,7 @@ def oom_once(monkeypatch: pytest.MonkeyPatch, at_call: int) -> list[int]:
     return sizes
 
 
+@pytest.mark.usefixtures("unprobed")
 @pytest.mark.parametrize("at_call", [2, 5], ids=["forward", "backward"])
 def test_out_of_memory_halves_the_budget_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, at_call: int
@@ -223,6 +224,7 @@ def test_out_of_memory_halves_the_budget_once(
     assert max(sizes) <= 4, "what was learned is kept"
 
 
+@pytest.mark.usefixtures("unprobed")
 def test_out_of_memory_at_one_token_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     oom_once(monkeypatch, 1)
     with pytest.raises(torch.OutOfMemoryError, match="simulated"):

@@ -29,8 +29,8 @@ SEQUENCES = star(4, prefix=20, branch=6)
 
 
 @pytest.fixture(autouse=True)
-def kernels_run_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The self-check is once per process: not a batch's."""
+def kernels_run_here(monkeypatch: pytest.MonkeyPatch, unprobed: None) -> None:
+    """The self-check is once per process, the probe once per model: not a batch's."""
     size = Launch(16, 16, 4, 2)
     monkeypatch.setattr(triton_backend, "launches", lambda *_: Launches(size, size, size))
     monkeypatch.setattr(api, "why_not_triton", lambda *_: None)

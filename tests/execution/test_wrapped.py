@@ -125,6 +125,7 @@ def out_of_memory_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     monkeypatch.setattr(Runner, "run", failing)
 
 
+@pytest.mark.usefixtures("unprobed")
 @pytest.mark.parametrize("call", [2, 6], ids=["forward", "backward"])
 def test_ddp_out_of_memory(process_group: None, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     """In the backward pass the first chunk's graph is DDP's already: it must count for nothing in the new run."""
@@ -136,6 +137,7 @@ def test_ddp_out_of_memory(process_group: None, monkeypatch: pytest.MonkeyPatch,
     assert found.worst < 1e-10, found
 
 
+@pytest.mark.usefixtures("unprobed")
 def test_fsdp2_out_of_memory_is_an_error(process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama", torch.float64).train()
     fully_shard(model)
@@ -189,6 +191,7 @@ def test_tensor_parallel_parameters_do_not_stream(process_group: None) -> None:
         sequence_logprobs(model, SEQUENCES, TreeConfig(executor="streamed"))
 
 
+@pytest.mark.usefixtures("unprobed")
 @pytest.mark.parametrize("wrap", [DistributedDataParallel, lambda model: model], ids=["ddp", "plain"])
 def test_what_never_goes_backward_is_freed(process_group: None, wrap: Any) -> None:
     model, alive = wrap(tiny_model("llama").train()), []

@@ -29,6 +29,7 @@ def apart(dense: Run, tree: Run, metric: str) -> float:
     return abs(dense.metrics[0][metric] - tree.metrics[0][metric])
 
 
+@pytest.mark.usefixtures("unprobed")
 @pytest.mark.parametrize("fault", [tree_run.make_siblings_visible, tree_run.use_layout_positions])
 def test_wrong_values(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Any) -> None:
     fault(monkeypatch)

@@ -80,6 +80,7 @@ def test_the_flag_leaves_nothing_behind(model: str, tmp_path: Path, monkeypatch:
     assert dict(ALL_ATTENTION_FUNCTIONS) == before
 
 
+@pytest.mark.usefixtures("unprobed")
 def test_negative_control(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_siblings_visible(monkeypatch)
     dense, tree = dense_and_tree(loaded(model, "flash_attention_2", []), tmp_path)

@@ -185,6 +185,7 @@ def test_kto_in_its_own_order(model: str, tmp_path: Path) -> None:
         assert tree["dta/compression_ratio"] > 1.3
 
 
+@pytest.mark.usefixtures("unprobed")
 def test_a_wrong_tree_is_noticed(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = run(stock(SFTTrainer), model, tmp_path)
     merge = PaddedBatch.from_call
