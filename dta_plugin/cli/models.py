@@ -85,10 +85,11 @@ def skeleton(path: str) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
+    except Exception as error:  # whatever a model class raises for a config that it was not made for
+        reason = next(iter(str(error).strip().splitlines()), "")
         raise InvalidInputError(
             f"{path!r} is a {config.model_type!r} model, which transformers cannot build as a causal LM. Expected a "
-            "decoder-only language model."
+            f"decoder-only language model ({type(error).__name__}: {reason})."
         ) from error
 
 
