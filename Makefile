@@ -32,7 +32,7 @@ QUIET := HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
 .DEFAULT_GOAL := help
 .PHONY: help venv test test-long test-slow test-verl test-verl-oldest lint quickstart quickstart-lora quickstart-verl bench
 .PHONY: quickstart-diffusion bench-streamed bench-balance bench-nat bench-diffusion
-.PHONY: gpu gpu-trl gpu-more gpu-dry gpu-wheels
+.PHONY: families gpu gpu-trl gpu-more gpu-dry gpu-wheels
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -74,6 +74,9 @@ test-verl-oldest: $(VERL_INSTALLED) ## equality, balancing and training loop wit
 	test -d $(OVERLAY) || python -m pip install --quiet --no-deps --target $(OVERLAY) $(VERL_OLDEST)
 	PYTHONPATH=$(OVERLAY) $(PYTEST) --numprocesses $(WORKERS) --dist loadfile -k "not lora" \
 		tests/adapters/verl_cpu/test_quickstart.py::test_plugin $(addprefix tests/adapters/verl/,$(OLDEST))
+
+families: $(INSTALLED) ## every causal family of transformers, exact or refused and why: docs/families.md
+	OMP_NUM_THREADS=1 $(QUIET) python -m tests.support.sweep --write docs/families.md
 
 lint: $(INSTALLED) ## style and types
 	ruff check .

@@ -54,6 +54,11 @@ def install(model: PreTrainedModel) -> None:
         entries[key].models.add(model)
 
 
+def is_installable(model: PreTrainedModel) -> bool:
+    """Whether attention layers of the language model look their implementation up where `install` can stand."""
+    return any(True for _ in _places(model))
+
+
 def uninstall(model: PreTrainedModel | None = None) -> None:
     """The model has no need of dispatchers any more; None: no model has. Those that none needs give way.
 

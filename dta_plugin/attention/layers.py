@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 from torch import nn
@@ -37,12 +39,31 @@ def indexed_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
 
 
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
-    """The attention module of every layer that has one, by the layer's index."""
+    """The self-attention module of every layer that has one, by the layer's index.
+
+    Layers with cross-attention to images have none: on text alone they are passed over.
+    """
     return {
         module.layer_idx: module  # type: ignore[misc]  # an int
         for module in indexed_modules(model)
-        if any(hasattr(module, name) for name in _READ_BY_ATTENTION)
+        if any(hasattr(module, name) for name in _READ_BY_ATTENTION) and "CrossAttention" not in type(module).__name__
     }
+
+
+def forward_has(module: nn.Module, name: str) -> bool:
+    """Whether the forward of the module's class has `name` in its code: an attribute, a keyword or a string.
+
+    True where there is no code to look at.
+    """
+    own = (vars(parent)["forward"] for parent in type(module).__mro__ if "forward" in vars(parent))
+    codes = [getattr(inspect.unwrap(forward), "__code__", None) for forward in own]
+    return any(code is None or _has(code, name) for code in codes)
+
+
+def _has(code: CodeType, name: str) -> bool:
+    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    keywords = [constant for constant in code.co_consts if isinstance(constant, tuple)]
+    return name in (*code.co_names, *code.co_consts, *sum(keywords, ())) or any(_has(c, name) for c in inner)
 
 
 def layer_types(config: Any) -> list[str]:

@@ -29,7 +29,7 @@ _EPILOG = """\
 examples:
   dta doctor                            versions, devices, which attention backend runs here, and how fast
   dta doctor --model Qwen/Qwen3-0.6B    and whether this model can train with the tree
-  dta doctor --model ./checkpoint       a folder or a config.json; weights are not read
+  dta doctor --model ./checkpoint       a folder or a config.json; large weights are not read
 
 exit code: 0 if everything named is supported, 1 if something is not, 2 if the model cannot be found.
 """
@@ -178,8 +178,33 @@ def model_findings(path: str) -> list[Finding]:
     except InvalidInputError as error:
         return [Finding("model", path), Finding("--use_dta", "would stop", str(error), ok=False)]
     reason = unsupported_reason(model.train())
-    answer = Finding("--use_dta", "works") if reason is None else Finding("--use_dta", "would stop", reason, ok=False)
+    answer = _probed(path) if reason is None else Finding("--use_dta", "would stop", reason, ok=False)
     return [Finding("model", type(model).__name__, path), *_architecture(model), answer]
+
+
+def _probed(path: str) -> Finding:
+    """What training would probe before its first tree: the model where it is small and here, else a tiny copy of it."""
+    import torch
+
+    from dta_plugin.cli.miniature import miniature
+    from dta_plugin.cli.models import fits_in_memory, load_config, load_model
+    from dta_plugin.execution.probe import latest_outcome, probe
+
+    config, is_here = load_config(path), fits_in_memory(path)
+    what = "its weights" if is_here else "a tiny copy with random weights"
+    dtype, cpu = getattr(config, "dtype", None), torch.device("cpu")
+    try:
+        model = load_model(path, dtype, cpu)[0] if is_here else miniature(config)
+        reasons = probe(model, ["packed", "streamed"], "auto")
+    except UnsupportedModelError as error:
+        return Finding("--use_dta", "would stop", str(error), ok=False)
+    except Exception as error:  # whatever the model's class raises
+        why = f"{what} cannot be probed ({type(error).__name__}: {error})"
+        return Finding("--use_dta", "should work", f"{why}; training probes the model before its first tree")
+    found = next((reason for reason in reasons.values() if reason), None)
+    if found is not None:
+        return Finding("--use_dta", "would stop", f"{what}: {found}", ok=False)
+    return Finding("--use_dta", "works", f"{what}, {latest_outcome(model)}")
 
 
 def _architecture(model: PreTrainedModel) -> Iterator[Finding]:

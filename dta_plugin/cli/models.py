@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _EXPECTED = "Expected a folder with a config.json, a config.json, or a model name of the Hugging Face hub."
 
 
@@ -85,10 +86,11 @@ def skeleton(path: str) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
+    except Exception as error:  # whatever a model class raises for a config that it was not made for
+        reason = next(iter(str(error).strip().splitlines()), "")
         raise InvalidInputError(
             f"{path!r} is a {config.model_type!r} model, which transformers cannot build as a causal LM. Expected a "
-            "decoder-only language model."
+            f"decoder-only language model ({type(error).__name__}: {reason})."
         ) from error
 
 
@@ -106,7 +108,7 @@ def device_named(name: str | None) -> torch.device:
     return device
 
 
-def load_model(path: str, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, str]:
+def load_model(path: str, dtype: torch.dtype | None, device: torch.device) -> tuple[PreTrainedModel, str]:
     """(model, "its weights" or "random weights"): a config.json, or a folder without weights, has random ones."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -128,7 +130,19 @@ def load_model(path: str, dtype: torch.dtype, device: torch.device) -> tuple[Pre
 
 
 def _has_weights(folder: Path) -> bool:
-    return any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", "pytorch_model*.bin"))
+    return any(next(folder.glob(pattern), None) for pattern in _WEIGHTS)
+
+
+def fits_in_memory(path: str) -> bool:
+    """Whether a folder has weights that take at most a quarter of this machine's memory."""
+    import torch
+
+    from dta_plugin.execution.memory import free_bytes
+
+    if not _has_weights(Path(path)):
+        return False
+    size = sum(file.stat().st_size for pattern in _WEIGHTS for file in Path(path).glob(pattern))
+    return size <= free_bytes(torch.device("cpu")) // 4
 
 
 def add_lora(model: PreTrainedModel) -> nn.Module:

@@ -27,7 +27,7 @@ _learned: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 def token_budget(model: PreTrainedModel, device: torch.device, wanted: int | None) -> int:
     """Tokens per chunk: what the user wants, or what free memory allows; less if that ran out of memory before."""
     if wanted is None:
-        wanted = int(_SHARE * _free_bytes(device) - KEEP_BYTES) // bytes_per_token(model)
+        wanted = int(_SHARE * free_bytes(device) - KEEP_BYTES) // bytes_per_token(model)
     return max(1, min(wanted, _learned.get(model, wanted)))
 
 
@@ -80,7 +80,8 @@ def _saved_elements(model: PreTrainedModel, is_checkpointed: bool) -> int:
     return sum(per_layer) + feed_forward
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Memory of the device, or of the machine, that can be had."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
-from dta_plugin.attention.layers import attention_sizes
+from dta_plugin.attention.layers import attention_sizes, forward_has
 from dta_plugin.attention.self_check import Kind
 from dta_plugin.errors import UnsupportedModelError
 from dta_plugin.execution.sizes import counted_cost
@@ -71,19 +71,25 @@ def lm_head(model: PreTrainedModel, dtype: torch.dtype | None = None) -> LMHead:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no output embedding. Expected a causal LM; load it with AutoModelForCausalLM."
         )
-    config = model.config.get_text_config()
-    return LMHead(module, _logit_scale(config), getattr(config, "final_logit_softcapping", None), dtype)
+    return LMHead(module, _logit_scale(model), _applied(model, "final_logit_softcapping"), dtype)
 
 
-def _logit_scale(config: Any) -> float:
+def _logit_scale(model: PreTrainedModel) -> float:
     for multiplier in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        value = getattr(config, multiplier, None)
+        value = _applied(model, multiplier)
         if value is not None:
             return float(value)
-    divisor = getattr(config, "logits_scaling", None)
+    divisor = _applied(model, "logits_scaling")
     if divisor is None:
         return 1.0
-    return float(divisor) if config.model_type == "hyperclovax" else 1.0 / float(divisor)
+    is_factor = model.config.get_text_config().model_type == "hyperclovax"
+    return float(divisor) if is_factor else 1.0 / float(divisor)
+
+
+def _applied(model: PreTrainedModel, name: str) -> Any:
+    """What the config states, if the model's own forward reads it: some classes with images leave it out."""
+    value = getattr(model.config.get_text_config(), name, None)
+    return value if forward_has(model, name) else None
 
 
 @contextmanager

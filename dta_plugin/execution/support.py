@@ -12,13 +12,33 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from dta_plugin.attention.layers import attention_modules, layer_types
+from dta_plugin.attention.hf import is_installable
+from dta_plugin.attention.layers import attention_modules, forward_has, layer_types, one_size
 from dta_plugin.errors import UnsupportedModelError
 from dta_plugin.execution.adapters import adapter_reason
 from dta_plugin.execution.model import causal_lm
 from dta_plugin.execution.rotary import rotary_reason
 
-_TREE_LAYERS = {"full_attention", "sliding_attention"}
+# Kinds of layers that a tree runs; the last two have no attention.
+_TREE_LAYERS = {"full_attention", "sliding_attention", "mlp", "moe"}
+_STATE = "whose state would run across branches of the tree"
+_COMPRESSED = "whose keys are made of several neighbouring tokens"
+# What other kinds do.
+_OTHER_LAYERS = {
+    **dict.fromkeys(("linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding"), _STATE),
+    "indexed_attention": "which choose their keys by an index of their own",
+    "minimax_m3_sparse": "which choose their keys by an index of their own",
+    "chunked_attention": "which attend within fixed ranges of positions",
+    **dict.fromkeys(("compressed_sparse_attention", "heavily_compressed_attention"), _COMPRESSED),
+}
+# Families whose configs do not tell what stands in the way.
+_FAMILIES = {
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "reads the keys of another model"),
+    **dict.fromkeys(("rwkv", "xlstm"), f"has recurrent layers, {_STATE}"),
+}
+
+# Where configs say that positions are rotary.
+_ROTARY = ("rope_parameters", "rope_theta", "rotary_dim")
 
 # What attention modules call the rate at which they drop attention weights.
 _DROPOUTS = ("attention_dropout", "attn_dropout", "attn_pdrop", "attn_dropout_p")
@@ -41,35 +61,76 @@ def unsupported_reason(model: nn.Module) -> str | None:
 
 
 def _attention_reason(model: PreTrainedModel, config: Any) -> str | None:
-    other = sorted(set(layer_types(config)) - _TREE_LAYERS)
-    if other:
-        return (
-            f"{type(model).__name__} has {', '.join(other)} layers, whose state would run across branches of the tree; "
-            "use a model with full or sliding-window attention only"
-        )
+    name = type(model).__name__
+    family = next((_FAMILIES[c.model_type] for c in (model.config, config) if c.model_type in _FAMILIES), None)
+    if family is not None:
+        return f"{name} {family}; use another model family"
     softcap = getattr(config, "attn_logit_softcapping", None)
     if softcap and config._attn_implementation == "sdpa":
         return (
-            f"{type(model).__name__} has a soft-cap of {softcap}, which transformers' attention 'sdpa' leaves out; "
+            f"{name} has a soft-cap of {softcap}, which transformers' attention 'sdpa' leaves out; "
             "load the model with attn_implementation='eager'"
         )
     # "vision": among the tokens of an image only, which is for the adapters to see.
     is_bidirectional = getattr(config, "use_bidirectional_attention", False) not in (False, None, "vision")
     if is_bidirectional or getattr(config, "is_causal", None) is False:
-        return f"{type(model).__name__} attends in both directions; use a causal model"
-    if not model._can_set_attn_implementation():
+        return f"{name} attends in both directions; use a causal model"
+    reason = _layer_reason(name, config) or _mixer_reason(model)
+    if reason is None and not is_installable(model):
+        reason = (
+            f"{name} does not call attention through transformers' AttentionInterface; use a model family that does"
+        )
+    return reason or _window_reason(model, config)
+
+
+def _layer_reason(name: str, config: Any) -> str | None:
+    kinds: dict[str, list[str]] = {}
+    unstated = {"indexed_attention"} if getattr(config, "index_topk", None) else set()
+    for kind in sorted(set(layer_types(config)) - _TREE_LAYERS or unstated):
+        kinds.setdefault(_OTHER_LAYERS.get(kind, "of which the tree knows nothing"), []).append(kind)
+    if not kinds:
+        return None
+    remedy = "use a model with full or sliding-window attention only"
+    chunk = getattr(config, "attention_chunk_size", None)
+    if list(kinds.values()) == [["chunked_attention"]] and chunk:
+        remedy = f"if no sequence is longer than {chunk} tokens, set layer_types to 'full_attention' in the config"
+    causes = [f"{', '.join(same)} layers, {what}" for what, same in kinds.items()]
+    return f"{name} has {', and '.join(causes)}; {remedy}"
+
+
+def _mixer_reason(model: PreTrainedModel) -> str | None:
+    """Recurrent layers of configs that do not state them: all of those convolve neighbouring tokens first."""
+    for module in model.modules():
+        if "layer_idx" in vars(module) and any(isinstance(child, nn.Conv1d) for child in module.children()):
+            return (
+                f"{type(model).__name__} has {type(module).__name__} layers, {_STATE}; use a model with full or "
+                "sliding-window attention only"
+            )
+    return None
+
+
+def _window_reason(model: PreTrainedModel, config: Any) -> str | None:
+    """The mask that the dense path gets goes by the config; the tree goes by what attention functions are told."""
+    window = one_size(config, "sliding_window")
+    modules = attention_modules(model)
+    sliding = [modules.get(index) for index, kind in enumerate(layer_types(config)) if kind == "sliding_attention"]
+    if not window or not sliding:
+        return None
+    name = type(model).__name__
+    if any(module is not None and not forward_has(module, "sliding_window") for module in sliding):
+        option = "layer_types to 'full_attention'" if getattr(config, "layer_types", None) else "sliding_window=None"
         return (
-            f"{type(model).__name__} does not call attention through transformers' AttentionInterface; use a current "
-            "transformers implementation of the model"
+            f"{name} does not tell its attention function about the sliding window of {window}; set {option} in the "
+            "config if no sequence is longer"
         )
     return None
 
 
 def _position_reason(model: PreTrainedModel, config: Any) -> str | None:
-    if getattr(config, "rope_parameters", None) is None and getattr(config, "rope_theta", None) is None:
+    if all(getattr(config, name, None) is None for name in _ROTARY):
         return (
-            f"{type(model).__name__} has no rotary positions: with absolute positions, left padding changes the dense "
-            "path's own result; use a rotary model"
+            f"{type(model).__name__} has no rotary positions: padding shifts absolute ones, so that a padded batch and "
+            "its rows alone may differ; use a rotary model"
         )
     return None
 

@@ -258,7 +258,7 @@ def test_auto_streams_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None
 
     def executor(tokens_that_fit: int, config: TreeConfig | None = None) -> str:
         free = (tokens_that_fit + 0.5) * per_token + memory.KEEP_BYTES
-        monkeypatch.setattr(memory, "_free_bytes", lambda _: free / memory._SHARE)
+        monkeypatch.setattr(memory, "free_bytes", lambda _: free / memory._SHARE)
         report = dta_plugin.sequence_logprobs(model, BRANCHED, config).report
         limit = config.max_tree_tokens_per_chunk if config else None
         assert (report.peak_tokens or 0) <= (limit or tokens_that_fit)

@@ -36,6 +36,11 @@ _SLIDING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full
 _SOFTCAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
 _DEFAULT_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 
+# transformers' faster experts know no float64.
+EAGER_EXPERTS: dict[str, Any] = (
+    {"experts_implementation": "eager"} if Version(version("transformers")) >= Version("5") else {}
+)
+
 FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
     "qwen2": (Qwen2Config, {}),
@@ -79,9 +84,7 @@ def random_model(
     config: PretrainedConfig, dtype: torch.dtype = torch.float32, seed: int = 0, attention: str | None = None
 ) -> PreTrainedModel:
     """A model of this config whose vectors (norms, biases, sinks) are moved off their initial values, too."""
-    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-    if Version(version("transformers")) >= Version("5"):
-        options["experts_implementation"] = "eager"
+    options = EAGER_EXPERTS | ({} if attention is None else {"attn_implementation": attention})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, **options)

@@ -1,0 +1,103 @@
+"""What a sweep found (tests/support/sweep.py), as the page docs/families.md."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
+
+from tests.support.families import options_of
+from tests.support.models import WINDOW
+from tests.support.sweep import EXACT, NOT_BUILDABLE, NOTICED, REFUSED, STREAMED, TOLERANCE, Outcome, Row, cause
+
+_INTRO = """\
+# Model families
+
+Every causal LM class of transformers {transformers}, tiny and with every parameter random, run as a prefix tree and by
+its own forward. Written by `make families` (Python {python}, torch {torch}), not by hand.
+
+Compared are log-probs, entropies and the gradient of every parameter, in training mode and float64, packed and
+streamed in chunks of at most {budget} tokens, on two trees with forks at several depths, an end inside, one-token
+branches and paths longer than any window. *Exact*: no difference above {tolerance:g} (transformers' float32 norms and
+softmaxes leave about 1e-7); with siblings made visible to each other, every one differs by more than {noticed:g}.
+*With options*: once more, with features that are off by default. A refused model runs by its own forward with
+`on_unsupported="dense"`.
+
+{count} families: {exact} exact, {refused} refused with the reason, {missing} that cannot be built. {bugs} are silently
+wrong, raise anything else, or are not what `dta doctor` says of their config. Classes with images count by their text.
+Numbers in reasons, such as a window of {window}, are those of the tiny models.
+"""
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The whole page."""
+    results = [row.plain.result for row in rows]
+    bugs = [row for row in rows if not all(outcome.is_fine for outcome in row.outcomes)]
+    intro = _INTRO.format(
+        python=platform.python_version(),
+        torch=version("torch").partition("+")[0],
+        transformers=version("transformers"),
+        budget=STREAMED.max_tree_tokens_per_chunk,
+        tolerance=TOLERANCE,
+        noticed=NOTICED,
+        window=WINDOW,
+        count=len(rows),
+        exact=results.count(EXACT),
+        refused=results.count(REFUSED),
+        missing=results.count(NOT_BUILDABLE),
+        bugs=len(bugs) or "None",
+    )
+    sections = [intro, "## Exact", _exact(rows), "## Refused", _refused(rows), "## Not buildable", _missing(rows)]
+    if bugs:
+        sections += ["## Bugs", _table(("family", "what happened"), [(row.family, str(row.outcomes)) for row in bugs])]
+    return "\n\n".join(section.strip() for section in sections) + "\n"
+
+
+def _exact(rows: Iterable[Row]) -> str:
+    cells = [
+        (row.family, row.outcomes[0].model, _found(row.plain), _with_options(row))
+        for row in rows
+        if any(outcome.result == EXACT for outcome in row.outcomes)
+    ]
+    return _table(("family", "class", "largest difference", "with options"), cells)
+
+
+def _with_options(row: Row) -> str:
+    if row.options is None:
+        return ""
+    return f"{_found(row.options)}: {', '.join(f'`{name}`' for name in options_of(row.family))}"
+
+
+def _found(outcome: Outcome) -> str:
+    return outcome.note if outcome.result == EXACT else outcome.result
+
+
+def _refused(rows: Iterable[Row]) -> str:
+    families: dict[tuple[str, str], list[str]] = {}
+    for name, outcome in _refusals(rows):
+        why, remedy = cause(outcome.doctor or outcome.note)
+        families.setdefault((why.removeprefix(outcome.model).strip(), remedy), []).append(name)
+    cells = [(*why, ", ".join(names)) for why, names in families.items()]
+    return _table(("why", "what to do", "families"), cells)
+
+
+def _refusals(rows: Iterable[Row]) -> Iterator[tuple[str, Outcome]]:
+    for row in rows:
+        if row.plain.result == REFUSED:
+            yield row.family, row.plain
+        elif row.options is not None and row.options.result == REFUSED:
+            yield f"{row.family} with options", row.options
+
+
+def _missing(rows: Iterable[Row]) -> str:
+    missing = [(row.family, row.plain.note) for row in rows if row.plain.result == NOT_BUILDABLE]
+    return _table(("family", "what transformers says"), [(name, _shortened(note)) for name, note in missing])
+
+
+def _shortened(text: str, length: int = 160) -> str:
+    return text if len(text) <= length else text[:length].rsplit(" ", 1)[0] + " ..."
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
