@@ -19,7 +19,7 @@ from dta_plugin.execution.auto import run_dense, run_tree
 from dta_plugin.execution.batch import Batch, SequenceLogProbs, prepare
 from dta_plugin.execution.dense import dense_logprobs
 from dta_plugin.execution.model import causal_lm, evaluation_mode
-from dta_plugin.execution.noise import Gap, is_routed, moved_embeddings, rounding_unit
+from dta_plugin.execution.noise import Gap, is_routed, looks, moved_embeddings, rounding_unit
 from dta_plugin.execution.ranks import is_fsdp1, is_sharded, is_zero3, without_reducers
 from dta_plugin.execution.traces import decoder_layers, first_difference, traced
 from dta_plugin.tree.layout import Scored
@@ -27,8 +27,6 @@ from dta_plugin.tree.trie import TokenSequence
 
 # Times the noise, and rounding steps beyond it, that a parameter's gradient may be off.
 _GRADIENT, _STEPS = 4.0, 8
-# With fewer tokens, what rounding does is looked at several times.
-_FEW, _TIMES = 64, 3
 Gradients = dict[str, torch.Tensor]
 
 
@@ -114,7 +112,7 @@ def _difference(model: nn.Module, batch: Batch, config: TreeConfig, temperature:
     routed, noises, gradient_noises = is_routed(base), [], []
     with evaluation_mode(base), torch.set_grad_enabled(bool(parameters)):
         own, expected = _own(model, batch, temperature, parameters)
-        for seed in range(_TIMES if batch.edges.host.scored_tokens < _FEW else 1):
+        for seed in looks(base, batch.edges.host.scored_tokens):
             with moved_embeddings(base, seed):
                 moved, gradients = _own(model, batch, temperature, parameters)
             noises.append(Gap.of(moved - own, routed))
@@ -124,7 +122,7 @@ def _difference(model: nn.Module, batch: Batch, config: TreeConfig, temperature:
         gradients = _gradients(logprobs, _weights(batch), parameters) if parameters else {}
     return Difference(
         logprobs=Gap.of(logprobs - own, routed),
-        logprob_noise=Gap(max(noise.mean for noise in noises), max(noise.most for noise in noises)),
+        logprob_noise=Gap.largest(noises),
         gradients=_errors(gradients, expected),
         gradient_noise=_by_kind(gradient_noises),
         unit=rounding_unit(base),

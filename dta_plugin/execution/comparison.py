@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from dta_plugin.attention import TreeMask
 from dta_plugin.attention.hf import install
 from dta_plugin.execution.model import decoder_of, input_device, lm_head
-from dta_plugin.execution.noise import Gap, is_routed, moved_embeddings, rounding_unit
+from dta_plugin.execution.noise import Gap, is_routed, looks, moved_embeddings, rounding_unit
 from dta_plugin.execution.packed import check_every_layer_hit, check_finite, model_inputs
 from dta_plugin.execution.ranks import is_fsdp1, is_sharded
 from dta_plugin.execution.traces import first_difference, in_layout_order, recorded, state_gaps, traced
@@ -33,7 +33,7 @@ _CHUNKS = 2
 # Rows that show what rounding does.
 _NOISY_ROWS = 3
 # Rounding steps of float32 that the order of a sum explains.
-_SUMS = 64
+_SUMS, _EPS = 64, torch.finfo(torch.float32).eps
 
 
 class Comparison:
@@ -50,7 +50,7 @@ class Comparison:
         self.rows = [torch.tensor(row, device=device) for row in sequences]
         self.paths = torch.from_numpy(self.tree.paths).to(device)
         self.routed, self.unit = is_routed(base), rounding_unit(base)
-        self.step = self.unit + _SUMS * torch.finfo(torch.float32).eps
+        self.step = self.unit + _SUMS * _EPS
         self.has_head = base.get_output_embeddings() is not None
         # The weight of a sharded head is whole within a call of the model only.
         self.head = None if is_sharded(model) or is_fsdp1(model) or not self.has_head else lm_head(base)
@@ -58,10 +58,8 @@ class Comparison:
         self.worst = Gap(0.0, 0.0)
         self.logprobs, self.states = self._own(self.rows, looks_at_head=True)
         check_finite([self.logprobs], base)
-        with moved_embeddings(base):
-            moved, moved_states = self._own(self.rows[:_NOISY_ROWS])
-        self.noise = Gap.of(moved - self.logprobs[: len(moved)], self.routed)
-        self.state_noise = Gap.of(state_gaps(moved_states, self.states[: len(moved_states)]), self.routed)
+        noises = [self._noise(seed) for seed in looks(base, len(self.logprobs))]
+        self.noise, self.state_noise = (Gap.largest(each) for each in zip(*noises, strict=True))
 
     def difference(self, executor: str) -> str | None:
         """Where a tree's results differ from the model's own ("from layer 3 on, by .."), or None.
@@ -83,6 +81,13 @@ class Comparison:
             explained = f"{gap.mean:.1e} nats on average, where rounding explains {self.noise.mean:.1e}"
             return f"in its head, log-probs by {explained}"
         return None
+
+    def _noise(self, seed: int) -> tuple[Gap, Gap]:
+        """Of log-probs and of hidden states."""
+        with moved_embeddings(self.base, seed):
+            logprobs, states = self._own(self.rows[:_NOISY_ROWS])
+        gaps = logprobs - self.logprobs[: len(logprobs)], state_gaps(states, self.states[: len(states)])
+        return Gap.of(gaps[0], self.routed), Gap.of(gaps[1], self.routed)
 
     def _place(self, executor: str) -> str:
         def run_own() -> None:
@@ -129,9 +134,10 @@ class Comparison:
         logits = self.head.logits(states[self.edges.rows])
         tokens = torch.from_numpy(self.tree.tokens[targets]).to(logits.device)
         log_p = logits.log_softmax(dim=-1)
+        expected = log_p[rows, tokens]
         size = logits[rows, tokens].abs() + (log_p.exp() * logits.abs()).sum(dim=-1)[rows]
-        gap = (logprobs - log_p[rows, tokens]).abs()
-        if bool((gap <= self.step * size).all()):
+        gap, allowed = (logprobs - expected).abs(), self.unit * size + _SUMS * _EPS * (size - expected)
+        if bool((gap <= allowed).all()):
             return None
         return f"in its head, log-probs by up to {gap.max().item():.1e} nats, from the same hidden states"
 

@@ -10,7 +10,7 @@ Measured on tiny random models, the tree differs from the dense path by 0.4 to 1
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,10 @@ from dta_plugin.attention.triton_backend import allows_tf32
 # Times the noise: what a mean, or a largest value, of as many tokens may be.
 _MEAN, _MOST = 3.0, 3.0
 # Share of tokens whose largest values do not count where routers choose experts: rounding may choose another one.
-_REROUTED = 0.05
+_REROUTED = 0.1
+# Looks at the noise: where few values show it, and where rounding reroutes tokens, each look finds others.
+_FEW, _LOOKS = 64, 4
+_HALF_PRECISION = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,10 @@ class Gap:
         kept = values.numel() - int(_REROUTED * values.numel()) if is_routed else values.numel()
         return cls(values.mean().item(), values.sort().values[kept - 1].item())
 
+    @classmethod
+    def largest(cls, gaps: Sequence[Gap]) -> Gap:
+        return cls(max(gap.mean for gap in gaps), max(gap.most for gap in gaps))
+
     def is_within(self, noise: Gap, floor: float) -> bool:
         """Whether rounding explains it. floor: what it explains anyway."""
         return self.mean <= _MEAN * noise.mean + floor and self.most <= _MOST * max(noise.most, noise.mean) + floor
@@ -64,6 +71,12 @@ def is_routed(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config()
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     return any(getattr(config, name, None) for name in names)
+
+
+def looks(model: PreTrainedModel, values: int) -> range:
+    """Seeds for `moved_embeddings`: how often to look at the noise of so many values."""
+    is_shifty = is_routed(model) and rounding_unit(model) > _HALF_PRECISION
+    return range(_LOOKS if is_shifty or values < _FEW else 1)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from dta_plugin.attention.layers import attention_modules
 from dta_plugin.execution.model import decoder_of
-from dta_plugin.execution.noise import Gap, is_routed, moved_embeddings, rounding_unit
+from dta_plugin.execution.noise import Gap, is_routed, looks, moved_embeddings, rounding_unit
 from dta_plugin.execution.packed import run_packed
 from dta_plugin.execution.streamed import run_streamed
 from dta_plugin.tree.layout import ScoredEdges
@@ -82,16 +82,19 @@ def first_difference(
         return None
     with recorded(layers) as own:
         run_own()
-    with recorded(layers) as moved, moved_embeddings(model):
-        run_own()
+    noisy = []
+    for seed in looks(model, len(paths)):
+        with recorded(layers) as moved, moved_embeddings(model, seed):
+            run_own()
+        noisy.append(moved)
     with recorded(layers) as tree:
         order = run_tree()
     routed, unit = is_routed(model), rounding_unit(model)
     rows = torch.from_numpy(paths).to(own[0][0].device)
-    for index, (mine, noisy, theirs) in enumerate(zip(own, moved, tree, strict=True)):
+    for index, mine in enumerate(own):
         expected = torch.cat(mine)
-        noise = Gap.of(state_gaps(torch.cat(noisy), expected), routed)
-        gap = Gap.of(state_gaps(in_layout_order(theirs, order)[rows], expected), routed)
+        noise = Gap.largest([Gap.of(state_gaps(torch.cat(moved[index]), expected), routed) for moved in noisy])
+        gap = Gap.of(state_gaps(in_layout_order(tree[index], order)[rows], expected), routed)
         if not gap.is_within(noise, unit):
             return index
     return None
