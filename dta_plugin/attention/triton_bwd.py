@@ -87,6 +87,7 @@ def query_gradient_kernel(
 
     KeyTiles, ValueTiles: descriptors [Hkv, keys, D] and [Hkv, keys, DV] through which full tiles are read, or None.
     """
+    SHARE_D: tl.constexpr = BLOCK_D if BLOCK_D < WIDEST else WIDEST
     head = tl.program_id(0).to(tl.int64)
     tile = tl.load(Order + tl.program_id(1))
     row = tile * QUERY_TILE + tl.arange(0, QUERY_TILE)
@@ -101,7 +102,7 @@ def query_gradient_kernel(
     V += (head // GROUPS) * v_head
     first = first_column(BLOCK_D)
 
-    acc = zeros(QUERY_TILE, min(BLOCK_D, WIDEST), scale)
+    acc = zeros(QUERY_TILE, SHARE_D, scale)
     begin = tl.load(Start + tile)
     masked = tl.load(Masked + tile)
     end = tl.load(Start + tile + 1)
@@ -122,7 +123,7 @@ def query_gradient_kernel(
             D, BLOCK_D, DV, BLOCK_DV, KEY_TILE, HAS_SOFTCAP, HAS_WINDOW, True, PRECISION,
         )  # fmt: skip
         key_tile = next_tile
-    store_rows(GradQ + head * gradq_head, row, gradq_row, queries, acc * scale, D, min(BLOCK_D, WIDEST), first)
+    store_rows(GradQ + head * gradq_head, row, gradq_row, queries, acc * scale, D, SHARE_D, first)
 
 
 @triton.jit
@@ -139,6 +140,7 @@ def _key_gradient(
     HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores are computed transposed, [keys, queries], so that no operand of a product needs a transposition."""
+    SHARE_DV: tl.constexpr = BLOCK_DV if BLOCK_DV < WIDEST else WIDEST
     row = tile * QUERY_TILE + tl.arange(0, QUERY_TILE)
     q = load_rows(Q, row, q_row, queries, D, BLOCK_D, MASKED)
     product = tl.dot(k, tl.trans(q), input_precision=PRECISION)
@@ -155,7 +157,7 @@ def _key_gradient(
         weighted_slope = weight * (slope * scale)  # now, so that the two need not both be kept
         grad = load_rows(Grad, row, grad_row, queries, DV, BLOCK_DV, MASKED)
     else:
-        grad = load_rows(Grad, row, grad_row, queries, DV, min(BLOCK_DV, WIDEST), MASKED, first)
+        grad = load_rows(Grad, row, grad_row, queries, DV, SHARE_DV, MASKED, first)
     if VALUES:
         acc_v = tl.dot(weight.to(grad.dtype), grad, acc_v, input_precision=PRECISION)
     if KEYS:
@@ -185,6 +187,8 @@ def key_gradient_kernel(
     the group. KEYS, VALUES: which of the two gradients this pass computes; where heads are wide, both do not fit into
     registers at once.
     """
+    SHARE_D: tl.constexpr = BLOCK_D if BLOCK_D < WIDEST else WIDEST
+    SHARE_DV: tl.constexpr = BLOCK_DV if BLOCK_DV < WIDEST else WIDEST
     head = tl.program_id(0).to(tl.int64)
     item = tl.program_id(1)
     tile = tl.load(WorkTile + item)
@@ -204,14 +208,14 @@ def key_gradient_kernel(
     owned = tl.where(slot < 0, keys, 0)
     if KEYS:
         v = load_rows(V + head * v_head, key, v_row, keys, DV, BLOCK_DV, True)
-        acc_k = load_rows(GradK + head * gradk_head, key, gradk_row, owned, D, min(BLOCK_D, WIDEST), True, first)
+        acc_k = load_rows(GradK + head * gradk_head, key, gradk_row, owned, D, SHARE_D, True, first)
     else:
         v = tl.zeros([1, 1], tl.float32)
         acc_k = tl.zeros([1, 1], tl.float32)
     if not VALUES:
         acc_v = tl.zeros([1, 1], tl.float32)
     else:
-        acc_v = load_rows(GradV + head * gradv_head, key, gradv_row, owned, DV, min(BLOCK_DV, WIDEST), True, first)
+        acc_v = load_rows(GradV + head * gradv_head, key, gradv_row, owned, DV, SHARE_DV, True, first)
     visit = begin % tl.maximum(fulls, 1)
     q_of = head * GROUPS + begin // tl.maximum(fulls, 1)
     query_tile = tl.load(Column + first_full + visit)
@@ -243,12 +247,12 @@ def key_gradient_kernel(
         visit, q_of, query_tile = next_visit, next_q, next_tile
     if KEYS:
         _deliver(
-            acc_k, GradK + head * gradk_head, gradk_row, PartK, key, keys, slot, head, D, min(BLOCK_D, WIDEST),
+            acc_k, GradK + head * gradk_head, gradk_row, PartK, key, keys, slot, head, D, SHARE_D,
             KEY_TILE, first,
         )  # fmt: skip
     if VALUES:
         _deliver(
-            acc_v, GradV + head * gradv_head, gradv_row, PartV, key, keys, slot, head, DV, min(BLOCK_DV, WIDEST),
+            acc_v, GradV + head * gradv_head, gradv_row, PartV, key, keys, slot, head, DV, SHARE_DV,
             KEY_TILE, first,
         )  # fmt: skip
 

@@ -95,9 +95,10 @@ def _attend(
     HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: (acc, top, total) after the keys of `tile`."""
+    SHARE_DV: tl.constexpr = BLOCK_DV if BLOCK_DV < WIDEST else WIDEST
     key = tile * KEY_TILE + tl.arange(0, KEY_TILE)
     k = load_rows(K, key, k_row, keys, D, BLOCK_D, MASKED)
-    v = load_rows(V, key, v_row, keys, DV, min(BLOCK_DV, WIDEST), MASKED, first)
+    v = load_rows(V, key, v_row, keys, DV, SHARE_DV, MASKED, first)
     score = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if HAS_SOFTCAP:
         score = capped(score, scale, softcap)
@@ -126,6 +127,7 @@ def forward_kernel(
     HAS_SOFTCAP: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Out [Hq, queries, DV] and Lse float32 [Hq, queries], natural logarithm. Grid (Hq, query tiles, shares of DV)."""
+    SHARE_DV: tl.constexpr = BLOCK_DV if BLOCK_DV < WIDEST else WIDEST
     head = tl.program_id(0).to(tl.int64)
     tile = tl.load(Order + tl.program_id(1))
     row = tile * QUERY_TILE + tl.arange(0, QUERY_TILE)
@@ -136,7 +138,7 @@ def forward_kernel(
     V += (head // GROUPS) * v_head
     first = first_column(BLOCK_DV)
 
-    acc = zeros(QUERY_TILE, min(BLOCK_DV, WIDEST), scale)
+    acc = zeros(QUERY_TILE, SHARE_DV, scale)
     top = tl.full([QUERY_TILE], float("-inf"), tl.float32)
     total = tl.zeros([QUERY_TILE], tl.float32)
     begin = tl.load(Start + tile)
@@ -168,6 +170,6 @@ def forward_kernel(
         total = total * shrink + tl.exp2(sink - new_top)
         top = new_top
     total = tl.where(row < queries, total, 1.0)
-    store_rows(Out + head * out_head, row, out_row, queries, acc / total[:, None], DV, min(BLOCK_DV, WIDEST), first)
+    store_rows(Out + head * out_head, row, out_row, queries, acc / total[:, None], DV, SHARE_DV, first)
     if first == 0:
         tl.store(Lse + head * queries + row, (top + tl.log2(total)) * LN_2, mask=row < queries)

@@ -67,10 +67,8 @@ def rounding_unit(model: PreTrainedModel) -> float:
 
 
 def is_routed(model: PreTrainedModel) -> bool:
-    """Whether tokens choose experts, by the names that transformers' configs have for their number."""
-    config = model.config.get_text_config()
-    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    return any(getattr(config, name, None) for name in names)
+    """Whether tokens choose experts, by what transformers calls the modules."""
+    return any(name.endswith((".experts", ".router")) for name, _ in model.named_modules())
 
 
 def looks(model: PreTrainedModel, values: int) -> range:

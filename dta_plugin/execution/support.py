@@ -117,13 +117,17 @@ def _window_reason(model: PreTrainedModel, config: Any) -> str | None:
     if not window or not sliding:
         return None
     name = type(model).__name__
-    if any(module is not None and not forward_has(module, "sliding_window") for module in sliding):
+    if not all(module is None or _tells_window(module) for module in sliding):
         option = "layer_types to 'full_attention'" if getattr(config, "layer_types", None) else "sliding_window=None"
         return (
             f"{name} does not tell its attention function about the sliding window of {window}; set {option} in the "
             "config if no sequence is longer"
         )
     return None
+
+
+def _tells_window(module: nn.Module) -> bool:
+    return forward_has(module, "sliding_window") and getattr(module, "sliding_window", True) is not None
 
 
 def _position_reason(model: PreTrainedModel, config: Any) -> str | None:

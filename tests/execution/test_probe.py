@@ -46,11 +46,10 @@ def test_siblings_seen_in_one_layer(
 
 @dtypes
 @executors
-def test_a_head_that_is_read_wrongly(config: TreeConfig, dtype: torch.dtype) -> None:
-    model = tiny_model("qwen3", dtype)
-    head_read_with_scale(model, 1.02)
+def test_a_head_that_is_read_wrongly(config: TreeConfig, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    head_read_with_scale(monkeypatch, 1.02)
     with pytest.raises(UnsupportedModelError, match=r"in its head, logits by .* on average, from the same hidden"):
-        run(model, config)
+        run(tiny_model("qwen3", dtype), config)
 
 
 @dtypes

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from dta_plugin.attention.arena import ChunkMask
 from dta_plugin.attention.mask import TreeMask
-from dta_plugin.execution import packed
+from dta_plugin.execution import model, packed
 
 
 def siblings_seen_in_layer(patch: pytest.MonkeyPatch, layer: int) -> None:
@@ -40,9 +39,9 @@ def siblings_seen_in_layer(patch: pytest.MonkeyPatch, layer: int) -> None:
     plant(ChunkMask)
 
 
-def head_read_with_scale(model: PreTrainedModel, scale: float) -> None:
-    """The config has a logit scale, of the name that other models use, which this model does not apply."""
-    model.config.logit_scale = scale
+def head_read_with_scale(patch: pytest.MonkeyPatch, scale: float) -> None:
+    """A logit scale that the model does not apply."""
+    patch.setattr(model, "_logit_scale", lambda _: scale)
 
 
 def one_token_off(patch: pytest.MonkeyPatch, nats: float) -> None:
