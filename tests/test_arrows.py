@@ -77,4 +77,4 @@ def test_rooms_that_know_of_no_framework(room: str) -> None:
     ("room", "other"), [("tree", "attention"), ("models", "execution"), ("execution", "adapters"), ("config", "tree")]
 )
 def test_negative_control(room: str, other: str) -> None:
-    assert runs_up(room, other) and not runs_up(other, room) or (room, other) == ("config", "tree")
+    assert (runs_up(room, other) and not runs_up(other, room)) or (room, other) == ("config", "tree")

@@ -31,6 +31,11 @@ def test_no_framework_is_imported(code: str) -> None:
     assert loaded_after(code) == []
 
 
+def test_trees_run_where_triton_is_not_installed() -> None:
+    code = "import sys; sys.modules['triton'] = None; import dta_plugin.api, dta_plugin.sharing.hooks"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_every_public_name_resolves() -> None:
     for name in dta_plugin.__all__:
         assert getattr(dta_plugin, name) is not None
