@@ -36,7 +36,7 @@ from dta_plugin import PrefixTree, TreeConfig
 from dta_plugin.adapters.trl.dense import DenseScorer
 from dta_plugin.adapters.trl.scoring import tree_log_probs
 from dta_plugin.adapters.trl.state import TreeState
-from dta_plugin.execution.measure import Bench, Case, Rows, calibrate
+from dta_plugin.calibrate import Bench, Case, Rows, calibrate
 
 CPU = torch.device("cpu")
 # Short batches run until this time is up, or so often.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dta_plugin.execution.measure import Case
+from dta_plugin.calibrate import Case
 
 
 @dataclass(frozen=True, slots=True)

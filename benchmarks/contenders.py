@@ -34,8 +34,8 @@ from workloads import Workload
 from dta_plugin import TreeConfig
 from dta_plugin.execution.auto import run_tree
 from dta_plugin.execution.batch import prepare
-from dta_plugin.execution.model import lm_head
-from dta_plugin.logprobs import edge_logprobs
+from dta_plugin.models.introspection import lm_head
+from dta_plugin.models.lm_head import edge_logprobs
 
 
 @dataclass(frozen=True, slots=True, eq=False)

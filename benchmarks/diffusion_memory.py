@@ -29,9 +29,9 @@ from streamed_contenders import SavedBytes, gradient_error
 from transformers import PreTrainedModel
 
 from dta_plugin.diffusion import DiffusionFamily, MaskDraws, bidirectional, draw_masks, family_of
-from dta_plugin.objectives.bgpo import per_sample_losses
-from dta_plugin.objectives.comparison import sampled_elbo_ratio
-from dta_plugin.objectives.elbo import length_scale, sample_term
+from dta_plugin.diffusion.objectives.baselines import sampled_elbo_ratio
+from dta_plugin.diffusion.objectives.bgpo import per_sample_losses
+from dta_plugin.diffusion.objectives.elbo import length_scale, sample_term
 
 SAMPLES = (1, 2, 4, 8, 16, 32)
 # Largest relative difference of a gradient that rounding explains.

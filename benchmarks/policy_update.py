@@ -46,7 +46,7 @@ from transformers import PreTrainedModel
 from workloads import ROLLOUTS, Workload, rollouts, star, unrelated
 
 from dta_plugin import PrefixTree
-from dta_plugin.execution.model import model_cost
+from dta_plugin.models.introspection import model_cost
 from dta_plugin.tree.cost import estimate
 
 STARS = ((1024, 64, 8), (1024, 256, 8), (256, 64, 8), (1024, 64, 2), (128, 512, 8))

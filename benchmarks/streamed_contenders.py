@@ -25,13 +25,13 @@ from transformers import PreTrainedModel
 from workloads import Workload
 
 from dta_plugin import PrefixTree
-from dta_plugin.execution.model import lm_head
 from dta_plugin.execution.packed import run_packed
-from dta_plugin.execution.streamed import run_streamed
-from dta_plugin.logprobs import edge_logprobs
+from dta_plugin.execution.streaming.autograd import run_streamed
+from dta_plugin.execution.streaming.plan import Plan
+from dta_plugin.execution.streaming.planner import plan_chunks
+from dta_plugin.models.introspection import lm_head
+from dta_plugin.models.lm_head import edge_logprobs
 from dta_plugin.tree.layout import ScoredEdges
-from dta_plugin.tree.plan import Plan
-from dta_plugin.tree.planner import plan_chunks
 
 Step = Callable[[], Plan | None]
 Planner = Callable[[PrefixTree, int, bool], Plan]
@@ -50,7 +50,7 @@ class Contender:
 class Examined:
     """What one run took.
 
-    calls, tokens: of the decoder. chunks, recomputed_tokens, rebuilt_tokens: of the plan (tree/plan.py).
+    calls, tokens: of the decoder. chunks, recomputed_tokens, rebuilt_tokens: of the plan (execution/streaming/plan.py).
     saved_bytes: most that autograd held at a time. arena_bytes: keys, values and their gradients beside it.
     device_bytes: most that a CUDA device held beyond what it held before, else None. seconds: by clock.
     error: of the gradients, against packed execution.

@@ -22,7 +22,7 @@ from workloads import Workload
 from dta_plugin import PrefixTree, TreeConfig
 from dta_plugin.execution.auto import run_tree
 from dta_plugin.execution.batch import prepare
-from dta_plugin.objectives.nat import TokenSelection, draw
+from dta_plugin.token_selection.select import TokenSelection, draw
 from dta_plugin.tree.layout import ScoredEdges
 
 

@@ -43,7 +43,7 @@ from token_selection_report import gradient_table, summary, update_table
 from transformers import PreTrainedModel, Qwen3Config
 from workloads import ROLLOUTS, Workload, rollouts, star, trajectories
 
-from dta_plugin.objectives.nat import TokenSelection
+from dta_plugin.token_selection.select import TokenSelection
 
 STARS, SMOKE_STARS = ((1024, 256, 8), (128, 512, 8)), ((24, 16, 4),)
 SELECTIONS = {"rpc": TokenSelection(scheme="rpc", budget=0.5), "urs": TokenSelection(scheme="urs", budget=0.5)}

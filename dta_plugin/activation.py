@@ -33,7 +33,7 @@ def disable() -> None:
     Attention waits for the last graph of a tree call: a checkpointed layer needs it when it is recomputed. A later tree
     call (`sequence_logprobs`, a model under `share_prefixes`, a trainer with the flag) installs it anew.
     """
-    from dta_plugin.attention.hf import uninstall
+    from dta_plugin.models.attention_registry import uninstall
 
     uninstall()
     _patch().disable()

@@ -9,12 +9,12 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from dta_plugin.attention.hf import install
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 from dta_plugin.execution.auto import run_dense, run_tree
 from dta_plugin.execution.batch import SequenceLogProbs, prepare
-from dta_plugin.execution.model import causal_lm
+from dta_plugin.models.attention_registry import install
+from dta_plugin.models.introspection import causal_lm
 from dta_plugin.tree.layout import Scored
 from dta_plugin.tree.trie import TokenSequence
 from dta_plugin.verify import check_batch
@@ -57,7 +57,8 @@ def sequence_logprobs(
     if config.selection() is not None:
         raise InvalidInputError(
             f"token_selection={config.token_selection!r} outside of a trainer, where there is no loss to weigh. Draw "
-            "tokens with dta_plugin.objectives.nat, pass them as scored=, and weigh their terms by Drawn.weights."
+            "tokens with dta_plugin.token_selection.select, pass them as scored=, and weigh their terms by "
+            "Drawn.weights."
         )
     batch = prepare(model, sequences, scored, config, temperatures=own)
     if not batch.use_tree:

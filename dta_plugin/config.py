@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dta_plugin.errors import InvalidInputError
-from dta_plugin.objectives.nat import TokenSelection
+from dta_plugin.token_selection.select import TokenSelection
 
 BACKENDS = ("auto", "cpu", "flex", "reference", "triton")
 _EXECUTORS = ("auto", "packed", "streamed")

@@ -1,7 +1,7 @@
 """Compare the tree with the dense path on a user's own model and batch: log-probs, and gradients of every parameter.
 
 What training uses is what is compared, packed or streamed as it runs. What rounding explains is measured on the same
-batch (execution/noise.py). Both passes run in evaluation mode, so that dropout cannot differ.
+batch (execution/probing/noise.py). Both passes run in evaluation mode, so that dropout cannot differ.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from dta_plugin.config import TreeConfig
 from dta_plugin.execution.auto import run_dense, run_tree
 from dta_plugin.execution.batch import Batch, SequenceLogProbs, prepare
 from dta_plugin.execution.dense import dense_logprobs
-from dta_plugin.execution.model import causal_lm, evaluation_mode
-from dta_plugin.execution.noise import Gap, is_routed, looks, moved_embeddings, rounding_unit
+from dta_plugin.execution.probing.noise import Gap, is_routed, looks, moved_embeddings, rounding_unit
+from dta_plugin.execution.probing.traces import decoder_layers, first_difference, traced
 from dta_plugin.execution.ranks import is_fsdp1, is_sharded, is_zero3, without_reducers
-from dta_plugin.execution.traces import decoder_layers, first_difference, traced
+from dta_plugin.models.introspection import causal_lm, evaluation_mode
 from dta_plugin.tree.layout import Scored
 from dta_plugin.tree.trie import TokenSequence
 

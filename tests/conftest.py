@@ -31,8 +31,8 @@ def unprobed(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_reason(model: torch.nn.Module, executors: list[str], backend: str) -> dict[str, None]:
         return dict.fromkeys(executors)
 
-    for place in ("auto", "sharing"):
-        monkeypatch.setattr(f"dta_plugin.execution.{place}.probe", no_reason)
+    for place in ("execution.auto", "sharing.hooks"):
+        monkeypatch.setattr(f"dta_plugin.{place}.probe", no_reason)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -25,7 +25,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
 from transformers.utils import get_json_schema
 
-from dta_plugin import logprobs, run
+from dta_plugin import run
+from dta_plugin.models import lm_head as logprobs
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"

@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 
 from dta_plugin import InvalidInputError, TreeConfig
-from dta_plugin.objectives.nat import TokenSelection
+from dta_plugin.token_selection.select import TokenSelection
 
 INVALID: dict[str, tuple[dict[str, object], str]] = {
     "backend": ({"backend": "cuda"}, r"backend='cuda'. Expected one of auto, cpu, flex, reference"),

@@ -12,8 +12,8 @@ from packaging.version import Version
 
 from dta_plugin.cli import miniature
 from dta_plugin.execution import batch
-from dta_plugin.execution.probe import probe
-from dta_plugin.execution.support import unsupported_reason
+from dta_plugin.execution.probing.probe import probe
+from dta_plugin.models.support import unsupported_reason
 from tests.support import sweep as support_sweep
 from tests.support.families import NAMES, config_of, random_causal_lm
 from tests.support.family_table import table

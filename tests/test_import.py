@@ -24,11 +24,16 @@ def loaded_after(code: str) -> list[str]:
     [
         "import dta_plugin",
         "from dta_plugin import PrefixTree, TreeConfig, TreeLayout, TreeMask, TreeReport, tree_attention",
-        "import dta_plugin.tree.cost, dta_plugin.tree.split, dta_plugin.logprobs",
+        "import dta_plugin.tree.cost, dta_plugin.tree.split, dta_plugin.models.lm_head",
     ],
 )
 def test_no_framework_is_imported(code: str) -> None:
     assert loaded_after(code) == []
+
+
+def test_trees_run_where_triton_is_not_installed() -> None:
+    code = "import sys; sys.modules['triton'] = None; import dta_plugin.api, dta_plugin.sharing.hooks"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_public_name_resolves() -> None:

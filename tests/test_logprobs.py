@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dta_plugin import logprobs
-from dta_plugin.logprobs import LMHead, edge_logprobs
+from dta_plugin.models import lm_head as logprobs
+from dta_plugin.models.lm_head import LMHead, edge_logprobs
 
 HIDDEN, VOCABULARY = 16, 53
 Outputs = dict[str, torch.Tensor]

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dta_plugin import InvalidInputError, PrefixTree
-from dta_plugin.tree.plan import Plan
+from dta_plugin.execution.streaming.plan import Plan
 from tests.support.models import tiny_model
 from tests.support.trees import SHAPES, Sequences, binary, branching_comb, star
 

@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from dta_plugin.objectives.nat import TokenSelection
+from dta_plugin.token_selection.select import TokenSelection
 from tests.support.models import tiny_model
 
 pytestmark = pytest.mark.long

@@ -24,6 +24,7 @@ import torch
 
 from dta_plugin.attention.function import accumulator, sink_gradient
 from dta_plugin.attention.mask import TreeMask
+from dta_plugin.attention.precision import allows_tf32
 from dta_plugin.attention.reference import reference_attention
 from dta_plugin.attention.trial import (
     FLOOR,
@@ -175,8 +176,6 @@ def _tree() -> PrefixTree:
 
 def _rounds_as(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the dense path that the kernels are measured by. TF32 has the mantissa of float16."""
-    from dta_plugin.attention.triton_backend import allows_tf32
-
     return torch.float16 if dtype == torch.float32 and allows_tf32() else dtype
 
 

@@ -16,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dta_plugin.attention.function import attend, unit_stride
 from dta_plugin.attention.mask import TreeMask
+from dta_plugin.attention.precision import allows_tf32
 from dta_plugin.attention.tiles import KeyWork, Visits, key_work, on_device, tile_pairs, visits
 from dta_plugin.attention.triton_bwd import delta_kernel, key_gradient_kernel, query_gradient_kernel, reduce_kernel
 from dta_plugin.attention.triton_fwd import WIDEST, forward_kernel
@@ -189,13 +190,6 @@ class TritonKernels:
             "HAS_WINDOW": self.window is not None,
             "PRECISION": "tf32" if q.dtype == torch.float32 and allows_tf32() else "ieee",
         }
-
-
-def allows_tf32() -> bool:
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and newer, where the older switches may raise
-        return matmul.fp32_precision == "tf32"
-    return matmul.allow_tf32
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:

@@ -13,8 +13,8 @@ from dta_plugin.errors import InvalidInputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from dta_plugin.calibrate import DensePath, Sample
     from dta_plugin.execution.calibration import Calibration
-    from dta_plugin.execution.measure import DensePath, Sample
     from dta_plugin.tree.cost import ModelCost
     from dta_plugin.tree.speed import Speed
 
@@ -58,9 +58,9 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
+    from dta_plugin.calibrate import calibrate
     from dta_plugin.cli.models import add_lora, device_named, load_model
-    from dta_plugin.execution.measure import calibrate
-    from dta_plugin.execution.model import causal_lm, model_cost
+    from dta_plugin.models.introspection import causal_lm, model_cost
 
     name = args.dense or ("trl" if find_spec("trl") else "padded")
     model, weights = load_model(args.model, getattr(torch, args.dtype), device_named(args.device))
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _dense_path(name: str, model: PreTrainedModel) -> DensePath:
-    from dta_plugin.execution.measure import padded_logprobs
+    from dta_plugin.calibrate import padded_logprobs
 
     if name == "padded":
         return padded_logprobs

@@ -170,7 +170,7 @@ def _attention_on(device: torch.device, has_gpu: bool) -> Iterator[Finding]:
 def model_findings(path: str) -> list[Finding]:
     """What the model is made of, and whether it can run as a tree."""
     from dta_plugin.cli.models import load_config, skeleton
-    from dta_plugin.execution.support import unsupported_reason
+    from dta_plugin.models.support import unsupported_reason
 
     load_config(path)  # a path without a model is wrong input, said by the caller
     try:
@@ -188,7 +188,7 @@ def _probed(path: str) -> Finding:
 
     from dta_plugin.cli.miniature import miniature
     from dta_plugin.cli.models import fits_in_memory, load_config, load_model
-    from dta_plugin.execution.probe import latest_outcome, probe
+    from dta_plugin.execution.probing.probe import latest_outcome, probe
 
     config, is_here = load_config(path), fits_in_memory(path)
     what = "its weights" if is_here else "a tiny copy with random weights"
@@ -208,8 +208,8 @@ def _probed(path: str) -> Finding:
 
 
 def _architecture(model: PreTrainedModel) -> Iterator[Finding]:
-    from dta_plugin.attention.layers import layer_types
-    from dta_plugin.execution.model import lm_head, model_cost
+    from dta_plugin.models.introspection import lm_head, model_cost
+    from dta_plugin.models.layers import layer_types
 
     config = model.config.get_text_config()
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -161,7 +161,7 @@ def cost_of(model: str | None, geometry: str | None) -> tuple[ModelCost, str]:
     if model is not None and geometry is not None:
         raise InvalidInputError("Got --model and --geometry. Expected one of them: both say what a token costs.")
     if model is not None:
-        from dta_plugin.execution.model import model_cost
+        from dta_plugin.models.introspection import model_cost
 
         return model_cost(skeleton(model)), model
     if geometry is not None:

@@ -19,9 +19,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dta_plugin.attention.layers import layer_types
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
-from dta_plugin.execution.model import causal_lm
+from dta_plugin.models.introspection import causal_lm
+from dta_plugin.models.layers import layer_types
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,13 +15,13 @@ from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 from dta_plugin.execution.batch import STAND_IN, Batch, SequenceLogProbs
 from dta_plugin.execution.dense import dense_logprobs
 from dta_plugin.execution.memory import token_budget
-from dta_plugin.execution.model import attention_kinds, causal_lm
 from dta_plugin.execution.packed import EdgeOutputs, run_packed
-from dta_plugin.execution.probe import probe
+from dta_plugin.execution.probing.probe import probe
 from dta_plugin.execution.ranks import gathered, has_tensor_parallel, is_collective, is_fsdp1, is_sharded, is_zero3
-from dta_plugin.execution.streamed import run_streamed
+from dta_plugin.execution.streaming.autograd import run_streamed
+from dta_plugin.execution.streaming.plan import Plan
+from dta_plugin.models.introspection import attention_kinds, causal_lm
 from dta_plugin.tree.layout import ScoredEdges
-from dta_plugin.tree.plan import Plan
 from dta_plugin.tree.report import TreeReport
 from dta_plugin.tree.split import split_by_tokens
 from dta_plugin.tree.trie import PrefixTree

@@ -14,10 +14,10 @@ from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 from dta_plugin.execution.calibration import Calibration, calibration_of
 from dta_plugin.execution.memory import token_budget
-from dta_plugin.execution.model import causal_lm, input_device, model_cost
 from dta_plugin.execution.ranks import gathered, is_collective
-from dta_plugin.execution.rotary import length_reason
-from dta_plugin.execution.support import unsupported_reason
+from dta_plugin.models.introspection import causal_lm, input_device, model_cost
+from dta_plugin.models.rotary import length_reason
+from dta_plugin.models.support import unsupported_reason
 from dta_plugin.tree.cost import CostEstimate, ModelCost, Padded, estimate
 from dta_plugin.tree.layout import Scored, ScoredEdges
 from dta_plugin.tree.report import TreeReport

@@ -22,11 +22,11 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from dta_plugin.attention.layers import one_size
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError
-from dta_plugin.execution.model import causal_lm, input_device, model_cost
 from dta_plugin.execution.ranks import gathered, is_collective
+from dta_plugin.models.introspection import causal_lm, input_device, model_cost
+from dta_plugin.models.layers import one_size
 from dta_plugin.tree.cost import ModelCost
 from dta_plugin.tree.speed import Speed
 

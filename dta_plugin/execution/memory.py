@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dta_plugin.attention.layers import attention_sizes
-from dta_plugin.execution.model import say_guessed
-from dta_plugin.execution.sizes import feed_forward_numbers
-from dta_plugin.logprobs import KEEP_BYTES
+from dta_plugin.models.introspection import say_guessed
+from dta_plugin.models.layers import attention_sizes
+from dta_plugin.models.lm_head import KEEP_BYTES
+from dta_plugin.models.sizes import feed_forward_numbers
 
 log = logging.getLogger("dta_plugin")
 

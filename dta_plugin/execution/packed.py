@@ -13,11 +13,11 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from dta_plugin.attention import TreeMask
-from dta_plugin.attention.hf import carry, install
-from dta_plugin.attention.layers import attention_modules
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
-from dta_plugin.execution.model import causal_lm, decoder_of, lm_head, tree_forward
-from dta_plugin.logprobs import LMHead, edge_logprobs
+from dta_plugin.models.attention_registry import carry, install
+from dta_plugin.models.introspection import causal_lm, decoder_of, lm_head, tree_forward
+from dta_plugin.models.layers import attention_modules
+from dta_plugin.models.lm_head import LMHead, edge_logprobs
 from dta_plugin.tree.layout import ScoredEdges, TreeLayout
 from dta_plugin.tree.trie import PrefixTree
 

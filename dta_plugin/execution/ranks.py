@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dta_plugin.tree.plan import Plan
+from dta_plugin.execution.streaming.plan import Plan
 
 T = TypeVar("T")
 

@@ -27,7 +27,7 @@ from transformers.models.llama import modeling_llama
 
 import dta_plugin
 from dta_plugin import TreeConfig, TreeMask, UnsupportedModelError, share_prefixes
-from dta_plugin.attention.hf import Dispatcher, install, is_installed, uninstall
+from dta_plugin.models.attention_registry import Dispatcher, install, is_installed, uninstall
 from tests.support.flash import IMPLEMENTATIONS, flash_attention
 from tests.support.models import tiny_model
 from tests.support.oracle import dense, difference, gradients

@@ -16,7 +16,7 @@ from dta_plugin.cli.encoding import ByteEncoder, load_encoder, render
 from dta_plugin.cli.models import Geometry, cost_of, skeleton
 from dta_plugin.cli.rollouts import load_rollouts, per_turn_sequences, trajectory_sequences
 from dta_plugin.errors import InvalidInputError
-from dta_plugin.execution.model import model_cost
+from dta_plugin.models.introspection import model_cost
 from dta_plugin.tree import PrefixTree
 from tests.cli.support import (
     AIRLINE,

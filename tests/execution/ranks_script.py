@@ -27,8 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dta_plugin
 from dta_plugin import TreeConfig
-from dta_plugin.execution.chunks import Graph
-from dta_plugin.execution.passes import Passes
+from dta_plugin.execution.streaming.passes import Passes
+from dta_plugin.execution.streaming.runner import Graph
 from tests.support.models import softmax_in_own_dtype, tiny_model
 from tests.support.oracle import functional
 from tests.support.trees import Sequences, binary, branching_comb, run, star

@@ -27,7 +27,7 @@ from peft import (
 
 import dta_plugin
 from dta_plugin import TreeConfig, UnsupportedModelError
-from dta_plugin.execution.adapters import _EXACT, adapter_reason
+from dta_plugin.models.peft_methods import _EXACT, adapter_reason
 from tests.support.models import tiny_model
 from tests.support.oracle import dense, difference
 from tests.support.tree_run import make_siblings_visible, through_tree

@@ -15,11 +15,11 @@ import torch
 from transformers import PreTrainedModel
 
 from dta_plugin import InvalidInputError, TreeConfig
+from dta_plugin.calibrate import Rows, calibrate, cases, padded_logprobs
 from dta_plugin.execution import calibration
 from dta_plugin.execution.batch import Batch, hopeless, prepare
 from dta_plugin.execution.calibration import Calibration, calibration_of, describe, find, tree_cost
-from dta_plugin.execution.measure import Rows, calibrate, cases, padded_logprobs
-from dta_plugin.execution.model import model_cost
+from dta_plugin.models.introspection import model_cost
 from dta_plugin.tree.cost import Padded
 from dta_plugin.tree.speed import Speed
 from tests.support.models import tiny_model

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from dta_plugin.execution.gradients import GradientSums
+from dta_plugin.execution.streaming.gradient_sums import GradientSums
 
 
 def test_many_small_gradients_do_not_stall_in_bfloat16() -> None:

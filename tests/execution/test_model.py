@@ -18,7 +18,7 @@ from transformers import (
 from dta_plugin import TreeConfig, UnsupportedModelError
 from dta_plugin.execution.auto import run_tree
 from dta_plugin.execution.batch import prepare
-from dta_plugin.execution.model import causal_lm, lm_head, model_cost, tree_forward
+from dta_plugin.models.introspection import causal_lm, lm_head, model_cost, tree_forward
 from tests.support.models import random_model, tiny_config, tiny_model
 from tests.support.oracle import dense, difference, gradients
 from tests.support.tree_run import through_tree

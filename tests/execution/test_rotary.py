@@ -11,7 +11,7 @@ from transformers import PhimoeConfig, PreTrainedModel
 
 import dta_plugin
 from dta_plugin import TreeConfig, UnsupportedModelError
-from dta_plugin.execution import chunks
+from dta_plugin.execution.streaming import runner as chunks
 from tests.support.models import random_model, tiny_config, tiny_model
 from tests.support.oracle import dense, difference
 from tests.support.tree_run import through_tree

@@ -28,7 +28,7 @@ from transformers import (
 
 import dta_plugin
 from dta_plugin import InvalidInputError, TreeConfig, UnsupportedModelError, share_prefixes
-from dta_plugin.execution.padded import PaddedBatch, spread
+from dta_plugin.sharing.padded import PaddedBatch, spread
 from tests.support.models import FAMILIES, norm_in_own_dtype, softmax_in_own_dtype, tiny_config, tiny_model
 from tests.support.oracle import GRADIENT_FLOOR, gradients
 from tests.support.tree_run import TOLERANCE, make_siblings_visible

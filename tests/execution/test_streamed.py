@@ -17,8 +17,10 @@ from torch import nn
 
 import dta_plugin
 from dta_plugin import InvalidInputError, TreeConfig
-from dta_plugin.attention import arena
-from dta_plugin.execution import chunks, memory, passes
+from dta_plugin.execution import memory
+from dta_plugin.execution.streaming import kv_arena as arena
+from dta_plugin.execution.streaming import passes
+from dta_plugin.execution.streaming import runner as chunks
 from tests.support.models import softmax_in_own_dtype, tiny_model
 from tests.support.oracle import Result, Rows, dense, difference, functional, gradient_norm
 from tests.support.tree_run import TOLERANCE, bfloat16_and_its_truth, model_pair, through_tree

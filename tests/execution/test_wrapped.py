@@ -18,8 +18,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from dta_plugin import InvalidInputError, TreeConfig, sequence_logprobs
-from dta_plugin.execution.chunks import Graph, Runner
-from dta_plugin.execution.passes import Passes
+from dta_plugin.execution.streaming.passes import Passes
+from dta_plugin.execution.streaming.runner import Graph, Runner
 from dta_plugin.verify import compare
 from tests.support.models import softmax_in_own_dtype, tiny_model
 from tests.support.oracle import Result, dense, difference, gradient_error, rms

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dta_plugin.errors import InvalidInputError
-from dta_plugin.objectives.bgpo import (
+from dta_plugin.diffusion.objectives.baselines import sampled_elbo_ratio
+from dta_plugin.diffusion.objectives.bgpo import (
     MAX_EXPONENT,
     bound_gap,
     bound_terms,
@@ -18,8 +18,8 @@ from dta_plugin.objectives.bgpo import (
     per_sample_losses,
     tangent_exp,
 )
-from dta_plugin.objectives.comparison import sampled_elbo_ratio
-from dta_plugin.objectives.elbo import length_scale
+from dta_plugin.diffusion.objectives.elbo import length_scale
+from dta_plugin.errors import InvalidInputError
 from tests.support.elbo import Batch, Gradients, largest_difference, make_batch
 from tests.support.saved import SavedBytes
 

@@ -7,8 +7,8 @@ import math
 import torch
 
 from dta_plugin.diffusion import prompt_noise
-from dta_plugin.objectives.comparison import k3_terms, sampled_elbo_ratio, token_ratio_terms
-from dta_plugin.objectives.elbo import masked_log_probs
+from dta_plugin.diffusion.objectives.baselines import k3_terms, sampled_elbo_ratio, token_ratio_terms
+from dta_plugin.diffusion.objectives.elbo import masked_log_probs
 from tests.support.diffusion import FAMILY
 from tests.support.elbo import make_batch
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dta_plugin.objectives.designs import (
+from dta_plugin.token_selection.designs import (
     Design,
     PrefixCut,
     expected_kept,

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from dta_plugin.objectives.designs import (
+from dta_plugin.token_selection.designs import (
     Design,
     FixedSize,
     Independent,
@@ -18,7 +18,7 @@ from dta_plugin.objectives.designs import (
     uniform_cut,
     variance,
 )
-from dta_plugin.objectives.nat import SCHEMES, TokenSelection
+from dta_plugin.token_selection.select import SCHEMES, TokenSelection
 from tests.support.nat import outcomes
 
 LENGTHS = (1, 2, 5, 12)

@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from dta_plugin.diffusion import draw_masks, predictions, prompt_noise
+from dta_plugin.diffusion.objectives.elbo import elbo_term, length_scale, masked_log_probs
 from dta_plugin.errors import InvalidInputError
-from dta_plugin.objectives.elbo import elbo_term, length_scale, masked_log_probs
 from tests.support.diffusion import FAMILY, MASK, SHIFTED, diffusion_model, padded, shifted_twin
 from tests.support.elbo import Enumerated, make_batch
 

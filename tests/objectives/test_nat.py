@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from dta_plugin import InvalidInputError
-from dta_plugin.objectives import nat
-from dta_plugin.objectives.nat import SCHEMES, SHARINGS, Drawn, TokenSelection, draw
+from dta_plugin.token_selection import select as nat
+from dta_plugin.token_selection.select import SCHEMES, SHARINGS, Drawn, TokenSelection, draw
 from tests.support.nat import drawings
 
 CUTS = ("rpc", "rpc-uniform", "rpc-two-point")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dta_plugin.objectives.nat import SCHEMES, TokenSelection
+from dta_plugin.token_selection.select import SCHEMES, TokenSelection
 from tests.support.models import tiny_model
 from tests.support.nat import drawings
 from tests.support.trees import run

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from dta_plugin.attention.arena import ChunkMask
 from dta_plugin.attention.mask import TreeMask
-from dta_plugin.execution import model, packed
+from dta_plugin.execution import packed
+from dta_plugin.execution.streaming.kv_arena import ChunkMask
+from dta_plugin.models import introspection as model
 
 
 def siblings_seen_in_layer(patch: pytest.MonkeyPatch, layer: int) -> None:

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dta_plugin.objectives.designs import Design, FixedSize, Independent
-from dta_plugin.objectives.nat import Drawn, TokenSelection
+from dta_plugin.token_selection.designs import Design, FixedSize, Independent
+from dta_plugin.token_selection.select import Drawn, TokenSelection
 
 
 def outcomes(design: Design) -> Iterator[tuple[np.ndarray, float]]:

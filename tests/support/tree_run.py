@@ -14,7 +14,7 @@ from dta_plugin import TreeConfig, TreeLayout, TreeMask
 from dta_plugin.attention import cpu
 from dta_plugin.attention.cpu_plan import Piece
 from dta_plugin.execution import packed
-from dta_plugin.logprobs import LMHead
+from dta_plugin.models.lm_head import LMHead
 from tests.support.models import tiny_model
 from tests.support.oracle import Result, Rows, Scored, functional, result_of
 

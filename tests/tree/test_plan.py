@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dta_plugin import InvalidInputError, PrefixTree
+from dta_plugin.execution.streaming.plan import Path, Plan
+from dta_plugin.execution.streaming.planner import plan_chunks
 from dta_plugin.tree.cost import ModelCost
-from dta_plugin.tree.plan import Path, Plan
-from dta_plugin.tree.planner import plan_chunks
 from tests.support.trees import SHAPES, WIDE, Sequences, binary, branching_comb, run, sequence_batches, star
 
 

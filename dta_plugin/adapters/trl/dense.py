@@ -12,7 +12,7 @@ from trl import GRPOTrainer
 from trl.trainer import utils
 
 from dta_plugin.adapters.trl.upstream import check_scorer
-from dta_plugin.execution.measure import Rows
+from dta_plugin.calibrate import Rows
 
 
 class DenseScorer(GRPOTrainer):

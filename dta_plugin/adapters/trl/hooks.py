@@ -24,7 +24,7 @@ from dta_plugin.adapters.trl.window import merges, window_size
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 from dta_plugin.execution.calibration import tree_cost
-from dta_plugin.execution.support import unsupported_reason
+from dta_plugin.models.support import unsupported_reason
 
 
 def log_probs(

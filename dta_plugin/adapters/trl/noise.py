@@ -6,7 +6,7 @@ A tree, or a batch without what its rows share, has other rows than the trainer 
 from __future__ import annotations
 
 from dta_plugin.adapters.trl.protocols import TrainerLike
-from dta_plugin.execution.model import causal_lm
+from dta_plugin.models.introspection import causal_lm
 
 
 def noise_reason(trainer: TrainerLike) -> str | None:

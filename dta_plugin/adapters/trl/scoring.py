@@ -23,7 +23,7 @@ from dta_plugin.adapters.trl.window import unwrapped
 from dta_plugin.errors import UnsupportedModelError
 from dta_plugin.execution.auto import run_tree
 from dta_plugin.execution.batch import Batch, SequenceLogProbs, hopeless, prepare
-from dta_plugin.execution.probe import latest_outcome
+from dta_plugin.execution.probing.probe import latest_outcome
 from dta_plugin.verify import check_batch
 
 Hook = Callable[..., tuple[torch.Tensor | None, ...]]

@@ -17,7 +17,7 @@ from dta_plugin.adapters.trl.protocols import GRPOLike
 from dta_plugin.adapters.trl.version import counts_padding
 from dta_plugin.adapters.trl.weights import is_weighted, loss_mask, reweighted
 from dta_plugin.errors import InvalidInputError
-from dta_plugin.objectives.nat import TokenSelection, draw
+from dta_plugin.token_selection.select import TokenSelection, draw
 
 _TOKEN_LOCAL = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
 # Losses in which every term of a token has its advantage as a factor.

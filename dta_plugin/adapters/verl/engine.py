@@ -33,13 +33,13 @@ from dta_plugin.adapters.verl.selection import Passes, choose, clear_weights, ob
 from dta_plugin.adapters.verl.tally import Tally
 from dta_plugin.adapters.verl.upstream import check_engine
 from dta_plugin.adapters.verl.weighted import weighted
-from dta_plugin.attention.hf import uninstall
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 from dta_plugin.execution.batch import prepare
-from dta_plugin.execution.model import causal_lm, model_cost
-from dta_plugin.execution.probe import latest_outcome
-from dta_plugin.execution.support import unsupported_reason
+from dta_plugin.execution.probing.probe import latest_outcome
+from dta_plugin.models.attention_registry import uninstall
+from dta_plugin.models.introspection import causal_lm, model_cost
+from dta_plugin.models.support import unsupported_reason
 from dta_plugin.tree.cost import CostEstimate
 
 

@@ -1,4 +1,4 @@
-"""Which response tokens an update runs, and with what weight: pruning, and token selection (NAT, see objectives.nat).
+"""Which response tokens an update runs, and with what weight: pruning, and token selection (NAT, see token_selection).
 
 Weights travel with a mini-batch as an entry of its own, laid out as `response_mask`, so that they stay with their rows.
 What has no weight is not computed: `Rows` cuts every sequence after its last token that has one. Lengths, masks and
@@ -22,7 +22,7 @@ from dta_plugin.adapters.verl.config import KEY
 from dta_plugin.adapters.verl.micro_batches import ppo_config
 from dta_plugin.adapters.verl.rows import WEIGHTS, Rows, padded
 from dta_plugin.config import TreeConfig
-from dta_plugin.objectives.nat import Drawn, draw
+from dta_plugin.token_selection.select import Drawn, draw
 
 # Registered policy losses by what the loss of one token reads. Its own log-prob only:
 TOKEN_LOCAL = {"vanilla", "dppo_tv", "dppo_kl", "sapo", "gpg", "dro", "cispo"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from verl.utils.metric import AggregationType, Metric
 
-from dta_plugin.objectives.nat import Drawn
+from dta_plugin.token_selection.select import Drawn
 from dta_plugin.tree.report import TreeReport
 
 _SUM, _MEAN, _MAX = AggregationType.SUM, AggregationType.MEAN, AggregationType.MAX

@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import GRPOConfig, GRPOTrainer
 
 from dta_plugin import TreeMask
-from dta_plugin.attention.hf import uninstall
+from dta_plugin.models.attention_registry import uninstall
 from tests.adapters.trl.support import TOLERANCE, assert_equal, dense_and_tree, difference, enabled, moved, train
 from tests.support.flash import IMPLEMENTATIONS, flash_attention
 from tests.support.tree_run import make_siblings_visible

@@ -28,7 +28,7 @@ from dta_plugin import InvalidInputError, TreeConfig
 from dta_plugin.adapters.trl import SiblingBatchesMixin, TreeDPOTrainer, TreeRewardTrainer, TreeSFTTrainer
 from dta_plugin.adapters.trl.offline import _token_paths, sibling_sampler
 from dta_plugin.balance import SequenceBalancingCollator, SiblingSampler
-from dta_plugin.execution.padded import PaddedBatch
+from dta_plugin.sharing.padded import PaddedBatch
 from tests.adapters.trl.support import (
     LORA,
     NOT_COMPARED,

@@ -17,7 +17,7 @@ import torch
 from dta_plugin.adapters.trl import TreeGRPOConfig, TreeGRPOTrainer, TreeRLOOConfig, TreeRLOOTrainer, subset
 from dta_plugin.adapters.trl.config import tree_config
 from dta_plugin.errors import InvalidInputError
-from dta_plugin.objectives.nat import Drawn
+from dta_plugin.token_selection.select import Drawn
 from tests.adapters.trl.support import build, identical, train
 from tests.support.nat import drawings
 

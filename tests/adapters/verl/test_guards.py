@@ -15,11 +15,11 @@ from tensordict import NonTensorStack, TensorDict
 from verl.utils import tensordict_utils as tu
 
 from dta_plugin.adapters.verl.engine import TreeEngine
-from dta_plugin.attention.hf import is_installed
-from dta_plugin.attention.layers import attention_modules
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
-from dta_plugin.execution.model import causal_lm
+from dta_plugin.models.attention_registry import is_installed
+from dta_plugin.models.introspection import causal_lm
+from dta_plugin.models.layers import attention_modules
 from tests.adapters.verl.support import Setup, Step, build, difference, log_probs, mini_batch, nested, train
 
 DENSE = TreeConfig(on_unsupported="dense")

@@ -22,7 +22,7 @@ from dta_plugin.adapters.verl import selection
 from dta_plugin.adapters.verl.engine import TreeEngine
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError
-from dta_plugin.objectives.nat import Drawn, TokenSelection
+from dta_plugin.token_selection.select import Drawn, TokenSelection
 from tests.adapters.verl.support import AGGREGATIONS, Setup, Step, actor_config, build
 from tests.adapters.verl.updates import Update, relative, sampled, updated
 

@@ -15,10 +15,10 @@ from trl import GRPOConfig
 from dta_plugin.adapters.trl.diffusion.unused import check_unused
 from dta_plugin.diffusion import SamplerConfig
 from dta_plugin.diffusion.masks import FORMS, check_samples
+from dta_plugin.diffusion.objectives.bgpo import check_clips
+from dta_plugin.diffusion.objectives.elbo import NORMS
 from dta_plugin.diffusion.sampler import REMASKING
 from dta_plugin.errors import InvalidInputError
-from dta_plugin.objectives.bgpo import check_clips
-from dta_plugin.objectives.elbo import NORMS
 
 OBJECTIVES = ("bgpo", "diffu-grpo", "vrpo")
 _ELBO, _BGPO, _ONE_STEP = ("bgpo", "vrpo"), ("bgpo",), ("diffu-grpo",)

@@ -12,9 +12,9 @@ from dta_plugin.adapters.trl.diffusion.config import DiffusionGRPOConfig
 from dta_plugin.adapters.trl.diffusion.metrics import Statistics, run_statistics
 from dta_plugin.adapters.trl.diffusion.rows import MicroStep, Rows
 from dta_plugin.diffusion import DiffusionFamily, MaskDraws, draw_masks
-from dta_plugin.objectives.bgpo import bound_gap, clipped, k2_terms, per_sample_losses, rows_to_run
-from dta_plugin.objectives.comparison import sampled_elbo_ratio
-from dta_plugin.objectives.elbo import length_scale, sample_term
+from dta_plugin.diffusion.objectives.baselines import sampled_elbo_ratio
+from dta_plugin.diffusion.objectives.bgpo import bound_gap, clipped, k2_terms, per_sample_losses, rows_to_run
+from dta_plugin.diffusion.objectives.elbo import length_scale, sample_term
 
 Autocast = Callable[[], AbstractContextManager[object]]
 _SHARES = 4  # buckets of the histogram of mask levels

@@ -15,9 +15,9 @@ from dta_plugin.adapters.trl.diffusion.elbo import Autocast
 from dta_plugin.adapters.trl.diffusion.metrics import Statistics, run_statistics
 from dta_plugin.adapters.trl.diffusion.rows import MicroStep, Rows
 from dta_plugin.diffusion import DiffusionFamily, prompt_noise
-from dta_plugin.objectives.bgpo import rows_to_run
-from dta_plugin.objectives.comparison import k3_terms, token_ratio_terms
-from dta_plugin.objectives.elbo import masked_log_probs
+from dta_plugin.diffusion.objectives.baselines import k3_terms, token_ratio_terms
+from dta_plugin.diffusion.objectives.bgpo import rows_to_run
+from dta_plugin.diffusion.objectives.elbo import masked_log_probs
 
 
 class OneStepObjective:

@@ -31,7 +31,7 @@ from dta_plugin.adapters.trl.upstream import check_diffusion, check_diffusion_tr
 from dta_plugin.diffusion import DiffusionFamily, family_of, load_diffusion_lm
 from dta_plugin.diffusion.sampler import check_blocks
 from dta_plugin.errors import InvalidInputError
-from dta_plugin.execution.model import causal_lm
+from dta_plugin.models.introspection import causal_lm
 
 
 class DiffusionGRPOTrainer(GRPOTrainer):

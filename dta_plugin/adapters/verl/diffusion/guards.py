@@ -12,7 +12,7 @@ from packaging.version import Version
 from dta_plugin.adapters.verl.config import DIFFUSION
 from dta_plugin.diffusion import family_of
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
-from dta_plugin.execution.model import causal_lm
+from dta_plugin.models.introspection import causal_lm
 
 # loss_agg_mode of verl -> length_norm of an ELBO's difference (`objectives.elbo.length_scale`).
 LENGTH_NORMS = {

@@ -10,8 +10,8 @@ import torch
 
 from dta_plugin.adapters.verl.config import DIFFUSION, dta_options
 from dta_plugin.diffusion import SamplerConfig, draw_masks
+from dta_plugin.diffusion.objectives.bgpo import bound_terms
 from dta_plugin.errors import InvalidInputError
-from dta_plugin.objectives.bgpo import bound_terms
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,10 +24,10 @@ from dta_plugin.adapters.verl.guards import batch_reason, engine_reason
 from dta_plugin.adapters.verl.protocols import OurEngine
 from dta_plugin.adapters.verl.upstream import check_diffusion_engine
 from dta_plugin.diffusion import MaskDraws, draw_masks, family_of
+from dta_plugin.diffusion.objectives.bgpo import bound_gap, per_sample_losses
+from dta_plugin.diffusion.objectives.elbo import length_scale, sample_term
 from dta_plugin.errors import UnsupportedModelError
-from dta_plugin.execution.model import causal_lm
-from dta_plugin.objectives.bgpo import bound_gap, per_sample_losses
-from dta_plugin.objectives.elbo import length_scale, sample_term
+from dta_plugin.models.introspection import causal_lm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,16 +22,16 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from dta_plugin.attention import TreeMask
-from dta_plugin.attention.hf import install, uninstall
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
-from dta_plugin.execution.model import causal_lm, decoder_of, model_cost
 from dta_plugin.execution.packed import check_every_layer_hit, model_inputs
-from dta_plugin.execution.padded import PaddedBatch, spread
-from dta_plugin.execution.probe import probe
+from dta_plugin.execution.probing.probe import probe
 from dta_plugin.execution.ranks import is_fsdp1, is_sharded
-from dta_plugin.execution.rotary import padded_length_reason
-from dta_plugin.execution.support import dropout_reason, unsupported_reason
+from dta_plugin.models.attention_registry import install, uninstall
+from dta_plugin.models.introspection import causal_lm, decoder_of, model_cost
+from dta_plugin.models.rotary import padded_length_reason
+from dta_plugin.models.support import dropout_reason, unsupported_reason
+from dta_plugin.sharing.padded import PaddedBatch, spread
 from dta_plugin.tree.cost import estimate
 from dta_plugin.tree.layout import TreeLayout
 from dta_plugin.tree.report import TreeReport

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dta_plugin.attention.layers import attention_modules
-from dta_plugin.execution.model import decoder_of
-from dta_plugin.execution.noise import Gap, is_routed, looks, moved_embeddings, rounding_unit
 from dta_plugin.execution.packed import run_packed
-from dta_plugin.execution.streamed import run_streamed
+from dta_plugin.execution.probing.noise import Gap, is_routed, looks, moved_embeddings, rounding_unit
+from dta_plugin.execution.streaming.autograd import run_streamed
+from dta_plugin.models.introspection import decoder_of
+from dta_plugin.models.layers import attention_modules
 from dta_plugin.tree.layout import ScoredEdges
 from dta_plugin.tree.trie import PrefixTree
 

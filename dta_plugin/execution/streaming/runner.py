@@ -13,17 +13,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dta_plugin.attention.arena import Arena, ChunkMask
-from dta_plugin.attention.hf import install
 from dta_plugin.errors import UnsupportedModelError
-from dta_plugin.execution.fsdp2 import parameters_in_use
-from dta_plugin.execution.model import decoder_of, lm_head, tree_forward
 from dta_plugin.execution.packed import check_every_layer_hit, row_inputs, score
-from dta_plugin.execution.pieces import Piece
-from dta_plugin.execution.replay import Autocast, plain_checkpointing
-from dta_plugin.execution.rotary import as_long_as
+from dta_plugin.execution.streaming.chunk_inputs import Piece
+from dta_plugin.execution.streaming.fsdp2 import parameters_in_use
+from dta_plugin.execution.streaming.kv_arena import Arena, ChunkMask
+from dta_plugin.execution.streaming.plan import Plan
+from dta_plugin.execution.streaming.replay import Autocast, plain_checkpointing
+from dta_plugin.models.attention_registry import install
+from dta_plugin.models.introspection import decoder_of, lm_head, tree_forward
+from dta_plugin.models.rotary import as_long_as
 from dta_plugin.tree.layout import ScoredEdges
-from dta_plugin.tree.plan import Plan
 from dta_plugin.tree.trie import PrefixTree
 
 log = logging.getLogger("dta_plugin")

@@ -1,7 +1,7 @@
 """The keys and values of one root-to-leaf path, and the gradients that descendants leave for them, layer by layer.
 
 Streamed execution calls the model chunk by chunk. In every attention layer a chunk writes its keys and values behind
-those of its ancestors, attends to both, and leaves those of its trunk (tree/plan.py). In the backward pass, which takes
+those of its ancestors, attends to both, and leaves those of its trunk (plan.py). In the backward pass, which takes
 the chunks in reverse, it adds to the gradients of its ancestors' keys and collects what its descendants left for its
 own. All of this happens in place in buffers allocated once, one slot per depth: nothing that grows with depth is copied
 or kept per chunk. Gradients accumulate in float32 (float64 for float64 models).
@@ -72,7 +72,7 @@ class Arena:
 class ArenaPlace:
     """A chunk in one layer of the arena, behind its `first` ancestors; see `Place` in attention/function.py.
 
-    trunk: int64 [S] slots of the chunk's trunk (see `Chunk` in tree/plan.py) while the whole chunk is in the arena. The
+    trunk: int64 [S] slots of the chunk's trunk (see `Chunk` in plan.py) while the whole chunk is in the arena. The
     ancestors' slots must hold the same keys and values in the chunk's backward pass as in its forward pass.
     """
 
@@ -120,7 +120,7 @@ class ChunkMask(TreeMask):
 
     exit, depth: int64 [C] of its own tokens, `exit` counted from the chunk's first; host: the same in the CPU's memory.
     first: number of ancestors, which all its tokens see. trunk: int64 [S] positions within the chunk, see `Chunk` in
-    tree/plan.py.
+    plan.py.
     """
 
     def __init__(

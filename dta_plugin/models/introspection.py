@@ -18,11 +18,11 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import PreTrainedModel
 
-from dta_plugin.attention.layers import attention_sizes, forward_has
 from dta_plugin.attention.self_check import Kind
 from dta_plugin.errors import UnsupportedModelError
-from dta_plugin.execution.sizes import counted_cost
-from dta_plugin.logprobs import LMHead
+from dta_plugin.models.layers import attention_sizes, forward_has
+from dta_plugin.models.lm_head import LMHead
+from dta_plugin.models.sizes import counted_cost
 from dta_plugin.tree.cost import ModelCost
 
 log = logging.getLogger("dta_plugin")

@@ -12,12 +12,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from dta_plugin.attention.hf import is_installable
-from dta_plugin.attention.layers import attention_modules, forward_has, layer_types, one_size
 from dta_plugin.errors import UnsupportedModelError
-from dta_plugin.execution.adapters import adapter_reason
-from dta_plugin.execution.model import causal_lm
-from dta_plugin.execution.rotary import rotary_reason
+from dta_plugin.models.attention_registry import is_installable
+from dta_plugin.models.introspection import causal_lm
+from dta_plugin.models.layers import attention_modules, forward_has, layer_types, one_size
+from dta_plugin.models.peft_methods import adapter_reason
+from dta_plugin.models.rotary import rotary_reason
 
 # Kinds of layers that a tree runs; the last two have no attention.
 _TREE_LAYERS = {"full_attention", "sliding_attention", "mlp", "moe"}

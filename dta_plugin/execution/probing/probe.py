@@ -21,11 +21,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dta_plugin.errors import UnsupportedModelError
-from dta_plugin.execution.comparison import Comparison
-from dta_plugin.execution.forest import probe_forest
-from dta_plugin.execution.model import causal_lm, evaluation_mode, wrappings
-from dta_plugin.execution.noise import Gap, rounding_unit
+from dta_plugin.execution.probing.comparison import Comparison
+from dta_plugin.execution.probing.forest import probe_forest
+from dta_plugin.execution.probing.noise import Gap, rounding_unit
 from dta_plugin.execution.ranks import gathered, has_tensor_parallel, is_fsdp1, is_sharded, is_zero3, without_reducers
+from dta_plugin.models.introspection import causal_lm, evaluation_mode, wrappings
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dta_plugin.attention.layers import attention_modules, attention_sizes
+from dta_plugin.models.layers import attention_modules, attention_sizes
 from dta_plugin.tree.cost import ModelCost
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")

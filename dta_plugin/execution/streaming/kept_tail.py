@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from dta_plugin.tree.plan import Chunk
+from dta_plugin.execution.streaming.plan import Chunk
 from dta_plugin.tree.trie import PrefixTree
 
 # A tail is worth a call of its own from this share of the budget.

@@ -19,12 +19,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dta_plugin.attention import TreeMask
-from dta_plugin.attention.hf import install
-from dta_plugin.execution.model import decoder_of, input_device, lm_head
-from dta_plugin.execution.noise import Gap, is_routed, looks, moved_embeddings, rounding_unit
 from dta_plugin.execution.packed import check_every_layer_hit, check_finite, model_inputs
+from dta_plugin.execution.probing.noise import Gap, is_routed, looks, moved_embeddings, rounding_unit
+from dta_plugin.execution.probing.traces import first_difference, in_layout_order, recorded, state_gaps, traced
 from dta_plugin.execution.ranks import is_fsdp1, is_sharded
-from dta_plugin.execution.traces import first_difference, in_layout_order, recorded, state_gaps, traced
+from dta_plugin.models.attention_registry import install
+from dta_plugin.models.introspection import decoder_of, input_device, lm_head
 from dta_plugin.tree.layout import ScoredEdges, TreeLayout
 from dta_plugin.tree.trie import PrefixTree
 

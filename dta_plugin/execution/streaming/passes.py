@@ -13,15 +13,15 @@ from collections.abc import Callable, Mapping
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from dta_plugin.attention.arena import Arena
 from dta_plugin.errors import InvalidInputError
-from dta_plugin.execution.chunks import Graph, Job, Runner
-from dta_plugin.execution.fsdp2 import check_backward_is_own, gradients_held_back, reshard
-from dta_plugin.execution.gradients import GradientSums
-from dta_plugin.execution.pieces import Pieces
 from dta_plugin.execution.ranks import ModelCalls, watches_gradients
-from dta_plugin.execution.replay import RandomNumbers
-from dta_plugin.tree.plan import Path
+from dta_plugin.execution.streaming.chunk_inputs import Pieces
+from dta_plugin.execution.streaming.fsdp2 import check_backward_is_own, gradients_held_back, reshard
+from dta_plugin.execution.streaming.gradient_sums import GradientSums
+from dta_plugin.execution.streaming.kv_arena import Arena
+from dta_plugin.execution.streaming.plan import Path
+from dta_plugin.execution.streaming.replay import RandomNumbers
+from dta_plugin.execution.streaming.runner import Graph, Job, Runner
 
 _STAND_IN = -1  # the place of stand-ins among the chunks whose random state is remembered
 

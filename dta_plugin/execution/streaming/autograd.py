@@ -3,7 +3,7 @@
 First pass, in order: every chunk's log-probs; graphs are kept for the last chunks only, as far as the budget allows.
 The caller sees ordinary differentiable log-probs and may compute any loss from them. Backward pass, in reverse: each
 chunk's graph, kept or run again, goes backward from d(loss)/d(log-prob); what it owes to its ancestors' keys waits in
-the arena (attention/arena.py). Activations are bounded by the budget, keys and values by one root-to-leaf path.
+the arena (kv_arena.py). Activations are bounded by the budget, keys and values by one root-to-leaf path.
 
 All parameters are inputs of one autograd function, which sums their gradients over the chunks in float32 or wider and
 hands each out once. So gradients are reduced over ranks once, an error in a chunk leaves no gradient behind, and
@@ -19,16 +19,16 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from dta_plugin.execution.chunks import Job, Planner
-from dta_plugin.execution.gradients import GradientSums
 from dta_plugin.execution.memory import halve
-from dta_plugin.execution.model import causal_lm, tree_forward
 from dta_plugin.execution.packed import EdgeOutputs, check_finite
-from dta_plugin.execution.passes import Passes
 from dta_plugin.execution.ranks import is_sharded
+from dta_plugin.execution.streaming.gradient_sums import GradientSums
+from dta_plugin.execution.streaming.passes import Passes
+from dta_plugin.execution.streaming.plan import Plan
+from dta_plugin.execution.streaming.planner import plan_chunks
+from dta_plugin.execution.streaming.runner import Job, Planner
+from dta_plugin.models.introspection import causal_lm, tree_forward
 from dta_plugin.tree.layout import ScoredEdges
-from dta_plugin.tree.plan import Plan
-from dta_plugin.tree.planner import plan_chunks
 from dta_plugin.tree.trie import PrefixTree
 
 

@@ -27,10 +27,10 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from dta_plugin.attention.api import tree_attention
-from dta_plugin.attention.keywords import check_keywords
-from dta_plugin.attention.layers import indexed_modules
 from dta_plugin.attention.mask import TreeMask
 from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.models.attention_keywords import check_keywords
+from dta_plugin.models.layers import indexed_modules
 
 Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 Entries = MutableMapping[str, Any]

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from dta_plugin.execution.model import wrappings
+from dta_plugin.models.introspection import wrappings
 
 _EXACT = {
     "ADALORA",

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dta_plugin.errors import InvalidInputError
-from dta_plugin.tree.kept_tail import with_kept_tail
-from dta_plugin.tree.plan import Chunk, Plan
+from dta_plugin.execution.streaming.kept_tail import with_kept_tail
+from dta_plugin.execution.streaming.plan import Chunk, Plan
 from dta_plugin.tree.trie import PrefixTree
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dta_plugin.attention.triton_backend import allows_tf32
+from dta_plugin.attention.precision import allows_tf32
 
 # Times the noise: what a mean, or a largest value, of as many tokens may be.
 _MEAN, _MOST = 3.0, 3.0

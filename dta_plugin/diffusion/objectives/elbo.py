@@ -24,8 +24,8 @@ from dta_plugin.diffusion.family import (
 )
 from dta_plugin.diffusion.masks import MaskDraws
 from dta_plugin.errors import InvalidInputError
-from dta_plugin.execution.model import causal_lm, decoder_of, lm_head, tree_forward
 from dta_plugin.execution.packed import score
+from dta_plugin.models.introspection import causal_lm, decoder_of, lm_head, tree_forward
 
 NORMS = ("none", "length", "max_length")
 
@@ -45,7 +45,7 @@ def masked_log_probs(
     [B, P], prompt tokens to hide as well; they are not scored.
 
     float32 (float64 for float64 models), differentiable in the parameters of `model`, wrapped or not. The LM head runs
-    on the masked positions only and its softmax tile by tile (`dta_plugin.logprobs`); a model without a decoder of its
+    on the masked positions only and its softmax tile by tile (`models/lm_head.py`); a model without a decoder of its
     own below the head gives full logits of the completion columns.
     """
     columns = slice(input_ids.shape[1] - mask.shape[1], None)

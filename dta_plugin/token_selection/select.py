@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dta_plugin.errors import InvalidInputError
-from dta_plugin.objectives import designs
-from dta_plugin.objectives.designs import Design, PrefixCut
+from dta_plugin.token_selection import designs
+from dta_plugin.token_selection.designs import Design, PrefixCut
 
 _DESIGNS: dict[str, Callable[[int, float, int, float], Design]] = {
     "urs": designs.bernoulli,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from dta_plugin.objectives.bgpo import tangent_exp
+from dta_plugin.diffusion.objectives.bgpo import tangent_exp
 
 
 def token_ratio_terms(

@@ -6,8 +6,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from dta_plugin.attention.layers import layer_types, one_size
 from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.models.layers import layer_types, one_size
 
 # What attention functions are told that changes nothing about a causal tree without a cache.
 _OF_NO_EFFECT = {

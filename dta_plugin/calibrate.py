@@ -22,7 +22,7 @@ from dta_plugin.errors import InvalidInputError
 from dta_plugin.execution.auto import run_tree
 from dta_plugin.execution.batch import Batch, prepare
 from dta_plugin.execution.calibration import Calibration, describe
-from dta_plugin.execution.model import input_device, model_cost
+from dta_plugin.models.introspection import input_device, model_cost
 from dta_plugin.tree.cost import Padded
 from dta_plugin.tree.speed import Parts, Speed
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from dta_plugin.attention.mask import HostArrays
+from dta_plugin.execution.streaming.plan import Plan
 from dta_plugin.tree.layout import ScoredEdges
-from dta_plugin.tree.plan import Plan
 from dta_plugin.tree.trie import PrefixTree
 from dta_plugin.upload import upload
 

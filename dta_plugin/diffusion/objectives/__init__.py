@@ -1,0 +1,1 @@
+"""Objectives of diffusion language models at constant memory."""

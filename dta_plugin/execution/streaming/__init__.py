@@ -1,0 +1,1 @@
+"""Streamed execution: a tree larger than memory, chunk by chunk, forward and backward."""

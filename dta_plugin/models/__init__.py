@@ -1,0 +1,1 @@
+"""What the executors and adapters need to know of Hugging Face models: the only room that does."""

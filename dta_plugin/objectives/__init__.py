@@ -1,1 +1,0 @@
-"""What is optimised: losses on a subset of tokens (`nat`), and bounds for diffusion language models (`bgpo`)."""

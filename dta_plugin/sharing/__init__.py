@@ -1,0 +1,1 @@
+"""`share_prefixes`: any model call on padded rows computes what they share once."""

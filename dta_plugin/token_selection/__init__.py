@@ -1,0 +1,1 @@
+"""Unbiased training on a random subset of tokens (NAT). Needs numpy only."""
