@@ -40,7 +40,7 @@ PREFIX_TREE = SHAPES["forest"]
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def nothing_is_left(monkeypatch: pytest.MonkeyPatch, unprobed: None) -> Iterator[None]:
     """Every test ends with what transformers had, whatever graphs other tests have left alive."""
     monkeypatch.setattr(TreeMask, "alive", WeakSet())
     uninstall()

@@ -17,6 +17,8 @@ from tests.support.oracle import dense, difference, gradients
 from tests.support.tree_run import TOLERANCE, make_siblings_visible, through_tree
 from tests.support.trees import SHAPES, branching_comb
 
+pytestmark = pytest.mark.usefixtures("unprobed")  # calls are counted, and layers tampered with
+
 # Every (family, attention) for which transformers has an implementation of its own on CPUs.
 MODELS = [
     *((family, attention) for family in ("llama", "mistral", "gemma3", "qwen3_moe") for attention in ("sdpa", "eager")),
