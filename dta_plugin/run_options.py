@@ -75,7 +75,7 @@ def _convert(name: str, text: str, kind: Any) -> Any:
 
 
 def _slips(word: str) -> set[str]:
-    """What one slip of a finger makes of a word: two letters swapped, one left out, one typed twice."""
+    """The word, and what one slip of a finger makes of it: letters swapped, one left out, one typed twice."""
     places = range(len(word))
     swapped = {word[:i] + word[i : i + 2][::-1] + word[i + 2 :] for i in places}
     return swapped | {word[:i] + word[i + 1 :] for i in places} | {word[:i] + word[i] + word[i:] for i in places}

@@ -18,7 +18,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import yaml
 
@@ -157,7 +156,7 @@ def _folder() -> str:
         if os.getpid() == owner:  # and not in a fork of it
             shutil.rmtree(folder, ignore_errors=True)
 
-    def end(number: int, frame: FrameType | None) -> Any:
+    def end(number: int, frame: FrameType | None) -> None:
         remove()
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)

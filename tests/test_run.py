@@ -99,7 +99,7 @@ def test_parses_every_kind_of_option() -> None:
 
 WRONG = {
     "--use_dta maybe": "--use_dta='maybe'. Expected true or false",
-    "--use_dta true --dta_verfy first": "--dta_verfy is no option. Did you mean --dta_verify? Expected among: --dta_backend, ",
+    "--use_dta true --dta_verfy first": "--dta_verfy is no option. Did you mean --dta_verify? Expected among: --dta_b",
     "--use_dta false --dta_verfy first": "--dta_verfy is no option",
     "--use_dta true --dta-min-savings 1": "--dta_min_savings is no option. Did you mean --dta_min_saving? Expected",
     "--use_dta true --dta_xyz 1": "--dta_xyz is no option. Expected among: ",
