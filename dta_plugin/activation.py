@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -25,6 +26,11 @@ def enable(config: TreeConfig | None = None, **options: Any) -> None:
             "Got both a TreeConfig and options. Expected one of them; put everything into the config."
         )
     _patch().enable(config or TreeConfig.from_options(options))
+
+
+def enable_by_flags(config: TreeConfig, given: Iterable[str]) -> None:
+    """`enable(config)` for a command line. given: the options it names, which win over those of trainers' configs."""
+    _patch().enable(config, given)
 
 
 def disable() -> None:

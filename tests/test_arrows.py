@@ -26,7 +26,7 @@ COMMON = {"errors", "upload", "config"}
 # What users call, and what adapters and the command line build on.
 TOP = {"api", "verify", "calibrate", "__init__"}
 # Switching on is where imports run up, when it is called.
-UP = {"activation", "run"}
+UP = {"activation", "run", "run_options", "run_yaml"}
 
 
 def imports(file: Path) -> Iterator[tuple[str, ast.AST]]:

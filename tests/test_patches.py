@@ -87,6 +87,16 @@ def test_flag_on_trains_like_stock(patched: Site, stock: Result) -> None:
     assert_equal(stock.run, result.run)
 
 
+def test_the_launcher_wins_over_the_default(patched: Site, stock: Result) -> None:
+    """It takes the flag out of what the script sees, so that the field of the config says use_dta=False."""
+    command = ("-m", "dta_plugin.run", SCRIPT, *patched.options(), "--use_dta", "true", "--dta_verify", "first")
+    result = patched.train("launched", "python", *command)
+    assert not any("dta" in argument for argument in result.arguments)
+    assert all(step["dta/dense_fallback"] == 0 for step in result.run.dta) and result.run.dta
+    assert "call 0 verified against dense" in result.output and "follows its own config" not in result.output
+    assert_equal(stock.run, result.run)
+
+
 def test_flag_off_is_stock_bit_for_bit(release: Site, patched: Site, stock: Result) -> None:
     result = patched.train("off", "python", SCRIPT, *patched.options())
     assert_in(patched, result)

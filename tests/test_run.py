@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import pytest
 
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError
-from dta_plugin.run import parse_options, take_options, take_yaml_options
+from dta_plugin.run import take_options
+from dta_plugin.run_options import Given, parse_options
 
 # Says that it was reached, before anything else could go wrong, and what it got to see.
 SCRIPT = """
@@ -41,6 +43,14 @@ def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
+def texts(options: Mapping[str, Given]) -> dict[str, str]:
+    return {name: option.text for name, option in options.items()}
+
+
+def given(options: Mapping[str, str]) -> dict[str, Given]:
+    return {name: Given(text, f"--{name}") for name, text in options.items()}
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "rest"),
     [
@@ -57,56 +67,21 @@ def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_takes_its_options_out(arguments: str, options: dict[str, str], rest: str) -> None:
-    assert take_options(arguments.split()) == (options, rest.split())
+    given, left = take_options(arguments.split())
+    assert (texts(given), left) == (options, rest.split())
+    assert all(option.where == f"--{name}" for name, option in given.items())
 
 
 def test_bare_flag_before_the_script(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    assert take_options(["--use_dta", "scripts/train.py"]) == ({"use_dta": "true"}, ["scripts/train.py"])
+    given, rest = take_options(["--use_dta", "scripts/train.py"])
+    assert texts(given) == {"use_dta": "true"} and rest == ["scripts/train.py"]
 
 
 @pytest.mark.parametrize("arguments", ["train.py --dta_verify", "train.py --dta_verify --use_dta true"])
 def test_an_option_needs_a_value(arguments: str) -> None:
     with pytest.raises(InvalidInputError, match="--dta_verify has no value"):
         take_options(arguments.split())
-
-
-@pytest.mark.parametrize("form", ["--config FILE", "--config=FILE"])
-def test_takes_its_lines_out_of_the_yaml(tmp_path: Path, form: str) -> None:
-    recipe = tmp_path / "a recipe.yaml"
-    kept = "# my recipe\nlearning_rate: 1e-6\n\n\nnested:\n  dta_verify: mine\n  use_dta: mine\n"
-    recipe.write_text(f"use_dta: true\n{kept}dta_verify: 'every:2'  # often\ndta_max_tree_tokens_per_chunk: null")
-    arguments = ["train.py", *(part.replace("FILE", str(recipe)) for part in form.split()), "--lr", "1"]
-    options, rest = take_yaml_options(arguments)
-    assert options == {"use_dta": "True", "dta_verify": "every:2", "dta_max_tree_tokens_per_chunk": "None"}
-    assert rest[:2] == ["train.py", "--config"] and rest[3:] == ["--lr", "1"] and len(rest) == 5
-    assert Path(rest[2]).read_text() == kept
-    assert parse_options(options) == TreeConfig(verify="every:2")
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["train.py"],
-        ["train.py", "--config"],
-        ["train.py", "--config", "missing.yaml"],
-        ["train.py", "--config", "plain.yaml"],
-        ["train.py", "--config", "settings.json"],
-        ["train.py", "--other", "mine.yaml"],
-    ],
-)
-def test_leaves_other_configs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "plain.yaml").write_text("a: !custom [1]\nb: {use_dta: true}\n")
-    (tmp_path / "settings.json").write_text("use_dta: true\n")
-    (tmp_path / "mine.yaml").write_text("use_dta: true\n")
-    assert take_yaml_options(arguments) == ({}, arguments)
-
-
-def test_unreadable_yaml(tmp_path: Path) -> None:
-    (tmp_path / "bad.yaml").write_text("use_dta: [true\n")
-    with pytest.raises(InvalidInputError, match=r"bad.yaml: .*line 2.* Expected lines such as 'use_dta: true'"):
-        take_yaml_options(["train.py", "--config", str(tmp_path / "bad.yaml")])
 
 
 def test_parses_every_kind_of_option() -> None:
@@ -116,16 +91,18 @@ def test_parses_every_kind_of_option() -> None:
         "dta_max_tree_tokens_per_chunk": "4096",
         "dta_verify": "first",
     }
-    assert parse_options(options) == TreeConfig(min_saving=0.25, max_tree_tokens_per_chunk=4096, verify="first")
-    assert parse_options({"use_dta": "1", "dta_max_tree_tokens_per_chunk": "None"}) == TreeConfig()
+    assert parse_options(given(options)) == TreeConfig(min_saving=0.25, max_tree_tokens_per_chunk=4096, verify="first")
+    assert parse_options(given({"use_dta": "1", "dta_max_tree_tokens_per_chunk": "None"})) == TreeConfig()
     assert parse_options({}) is None
-    assert parse_options({"use_dta": "false", "dta_verify": "first"}) is None
+    assert parse_options(given({"use_dta": "false", "dta_verify": "first"})) is None
 
 
 WRONG = {
-    "--use_dta maybe": "--use_dta maybe. Expected true or false",
-    "--use_dta true --dta_verfy first": "Unknown option --dta_verfy. Expected among: --dta_backend",
-    "--use_dta false --dta_verfy first": "Unknown option --dta_verfy",
+    "--use_dta maybe": "--use_dta='maybe'. Expected true or false",
+    "--use_dta true --dta_verfy first": "--dta_verfy is no option. Did you mean --dta_verify? Expected among: --dta_b",
+    "--use_dta false --dta_verfy first": "--dta_verfy is no option",
+    "--use_dta true --dta-min-savings 1": "--dta_min_savings is no option. Did you mean --dta_min_saving? Expected",
+    "--use_dta true --dta_xyz 1": "--dta_xyz is no option. Expected among: ",
     "--use_dta true --dta_verify often": "--dta_verify='often'. Expected 'off', 'first' or 'every:N'",
     "--use_dta false --dta_verify often": "--dta_verify='often'",
     "--use_dta true --dta_min_saving some": "--dta_min_saving='some'. Expected a value of type float",
@@ -153,10 +130,17 @@ def test_refuses_without_a_script(folder: Path, arguments: list[str], complaint:
     assert_refused(folder, launch(folder, *arguments), complaint)
 
 
-def test_refuses_wrong_yaml(folder: Path) -> None:
-    (folder / "recipe.yaml").write_text("dta_verfy: first\nuse_dta: true\n")
-    done = launch(folder, "scripts/train.py", "--config", "recipe.yaml")
-    assert_refused(folder, done, "Unknown option --dta_verfy")
+@pytest.mark.parametrize("typo", ["--use_dat", "--use-dtaa", "-use_dta", "--usedta=true", "--use_tda", "--USE_DTA"])
+def test_a_slip_of_the_flag_is_pointed_out(typo: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert take_options(["train.py", typo, "true"]) == ({}, ["train.py", typo, "true"])
+    written = typo.partition("=")[0]
+    assert capsys.readouterr().err == f"dta_plugin.run: {written} is left to the script. Did you mean --use_dta?\n"
+
+
+@pytest.mark.parametrize("other", ["--use_data", "--use_delta", "--use_dtype", "--use_dpo", "--use_dta_x", "use_dat"])
+def test_names_of_the_script_are_not(other: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert take_options(["train.py", other, "true"]) == ({}, ["train.py", other, "true"])
+    assert capsys.readouterr().err == ""
 
 
 def test_refuses_without_trl(folder: Path) -> None:
@@ -183,15 +167,6 @@ def test_the_script_runs_as_it_would_alone(folder: Path) -> None:
         assert json.loads(done.stdout) == json.loads(alone.stdout)
     seen = json.loads(alone.stdout)
     assert seen["argv"] == [script, "--lr", "1"] and seen["name"] == "__main__" and not (seen["trl"] or seen["torch"])
-
-
-def test_the_script_reads_a_yaml_without_the_options(folder: Path) -> None:
-    (folder / "recipe.yaml").write_text("use_dta: false\nlearning_rate: 1e-6\n")
-    done = launch(folder, "scripts/train.py", "--config", "recipe.yaml")
-    assert done.returncode == 0, done.stderr
-    seen, text = done.stdout.split("\n", 1)
-    assert text.strip() == "learning_rate: 1e-6"
-    assert not Path(json.loads(seen)["argv"][2]).exists(), "the copy is gone with the process"
 
 
 def test_the_script_answers_for_its_own_failures(folder: Path) -> None:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _PACKAGES = ("torch", "triton", "transformers", "trl", "verl", "peft", "accelerate", "prefix_grouper")
 _WIDTH = 100
 _IF_INSTALLED = {"prefix_grouper": "another way to share prompts; do not switch on both"}
+_NOT_INSTALLED = "not installed"
+_NO_TRAINER = "nothing that trains is here: pip install 'dta-plugin[trl]', or 'dta-plugin[verl]' for verl"
 _IF_MISSING = {"trl": "needed for training: pip install 'dta-plugin[trl]'"}
 
 _EPILOG = """\
@@ -89,7 +91,7 @@ def versions() -> list[Finding]:
         try:
             version = metadata.version(package)
         except metadata.PackageNotFoundError:
-            findings.append(Finding(package, "not installed", _IF_MISSING.get(package, "")))
+            findings.append(Finding(package, _NOT_INSTALLED, _IF_MISSING.get(package, "")))
             continue
         allowed = ranges.get(package)
         if allowed is None:
@@ -98,6 +100,9 @@ def versions() -> list[Finding]:
             note, ok = _judgement(package, version, allowed)
             bounds = ",".join(sorted(map(str, allowed), reverse=True))
             findings.append(Finding(package, version, f"{note} ({bounds})", ok))
+    missing = {finding.name for finding in findings if finding.value == _NOT_INSTALLED}
+    if missing >= {"trl", "verl"}:
+        findings.append(Finding("trainer", _NOT_INSTALLED, _NO_TRAINER, ok=False))
     return findings
 
 

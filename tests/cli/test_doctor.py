@@ -61,6 +61,32 @@ def test_an_unsupported_version_is_an_error(
     assert code == 1 and "! trl" in out and "Not supported: torch, triton, transformers, trl" in out
 
 
+@pytest.mark.parametrize("here", [(), ("trl",), ("verl",), ("trl", "verl")])
+def test_something_has_to_train(
+    here: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = metadata.version
+
+    def version(package: str) -> str:
+        if package not in ("trl", "verl"):
+            return own(package)
+        if package in here:
+            return {"trl": "1.16.0", "verl": "0.9.1"}[package]
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(doctor.metadata, "version", version)
+    monkeypatch.setattr(doctor, "devices", lambda: [])
+    found = [finding for finding in doctor.versions() if finding.name == "trainer"]
+    code, out, _ = run_dta(capsys, "doctor")
+    if here:
+        assert not found and "nothing that trains" not in out
+        return
+    assert [(finding.value, finding.ok) for finding in found] == [("not installed", False)]
+    words = " ".join(out.split())
+    assert code == 1 and "! trainer not installed nothing that trains is here: pip install 'dta-plugin[trl]'" in words
+    assert "Not supported: trainer." in out
+
+
 @pytest.mark.parametrize(
     "family, lines",
     [

@@ -5,6 +5,7 @@ They are ordinary dataclasses, so TrlParser and HfArgumentParser offer the field
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import get_type_hints
 
@@ -12,12 +13,22 @@ from trl import GRPOConfig, RLOOConfig
 
 from dta_plugin.config import TreeConfig
 
+_overrides: dict[str, object] = {}
+
+
+def override(config: TreeConfig | None, names: Iterable[str] = ()) -> None:
+    """From now on these options of `config` go before what trainer arguments that carry options say; None: no more."""
+    _overrides.clear()
+    if config is not None:
+        _overrides.update({name: name == "use_dta" or getattr(config, name.removeprefix("dta_")) for name in names})
+
 
 def tree_config(args: object) -> TreeConfig | None:
     """The TreeConfig of trainer arguments that carry the options, or None if they carry none or `use_dta` is off."""
-    if not getattr(args, "use_dta", False):
+    if not (hasattr(args, "use_dta") and _overrides.get("use_dta", args.use_dta)):
         return None
-    return TreeConfig.from_options({f.name: getattr(args, f"dta_{f.name}", f.default) for f in fields(TreeConfig)})
+    own = {f.name: getattr(args, f"dta_{f.name}", f.default) for f in fields(TreeConfig)}
+    return TreeConfig.from_options({name: _overrides.get(f"dta_{name}", value) for name, value in own.items()})
 
 
 _types = get_type_hints(TreeConfig)

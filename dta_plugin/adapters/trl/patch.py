@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from trl import GRPOTrainer, RLOOTrainer
 
 from dta_plugin.adapters.trl import hooks, idle
-from dta_plugin.adapters.trl.config import tree_config
+from dta_plugin.adapters.trl.config import override, tree_config
 from dta_plugin.adapters.trl.protocols import GRPOLike
 from dta_plugin.adapters.trl.upstream import HOOK, PREPARE, check, say_what_is_untested
 from dta_plugin.config import TreeConfig
@@ -23,12 +23,13 @@ _own: dict[tuple[type, str], Callable[..., Any]] = {}
 _active: TreeConfig | None = None
 
 
-def enable(config: TreeConfig) -> None:
-    """See `dta_plugin.enable`."""
+def enable(config: TreeConfig, flags: Iterable[str] = ()) -> None:
+    """See `dta_plugin.enable`. flags: options such as `dta_verify` that go before those of trainers' configs."""
     global _active
     check()
     say_what_is_untested()
     _active = config
+    override(config, flags)
     idle.expect_trees(config)
     for trainer_class in (GRPOTrainer, RLOOTrainer):
         for name, hook in _HOOKS.items():
@@ -41,6 +42,7 @@ def disable() -> None:
     """See `dta_plugin.disable`."""
     global _active
     _active = None
+    override(None)
     idle.expect_trees(None)
     for (trainer_class, name), own in _own.items():
         setattr(trainer_class, name, own)

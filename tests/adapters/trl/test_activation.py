@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer, RLOOTrainer, TrlParser
 
 import dta_plugin
+from dta_plugin.activation import enable_by_flags
 from dta_plugin.adapters.trl import TreeGRPOConfig, TreeGRPOTrainer
+from dta_plugin.adapters.trl.config import tree_config
 from dta_plugin.errors import InvalidInputError
 from tests.adapters.trl.launch import SCRIPTS, Result, Site, as_run
 from tests.adapters.trl.support import assert_equal, enabled, identical, train
@@ -180,6 +182,25 @@ def test_own_config_goes_before_enable(model: str, tmp_path: Path) -> None:
         with pytest.warns(UserWarning, match="Give the options in one place"):
             train(model, tmp_path, TreeGRPOTrainer, TreeGRPOConfig, max_steps=1)
     assert identical(stock, off)
+
+
+def test_flags_go_before_own_config(
+    model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
+) -> None:
+    """What a command line names counts, what it does not is the config's; as with `use_dta=False` of a patched TRL."""
+    stock = train(model, tmp_path, GRPOTrainer, GRPOConfig)
+    with enabled(), caplog.at_level("INFO", logger="dta_plugin"):
+        enable_by_flags(dta_plugin.TreeConfig(verify="first"), ["use_dta", "dta_verify"])
+        tree = train(model, tmp_path, GRPOTrainer, TreeGRPOConfig, use_dta=False)
+        merged = tree_config(
+            TreeGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, dta_verify="off", dta_prune="never")
+        )
+        assert tree_config(GRPOConfig(str(tmp_path), use_cpu=True, bf16=False)) is None, "it has no flag"
+    assert_equal(stock, tree)
+    assert caplog.text.count("verified against dense") == 1
+    assert not any("own config" in str(warning.message) for warning in recwarn)
+    assert merged == dta_plugin.TreeConfig(verify="first", prune="never")
+    assert tree_config(TreeGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, use_dta=False)) is None, "flags are over"
 
 
 def test_enable_configures_tree_trainers(
