@@ -63,11 +63,11 @@ def sequence_logprobs(
     batch = prepare(model, sequences, scored, config, temperatures=own)
     if not batch.use_tree:
         return run_dense(model, batch, temperature=common, return_entropy=return_entropy)
-    if config.verify != "off":
-        call = _calls[model] = _calls.get(model, -1) + 1
-        if config.verifies(call):
-            check_batch(model, batch, config, common)
     try:
+        if config.verify != "off":
+            call = _calls[model] = _calls.get(model, -1) + 1
+            if config.verifies(call):
+                check_batch(model, batch, config, common)
         return run_tree(model, batch, config, temperature=common, return_entropy=return_entropy)
     except UnsupportedModelError as error:  # found only while running, such as a layer that bypasses the tree
         if config.on_unsupported == "error":

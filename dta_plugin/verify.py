@@ -18,9 +18,9 @@ from dta_plugin.config import TreeConfig
 from dta_plugin.execution.auto import run_dense, run_tree
 from dta_plugin.execution.batch import Batch, SequenceLogProbs, prepare
 from dta_plugin.execution.dense import dense_logprobs
-from dta_plugin.execution.probing.noise import Gap, is_routed, looks, moved_embeddings, rounding_unit
+from dta_plugin.execution.probing.noise import Gap, is_routed, logprob_floor, looks, moved_embeddings, rounding_unit
 from dta_plugin.execution.probing.traces import decoder_layers, first_difference, traced
-from dta_plugin.execution.ranks import is_fsdp1, is_sharded, is_zero3, without_reducers
+from dta_plugin.execution.ranks import gathered, is_collective, is_fsdp1, is_sharded, is_zero3, without_reducers
 from dta_plugin.models.introspection import causal_lm, evaluation_mode
 from dta_plugin.tree.layout import Scored
 from dta_plugin.tree.trie import TokenSequence
@@ -39,7 +39,8 @@ class Difference:
     """Tree against dense, and what rounding explains of it.
 
     logprobs, logprob_noise: in nats. gradients, gradient_noise: parameter name -> relative error (L2); empty where
-    gradients were not compared. unit: relative size of a rounding step.
+    gradients were not compared. unit: relative size of a rounding step. logprob_floor: what log-probs may
+    differ anyway.
     """
 
     logprobs: Gap
@@ -47,6 +48,7 @@ class Difference:
     gradients: dict[str, float]
     gradient_noise: dict[str, float]
     unit: float
+    logprob_floor: float
 
     def __str__(self) -> str:
         text = f"log-probs agree to {self.logprobs.mean:.1e} nats on average, {self.logprobs.most:.1e} at most"
@@ -63,7 +65,7 @@ class Difference:
 
     @property
     def agreeing_logprobs(self) -> bool:
-        return self.logprobs.is_within(self.logprob_noise, self.unit)
+        return self.logprobs.is_within(self.logprob_noise, self.logprob_floor)
 
     @property
     def wrong_gradients(self) -> list[str]:
@@ -108,11 +110,15 @@ def compare(
 def _difference(model: nn.Module, batch: Batch, config: TreeConfig, temperature: float) -> tuple[Difference, str]:
     """And the executor that ran the tree."""
     base = causal_lm(model)
-    parameters = {} if _has_no_gradients(model) else {n: p for n, p in model.named_parameters() if p.requires_grad}
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if _has_no_gradients(model) or not batch.sequences:
+        parameters = {}
+    scored = batch.edges.host.scored_tokens
+    scored = min(gathered(model, scored)) if is_collective(model) else scored  # ranks look equally often
     routed, noises, gradient_noises = is_routed(base), [], []
     with evaluation_mode(base), torch.set_grad_enabled(bool(parameters)):
         own, expected = _own(model, batch, temperature, parameters)
-        for seed in looks(base, batch.edges.host.scored_tokens):
+        for seed in looks(base, scored):
             with moved_embeddings(base, seed):
                 moved, gradients = _own(model, batch, temperature, parameters)
             noises.append(Gap.of(moved - own, routed))
@@ -126,12 +132,13 @@ def _difference(model: nn.Module, batch: Batch, config: TreeConfig, temperature:
         gradients=_errors(gradients, expected),
         gradient_noise=_by_kind(gradient_noises),
         unit=rounding_unit(base),
+        logprob_floor=logprob_floor(own, rounding_unit(base)),
     ), result.report.executor
 
 
 def _has_no_gradients(model: nn.Module) -> bool:
     """Whether gradients cannot be asked for by parameter: they are sharded, or nothing is to learn."""
-    return is_sharded(model) or is_zero3(model) or is_fsdp1(model)
+    return is_sharded(model) or is_zero3(model) or is_fsdp1(model) or torch.is_inference_mode_enabled()
 
 
 def _flat(result: SequenceLogProbs) -> torch.Tensor:
@@ -140,7 +147,8 @@ def _flat(result: SequenceLogProbs) -> torch.Tensor:
 
 def _weights(batch: Batch) -> torch.Tensor:
     """The linear functional's, of every token's log-prob, float32 [N - S]."""
-    return torch.randn(sum(batch.edges.lengths), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(sum(batch.edges.lengths), generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _own(
@@ -166,6 +174,8 @@ def _own(
 
 
 def _gradients(values: torch.Tensor, weights: torch.Tensor, parameters: dict[str, nn.Parameter]) -> Gradients:
+    if not values.requires_grad:  # of what is to learn, nothing is on the way to log-probs
+        return {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     found = torch.autograd.grad((values * weights.to(values)).sum(), list(parameters.values()), allow_unused=True)
     pairs = zip(parameters.items(), found, strict=True)
     return {name: torch.zeros_like(p) if gradient is None else gradient for (name, p), gradient in pairs}
@@ -200,6 +210,8 @@ def _kind(name: str) -> str:
 def _place(model: nn.Module, batch: Batch, config: TreeConfig, executor: str) -> str:
     """Where the hidden states of a batch part."""
     base = causal_lm(model)
+    if is_collective(model):  # all ranks must call the model equally often
+        return "somewhere"
     budget = max(1, batch.tree.tree_tokens // 4) if executor == "streamed" else None
     with evaluation_mode(base), torch.no_grad():
         layer = first_difference(
@@ -208,7 +220,7 @@ def _place(model: nn.Module, batch: Batch, config: TreeConfig, executor: str) ->
             lambda: run_dense(model, batch),
             lambda: traced(model, batch.tree, batch.edges, budget, config.backend)[1],
         )
-    return "behind the last layer: in the head" if layer is None else f"from layer {layer} on"
+    return "somewhere" if layer is None else f"from layer {layer} on"
 
 
 def _in_words(difference: Difference) -> str:

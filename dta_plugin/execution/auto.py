@@ -63,7 +63,7 @@ def _stream_budget(model: nn.Module, batch: Batch, config: TreeConfig, obstacle:
         raise InvalidInputError(
             f"executor='streamed' with {obstacle}. Use executor='auto', which runs such batches packed."
         )
-    reasons = _probed(model, config, obstacle is None)
+    reasons = _probed(model, config, obstacle is None, batch.edges.target.device)
     if config.executor == "auto" and reasons.get("streamed"):
         obstacle = reasons["streamed"]
     if config.executor == "packed" or obstacle is not None:
@@ -75,12 +75,12 @@ def _stream_budget(model: nn.Module, batch: Batch, config: TreeConfig, obstacle:
     return budget if streams else None
 
 
-def _probed(model: nn.Module, config: TreeConfig, can_stream: bool) -> dict[str, str | None]:
+def _probed(model: nn.Module, config: TreeConfig, can_stream: bool, device: torch.device) -> dict[str, str | None]:
     """Per executor that may run, why it may not after all. Raises UnsupportedModelError if none is left."""
     if config.probe == "off":
         return {}
     executors = [config.executor] if config.executor != "auto" else ["packed", *["streamed"] * can_stream]
-    reasons = probe(model, executors, config.backend)
+    reasons = probe(model, executors, config.backend, device)
     first = reasons[executors[0]]
     if first is not None:
         raise UnsupportedModelError(first)
@@ -166,7 +166,7 @@ def _result(batch: Batch, output: EdgeOutputs, return_entropy: bool, plan: Plan 
 
 def _zero(values: Sequence[torch.Tensor]) -> torch.Tensor:
     """0, differentiable in what `values` are differentiable in."""
-    return 0.0 * torch.stack([x.sum() for x in values]).sum()
+    return 0.0 * torch.stack([x.sum() for x in values]).sum() if values else torch.zeros(())
 
 
 def _report(

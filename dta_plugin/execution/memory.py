@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -42,6 +44,18 @@ def halve(model: PreTrainedModel, budget: int) -> int | None:
         budget // 2,
     )
     return budget // 2
+
+
+@contextmanager
+def budget_kept(model: PreTrainedModel) -> Iterator[None]:
+    """What is learned about the budget within the context is forgotten."""
+    before = _learned.get(model)
+    try:
+        yield
+    finally:
+        _learned.pop(model, None)
+        if before is not None:
+            _learned[model] = before
 
 
 # Looked at once per model and checkpointing: the estimate walks all modules.

@@ -36,7 +36,7 @@ from dta_plugin.tree.cost import estimate
 from dta_plugin.tree.layout import TreeLayout
 from dta_plugin.tree.report import TreeReport
 
-_OPTIONS = {"backend", "min_saving", "on_unsupported"}
+_OPTIONS = {"backend", "min_saving", "probe", "on_unsupported"}
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -45,7 +45,7 @@ def share_prefixes(model: nn.Module, config: TreeConfig | None = None) -> Prefix
 
     model: a decoder of Hugging Face with any head (AutoModelForCausalLM, AutoModelForSequenceClassification, ...),
         before or after PEFT, DDP or FSDP2 wrap it. Its parameters, state dict and class stay as they are.
-    config: backend, min_saving and on_unsupported apply.
+    config: backend, min_saving, probe and on_unsupported apply.
 
     Calls with ``input_ids`` [B, L] of at least two rows and, where rows are padded, ``attention_mask`` [B, L] are
     shared. Outputs at real tokens and all gradients are those of the model's own path up to the order of sums; hidden

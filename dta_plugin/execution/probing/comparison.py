@@ -19,12 +19,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dta_plugin.attention import TreeMask
-from dta_plugin.execution.packed import check_every_layer_hit, check_finite, model_inputs
-from dta_plugin.execution.probing.noise import Gap, is_routed, looks, moved_embeddings, rounding_unit
+from dta_plugin.execution.packed import check_every_layer_hit, model_inputs
+from dta_plugin.execution.probing.noise import Gap, is_routed, logprob_floor, looks, moved_embeddings, rounding_unit
 from dta_plugin.execution.probing.traces import first_difference, in_layout_order, recorded, state_gaps, traced
 from dta_plugin.execution.ranks import is_fsdp1, is_sharded
 from dta_plugin.models.attention_registry import install
-from dta_plugin.models.introspection import decoder_of, input_device, lm_head
+from dta_plugin.models.introspection import decoder_of, lm_head
 from dta_plugin.tree.layout import ScoredEdges, TreeLayout
 from dta_plugin.tree.trie import PrefixTree
 
@@ -36,15 +36,20 @@ _NOISY_ROWS = 3
 _SUMS, _EPS = 64, torch.finfo(torch.float32).eps
 
 
+class NotComparable(RuntimeError):
+    """The model's own path gives nothing that a tree could be compared with."""
+
+
 class Comparison:
     """A model's own path on some sequences, and what trees are compared with. Without gradient; in evaluation mode.
 
     worst: the largest gap so far, of log-probs in nats, or, of a model without a head, of hidden states, relative.
     """
 
-    def __init__(self, model: nn.Module, base: PreTrainedModel, sequences: list[list[int]], backend: str) -> None:
+    def __init__(
+        self, model: nn.Module, base: PreTrainedModel, sequences: list[list[int]], backend: str, device: torch.device
+    ) -> None:
         self.model, self.base, self.backend = model, base, backend
-        device = input_device(base)
         self.tree = PrefixTree.from_sequences(sequences)
         self.edges = ScoredEdges.from_tree(self.tree, None, device)
         self.rows = [torch.tensor(row, device=device) for row in sequences]
@@ -57,7 +62,8 @@ class Comparison:
         self.head_difference: str | None = None
         self.worst = Gap(0.0, 0.0)
         self.logprobs, self.states = self._own(self.rows, looks_at_head=True)
-        check_finite([self.logprobs], base)
+        if not torch.isfinite(self.logprobs).all():
+            raise NotComparable("the model gives random tokens log-probs that are not finite")
         noises = [self._noise(seed) for seed in looks(base, len(self.logprobs))]
         self.noise, self.state_noise = (Gap.largest(each) for each in zip(*noises, strict=True))
 
@@ -77,7 +83,7 @@ class Comparison:
         if not state_gap.is_within(self.state_noise, self.unit):
             explained = f"{state_gap.mean:.1e} on average, where rounding explains {self.state_noise.mean:.1e}"
             return f"{self._place(executor)}, hidden states by {explained}"
-        if self.has_head and not gap.is_within(self.noise, self.unit):
+        if self.has_head and not gap.is_within(self.noise, logprob_floor(self.logprobs, self.unit)):
             explained = f"{gap.mean:.1e} nats on average, where rounding explains {self.noise.mean:.1e}"
             return f"in its head, log-probs by {explained}"
         return None
@@ -94,8 +100,10 @@ class Comparison:
             for row in self.rows:
                 self._run(row)
 
+        if is_sharded(self.model) or is_fsdp1(self.model):  # all ranks must call the model equally often
+            return "in its decoder"
         layer = first_difference(self.base, self.tree.paths, run_own, lambda: self._traced(executor)[1])
-        return "behind the last layer" if layer is None else f"from layer {layer} on"
+        return "in its decoder" if layer is None else f"from layer {layer} on"
 
     def _own(self, rows: Sequence[torch.Tensor], looks_at_head: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs, flat, of tokens 1.. of every row, and hidden states [tokens, H] of all."""
@@ -122,6 +130,8 @@ class Comparison:
         """Both in [len, V], from the same hidden states."""
         if own.shape != ours.shape:
             return f"in its head: logits {tuple(own.shape)}, and {tuple(ours.shape)} as the tree reads it"
+        finite = torch.isfinite(own) & torch.isfinite(ours)  # ids of no use may have -inf
+        own, ours = own.masked_fill(~finite, 0.0), ours.masked_fill(~finite, 0.0)
         gap, size, largest = (own - ours).abs(), own.abs().mean().item(), own.abs().max().item()
         if gap.mean().item() <= self.step * size and gap.max().item() <= 4 * self.step * largest:
             return None
@@ -135,7 +145,7 @@ class Comparison:
         tokens = torch.from_numpy(self.tree.tokens[targets]).to(logits.device)
         log_p = logits.log_softmax(dim=-1)
         expected = log_p[rows, tokens]
-        size = logits[rows, tokens].abs() + (log_p.exp() * logits.abs()).sum(dim=-1)[rows]
+        size = logits[rows, tokens].abs() + (log_p.exp() * logits.abs()).nan_to_num(0.0).sum(dim=-1)[rows]
         gap, allowed = (logprobs - expected).abs(), self.unit * size + _SUMS * _EPS * (size - expected)
         if bool((gap <= allowed).all()):
             return None

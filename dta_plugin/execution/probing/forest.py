@@ -13,19 +13,21 @@ from dta_plugin.models.rotary import length_limits
 
 # Of the longest sequence: the fewest tokens, and the most that are cheap.
 _SHORTEST, _LONGEST = 32, 320
+# Of one sequence: the most logits.
+_LOGITS = 2**25
 # Beyond the smallest window.
 _BEYOND = 16
 
 
 def probe_forest(model: PreTrainedModel) -> list[list[int]]:
-    """Seven sequences: forks at three depths, siblings side by side, branches of one token, and an end inside the tree.
+    """Nine sequences: forks at three depths, siblings side by side, branches of one token, and an end inside the tree.
 
     The longest is longer than the smallest attention window where that is cheap, and shorter than any length at which
     rotary frequencies change: what happens there is decided by batch. Tokens are random, none of them special.
     """
     length = _length(model)
     random = np.random.default_rng(0)
-    ordinary = _ordinary_tokens(model.config.get_text_config())
+    ordinary = _ordinary_tokens(model.config.get_text_config(), model.config)
 
     def run(tokens: int) -> list[int]:
         return random.choice(ordinary, max(1, tokens)).tolist()
@@ -38,6 +40,8 @@ def probe_forest(model: PreTrainedModel) -> list[list[int]]:
         longest,
         sibling,
         stem + run(quarter),
+        stem + run(quarter),
+        stem + run(quarter),
         sibling[: 3 * quarter // 2] + run(quarter // 2),
         longest[: 2 * quarter] + run(1),
         longest[: 2 * quarter] + run(1),
@@ -49,13 +53,14 @@ def _length(model: PreTrainedModel) -> int:
     windows = [layer.window for layer in attention_sizes(model) if layer.window is not None]
     wanted = max(_SHORTEST, min(windows, default=0) + _BEYOND)
     limits = [limit - 1 for _, limit in length_limits(model)]
-    return max(8, min(wanted, _LONGEST, *limits))
+    cheap = max(_SHORTEST, _LOGITS // model.config.get_text_config().vocab_size)
+    return max(8, min(wanted, _LONGEST, cheap, *limits))
 
 
-def _ordinary_tokens(config: Any) -> np.ndarray:
-    """All ids but those that the config gives a meaning, as far as any are left."""
+def _ordinary_tokens(config: Any, whole: Any) -> np.ndarray:
+    """All ids but those that the config of the text model, or of the whole, gives a meaning, if any are left."""
     ids = np.arange(config.vocab_size)
-    ordinary = np.setdiff1d(ids, list(_special_tokens(config)))
+    ordinary = np.setdiff1d(ids, [*_special_tokens(config), *_special_tokens(whole)])
     return ordinary if len(ordinary) > 1 else ids
 
 

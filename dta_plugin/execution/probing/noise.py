@@ -71,6 +71,15 @@ def is_routed(model: PreTrainedModel) -> bool:
     return any(name.endswith((".experts", ".router")) for name, _ in model.named_modules())
 
 
+def logprob_floor(logprobs: torch.Tensor, unit: float) -> float:
+    """What rounding explains of log-probs anyway, in nats: some float32 steps of the largest one.
+
+    unit: of `rounding_unit`. Where logits are small, moving the embeddings may change no bit of them.
+    """
+    largest = logprobs.detach().abs().max().item() if logprobs.numel() else 0.0
+    return unit + 8 * torch.finfo(torch.float32).eps * largest
+
+
 def looks(model: PreTrainedModel, values: int) -> range:
     """Seeds for `moved_embeddings`: how often to look at the noise of so many values."""
     is_shifty = is_routed(model) and rounding_unit(model) > _HALF_PRECISION
@@ -81,11 +90,12 @@ def looks(model: PreTrainedModel, values: int) -> range:
 def moved_embeddings(model: PreTrainedModel, seed: int = 0) -> Iterator[None]:
     """Within the context, every number of an input embedding is off by up to half a rounding step, drawn by `seed`."""
     unit = rounding_unit(model)
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator("cpu").manual_seed(seed)
 
     def move(_: nn.Module, __: tuple[Any, ...], embeddings: torch.Tensor) -> torch.Tensor:
-        steps = torch.rand(embeddings.shape, generator=random) - 0.5
-        return embeddings * (1 + unit * steps).to(embeddings)
+        steps = torch.rand(embeddings.shape, generator=random, dtype=torch.float32, device="cpu") - 0.5
+        size = max(unit, torch.finfo(embeddings.dtype).eps)  # mixed precision may hand them out in a narrower type
+        return embeddings * (1 + size * steps).to(embeddings)
 
     handle = model.get_input_embeddings().register_forward_hook(move)
     try:

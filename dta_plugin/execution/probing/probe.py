@@ -10,8 +10,11 @@ stay as they were.
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,11 +24,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.execution.memory import budget_kept
 from dta_plugin.execution.probing.comparison import Comparison
 from dta_plugin.execution.probing.forest import probe_forest
 from dta_plugin.execution.probing.noise import Gap, rounding_unit
 from dta_plugin.execution.ranks import gathered, has_tensor_parallel, is_fsdp1, is_sharded, is_zero3, without_reducers
-from dta_plugin.models.introspection import causal_lm, evaluation_mode, wrappings
+from dta_plugin.models.introspection import causal_lm, evaluation_mode, input_device, wrappings
+
+log = logging.getLogger("dta_plugin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,29 +50,40 @@ class Outcome:
     def __str__(self) -> str:
         if self.skipped is not None:
             return f"not probed: {self.skipped}"
-        executors = " and ".join(self.reasons)
-        return f"probed {executors}: log-probs agree to {self.gap.most:.1e} nats ({self.seconds:.2f} s, once)"
+        exact = " and ".join(name for name, reason in self.reasons.items() if reason is None)
+        refused = [reason for reason in self.reasons.values() if reason is not None]
+        agree = f"probed {exact}: log-probs agree to {self.gap.most:.1e} nats ({self.seconds:.2f} s, once)"
+        return " ".join([agree] * bool(exact) + [f"Not run: {reason}" for reason in refused])
 
 
+# Hooks and modes of a model that is being probed are not for another thread.
+_lock = threading.RLock()
 # By executor, backend, and what the model is at the moment.
 _outcomes: WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], Outcome]] = WeakKeyDictionary()
 
 
-def probe(model: nn.Module, executors: Sequence[str], backend: str) -> dict[str, str | None]:
+def probe(
+    model: nn.Module, executors: Sequence[str], backend: str, device: torch.device | None = None
+) -> dict[str, str | None]:
     """Per executor, why it may not run, as a sentence, or None if it may.
 
-    executors: "packed", "streamed", or, of a model without a head, "decoder".
+    executors: "packed", "streamed", or, of a model without a head, "decoder". device: where the model computes, None
+        for where its input embedding is.
 
     Those that were not probed yet are. Ranks whose weights are sharded must all call it, and get the same answers.
     """
     base = causal_lm(model)
-    known = _outcomes.setdefault(base, {})
-    state = backend, base.config._attn_implementation, rounding_unit(base), tuple(_adapters(model))
-    missing = [executor for executor in executors if (executor, state) not in known]
-    if missing:
-        outcome = _probe(model, base, missing, backend)
-        known |= {(executor, state): outcome for executor in missing}
-    return {executor: known[executor, state].reasons[executor] for executor in executors}
+    device = device or input_device(base)
+    # What FSDP2 says of its weights' type changes with the first call.
+    precision = None if is_sharded(model) else (rounding_unit(base), base.dtype)
+    state = backend, device, base.config._attn_implementation, precision, tuple(_adapters(model))
+    with _lock:
+        known = _outcomes.setdefault(base, {})
+        missing = [executor for executor in executors if (executor, state) not in known]
+        if missing:
+            outcome = _probe(model, base, missing, backend, device)
+            known |= {(executor, state): outcome for executor in missing}
+        return {executor: known[executor, state].reasons[executor] for executor in executors}
 
 
 def latest_outcome(model: nn.Module) -> Outcome | None:
@@ -80,22 +97,43 @@ def _adapters(model: nn.Module) -> Iterator[str]:
         yield from map(str, active if isinstance(active, (list, tuple)) else ())
 
 
-def _probe(model: nn.Module, base: PreTrainedModel, executors: Sequence[str], backend: str) -> Outcome:
+def _probe(
+    model: nn.Module, base: PreTrainedModel, executors: Sequence[str], backend: str, device: torch.device
+) -> Outcome:
     start = time.perf_counter()
     inner = without_reducers(model)
     skipped = _obstacle(inner)
     if skipped is not None:
         return Outcome(dict.fromkeys(executors), Gap(0.0, 0.0), 0, 0.0, skipped)
-    forest = probe_forest(base)
-    devices = [base.device] if base.device.type == "cuda" else []
-    with torch.no_grad(), evaluation_mode(inner), torch.random.fork_rng(devices):
-        comparison = Comparison(inner, base, forest, backend)
-        reasons = {executor: _reason(comparison, executor) for executor in executors}
-    torch.clear_autocast_cache()
+    try:
+        with _undisturbed(inner, base, device):
+            comparison = Comparison(inner, base, probe_forest(base), backend, device)
+            reasons = {executor: _reason(comparison, executor) for executor in executors}
+    except Exception as error:  # what a model cannot do with the forest, it may do with the user's rows
+        why = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+        log.warning("dta: %s is not probed before its first tree (%s)", type(base).__name__, why)
+        return Outcome(dict.fromkeys(executors), Gap(0.0, 0.0), 0, 0.0, why)
     if is_sharded(inner) or is_fsdp1(inner):
         ranks = gathered(inner, reasons)
         reasons = {name: next((found for rank in ranks if (found := rank[name])), None) for name in executors}
     return Outcome(reasons, comparison.worst, comparison.tree.flat_tokens, time.perf_counter() - start)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module, base: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """Whatever runs inside leaves no trace: modes, random numbers, budgets, weights that autocast has cast."""
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with (
+            torch.no_grad(),
+            evaluation_mode(model),
+            torch.random.fork_rng(devices),
+            budget_kept(base),
+            torch.compiler.set_stance("force_eager"),  # compiled modules see no hooks
+        ):
+            yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 def _obstacle(model: nn.Module) -> str | None:

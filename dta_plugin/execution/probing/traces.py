@@ -91,6 +91,8 @@ def first_difference(
         order = run_tree()
     routed, unit = is_routed(model), rounding_unit(model)
     rows = torch.from_numpy(paths).to(own[0][0].device)
+    if any(len(calls) != len(own[0]) for calls in own):  # layers that are called more than once have no order
+        return None
     for index, mine in enumerate(own):
         expected = torch.cat(mine)
         noise = Gap.largest([Gap.of(state_gaps(torch.cat(moved[index]), expected), routed) for moved in noisy])
