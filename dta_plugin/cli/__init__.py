@@ -55,9 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _run(build_parser().parse_args(arguments))
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # the reader (head, less) has seen enough
+    except OSError as error:  # the reader (head, less) has seen enough, or the disk is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        if isinstance(error, BrokenPipeError):
+            return 0
+        print(f"dta: the output cannot be written: {reason(error)}", file=sys.stderr)
+        return 2
 
 
 def _run(args: argparse.Namespace) -> int:

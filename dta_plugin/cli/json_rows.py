@@ -143,9 +143,7 @@ def _values(name: str, file: TextIO, buffer: str, line: int) -> Iterator[Row]:
 
 
 def _too_long(where: str) -> InvalidInputError:
-    return InvalidInputError(
-        f"{where} is longer than {MAX_VALUE >> 20} Mi characters. Expected one rollout per line."
-    )
+    return InvalidInputError(f"{where} is longer than {MAX_VALUE >> 20} Mi characters. Expected one rollout per line.")
 
 
 def _unusable(where: str, error: Exception) -> InvalidInputError:

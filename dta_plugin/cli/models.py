@@ -84,7 +84,7 @@ def skeleton(path: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     config = load_config(path)
-    check_heads(config, path)
+    _check_heads(config, path)
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
@@ -114,7 +114,7 @@ def load_model(path: str, dtype: torch.dtype | None, device: torch.device) -> tu
     from transformers import AutoModelForCausalLM
 
     config = load_config(path)
-    check_heads(config, path)
+    _check_heads(config, path)
     folder = Path(path)
     loaded: dict[str, Any] = {}
     is_random = folder.is_file() or (folder.is_dir() and not _has_weights(folder))
@@ -143,23 +143,14 @@ def load_model(path: str, dtype: torch.dtype | None, device: torch.device) -> tu
     return model, "random weights" if is_random else "its weights"
 
 
-def check_heads(config: Any, path: str) -> None:
-    """Raise InvalidInputError for attention heads that cannot share keys, or the hidden size, evenly."""
+def _check_heads(config: Any, path: str) -> None:
+    """Raise InvalidInputError for attention heads that cannot share keys evenly."""
     text = config.get_text_config()
     heads, shared = getattr(text, "num_attention_heads", None), getattr(text, "num_key_value_heads", None)
-    if not isinstance(heads, int):
-        return
-    if heads < 1 or (isinstance(shared, int) and (shared < 1 or heads % shared)):
+    if isinstance(heads, int) and isinstance(shared, int) and shared > 0 and heads % shared:
         raise InvalidInputError(
-            f"{path!r} has num_attention_heads={heads} and num_key_value_heads={shared}. Expected a multiple "
-            "of the latter."
-        )
-    hidden = getattr(text, "hidden_size", None)
-    has_own_size = any("head_dim" in name for name, value in text.to_dict().items() if value is not None)
-    if isinstance(hidden, int) and hidden % heads and not has_own_size:
-        raise InvalidInputError(
-            f"{path!r} has hidden_size={hidden} and num_attention_heads={heads}. Expected a multiple of the latter, "
-            "or a head_dim."
+            f"{path!r} has num_attention_heads={heads} and num_key_value_heads={shared}. The former "
+            "has to be a multiple of the latter."
         )
 
 

@@ -24,9 +24,11 @@ def printable(text: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next((line for line in lines if line), type(error).__name__)
+    """The first line of an error's message, and the one that it announces; the error's type where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def progress(items: Iterable[Item], unit: str) -> Iterable[Item]:
