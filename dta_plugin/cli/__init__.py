@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return 0
-        print(f"dta: the output cannot be written: {reason(error)}", file=sys.stderr)
+        print(f"dta: {printable(reason(error))}", file=sys.stderr)
         return 2
 
 
@@ -69,7 +69,7 @@ def _run(args: argparse.Namespace) -> int:
         sys.stdout.reconfigure(errors="replace")  # rollouts hold characters that a terminal may not know
     try:
         return args.run(args)
-    except BrokenPipeError:
+    except OSError:
         raise
     except KeyboardInterrupt:
         code, message = 130, "interrupted"

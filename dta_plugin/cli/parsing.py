@@ -164,7 +164,8 @@ def _preference(prompt: Any, chosen: Any, rejected: Any, where: str) -> Iterator
             f"{where} has {kinds} as chosen and rejected. Expected two texts, chats or lists of ids."
         )
     contains_prompt = isinstance(prompt, str) and all(
-        _is_chat(answer) and any(message.get("content") == prompt for message in answer) for answer in answers
+        _is_chat(answer) and any(isinstance(item, dict) and item.get("content") == prompt for item in answer)
+        for answer in answers
     )
     if prompt is None or contains_prompt:
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))

@@ -330,6 +330,7 @@ def test_control_characters_stay_in_the_file(tmp_path: Path, capsys: pytest.Capt
         (MemoryError(), 2, "MemoryError: MemoryError"),
         (KeyboardInterrupt(), 130, "dta inspect: interrupted\n"),
         (BrokenPipeError(), 0, ""),
+        (OSError(28, "No space left on device"), 2, "dta: [Errno 28] No space left on device"),
     ],
 )
 def test_the_last_resort(
