@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dta_plugin.cli.rollouts import TokenizedSequence
-from dta_plugin.cli.terminal import progress
+from dta_plugin.cli.terminal import progress, waiting
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.tree import PrefixTree, ScoredEdges
 from dta_plugin.tree.cost import ModelCost, estimate
@@ -107,8 +107,9 @@ def inspect_sequences(
     if len(trees) == 1:
         tree, whole = next(iter(trees.values())), within
     else:
-        tree = PrefixTree.from_sequences([sequence.tokens for sequence in sequences])
-        whole = _sharing(tree, sequences, model)
+        with waiting("merging the whole file"):
+            tree = PrefixTree.from_sequences([sequence.tokens for sequence in sequences])
+            whole = _sharing(tree, sequences, model)
     common = int((tree.multiplicity == len(sequences)).sum())
     shown = group if group is not None else max(trees, key=lambda name: trees[name].tree_tokens)
     searched = trees if group is None else {group: trees[group]}

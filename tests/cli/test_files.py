@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -360,6 +361,9 @@ def test_progress_is_for_terminals(capsys: pytest.CaptureFixture[str], monkeypat
     monkeypatch.setattr(screen, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(sys, "stderr", screen)
     assert list(terminal.progress(range(3), "rows")) == [0, 1, 2]
+    with terminal.waiting("loading"):
+        while "loading ..\n" not in screen.getvalue():
+            time.sleep(0.001)
     assert "rows" in screen.getvalue()
 
 
