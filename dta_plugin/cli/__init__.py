@@ -5,7 +5,8 @@
     dta verify --model PATH          tree against dense: log-probs and gradients
     dta calibrate --model PATH       how fast it trains here, measured once; training then decides by it
 
-Exit codes: 0 all well; 1 the check failed (`doctor`, `verify`); 2 the input cannot be used, said in one line.
+Exit codes: 0 all well; 1 the check failed (`doctor`, `verify`); 2 the input cannot be used, said in one line; 130
+interrupted.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ import argparse
 import io
 import os
 import sys
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from dta_plugin import __version__
 from dta_plugin.cli import calibrate, doctor, inspect, verify
+from dta_plugin.cli.terminal import printable, reason
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 
 _EPILOG = """\
@@ -46,14 +50,42 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `dta` with these arguments (default: the command line's) and return its exit code."""
-    args = build_parser().parse_args(arguments)
+    try:
+        try:
+            return _run(build_parser().parse_args(arguments))
+        finally:
+            sys.stdout.flush()
+    except OSError as error:  # the reader (head, less) has seen enough, or the disk is full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 0
+        print(f"dta: {printable(reason(error))}", file=sys.stderr)
+        return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    """The subcommand's exit code; whatever it raises is one line."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # rollouts hold characters that a terminal may not know
     try:
         return args.run(args)
-    except (InvalidInputError, UnsupportedModelError) as error:
-        print(f"dta {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1 if isinstance(error, UnsupportedModelError) else 2
-    except BrokenPipeError:  # the reader (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError:
+        raise
+    except KeyboardInterrupt:
+        code, message = 130, "interrupted"
+    except UnsupportedModelError as error:
+        code, message = 1, str(error)
+    except InvalidInputError as error:
+        code, message = 2, str(error)
+    except Exception as error:
+        code, message = 2, _unforeseen(error)
+    print(f"dta {args.command}: {printable(' '.join(message.split()))}", file=sys.stderr)
+    return code
+
+
+def _unforeseen(error: Exception) -> str:
+    """What went wrong, and the last of this package's lines that took part in it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "dta_plugin" in frame.filename] or frames
+    place = f"{'/'.join(Path(own[-1].filename).parts[-3:])}, line {own[-1].lineno}"
+    return f"{type(error).__name__}: {reason(error)} ({place}). This was not foreseen: please report it."

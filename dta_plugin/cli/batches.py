@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain, islice
 
 import numpy as np
 
 from dta_plugin.cli.encoding import load_encoder
-from dta_plugin.cli.rollouts import load_rollouts, trajectory_sequences
+from dta_plugin.cli.rollouts import Grouping, Rollout, iter_rollouts, trajectory_sequences
+from dta_plugin.cli.terminal import progress
 from dta_plugin.tree import PrefixTree
 from dta_plugin.tree.divergence import first_fork_depth
 
@@ -36,9 +39,7 @@ def random_batch(vocabulary: int, max_tokens: int) -> Batch:
 
 def file_batch(file: str, tokenizer: str | None, limit: int, max_tokens: int) -> Batch:
     """`limit` rollouts, group by group, cut to the tokens around the place where they first part."""
-    rollouts = load_rollouts(file)
-    groups = list(dict.fromkeys(rollout.group for rollout in rollouts))
-    rollouts = sorted(rollouts, key=lambda rollout: groups.index(rollout.group))[:limit]
+    rollouts = _first_groups(file, limit)
     encoder = load_encoder(tokenizer)
     sequences = [sequence.tokens for sequence in trajectory_sequences(rollouts, encoder)]
     parting = first_fork_depth(PrefixTree.from_sequences(sequences)) or 0
@@ -47,3 +48,14 @@ def file_batch(file: str, tokenizer: str | None, limit: int, max_tokens: int) ->
     cut = [tokens for tokens in cut if len(tokens)]
     kind = "token ids" if rollouts[0].tokens is not None else encoder.description
     return Batch(cut, f"{len(cut)} rollouts, tokens {start:,} to {start + max_tokens:,}; {kind}")
+
+
+def _first_groups(file: str, limit: int) -> list[Rollout]:
+    """`limit` rollouts, group by group; no more is read once the first group has as many."""
+    groups: dict[str, list[Rollout]] = {}
+    with closing(iter_rollouts(file, Grouping(None))) as found:
+        for rollout in progress(found, "rollouts"):
+            groups.setdefault(rollout.group, []).append(rollout)
+            if len(next(iter(groups.values()))) == limit:
+                break
+    return list(islice(chain.from_iterable(groups.values()), limit))

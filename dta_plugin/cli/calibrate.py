@@ -62,6 +62,10 @@ def run(args: argparse.Namespace) -> int:
     from dta_plugin.cli.models import add_lora, device_named, load_model
     from dta_plugin.models.introspection import causal_lm, model_cost
 
+    if args.output is not None and not args.output.absolute().parent.is_dir():
+        raise InvalidInputError(
+            f"--output {args.output}: there is no folder {args.output.parent}. Expected one that is."
+        )
     name = args.dense or ("trl" if find_spec("trl") else "padded")
     model, weights = load_model(args.model, getattr(torch, args.dtype), device_named(args.device))
     dense = _dense_path(name, model)

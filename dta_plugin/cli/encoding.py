@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from dta_plugin.cli.messages import Message
 from dta_plugin.cli.models import check_exists
+from dta_plugin.cli.terminal import reason
 from dta_plugin.errors import InvalidInputError
-
-Message = dict[str, Any]
 
 _EXPECTED = "Expected a folder, a tokenizer.json or a model name of the Hugging Face hub."
 
@@ -50,7 +50,7 @@ class ByteEncoder:
         return bytes(token for token in token_ids if token < 256).decode("utf-8", errors="replace")
 
     def _encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode(), dtype=np.uint8)
+        return np.frombuffer(text.encode(errors="replace"), dtype=np.uint8)
 
     def _cached(self, text: str) -> np.ndarray:
         """Conversations repeat their messages turn by turn, so most have been encoded before."""
@@ -83,18 +83,16 @@ class TokenizerEncoder(ByteEncoder):
         return self.tokenizer.decode(token_ids)
 
     def _encode(self, text: str) -> np.ndarray:
-        return np.array(self.tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
+        return np.array(self.tokenizer.encode(_whole(text), add_special_tokens=False), dtype=np.int64)
 
     def _render(self, conversation: list[Message], continued: bool) -> str:
-        from jinja2 import TemplateError
-
         try:
             return self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=continued)
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except Exception as error:  # a template is a program
             roles = ", ".join(message["role"] for message in conversation[:6])
             raise InvalidInputError(
-                f"The tokenizer's chat template refuses a conversation (roles {roles}..): {error}. Expected messages "
-                "that the template knows; inspect token ids instead, or leave --tokenizer out."
+                f"The tokenizer's chat template refuses a conversation (roles {roles}..): {reason(error)}. Expected "
+                "messages that the template knows; inspect token ids instead, or leave --tokenizer out."
             ) from error
 
 
@@ -112,43 +110,34 @@ def load_encoder(tokenizer: str | None) -> ByteEncoder:
             return TokenizerEncoder(PreTrainedTokenizerFast(tokenizer_file=tokenizer), tokenizer)
         return TokenizerEncoder(AutoTokenizer.from_pretrained(tokenizer), tokenizer)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InvalidInputError(f"No tokenizer could be loaded from {tokenizer!r}: {reason} {_EXPECTED}") from error
+        raise InvalidInputError(
+            f"No tokenizer could be loaded from {tokenizer!r}: {reason(error)} {_EXPECTED}"
+        ) from error
 
 
 def render(message: Message) -> str:
-    """One message in the plain rendering; see the module's docstring."""
-    lines = [f"<|{message['role']}|>", _content(message)]
-    for call in message.get("tool_calls") or []:
-        name, arguments = _call(call)
-        lines.append(f"<|call|>{name} {arguments if isinstance(arguments, str) else json.dumps(arguments)}")
+    """One message, as cli/messages.py leaves it, in the plain rendering; see the module's docstring."""
+    lines = [f"<|{message['role']}|>", message["content"]]
+    for call in message.get("tool_calls", ()):
+        arguments = call["arguments"]
+        lines.append(f"<|call|>{call['name']} {arguments if isinstance(arguments, str) else json.dumps(arguments)}")
     return "\n".join(lines) + "\n"
 
 
-def _content(message: Message) -> str:
-    """The content as text; a list of parts is joined."""
-    content = message.get("content")
-    if isinstance(content, list):
-        return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content)
-    return "" if content is None else str(content)
-
-
-def _call(call: dict[str, Any]) -> tuple[str, Any]:
-    """(name, arguments) of a tool call, in OpenAI's nesting under "function" or without it."""
-    function = call.get("function", call)
-    return function.get("name", ""), function.get("arguments", "")
-
-
 def _for_template(message: Message) -> Message:
-    """The message as chat templates expect it: text content, tool calls nested, arguments as an object."""
-    converted = message | {"content": _content(message)}
-    if not message.get("tool_calls"):
-        converted.pop("tool_calls", None)
-        return converted
+    """The message as chat templates expect it: tool calls nested, arguments as an object."""
+    if "tool_calls" not in message:
+        return message
     calls = []
-    for name, arguments in map(_call, message["tool_calls"]):
+    for call in message["tool_calls"]:
+        arguments = call["arguments"]
         if isinstance(arguments, str):
-            with suppress(json.JSONDecodeError):  # templates print a string that is no JSON as it is
+            with suppress(ValueError, RecursionError):  # templates print a string that is no JSON as it is
                 arguments = json.loads(arguments)
-        calls.append({"type": "function", "function": {"name": name, "arguments": arguments}})
-    return converted | {"tool_calls": calls}
+        calls.append({"type": "function", "function": {"name": call["name"], "arguments": arguments}})
+    return message | {"tool_calls": calls}
+
+
+def _whole(text: str) -> str:
+    """The text with "?" for halves of surrogate pairs, which no encoding has."""
+    return text.encode("utf-8", errors="replace").decode()

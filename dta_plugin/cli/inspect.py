@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dta_plugin.cli.terminal import printable
 from dta_plugin.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -21,11 +22,15 @@ examples:
   dta inspect ids.jsonl --group-by uid --model PATH          token ids, groups by uid, the cost of your own model
   dta inspect ids.jsonl --group 17 --forks 10 --svg 17.svg   one group in detail, with a picture
 
-a line of FILE (.jsonl or .jsonl.gz) is a list of token ids, or an object with
-  prompt_ids and completion_ids          token ids
-  input_ids, tokens or token_ids         token ids
-  messages                               role, content, optional tool_calls
-  prompt and completion                  texts or messages (also: input and output, as verl dumps them)
+FILE is JSONL, a JSON array, Parquet or Arrow (these two by pyarrow), also compressed by gzip, bzip2 or xz; a folder of
+such files (TRL's completion logs, verl's dumps, a data set saved by `datasets`); or - for standard input.
+a row is a list of token ids, a list of messages, or an object with
+  prompt_ids and completion_ids          token ids (also: response_ids; prompt_token_ids and token_ids)
+  input_ids, tokens or token_ids         token ids; zeros of an attention_mask are dropped
+  messages or conversations              role, content, optional tool_calls; or ShareGPT's from and value
+  prompt and completion(s)               texts, messages or token ids (also: response(s); input and output)
+  chosen and rejected                    two rollouts, after prompt or what both begin with
+null means absent; no row may be longer than 64 Mi characters
 messages go through the tokenizer's chat template, if it has one; else each is rendered as
   <|role|>  newline  content  newline    and <|call|>name arguments, a line per tool call
 
@@ -49,7 +54,7 @@ def add_parser(commands: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("file", metavar="FILE", help="rollouts, one JSON value per line; gzip if it ends in .gz")
+    parser.add_argument("file", metavar="FILE", help="rollouts: a file, a folder, or - for standard input; see below")
     parser.add_argument("--tokenizer", metavar="PATH", help="folder, tokenizer.json or hub name; default: bytes")
     parser.add_argument("--group-by", metavar="KEY", help="key that names the group; default: found, or equal prompts")
     parser.add_argument(
@@ -87,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     run_length = 16 if are_ids else encoder.run_length
     found = inspect_sequences(sequences, cost, decoder, args.forks, run_length, args.group)
     about = {
-        "file": Path(args.file).name,
+        "file": "standard input" if args.file == "-" else Path(args.file).name,
         "rollouts": len(file.rollouts),
         "unit": "assistant turn" if args.per_turn else "rollout",
         "grouped_by": file.grouped_by,
@@ -96,9 +101,12 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.svg:
         _write_svg(args.svg, found)
-    print(json.dumps(_as_json(found, about), indent=2) if args.json else "\n".join(as_text(found, about)))
+    if args.json:  # escapes every control character but DEL
+        print(json.dumps(_as_json(found, about), indent=2).replace("\x7f", "\\u007f"))
+    else:
+        print("\n".join(as_text(found, about)))
     if args.svg and not args.json:
-        print(f"\nwrote {args.svg}")
+        print(f"\nwrote {printable(args.svg)}")
     return 0
 
 
@@ -106,7 +114,7 @@ def _write_svg(path: str, found: Inspection) -> None:
     from dta_plugin.tree.picture import draw_svg
 
     try:
-        Path(path).write_text(draw_svg(found.tree, f"group {found.shown}"), encoding="utf-8")
+        Path(path).write_text(draw_svg(found.tree, f"group {printable(found.shown)}"), encoding="utf-8")
     except OSError as error:
         raise InvalidInputError(
             f"{path} cannot be written: {error.strerror}. Expected a file name for --svg."

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dta_plugin.cli.sharing import GroupFork, Inspection
+from dta_plugin.cli.terminal import printable
 from dta_plugin.tree.divergence import Branch
 from dta_plugin.tree.picture import draw_text
 
@@ -21,8 +22,9 @@ def as_text(found: Inspection, about: dict[str, Any]) -> Iterator[str]:
     units = about["unit"] + ("" if found.whole.sequences == 1 else "s")
     groups = f"{found.within.trees} group{'' if found.within.trees == 1 else 's'}"
     origin = f" of {about['rollouts']:,} rollouts" if about["unit"] != "rollout" else ""
-    yield f"{about['file']}: {found.whole.sequences:,} {units}{origin} in {groups} (by {about['grouped_by']})"
-    yield f"{about['tokens']}"
+    file, grouped_by = printable(about["file"]), printable(about["grouped_by"])
+    yield f"{file}: {found.whole.sequences:,} {units}{origin} in {groups} (by {grouped_by})"
+    yield printable(about["tokens"])
     yield ""
     yield from _table(found, about["model"])
     yield ""
@@ -31,7 +33,7 @@ def as_text(found: Inspection, about: dict[str, Any]) -> Iterator[str]:
         yield "\nWhere siblings part, most repeated tokens first"
     for number, item in enumerate(found.forks, 1):
         yield from _fork(number, item)
-    yield f"\nGroup {found.shown}: {found.tree.num_sequences} sequences, {found.tree.compression_ratio:.2f}x"
+    yield f"\nGroup {printable(found.shown)}: {found.tree.num_sequences} sequences, {found.tree.compression_ratio:.2f}x"
     ascii_only = not (sys.stdout.encoding or "").lower().startswith("utf")
     yield draw_text(found.tree, max_lines=_PICTURE_LINES, width=_WIDTH, ascii_only=ascii_only)
 
@@ -44,7 +46,7 @@ def _table(found: Inspection, model: str) -> Iterator[str]:
             f"{name:<12}{row.trees:>7,}{row.sequences:>11,}{row.flat_tokens:>14,}{row.tree_tokens:>14,}"
             f"{row.ratio:>8.2f}x{row.ceiling:>13.2f}x"
         )
-    yield f"FLOP ceiling: the largest possible speed-up of {model}, forward and backward"
+    yield f"FLOP ceiling: the largest possible speed-up of {printable(model)}, forward and backward"
 
 
 def _beginnings(found: Inspection) -> Iterator[str]:
@@ -64,7 +66,7 @@ def _fork(number: int, item: GroupFork) -> Iterator[str]:
     fork = item.fork
     share = f", {fork.repeated / fork.apart:.0%}" if fork.apart else ""
     yield (
-        f"{number:>2}. group {item.group}, after {fork.depth:,} tokens: {fork.sequences} sequences part; "
+        f"{number:>2}. group {printable(item.group)}, after {fork.depth:,} tokens: {fork.sequences} sequences part; "
         f"{fork.repeated:,} tokens repeated (of {fork.apart:,}{share})"
     )
     if fork.context:
@@ -92,7 +94,7 @@ def _opening(branch: Branch, width: int) -> str:
 
 def _clip(text: str, width: int, from_end: bool = False) -> str:
     """The text in quotes on one line of `width` columns, with line breaks written out."""
-    line = json.dumps(text, ensure_ascii=False)[1:-1].replace('\\"', '"')
+    line = printable(json.dumps(text, ensure_ascii=False)[1:-1].replace('\\"', '"'))
     if len(line) > width - 2:
         line = ".." + line[4 - width :] if from_end else line[: width - 4] + ".."
     return f'"{line}"'

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dta_plugin.cli.terminal import reason, waiting
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.tree.cost import ModelCost
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+_POINTER = b"version https://git-lfs"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _EXPECTED = "Expected a folder with a config.json, a config.json, or a model name of the Hugging Face hub."
 
@@ -71,9 +73,8 @@ def load_config(path: str) -> Any:
     try:
         return AutoConfig.from_pretrained(path)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
         raise InvalidInputError(
-            f"No model configuration could be loaded from {path!r}: {reason} {_EXPECTED}"
+            f"No model configuration could be loaded from {path!r}: {reason(error)} {_EXPECTED}"
         ) from error
 
 
@@ -83,14 +84,14 @@ def skeleton(path: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     config = load_config(path)
+    _check_heads(config, path)
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except Exception as error:  # whatever a model class raises for a config that it was not made for
-        reason = next(iter(str(error).strip().splitlines()), "")
         raise InvalidInputError(
             f"{path!r} is a {config.model_type!r} model, which transformers cannot build as a causal LM. Expected a "
-            f"decoder-only language model ({type(error).__name__}: {reason})."
+            f"decoder-only language model ({type(error).__name__}: {reason(error)})."
         ) from error
 
 
@@ -101,9 +102,8 @@ def device_named(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise InvalidInputError(
-            f"--device {name}: {reason}. Expected a device of this machine, such as cpu."
+            f"--device {name}: {reason(error)}. Expected a device of this machine, such as cpu."
         ) from error
     return device
 
@@ -114,19 +114,52 @@ def load_model(path: str, dtype: torch.dtype | None, device: torch.device) -> tu
     from transformers import AutoModelForCausalLM
 
     config = load_config(path)
+    _check_heads(config, path)
     folder = Path(path)
+    loaded: dict[str, Any] = {}
+    is_random = folder.is_file() or (folder.is_dir() and not _has_weights(folder))
     try:
-        if folder.is_file() or (folder.is_dir() and not _has_weights(folder)):
-            torch.manual_seed(0)
-            model, weights = AutoModelForCausalLM.from_config(config, dtype=dtype), "random weights"
-        else:
-            model, weights = AutoModelForCausalLM.from_pretrained(path, dtype=dtype), "its weights"
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InvalidInputError(f"{path!r} cannot be loaded as a causal LM: {reason}") from error
-    module: nn.Module = model
-    module.to(device)
-    return model, weights
+        with waiting(f"loading {path}"):
+            if is_random:
+                torch.manual_seed(0)
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            else:
+                _check_pointers(folder)
+                found: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+                model, loaded = found
+            module: nn.Module = model
+            module.to(device)
+    except InvalidInputError:
+        raise
+    except Exception as error:  # damaged files, other shapes, no memory: every library raises its own
+        raise InvalidInputError(
+            f"{path!r} cannot be loaded as a causal LM: {type(error).__name__}: {reason(error)}"
+        ) from error
+    if missing := sorted(loaded.get("missing_keys", ())):
+        raise InvalidInputError(
+            f"{path!r} lacks {len(missing)} weights of a {type(model).__name__}, such as {missing[0]}. Expected "
+            "all; for random weights give its config.json."
+        )
+    return model, "random weights" if is_random else "its weights"
+
+
+def _check_heads(config: Any, path: str) -> None:
+    """Raise InvalidInputError for attention heads that cannot share keys evenly."""
+    text = config.get_text_config()
+    heads, shared = getattr(text, "num_attention_heads", None), getattr(text, "num_key_value_heads", None)
+    if isinstance(heads, int) and isinstance(shared, int) and shared > 0 and heads % shared:
+        raise InvalidInputError(
+            f"{path!r} has num_attention_heads={heads} and num_key_value_heads={shared}. The former "
+            "has to be a multiple of the latter."
+        )
+
+
+def _check_pointers(folder: Path) -> None:
+    for pattern in _WEIGHTS:
+        for file in folder.glob(pattern):
+            with file.open("rb") as stream:
+                if stream.read(len(_POINTER)) == _POINTER:
+                    raise InvalidInputError(f"{file} is a git-lfs pointer, not the weights. Run: git lfs pull")
 
 
 def _has_weights(folder: Path) -> bool:

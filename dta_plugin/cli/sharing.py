@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dta_plugin.cli.rollouts import TokenizedSequence
+from dta_plugin.cli.terminal import progress, waiting
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.tree import PrefixTree, ScoredEdges
 from dta_plugin.tree.cost import ModelCost, estimate
@@ -97,14 +98,18 @@ def inspect_sequences(
     if group is not None and group not in members:
         names = ", ".join(list(members)[:8]) + (", .." if len(members) > 8 else "")
         raise InvalidInputError(f"There is no group {group!r}. Expected one of: {names}.")
-    trees = {name: PrefixTree.from_sequences([member.tokens for member in own]) for name, own in members.items()}
+    trees = {
+        name: PrefixTree.from_sequences([member.tokens for member in own])
+        for name, own in progress(members.items(), "groups merged")
+    }
     shares = [_sharing(trees[name], own, model) for name, own in members.items()]
     within = sum(shares[1:], start=shares[0])
     if len(trees) == 1:
         tree, whole = next(iter(trees.values())), within
     else:
-        tree = PrefixTree.from_sequences([sequence.tokens for sequence in sequences])
-        whole = _sharing(tree, sequences, model)
+        with waiting("merging the whole file"):
+            tree = PrefixTree.from_sequences([sequence.tokens for sequence in sequences])
+            whole = _sharing(tree, sequences, model)
     common = int((tree.multiplicity == len(sequences)).sum())
     shown = group if group is not None else max(trees, key=lambda name: trees[name].tree_tokens)
     searched = trees if group is None else {group: trees[group]}
@@ -132,7 +137,7 @@ def _top(trees: dict[str, PrefixTree], decoder: Decoder | None, limit: int, run_
         return []
     found = [
         GroupFork(name, fork)
-        for name, tree in trees.items()
+        for name, tree in progress(trees.items(), "groups searched")
         for fork in find_forks(tree, decoder, limit=limit, run_length=run_length)
     ]
     found.sort(key=lambda item: (-item.fork.repeated, -item.fork.apart))

@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
     from dta_plugin.cli.batches import file_batch, random_batch
     from dta_plugin.cli.models import add_lora, device_named, load_model
+    from dta_plugin.cli.terminal import printable, waiting
     from dta_plugin.config import TreeConfig
     from dta_plugin.verify import compare
 
@@ -80,14 +81,16 @@ def run(args: argparse.Namespace) -> int:
     else:
         batch = file_batch(args.file, args.tokenizer, args.limit, args.max_tokens)
     model = add_lora(base) if args.lora else base
-    print(f"{args.model}: {weights}, {args.dtype} on {next(model.parameters()).device}")
-    print(batch.origin, flush=True)
+    print(f"{printable(args.model)}: {weights}, {args.dtype} on {next(model.parameters()).device}")
+    print(printable(batch.origin), flush=True)
     longest = max(map(len, batch.sequences))
     config = TreeConfig(executor=args.executor, probe="off")
     if args.executor == "streamed":  # several chunks
         config = replace(config, max_tree_tokens_per_chunk=max(1, longest // 2))
-    difference = compare(model, batch.sequences, config=config)
-    dense, tree, report = time_both(model, batch, config)
+    with waiting("comparing tree and dense"):
+        difference = compare(model, batch.sequences, config=config)
+    with waiting("timing both"):
+        dense, tree, report = time_both(model, batch, config)
     print("\n".join(_table(difference, report, dense, tree)))
     passed = difference.agreeing_logprobs and not difference.wrong_gradients
     print("PASS" if passed else "FAIL: please report this with the output of `dta doctor`")

@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from dta_plugin.cli import main
+from dta_plugin.cli.rollouts import Rollout
 from tests.support.models import tiny_config, tiny_model
 
 AIRLINE = Path(__file__).parents[3] / "shared" / "data" / "tau_airline_gpt4o.jsonl.gz"
@@ -37,6 +38,24 @@ def run_dta(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple
     code = main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """The one line in which `dta` refuses its input."""
+    code, out, err = run_dta(capsys, *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1) and err.isascii() and err[:-1].isprintable()
+    return err
+
+
+def parts(rollout: Rollout) -> tuple[Any, Any]:
+    """(prompt, completion) of a rollout, a chat as "role: content"."""
+    if rollout.text is not None:
+        return rollout.text
+    cut = rollout.prompt_length
+    if rollout.tokens is not None:
+        return rollout.tokens[:cut].tolist(), rollout.tokens[cut:].tolist()
+    texts = [f"{message['role']}: {message['content']}" for message in rollout.messages or []]
+    return " ".join(texts[:cut]), " ".join(texts[cut:])
 
 
 def write_rollouts(path: Path, rows: Iterable[Any]) -> Path:

@@ -42,6 +42,8 @@ def test_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     folder = save_config(tmp_path / "model")
     code, _, err = run_dta(capsys, "calibrate", "--model", folder, "--seconds", "0.1")
     assert code == 2 and "seconds=0.1. Expected at least 1" in err
+    code, _, err = run_dta(capsys, "calibrate", "--model", folder, "--output", tmp_path / "no" / "speeds.json")
+    assert code == 2 and "there is no folder" in err
     monkeypatch.setattr(calibrate, "find_spec", lambda name: None)
     code, _, err = run_dta(capsys, "calibrate", "--model", folder, "--dense", "trl")
     assert code == 2 and "TRL is not installed" in err

@@ -13,6 +13,7 @@ import pytest
 
 from dta_plugin import __version__
 from dta_plugin.cli.encoding import ByteEncoder, load_encoder, render
+from dta_plugin.cli.messages import read_messages
 from dta_plugin.cli.models import Geometry, cost_of, skeleton
 from dta_plugin.cli.rollouts import load_rollouts, per_turn_sequences, trajectory_sequences
 from dta_plugin.errors import InvalidInputError
@@ -37,6 +38,7 @@ CHAT = [
     {"role": "tool", "content": "2"},
     {"role": "assistant", "content": "It is 2."},
 ]
+RENDERED = [render(message) for message in read_messages(CHAT, "")]
 
 FORMATS: dict[str, Any] = {
     "lists": lambda answer: PROMPT + answer,
@@ -91,26 +93,26 @@ def test_sharing_within_groups_and_over_the_file(tmp_path: Path, capsys: pytest.
 
 
 def test_messages_are_rendered_with_roles_and_calls() -> None:
-    assert render(CHAT[0]) == "<|system|>\nBe brief.\n"
-    assert render(CHAT[2]) == '<|assistant|>\n\n<|call|>add {"x": 1}\n'
+    assert RENDERED[0] == "<|system|>\nBe brief.\n"
+    assert RENDERED[2] == '<|assistant|>\n\n<|call|>add {"x": 1}\n'
     nested = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"x": 1}}}]}
-    assert render(nested) == render(CHAT[2])
-    assert render({"role": "user", "content": [{"type": "text", "text": "Sum?"}]}) == render(CHAT[1])
+    parts = {"role": "user", "content": [{"type": "text", "text": "Sum?"}]}
+    assert [render(message) for message in read_messages([nested, parts], "")] == [RENDERED[2], RENDERED[1]]
 
 
 def test_bytes_without_a_tokenizer(tmp_path: Path) -> None:
     rollouts = load_rollouts(write_rollouts(tmp_path / "chat.jsonl", [{"messages": CHAT}]))
     (sequence,) = trajectory_sequences(rollouts, ByteEncoder())
-    text = "".join(map(render, CHAT))
+    text = "".join(RENDERED)
     assert ByteEncoder().decode(sequence.tokens.tolist()) == text
-    assert sequence.first_scored == len(render(CHAT[0]) + render(CHAT[1]))
+    assert sequence.first_scored == len("".join(RENDERED[:2]))
 
 
 def test_one_sequence_per_assistant_turn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_rollouts(tmp_path / "chat.jsonl", [{"task_id": 7, "messages": CHAT}])
     first, second = per_turn_sequences(load_rollouts(file), ByteEncoder())
     assert (first.tokens == second.tokens[: len(first.tokens)]).all()
-    assert second.first_scored == len("".join(map(render, CHAT[:4])))
+    assert second.first_scored == len("".join(RENDERED[:4]))
     found = inspect_json(capsys, file, "--per-turn")
     assert (found["whole_file"]["sequences"], found["first_forks"]) == (2, None)
     assert found["whole_file"]["tree_tokens"] == len(second.tokens)
@@ -121,22 +123,22 @@ def test_texts_and_conversations_in_two_parts(keys: tuple[str, str], tmp_path: P
     rows = [{keys[0]: "2+2=", keys[1]: "4"}, {keys[0]: CHAT[:2], keys[1]: CHAT[2:]}]
     text, chat = trajectory_sequences(load_rollouts(write_rollouts(tmp_path / "two.jsonl", rows)), ByteEncoder())
     assert (bytes(text.tokens.tolist()), text.first_scored) == (b"2+2=4", 4)
-    assert chat.first_scored == len("".join(map(render, CHAT[:2])))
+    assert chat.first_scored == len("".join(RENDERED[:2]))
 
 
 def test_tokenizer_without_template_renders_plainly(tmp_path: Path) -> None:
-    words = "".join(map(render, CHAT))
+    words, chat = "".join(RENDERED), read_messages(CHAT, "")
     encoder = load_encoder(str(save_tokenizer(tmp_path, words)))
-    tokens, prompt = encoder.chat(CHAT, 2)
+    tokens, prompt = encoder.chat(chat, 2)
     assert (len(tokens), prompt) == (len(words.split()), 5) and "no template" in encoder.description
     from_file = load_encoder(str(tmp_path / "tokenizer.json"))
-    assert (from_file.chat(CHAT, 2)[0] == tokens).all()
+    assert (from_file.chat(chat, 2)[0] == tokens).all()
 
 
 def test_chat_template_is_used(tmp_path: Path) -> None:
     words = "<system> <user> <assistant> <tool> Be brief. Sum? add 1 2 It is 2."
     encoder = load_encoder(str(save_tokenizer(tmp_path, words, THINK_STRIPPING)))
-    tokens, prompt = encoder.chat(CHAT, 2)
+    tokens, prompt = encoder.chat(read_messages(CHAT, ""), 2)
     expected = "<system> Be brief. </s> <user> Sum? </s> <assistant> add 1 </s> <tool> 2 </s> <assistant> It is 2. </s>"
     assert encoder.decode(tokens.tolist()) == expected
     assert prompt == 8  # the generation prompt belongs to the prompt
@@ -204,8 +206,8 @@ def test_geometry_by_hand() -> None:
         ('{"a": 1}\n', "line 1 has the keys a"),
         ('{"messages": "hello"}\n', "no list of objects with a role"),
         ('{"uid": 1, "tokens": [1]}\n{"tokens": [1]}\n', "line 2 has the keys tokens. Expected 'uid'"),
-        ("[]\n", "Sequence 0 is empty"),
-        ("[-100, 4]\n", "token ids from -100 to 4"),
+        ("[]\n", "line 1 is empty: no token ids"),
+        ("[-100, 4]\n", "line 1 has token ids from -100 to 4"),
     ],
 )
 def test_unusable_files_end_in_one_line(

@@ -1,0 +1,100 @@
+"""Files and folders -> rows: whatever holds rollouts, recognised by its first bytes, not by its name.
+
+JSONL, JSON arrays; Parquet, Arrow      each also compressed by gzip, bzip2 or xz
+a folder                                its files in natural order: TRL's completion logs, verl's dumps, a data set
+                                        that `datasets` saved
+-                                       standard input
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from dta_plugin.cli.json_rows import Row, json_rows
+from dta_plugin.cli.tables import table_kind, table_rows
+from dta_plugin.cli.terminal import reason
+from dta_plugin.errors import InvalidInputError
+
+_COMPRESSED: dict[bytes, Callable[[Any], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+_REFUSED = {
+    b"version https://git-lfs": "a git-lfs pointer, not the file itself. Run: git lfs pull",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd. Run: zstd -d",
+    b"PK\x03\x04": "a zip archive. Expected what is in it",
+    b"\x93NUMPY": "a NumPy file. Expected JSONL, Parquet or Arrow",
+    b"\x80": "a pickle. Expected JSONL, Parquet or Arrow",
+}
+_SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".arrow", ".gz", ".bz2", ".xz")
+_ABOUT_DATASET = ("state.json", "dataset_info.json", "dataset_dict.json")
+
+
+def rows(path: str | Path) -> Iterator[Row]:
+    """(file and line, value) of every row. Raises InvalidInputError for what cannot be read, naming file and line."""
+    files = _files_in(Path(path)) if Path(path).is_dir() else [Path(path)]
+    for file in files:
+        is_input = str(file) == "-"
+        name = "standard input" if is_input else str(file)
+        try:
+            with closing(_standard_input() if is_input else file.open("rb")) as stream:
+                yield from _rows_of(name, stream, is_array=".json" in file.suffixes)
+        except (OSError, ValueError) as error:
+            if isinstance(error, InvalidInputError):
+                raise
+            why = error.strerror if isinstance(error, OSError) and error.strerror else reason(error)
+            raise InvalidInputError(f"{name} cannot be read: {why}. Expected a file of rollouts.") from error
+
+
+def _standard_input() -> io.BufferedReader:
+    return io.BufferedReader(io.FileIO(sys.stdin.fileno(), closefd=False))
+
+
+def _rows_of(name: str, stream: io.BufferedReader, is_array: bool) -> Iterator[Row]:
+    where = name
+    head = stream.peek(32)[:32]
+    opener = next((opener for magic, opener in _COMPRESSED.items() if head.startswith(magic)), None)
+    try:
+        if opener is not None:
+            stream = io.BufferedReader(opener(stream))
+            head = stream.peek(32)[:32]
+        refusal = next((what for magic, what in _REFUSED.items() if head.startswith(magic)), None)
+        if refusal is not None:
+            raise InvalidInputError(f"{name} is {refusal}.")
+        kind = table_kind(head)
+        for where, row in table_rows(name, stream, kind) if kind else json_rows(name, stream, is_array):
+            yield where, row
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        place = where if where == name else f"{where}: what follows"
+        raise InvalidInputError(f"{place} cannot be decompressed: {reason(error)}. Is it complete?") from error
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """A folder's files of rollouts: step 2 comes before step 10."""
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith((".", "_"))]
+    files = [
+        entry
+        for entry in entries
+        if entry.is_file() and entry.name.endswith(_SUFFIXES) and entry.name not in _ABOUT_DATASET
+    ]
+    if files:
+        return sorted(files, key=_natural)
+    folders = sorted((entry for entry in entries if entry.is_dir()), key=_natural)
+    if len(folders) == 1:
+        return _files_in(folders[0])
+    found = f"the folders {', '.join(entry.name for entry in folders[:8])}; name one" if folders else "none"
+    raise InvalidInputError(
+        f"{folder} is a folder. Expected files of rollouts ({', '.join(_SUFFIXES)}), found {found}."
+    )
+
+
+def _natural(path: Path) -> list[Any]:
+    """Digits compare as numbers."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
