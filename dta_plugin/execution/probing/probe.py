@@ -74,8 +74,8 @@ def probe(
     """
     base = causal_lm(model)
     device = device or input_device(base)
-    # What FSDP2 says of its weights' type changes with the first call.
-    precision = None if is_sharded(model) else (rounding_unit(base), base.dtype)
+    # What FSDP says of its weights' type changes with the first call.
+    precision = None if is_sharded(model) or is_fsdp1(model) else (rounding_unit(base), base.dtype)
     state = backend, device, base.config._attn_implementation, precision, tuple(_adapters(model))
     with _lock:
         known = _outcomes.setdefault(base, {})

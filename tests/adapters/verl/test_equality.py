@@ -116,6 +116,7 @@ def _only_the_first_sequence_has_gradients(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(ScoredEdges, "per_sequence", first_only)
 
 
+@pytest.mark.usefixtures("unprobed")
 @pytest.mark.parametrize("break_it", [_siblings_see_each_other, _only_the_first_sequence_has_gradients])
 def test_negative_control(break_it: object, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     break_it(monkeypatch)  # type: ignore[operator]
