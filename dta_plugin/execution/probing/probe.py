@@ -43,7 +43,6 @@ class Outcome:
 
     reasons: dict[str, str | None]
     gap: Gap
-    tokens: int
     seconds: float
     skipped: str | None = None
 
@@ -104,7 +103,7 @@ def _probe(
     inner = without_reducers(model)
     skipped = _obstacle(inner)
     if skipped is not None:
-        return Outcome(dict.fromkeys(executors), Gap(0.0, 0.0), 0, 0.0, skipped)
+        return Outcome(dict.fromkeys(executors), Gap(0.0, 0.0), 0.0, skipped)
     try:
         with _undisturbed(inner, base, device):
             comparison = Comparison(inner, base, probe_forest(base), backend, device)
@@ -112,11 +111,11 @@ def _probe(
     except Exception as error:  # what a model cannot do with the forest, it may do with the user's rows
         why = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
         log.warning("dta: %s is not probed before its first tree (%s)", type(base).__name__, why)
-        return Outcome(dict.fromkeys(executors), Gap(0.0, 0.0), 0, 0.0, why)
+        return Outcome(dict.fromkeys(executors), Gap(0.0, 0.0), 0.0, why)
     if is_sharded(inner) or is_fsdp1(inner):
         ranks = gathered(inner, reasons)
         reasons = {name: next((found for rank in ranks if (found := rank[name])), None) for name in executors}
-    return Outcome(reasons, comparison.worst, comparison.tree.flat_tokens, time.perf_counter() - start)
+    return Outcome(reasons, comparison.worst, time.perf_counter() - start)
 
 
 @contextmanager
