@@ -145,7 +145,7 @@ def load_model(path: str, dtype: torch.dtype | None, device: torch.device) -> tu
 
 def _check_heads(config: Any, path: str) -> None:
     """Raise InvalidInputError for attention heads that cannot share keys evenly."""
-    text = config.get_text_config()
+    text = config.get_text_config(decoder=True)
     heads, shared = getattr(text, "num_attention_heads", None), getattr(text, "num_key_value_heads", None)
     if isinstance(heads, int) and isinstance(shared, int) and shared > 0 and heads % shared:
         raise InvalidInputError(
