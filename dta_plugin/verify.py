@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from dta_plugin.config import TreeConfig
 from dta_plugin.execution.auto import run_dense, run_tree
@@ -111,7 +112,7 @@ def _difference(model: nn.Module, batch: Batch, config: TreeConfig, temperature:
     """And the executor that ran the tree."""
     base = causal_lm(model)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if _has_no_gradients(model) or not batch.sequences:
+    if _has_no_gradients(model, base) or not batch.sequences:
         parameters = {}
     scored = batch.edges.host.scored_tokens
     scored = min(gathered(model, scored)) if is_collective(model) else scored  # ranks look equally often
@@ -136,9 +137,12 @@ def _difference(model: nn.Module, batch: Batch, config: TreeConfig, temperature:
     ), result.report.executor
 
 
-def _has_no_gradients(model: nn.Module) -> bool:
-    """Whether gradients cannot be asked for by parameter: they are sharded, or nothing is to learn."""
-    return is_sharded(model) or is_zero3(model) or is_fsdp1(model) or torch.is_inference_mode_enabled()
+def _has_no_gradients(model: nn.Module, base: PreTrainedModel) -> bool:
+    """Whether gradients cannot be asked for by parameter: they are sharded, or the model's own path has none."""
+    is_forward_only = base.device.type == "cpu" and base.config._attn_implementation == "flex_attention"
+    return (
+        is_forward_only or is_sharded(model) or is_zero3(model) or is_fsdp1(model) or torch.is_inference_mode_enabled()
+    )
 
 
 def _flat(result: SequenceLogProbs) -> torch.Tensor:
