@@ -169,7 +169,8 @@ class TreeConfig:
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise InvalidInputError(f"{name}={value!r}. Expected one of {', '.join(allowed)}.")
+        quote = " (a bare off in YAML means false: quote it)" if "off" in allowed else ""
+        raise InvalidInputError(f"{name}={value!r}. Expected one of {', '.join(allowed)}{quote}.")
 
 
 def _check_calibration(value: object) -> None:
