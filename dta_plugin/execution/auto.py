@@ -43,7 +43,7 @@ def run_tree(
     where it gives other log-probs than the model.
     """
     options: dict[str, Any] = {"backend": config.backend, "temperature": temperature, "head_dtype": head_dtype}
-    budget = _stream_budget(model, batch, config, _obstacle_to_streaming(model, batch, config, return_router_loss))
+    budget = _stream_budget(model, batch, config, return_router_loss)
     if budget is not None:
         output, plan = run_streamed(model, batch.tree, batch.edges, budget, return_entropy=return_entropy, **options)
         return _result(batch, output, return_entropy, plan)
@@ -57,29 +57,34 @@ def run_tree(
     return _result(batch, output, return_entropy)
 
 
-def _stream_budget(model: nn.Module, batch: Batch, config: TreeConfig, obstacle: str | None) -> int | None:
-    """Tokens per chunk if the batch is to be streamed, None if it is to run packed. obstacle: to streaming."""
-    if obstacle is not None and config.executor == "streamed":
-        raise InvalidInputError(
-            f"executor='streamed' with {obstacle}. Use executor='auto', which runs such batches packed."
-        )
-    reasons = _probed(model, config, obstacle is None, batch.edges.target.device)
-    if config.executor == "auto" and reasons.get("streamed"):
-        obstacle = reasons["streamed"]
-    if config.executor == "packed" or obstacle is not None:
+def _stream_budget(model: nn.Module, batch: Batch, config: TreeConfig, return_router_loss: bool) -> int | None:
+    """Tokens per chunk if the batch is to be streamed, None if it is to run packed."""
+    device = batch.edges.target.device
+    if config.executor == "packed":
+        _probed(model, config, ["packed"], device)
         return None
-    budget = token_budget(causal_lm(model), batch.edges.target.device, config.max_tree_tokens_per_chunk)
+    obstacle = _obstacle_to_streaming(model, batch, config, return_router_loss)
+    if config.executor == "streamed":
+        if obstacle is not None:
+            raise InvalidInputError(
+                f"executor='streamed' with {obstacle}. Use executor='auto', which runs such batches packed."
+            )
+        _probed(model, config, ["streamed"], device)
+    else:
+        reasons = _probed(model, config, ["packed", *["streamed"] * (obstacle is None)], device)
+        if obstacle is not None or reasons.get("streamed") is not None:
+            return None
+    budget = token_budget(causal_lm(model), device, config.max_tree_tokens_per_chunk)
     streams = config.executor == "streamed" or batch.tree.tree_tokens > budget
     if is_sharded(model):  # all ranks do the same, because all must call the model equally often
         streams = any(gathered(model, streams))
     return budget if streams else None
 
 
-def _probed(model: nn.Module, config: TreeConfig, can_stream: bool, device: torch.device) -> dict[str, str | None]:
-    """Per executor that may run, why it may not after all. Raises UnsupportedModelError if none is left."""
+def _probed(model: nn.Module, config: TreeConfig, executors: list[str], device: torch.device) -> dict[str, str | None]:
+    """Per executor, why it may not run after all. Raises UnsupportedModelError if the first one may not."""
     if config.probe == "off":
         return {}
-    executors = [config.executor] if config.executor != "auto" else ["packed", *["streamed"] * can_stream]
     reasons = probe(model, executors, config.backend, device)
     first = reasons[executors[0]]
     if first is not None:
