@@ -10,8 +10,8 @@ from importlib import metadata
 
 from packaging.version import Version
 
-from dta_plugin.adapters.logs import say
 from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.training.notices import say
 
 
 @dataclass(frozen=True, slots=True)

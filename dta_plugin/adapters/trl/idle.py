@@ -13,12 +13,12 @@ from typing import Any
 from transformers import Trainer
 from trl import DPOTrainer, GRPOTrainer, RewardTrainer, RLOOTrainer, SFTTrainer
 
-from dta_plugin.adapters.logs import say
 from dta_plugin.adapters.trl.config import tree_config
 from dta_plugin.adapters.trl.origin import foreign_reader, has_our_hook
 from dta_plugin.adapters.trl.upstream import HOOK
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.training.notices import say
 
 _CLASSES = {
     GRPOTrainer: "TreeGRPOTrainer, or dta_plugin.enable()",

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 from trl import DPOTrainer, RewardTrainer, SFTTrainer
 
-from dta_plugin.adapters.trl.noise import noise_reason
+from dta_plugin.adapters.trl.noise import noise_obstacle
 from dta_plugin.adapters.trl.protocols import OfflineLike
 from dta_plugin.adapters.trl.state import TreeState
 from dta_plugin.adapters.trl.upstream import check_offline_trainer
@@ -48,7 +48,7 @@ class SiblingBatchesMixin:
         super().__init__(*args, **kwargs)
         check_offline_trainer(self)
         _check_arguments(self.args)  # type: ignore[attr-defined]
-        if (noise := noise_reason(cast(OfflineLike, self))) is not None:
+        if (noise := noise_obstacle(cast(OfflineLike, self))) is not None:
             raise InvalidInputError(f"Prefixes cannot be shared: {noise}.")
         self._sharing = share_prefixes(self.model, self.tree_config)  # type: ignore[attr-defined]
         self._counted: tuple[int, ...] = (0, 0, 0, 0)
@@ -112,7 +112,7 @@ class SiblingBatchesMixin:
 
     def _say(self, message: str, level: int = logging.INFO, topic: str | None = None) -> None:
         trainer = cast(OfflineLike, self)
-        TreeState.of(trainer, self.tree_config).say_once(trainer, message, topic, level)
+        TreeState.for_trainer(trainer, self.tree_config).notices.say_once(message, topic, level)
 
 
 class TreeSFTTrainer(SiblingBatchesMixin, SFTTrainer):

@@ -2,9 +2,9 @@
 
 verl balances row by row: it pads the batch up to whole mini-batches (v1), deals rows out to ranks by their lengths, and
 so tears almost every group apart. Its own function runs first, with all that it does; then rows are put into another
-order by `deal`. That decides which rows share an optimizer step, as verl's order did: in v1 roughly the order in which
-rollouts came in, in v0 their lengths. Here it is the order in which verl sampled the groups, whatever rows cost. The
-rows of a batch, their number per rank and step, advantages (by uid) and what a loss divides by stay verl's.
+order by `place_rows`. That decides which rows share an optimizer step, as verl's order did: in v1 roughly the order in
+which rollouts came in, in v0 their lengths. Here it is the order in which verl sampled the groups, whatever rows cost.
+The rows of a batch, their number per rank and step, advantages (by uid) and what a loss divides by stay verl's.
 
 This happens wherever verl balances: always in v1, whose trainers do not ask `trainer.balance_batch`; in v0 with
 `trainer.balance_batch=True`, the default, without which siblings stay together anyway, in the order of the prompts.
@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 
-from dta_plugin.adapters.logs import say
 from dta_plugin.adapters.verl.config import KEY, tree_config
-from dta_plugin.adapters.verl.deal import Dealt, deal
+from dta_plugin.adapters.verl.groups import UnusableBatch, grouped_rows, uids_of
 from dta_plugin.adapters.verl.protocols import Trainer
-from dta_plugin.adapters.verl.sampled import Sampled, UnusableBatch, sampled, uids_of
 from dta_plugin.adapters.verl.upstream import TRAINERS, check_trainer
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.training.notices import Notices
+from dta_plugin.training.placement.steps import GroupedRows, Placement, place_rows
 
 
 def install() -> None:
@@ -63,8 +63,8 @@ def keeping_groups(balance_batch: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         config = tree_config(trainer.config.actor_rollout_ref.rollout)
         if config is None or config.regroup == "never":
-            _say_once(
-                trainer, f"ranks get the rows that verl deals out ({KEY}.use_dta=false, .regroup=never or .diffusion)"
+            _notices(trainer).say_once(
+                f"ranks get the rows that verl deals out ({KEY}.use_dta=false, .regroup=never or .diffusion)"
             )
             return balance_batch(trainer, batch, metrics, logging_prefix, *args, **kwargs)
         try:
@@ -74,11 +74,11 @@ def keeping_groups(balance_batch: Callable[..., Any]) -> Callable[..., Any]:
             return balance_batch(trainer, batch, metrics, logging_prefix, *args, **kwargs)
         result = balance_batch(trainer, batch, metrics, logging_prefix, *args, **kwargs)
         balanced = batch if result is None else result  # v0 reorders in place
-        rows = sampled(balanced, order)
-        dealt = deal(rows, *_ranks_and_steps(trainer, len(rows)))
-        _reorder(balanced, [row for rank in dealt.ranks for row in rank])
-        metrics.update(_metrics(dealt, rows, logging_prefix))
-        _describe_once(trainer, dealt)
+        rows = grouped_rows(balanced, order)
+        placement = place_rows(rows, *_ranks_and_steps(trainer, len(rows)))
+        _reorder(balanced, [row for rank in placement.ranks for row in rank])
+        metrics.update(_metrics(placement, rows, logging_prefix))
+        _describe_once(trainer, placement)
         return result
 
     wrapped._dta_stock = balance_batch  # type: ignore[attr-defined]
@@ -92,7 +92,7 @@ def _refuse(trainer: Trainer, config: TreeConfig, reason: UnusableBatch) -> None
         raise UnsupportedModelError(
             f"{message}. With +{KEY}.on_unsupported=dense, or .regroup=never, ranks get the rows that verl deals out."
         ) from None
-    _say_once(trainer, f"{message}; ranks get the rows that verl deals out", logging.WARNING, topic="refused")
+    _notices(trainer).say_once(f"{message}; ranks get the rows that verl deals out", "refused", logging.WARNING)
 
 
 def _ranks_and_steps(trainer: Trainer, rows: int) -> tuple[int, int]:
@@ -111,7 +111,7 @@ def _reorder(batch: Any, order: list[int]) -> None:
     batch.reorder(order if hasattr(batch, "tags") else torch.tensor(order))
 
 
-def _metrics(dealt: Dealt, rows: Sampled, prefix: str) -> dict[str, float]:
+def _metrics(placement: Placement, rows: GroupedRows, prefix: str) -> dict[str, float]:
     """What verl's logger is to show; verl's own two numbers on the order of rows are those of the order they have now.
 
     groups_split: in several shares (a rank's part of an optimizer step), so that prefixes are computed repeatedly.
@@ -119,32 +119,29 @@ def _metrics(dealt: Dealt, rows: Sampled, prefix: str) -> dict[str, float]:
     group meet, and with these shares. The workers' compression_ratio is what ran: less where micro-batches part
     siblings, more where groups have a beginning in common.
     """
-    lengths = [sum(rows.lengths[row] for row in rank) for rank in dealt.ranks]
+    lengths = [sum(rows.lengths[row] for row in rank) for rank in placement.ranks]
     return {
         f"{prefix}/balanced_min": min(lengths),
         f"{prefix}/balanced_max": max(lengths),
-        "dta/groups": dealt.groups,
-        "dta/groups_split": dealt.split,
-        "dta/rank_load_predicted": dealt.imbalance,
-        "dta/token_reduction_ideal": dealt.flat_tokens / dealt.tree_tokens,
-        "dta/token_reduction_of_shares": dealt.flat_tokens / dealt.share_tokens,
+        "dta/groups": placement.groups,
+        "dta/groups_split": placement.split,
+        "dta/rank_load_predicted": placement.imbalance,
+        "dta/token_reduction_ideal": placement.flat_tokens / placement.tree_tokens,
+        "dta/token_reduction_of_shares": placement.flat_tokens / placement.share_tokens,
     }
 
 
-def _describe_once(trainer: Trainer, dealt: Dealt) -> None:
-    _say_once(trainer, f"the first batch: {dealt}", topic="batch")
+def _describe_once(trainer: Trainer, placement: Placement) -> None:
+    notices = _notices(trainer)
+    notices.say_once(f"the first batch: {placement}", "batch")
     if trainer.config.actor_rollout_ref.actor.get("shuffle", False):
-        _say_once(
-            trainer,
+        notices.say_once(
             "actor_rollout_ref.actor.shuffle=True draws mini-batches at random from all rows of a rank, so that few "
             "siblings meet in one. Set it to False to have them share their prefixes in updates too.",
-            logging.WARNING,
+            level=logging.WARNING,
         )
 
 
-def _say_once(trainer: Trainer, message: str, level: int = logging.INFO, topic: str | None = None) -> None:
-    """topic: what is said only once per trainer; the message unless given."""
-    said = trainer.__dict__.setdefault("_dta_said", set())
-    if (topic or message) not in said:
-        said.add(topic or message)
-        say(message, level)
+def _notices(trainer: Trainer) -> Notices:
+    found: Notices = trainer.__dict__.setdefault("_dta_notices", Notices())
+    return found

@@ -3,7 +3,7 @@
 Old log-probs, reference and update all come through `forward_step`. It stays verl's, as do losses, autocast, gradient
 synchronisation, optimizer, checkpoints and weight export: only the inputs of the model call, the call itself and what
 is read from it are replaced, and the mini-batch is cut into micro-batches in which siblings meet (`micro_batches`).
-An update leaves out tokens that its loss cannot read, or that were not drawn (`selection`); then losses are `weighted`.
+An update leaves out tokens that its loss cannot read, or that were not drawn (`tokens`); then losses are `weighted`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tensordict import TensorDict
@@ -21,38 +20,24 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from dta_plugin.adapters.logs import say
-from dta_plugin.adapters.verl.call import TreeCall, TreeOutputs
 from dta_plugin.adapters.verl.diffusion.guards import check_model
 from dta_plugin.adapters.verl.diffusion.updates import DiffusionUpdates, Settings
-from dta_plugin.adapters.verl.guards import batch_reason, engine_reason
-from dta_plugin.adapters.verl.micro_batches import Planner, agreed, clear_plan, may_regroup, set_plan
-from dta_plugin.adapters.verl.registry import registered
-from dta_plugin.adapters.verl.rows import Rows
-from dta_plugin.adapters.verl.selection import Passes, choose, clear_weights, objection
-from dta_plugin.adapters.verl.tally import Tally
+from dta_plugin.adapters.verl.jagged import JaggedRows, clear_weights
+from dta_plugin.adapters.verl.micro_batches import agreed, clear_plan, set_plan
+from dta_plugin.adapters.verl.mini_batch import MiniBatchRun, config_of_micro_batches, decide, find
+from dta_plugin.adapters.verl.tokens import OptimizerPasses, choose_tokens, selection_obstacle
+from dta_plugin.adapters.verl.tree_call import TreeCall, TreeOutputs
 from dta_plugin.adapters.verl.upstream import check_engine
-from dta_plugin.adapters.verl.weighted import weighted
+from dta_plugin.adapters.verl.weighted_loss import weighted
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 from dta_plugin.execution.batch import prepare
 from dta_plugin.execution.probing.probe import latest_outcome
 from dta_plugin.models.attention_registry import uninstall
 from dta_plugin.models.introspection import causal_lm, model_cost
-from dta_plugin.models.support import unsupported_reason
-from dta_plugin.tree.cost import CostEstimate
+from dta_plugin.training.notices import Notices
 
 
-@dataclass(slots=True)
-class _Run:
-    """One mini-batch. config: as it applies to its micro-batches, None where it takes verl's own path."""
-
-    config: TreeConfig | None
-    is_update: bool
-    tally: Tally = field(default_factory=Tally)
-
-
-@registered
 class TreeEngine(FSDPEngineWithLMHead):
     """Same arguments as the engine it extends. Until `configure` is called, options have their defaults."""
 
@@ -63,10 +48,10 @@ class TreeEngine(FSDPEngineWithLMHead):
         super().__init__(*args, **kwargs)
         self._dta_config: TreeConfig | None = TreeConfig()
         self._dta_diffusion: DiffusionUpdates | None = None
-        self._dta_run: _Run | None = None
+        self._dta_run: MiniBatchRun | None = None
         self._dta_calls = 0
-        self._dta_passes = Passes()
-        self._dta_said: set[str] = set()
+        self._dta_passes = OptimizerPasses()
+        self._dta_notices = Notices(speaks=self.rank == 0)
 
     def configure(self, config: TreeConfig | None, diffusion: Settings | None = None) -> None:
         """Options from now on; None: verl's own path. diffusion: of a diffusion LM, which has no prefix trees.
@@ -102,7 +87,7 @@ class TreeEngine(FSDPEngineWithLMHead):
             return stock() if self._dta_diffusion is None else self._dta_diffusion.mini_batch(stock, data, forward_only)
         try:
             self._dta_run = run = self._begin(data, self._dta_config, loss_function, forward_only)
-            if run.tally.drawn is not None:
+            if run.drawn is not None:
                 loss_function = weighted(loss_function)
             outputs = super().forward_backward_batch(data, loss_function, forward_only, **kwargs)
         finally:
@@ -110,7 +95,7 @@ class TreeEngine(FSDPEngineWithLMHead):
             clear_plan(data)
             clear_weights(data)
         if run.is_update:
-            outputs["metrics"].update(run.tally.metrics())
+            outputs["metrics"].update(run.metrics())
         return outputs
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
@@ -122,12 +107,12 @@ class TreeEngine(FSDPEngineWithLMHead):
         if run.config is None:
             return self._dense_step(run, micro_batch, loss_function, forward_only)
         micro_batch = micro_batch.to(get_device_id())
-        rows = Rows.of(micro_batch)
+        rows = JaggedRows.from_data(micro_batch)
         per_sequence = rows.temperature if isinstance(rows.temperature, list) else None
         batch = prepare(
             self.module,
-            rows.sequences,
-            rows.scored,
+            rows.runs.sequences,
+            rows.runs.scored,
             run.config,
             temperatures=per_sequence,
             device=rows.offsets.device,
@@ -143,13 +128,13 @@ class TreeEngine(FSDPEngineWithLMHead):
             run.config = None
             return self._dense_step(run, micro_batch, loss_function, forward_only)
         self._dta_calls += 1
-        run.tally.tree(call.report)
+        run.counts.add_tree(call.report)
         if (outcome := latest_outcome(self.module)) is not None:
-            self._say(str(outcome))
+            self._dta_notices.say_once(str(outcome))
         if call.verified is not None:
-            self._say(f"call {self._dta_calls} verified against dense: {call.verified}")
+            self._dta_notices.say_once(f"call {self._dta_calls} verified against dense: {call.verified}")
         if run.is_update:
-            self._say(str(call.report), topic="idle" if call.report.is_idle else "report")
+            self._dta_notices.say_once(str(call.report), topic="idle" if call.report.is_idle else "report")
         return result
 
     def prepare_model_inputs(self, micro_batch: TensorDict) -> Any:
@@ -166,11 +151,13 @@ class TreeEngine(FSDPEngineWithLMHead):
         self.dta_is_last_micro_batch = is_last_micro_batch
         return super()._gradient_sync_context(is_last_micro_batch=is_last_micro_batch)
 
-    def _dense_step(self, run: _Run, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
+    def _dense_step(self, run: MiniBatchRun, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
         """verl's own step, with the attention that it had before."""
-        if run.tally.drawn is not None:
-            self._say("verl's own path computes all tokens: token_selection weighs them in the loss, but saves nothing")
-        run.tally.dense(int(micro_batch["input_ids"].offsets()[-1]))
+        if run.drawn is not None:
+            self._dta_notices.say_once(
+                "verl's own path computes all tokens: token_selection weighs them in the loss, but saves nothing"
+            )
+        run.counts.add_dense(int(micro_batch["input_ids"].offsets()[-1]))
         with suppress(UnsupportedModelError):
             uninstall(causal_lm(self.module))
         return super().forward_step(micro_batch, loss_function, forward_only)
@@ -184,60 +171,25 @@ class TreeEngine(FSDPEngineWithLMHead):
         finally:
             self.module = module
 
-    def _begin(self, data: TensorDict, config: TreeConfig, loss_function: Any, forward_only: bool) -> _Run:
-        """Let all ranks agree on how a mini-batch runs, choose its tokens, and cut it into micro-batches."""
-        run = _Run(None, not forward_only)
-        objected = objection(data, loss_function, config) if run.is_update else None
-        if run.is_update and objected is None:
+    def _begin(self, data: TensorDict, config: TreeConfig, loss_function: Any, forward_only: bool) -> MiniBatchRun:
+        """Choose a mini-batch's tokens, let all ranks agree on how it runs, and cut it into micro-batches."""
+        run = MiniBatchRun(None, not forward_only)
+        if run.is_update and selection_obstacle(data, loss_function, config) is None:
             step, rank = self._dta_passes.next(self.lr_scheduler.last_epoch), self.get_data_parallel_rank()
-            run.tally.drawn = choose(data, loss_function, config, step, rank)
-        reason = engine_reason(self) or unsupported_reason(self.module) or batch_reason(data)
-        planner, cost = None, None
-        if reason is None:
-            rows = Rows.of(data)
-            if may_regroup(data, config.regroup, loss_function, forward_only):
-                planner = Planner(data, rows.sequences, model_cost(causal_lm(self.module)))
-            if config.min_saving:
-                cost = self._cost(data, rows)
-        mine = (objected, reason, cost, None if planner is None else planner.count, len(data))
-        all_objected, reasons, costs, counts, sizes = zip(*agreed(mine, self.get_data_parallel_group()), strict=True)
-        if any(all_objected):
-            raise InvalidInputError(next(filter(None, all_objected)))
-        found = next((reason for reason in reasons if reason is not None), None)
-        if found is not None:
-            self._refuse(found)
+            run.drawn = choose_tokens(data, loss_function, config, step, rank)
+        findings, plans = find(self, data, config, loss_function, forward_only)
+        decision = decide(agreed(findings, self.get_data_parallel_group()))
+        if decision.obstacle is not None:
+            self._refuse(decision.obstacle)
             return run
-        if cost is not None and not self._pays(costs, config.min_saving):
+        if decision.cost is not None and decision.cost.saving < config.min_saving:
+            saved = f"{decision.cost.saving:.0%} of FLOPs saved, min_saving {config.min_saving:.0%}"
+            self._dta_notices.say_once(f"verl's own path: only {saved}", "min_saving")
             return run
-        if planner is not None and max(counts) <= min(sizes):
-            set_plan(data, planner.plan(max(counts)))
-        run.config = self._for_micro_batches(data, config)
+        if plans is not None and decision.micro_batches is not None:
+            set_plan(data, plans.plan(decision.micro_batches))
+        run.config = config_of_micro_batches(data, config, self.engine_config.strategy)
         return run
-
-    def _cost(self, data: TensorDict, rows: Rows) -> CostEstimate:
-        """Of verl's own path, which computes all tokens, and of a tree of those that are to run."""
-
-        def of(some: Rows) -> CostEstimate:
-            return prepare(self.module, some.sequences, some.scored, TreeConfig(), device=some.offsets.device).cost
-
-        cost = of(rows)
-        return cost if rows.ran is None else CostEstimate(of(Rows.whole(data)).dense, cost.tree)
-
-    def _for_micro_batches(self, data: TensorDict, config: TreeConfig) -> TreeConfig:
-        """The gate has been passed; a sequence beyond the token budget runs in chunks where the strategy can."""
-        config = replace(config, min_saving=0.0)
-        if tu.get_non_tensor_data(data, "use_dynamic_bsz", True) and self.engine_config.strategy == "fsdp2":
-            budget = config.max_tree_tokens_per_chunk or int(tu.get_non_tensor_data(data, "max_token_len_per_gpu", 0))
-            if config.executor != "packed":
-                return replace(config, max_tree_tokens_per_chunk=budget)
-        return config
-
-    def _pays(self, costs: tuple[CostEstimate, ...], min_saving: float) -> bool:
-        total = CostEstimate(sum(cost.dense for cost in costs), sum(cost.tree for cost in costs))
-        if total.saving >= min_saving:
-            return True
-        self._say(f"verl's own path: only {total.saving:.0%} of FLOPs saved, min_saving {min_saving:.0%}", "min_saving")
-        return False
 
     def _refuse(self, reason: str) -> None:
         """Raise, or say once that verl's own path runs, as `on_unsupported` has it."""
@@ -247,11 +199,4 @@ class TreeEngine(FSDPEngineWithLMHead):
                 f"Prefix-tree execution is not exact here: {reason}. Or set "
                 "+actor_rollout_ref.rollout.custom.dta.on_unsupported=dense."
             )
-        self._say(f"verl's own path: {reason}", level=logging.WARNING)
-
-    def _say(self, message: str, topic: str | None = None, level: int = logging.INFO) -> None:
-        """One line from the first rank; about a topic, by default the message itself, only once."""
-        topic = topic or message
-        if self.rank == 0 and topic not in self._dta_said:
-            self._dta_said.add(topic)
-            say(message, level)
+        self._dta_notices.say_once(f"verl's own path: {reason}", level=logging.WARNING)

@@ -15,7 +15,6 @@ from types import ModuleType
 
 import dta_plugin
 from dta_plugin.adapters.imports import when_imported
-from dta_plugin.adapters.logs import say
 from dta_plugin.adapters.verl.upstream import (
     ENGINE,
     TRAINERS,
@@ -25,8 +24,10 @@ from dta_plugin.adapters.verl.upstream import (
     check_worker_module,
 )
 from dta_plugin.adapters.verl.version import checked_version, unreached_trainer
+from dta_plugin.training.notices import say
 
 _BALANCE = "dta_plugin.adapters.verl.balance"
+_OUR_ENGINE = "dta_plugin.adapters.verl.engine"
 
 _installed = False
 
@@ -37,7 +38,8 @@ def install() -> None:
     if _installed:
         return
     found = checked_version()
-    when_imported(ENGINE, _register_engine)
+    when_imported(_OUR_ENGINE, _register_engine)
+    when_imported(ENGINE, _import_our_engine)
     when_imported(WORKERS, _pass_options_on)
     balances = find_spec(_BALANCE) is not None
     if balances:
@@ -55,9 +57,13 @@ def install() -> None:
         say(f"{line}; ranks get the rows that verl deals out: {unreached}", logging.WARNING)
 
 
-def _register_engine(_: ModuleType) -> None:
+def _import_our_engine(_: ModuleType) -> None:
     check_engine_module()
-    import_module("dta_plugin.adapters.verl.engine")  # registers itself, also if it is what has begun this import
+    import_module(_OUR_ENGINE)  # it may have begun this import, and goes on after it
+
+
+def _register_engine(module: ModuleType) -> None:
+    import_module("dta_plugin.adapters.verl.registry").register(module.TreeEngine)
 
 
 def _pass_options_on(module: ModuleType) -> None:

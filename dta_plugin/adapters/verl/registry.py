@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import Any, TypeVar
+from typing import Any
 
 from verl.utils.device import get_device_name
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp import transformer_impl
 
-from dta_plugin.adapters.verl import weighted
+from dta_plugin.adapters.verl import weighted_loss
 from dta_plugin.adapters.verl.micro_batches import as_planned
 
 try:
@@ -17,11 +17,9 @@ try:
 except ImportError:  # verl 0.8, whose registry has no vendors: an entry for a device takes the place of verl's own
     get_vendor = None
 
-T = TypeVar("T", bound=type)
 
-
-def registered(engine: T) -> T:
-    """Register verl's FSDP engine for language models anew; have micro-batches follow plans, and losses weights."""
+def register(engine: type) -> None:
+    """Put it in the place of verl's FSDP engine for language models; micro-batches follow plans, and losses weights."""
     strategies = ["fsdp", "fsdp2"]
     if get_vendor is None:
         for strategy in strategies:
@@ -33,5 +31,4 @@ def registered(engine: T) -> T:
         EngineRegistry.register("language_model", strategies, device=device, vendor=vendor)(engine)
     module: Any = transformer_impl
     module.prepare_micro_batches = as_planned(module.prepare_micro_batches)
-    weighted.install()
-    return engine
+    weighted_loss.install()

@@ -6,11 +6,11 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from dta_plugin.adapters.logs import say
 from dta_plugin.adapters.verl.config import DIFFUSION, tree_config
 from dta_plugin.adapters.verl.protocols import Worker
 from dta_plugin.adapters.verl.upstream import check_worker
 from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.training.notices import say
 
 
 def passing_options_on(set_dispatch_collect: Callable[..., None]) -> Callable[..., None]:

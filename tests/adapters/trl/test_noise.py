@@ -38,7 +38,7 @@ def test_refused_or_dense(model: str, tmp_path: Path, monkeypatch: pytest.Monkey
     dense = train(model, tmp_path, tree, tree_config, dta_on_unsupported="dense", **NOISE)
     assert identical(dense, stock) and moved(stock) > 1e-3
     for module in (hooks, scoring):
-        monkeypatch.setattr(module, "noise_reason", lambda trainer: None)
+        monkeypatch.setattr(module, "noise_obstacle", lambda trainer: None)
     unchecked = train(model, tmp_path, tree, tree_config, **NOISE)
     assert weight_difference(unchecked, stock) > 1e-3, "negative control: a tree has other noise"
 

@@ -13,7 +13,7 @@ from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 
 from dta_plugin import InvalidInputError
 from dta_plugin.adapters.trl import TreeGRPOConfig, TreeGRPOTrainer, TreeRLOOConfig, TreeRLOOTrainer, window
-from dta_plugin.adapters.trl.rows import MicroBatch
+from dta_plugin.adapters.trl.micro_batch import MicroBatch
 from dta_plugin.execution import calibration
 from tests.adapters.trl.support import (
     LORA,

@@ -26,12 +26,13 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.utils.losses import ppo_loss
 
 from dta_plugin.adapters.verl.engine import TreeEngine  # turns the plugin on
-from dta_plugin.adapters.verl.micro_batches import ADDITIVE
+from dta_plugin.adapters.verl.losses import POLICY_LOSSES
 from dta_plugin.config import TreeConfig
 
 assert verl_cpu
 VOCABULARY = 64
 # verl 0.8 has neither the loss "dro" nor "token-sum".
+ADDITIVE = {name for name, traits in POLICY_LOSSES.items() if traits.allows_moves}
 ADDITIVE_LOSSES = sorted(ADDITIVE & POLICY_LOSS_REGISTRY.keys())
 AGGREGATIONS = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
 AGGREGATIONS += ["token-sum"] if "dro" in ADDITIVE_LOSSES else []

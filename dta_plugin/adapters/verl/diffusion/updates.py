@@ -20,7 +20,7 @@ from verl.utils.metric import AggregationType, Metric
 
 from dta_plugin.adapters.verl.diffusion.canvas import TERMS, Canvas, carried_terms, row_advantages
 from dta_plugin.adapters.verl.diffusion.options import DiffusionOptions
-from dta_plugin.adapters.verl.guards import batch_reason, engine_reason
+from dta_plugin.adapters.verl.obstacles import batch_obstacle, engine_obstacle
 from dta_plugin.adapters.verl.protocols import OurEngine
 from dta_plugin.adapters.verl.upstream import check_diffusion_engine
 from dta_plugin.diffusion import MaskDraws, draw_masks, family_of
@@ -62,7 +62,7 @@ class DiffusionUpdates:
 
     def mini_batch(self, run: Callable[..., Any], data: TensorDict, forward_only: bool) -> Any:
         """verl's `run` over the micro-batches of `data`; metrics of an update are those of all ranks."""
-        reason = engine_reason(self.engine) or batch_reason(data)
+        reason = engine_obstacle(self.engine) or batch_obstacle(data)
         if reason is not None:
             raise UnsupportedModelError(f"Not for a diffusion LM: {reason}.")
         if forward_only:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from dta_plugin.adapters.trl.buffer import PADDING, Inputs
+from dta_plugin.adapters.trl.generation_batch import PADDING, Inputs
 
 # Entry int64 [B]: real tokens of a row that do not run.
 LEFT_OUT = "dta_left_out"

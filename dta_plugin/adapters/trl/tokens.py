@@ -1,6 +1,6 @@
 """Which tokens an update runs on: those that TRL's loss reads, and of these the ones that a selection draws.
 
-`pruned` leaves out, once per generation batch, what cannot change the gradient. `HandedOut.of` draws for one
+`pruned` leaves out, once per generation batch, what cannot change the gradient. `draw_micro_step` draws for one
 micro-step; a buffer that is used for several optimizer passes is drawn from anew in each.
 """
 
@@ -9,19 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from trl import GRPOTrainer, RLOOTrainer
+from trl import GRPOTrainer
 
-from dta_plugin.adapters.trl.buffer import Inputs, Rows, has_images
+from dta_plugin.adapters.trl.generation_batch import Inputs, RowTable, has_images
+from dta_plugin.adapters.trl.losses import LOSS_TYPES, counts_padding, trainer_traits
 from dta_plugin.adapters.trl.origin import foreign_reader, unknown_terms
 from dta_plugin.adapters.trl.protocols import GRPOLike
-from dta_plugin.adapters.trl.version import counts_padding
-from dta_plugin.adapters.trl.weights import is_weighted, loss_mask, reweighted
+from dta_plugin.adapters.trl.token_weights import is_weighted, loss_mask, reweighted
 from dta_plugin.errors import InvalidInputError
-from dta_plugin.token_selection.select import TokenSelection, draw
-
-_TOKEN_LOCAL = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo")
-# Losses in which every term of a token has its advantage as a factor.
-_NEED_ADVANTAGE = _TOKEN_LOCAL
+from dta_plugin.token_selection.select import TokenSelection
+from dta_plugin.training.batch import RowBatch
+from dta_plugin.training.losses import tokens_read
+from dta_plugin.training.tokens import draw_tokens
 
 
 def selection_obstacle(trainer: GRPOLike, buffer: list[Inputs]) -> str | None:
@@ -36,8 +35,9 @@ def selection_obstacle(trainer: GRPOLike, buffer: list[Inputs]) -> str | None:
         return f"importance_sampling_level={level!r}, which is no sum over tokens; use 'token'"
     if counts_padding(trainer):
         return "loss_type='luspo', a mean over padding, too, before TRL 1.10; use another, or update TRL"
-    if trainer.loss_type not in _TOKEN_LOCAL:
-        return f"loss_type={trainer.loss_type!r}, which is no sum over tokens; use one of {', '.join(_TOKEN_LOCAL)}"
+    if not trainer_traits(trainer).is_token_sum:
+        usable = ", ".join(name for name, traits in LOSS_TYPES.items() if traits.is_token_sum)
+        return f"loss_type={trainer.loss_type!r}, which is no sum over tokens; use one of {usable}"
     if getattr(trainer, "off_policy_mask_threshold", None) is not None:
         return "off_policy_mask_threshold, which judges whole sequences; leave it out"
     if trainer.top_entropy_quantile < 1.0:
@@ -68,19 +68,16 @@ def pruned(trainer: GRPOLike, buffer: list[Inputs], forced: bool = False) -> lis
         return buffer
     if has_images(buffer) or counts_padding(trainer) or _has_gaps(buffer):
         return buffer
-    rows = Rows.of(buffer)
-    inputs: Inputs = rows.per_row | rows.constant
-    reads = loss_mask(inputs) != 0
-    if _ignores_zero_advantages(trainer):
-        advantages = inputs["advantages"]
-        reads &= (advantages if advantages.ndim == 2 else advantages[:, None]) != 0
+    table = RowTable.from_batches(buffer)
+    inputs: Inputs = table.per_row | table.constant
+    reads = tokens_read(loss_mask(inputs) != 0, inputs["advantages"], trainer_traits(trainer))
     if torch.equal(reads, inputs["completion_mask"] != 0):
         return buffer
     thinned = reweighted(inputs, reads.float())
     if "old_logps" in inputs:  # RLOO's, of whole sequences
         thinned["old_logps"] = inputs["old_logps"].masked_fill(~reads.any(dim=1), 0)
-    per_row = {key: value for key, value in thinned.items() if key not in rows.constant}
-    return Rows(per_row, rows.constant, rows.sizes).batches()
+    per_row = {key: value for key, value in thinned.items() if key not in table.constant}
+    return RowTable(per_row, table.constant, table.sizes).batches()
 
 
 def _has_gaps(buffer: list[Inputs]) -> bool:
@@ -89,43 +86,19 @@ def _has_gaps(buffer: list[Inputs]) -> bool:
     return any(bool((mask[:, 1:] & ~mask[:, :-1]).any()) for mask in masks)
 
 
-def _ignores_zero_advantages(trainer: GRPOLike) -> bool:
-    """Whether a row with advantage 0 adds nothing to the gradient, and nothing of its own to a metric but `entropy`."""
-    if isinstance(trainer, RLOOTrainer):
-        return not getattr(trainer, "aux_loss_enabled", False)
-    return (
-        trainer.beta == 0.0
-        and trainer.loss_type in _NEED_ADVANTAGE
-        and trainer.top_entropy_quantile >= 1.0
-        and not getattr(trainer, "_entropy_bonus_enabled", False)
-        and not getattr(trainer, "aux_loss_enabled", False)
-    )
-
-
 @dataclass(frozen=True, slots=True, eq=False)
-class HandedOut:
-    """One micro-step's inputs. statistics: of what was drawn (see `Drawn.statistics`)."""
+class MicroStep:
+    """What one micro-step gets. metrics: of what was drawn (see `DrawnTokens.metrics`)."""
 
     inputs: Inputs
-    statistics: dict[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, inputs: Inputs, selection: TokenSelection | None, seed: int, step: int, rank: int) -> HandedOut:
-        """Drawn by the numbers given; all tokens if nothing is left out, bit by bit as they were."""
-        if selection is None:
-            return cls(inputs)
-        mask = loss_mask(inputs)
-        drawn = draw(selection, (mask != 0).cpu().numpy(), _groups(inputs), seed=seed, step=step, rank=rank)
-        if not (drawn.weights[drawn.carries_loss] != 1.0).any():
-            return cls(inputs, drawn.statistics())
-        weights = torch.from_numpy(drawn.weights).to(mask.device, torch.float32)
-        return cls(reweighted(inputs, weights), drawn.statistics())
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
-def _groups(inputs: Inputs) -> list[int]:
-    """Per row a number, the same for rows of one prompt."""
-    _, groups = torch.unique(inputs["prompt_ids"] * inputs["prompt_mask"], dim=0, return_inverse=True)
-    return groups.tolist()
+def draw_micro_step(inputs: Inputs, selection: TokenSelection, *, seed: int, step: int, rank: int) -> MicroStep:
+    """Drawn by the numbers given; inputs bit by bit as they were if nothing is left out."""
+    groups = RowBatch.from_padded(inputs["prompt_ids"], inputs["prompt_mask"], 0).groups
+    drawn = draw_tokens(selection, loss_mask(inputs) != 0, groups, seed=seed, step=step, rank=rank)
+    return MicroStep(inputs if drawn.has_all else reweighted(inputs, drawn.weights), drawn.metrics)
 
 
 def check_selection(trainer: GRPOLike, buffer: list[Inputs], selection: TokenSelection) -> None:

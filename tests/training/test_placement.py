@@ -7,8 +7,9 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from dta_plugin.adapters.trl.deal import to_micro_batches, to_ranks
 from dta_plugin.balance.costs import TYPICAL, SequenceCosts, loads
+from dta_plugin.training.placement.micro_batches import to_micro_batches
+from dta_plugin.training.placement.ranks import to_ranks
 
 Sequences = list[np.ndarray]
 

@@ -23,7 +23,7 @@ def has_images(buffer: Sequence[Inputs]) -> bool:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rows:
+class RowTable:
     """per_row: values with one entry per row. constant: the others. sizes: rows of each micro-batch."""
 
     per_row: dict[str, torch.Tensor | list[Any]]
@@ -31,7 +31,7 @@ class Rows:
     sizes: list[int]
 
     @classmethod
-    def of(cls, batches: Sequence[Inputs]) -> Rows:
+    def from_batches(cls, batches: Sequence[Inputs]) -> RowTable:
         """batches: micro-batches with the same keys, tensors [B, ...] padded alike."""
         sizes = [len(batch["prompt_ids"]) for batch in batches]
         per_row, constant = {}, {}
@@ -46,7 +46,7 @@ class Rows:
     def __len__(self) -> int:
         return sum(self.sizes)
 
-    def taken(self, order: Sequence[int]) -> Rows:
+    def taken(self, order: Sequence[int]) -> RowTable:
         """The same rows in another order."""
         return replace(self, per_row={key: _taken(value, order) for key, value in self.per_row.items()})
 

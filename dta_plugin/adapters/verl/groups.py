@@ -9,38 +9,19 @@ the token ids of those groups are fetched from the TransferQueue, once per step.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from dta_plugin.training.placement.steps import GroupedRows
 
 
 class UnusableBatch(Exception):
     """A batch whose groups cannot be told. The message is the reason."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Sampled:
-    """sequences: per row int64 token ids, after one that only rows of its uid have; of a padding row that one alone.
-
-    Padding rows are equal, so they cost next to nothing wherever they are, and each has an uid of its own. lengths: per
-    row its tokens.
-    """
-
-    sequences: list[np.ndarray]
-    lengths: list[int]
-
-    def __len__(self) -> int:
-        return len(self.sequences)
-
-    @property
-    def groups(self) -> np.ndarray:
-        """int64 [rows]: the number of each row's uid, in the order in which verl sampled them."""
-        return np.array([sequence[0] for sequence in self.sequences])
-
-
 def uids_of(batch: Any) -> list[str]:
-    """Per row its uid. Raises UnusableBatch for what `sampled` could not read."""
+    """Per row its uid. Raises UnusableBatch for what `grouped_rows` could not read."""
     if hasattr(batch, "tags"):  # KVBatchMeta
         for tag in batch.tags:
             if tag.get("prompt_len") is None or tag.get("seq_len") is None:
@@ -54,21 +35,23 @@ def uids_of(batch: Any) -> list[str]:
     raise UnusableBatch(f"it is a {type(batch).__name__}; expected KVBatchMeta (v1 trainers) or DataProto (v0)")
 
 
-def sampled(batch: Any, order: Iterable[str]) -> Sampled:
+def grouped_rows(batch: Any, order: Iterable[str]) -> GroupedRows:
     """order: uids in the order that groups are to keep; others, those of padding, come after them."""
     uids = uids_of(batch)
     number = {uid: place for place, uid in enumerate(dict.fromkeys([*order, *uids]))}
     groups = [number[uid] for uid in uids]
     if hasattr(batch, "tags"):
-        return _from_tags(batch, groups)
+        return _rows_from_tags(batch, groups)
     mask = batch.batch["attention_mask"].bool().numpy()
     rows = [ids[real] for ids, real in zip(batch.batch["input_ids"].numpy(), mask, strict=True)]
-    return Sampled([np.insert(row, 0, group) for group, row in zip(groups, rows, strict=True)], list(map(len, rows)))
+    return GroupedRows(
+        [np.insert(row, 0, group) for group, row in zip(groups, rows, strict=True)], list(map(len, rows))
+    )
 
 
-def _from_tags(batch: Any, groups: list[int]) -> Sampled:
+def _rows_from_tags(batch: Any, groups: list[int]) -> GroupedRows:
     lengths = [tag["seq_len"] for tag in batch.tags]
-    tokens = _fetched(batch, _rows_beyond_tags(batch, groups))
+    tokens = _fetched_tokens(batch, _rows_beyond_tags(batch, groups))
     free = max(groups) + 1  # token ids from here on stand for a row each
     sequences = []
     for row, (group, tag) in enumerate(zip(groups, batch.tags, strict=True)):
@@ -79,7 +62,7 @@ def _from_tags(batch: Any, groups: list[int]) -> Sampled:
         else:
             prompt = tag["prompt_len"]
             sequences.append(np.repeat([group, free + row], [1 + prompt, lengths[row] - prompt]))
-    return Sampled(sequences, lengths)
+    return GroupedRows(sequences, lengths)
 
 
 def _rows_beyond_tags(batch: Any, groups: list[int]) -> list[int]:
@@ -95,7 +78,7 @@ def _rows_beyond_tags(batch: Any, groups: list[int]) -> list[int]:
     return [row for rows in beyond for row in rows]
 
 
-def _fetched(batch: Any, rows: list[int]) -> dict[int, np.ndarray]:
+def _fetched_tokens(batch: Any, rows: list[int]) -> dict[int, np.ndarray]:
     """Token ids of some rows."""
     if not rows:
         return {}

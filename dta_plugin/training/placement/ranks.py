@@ -1,12 +1,11 @@
-"""Which row goes where: to the micro-batches of one rank, which run one after another, or to ranks, which run at once.
+"""Which rank computes which row: as many per rank as before, ranks that cost alike, siblings together.
 
-Row counts are given, because TRL's losses are means over the rows of a micro-batch. What changes is who shares a tree.
+Row counts are given, because losses are means over the rows of a micro-batch. What changes is who shares a tree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -18,21 +17,6 @@ Bins = list[list[int]]
 
 # Loads closer than this are as good as each other: predictions are no better, and moving rows is not free.
 _TIE = 0.01
-
-
-def to_micro_batches(
-    sequences: Sequence[np.ndarray], first_scored: Sequence[int], sizes: Sequence[int], model: ModelCost
-) -> Bins:
-    """Per micro-batch its rows, `sizes` of them.
-
-    Micro-batches run one after another, so the sum of their costs is the time, and the largest one the memory. The
-    depth-first order cut into `sizes` rarely tears a group; the balanced partition is taken where its sum is lower, or
-    where the sum is as low and its largest micro-batch smaller.
-    """
-    costs = SequenceCosts.of(sequences, model, first_scored)
-    cut = [costs.order[a:b].tolist() for a, b in pairwise([0, *accumulate(sizes)])]
-    dealt = partition(sequences, len(sizes), model=model, first_scored=first_scored, sizes=sizes).bins
-    return dealt if _improves(loads(costs, dealt), loads(costs, cut), sum, max) else cut
 
 
 def to_ranks(
@@ -48,7 +32,7 @@ def to_ranks(
     costs = SequenceCosts.of(sequences, model, first_scored)
     sizes = [len(rows) for rows in held]
     dealt = partition(sequences, ranks, model=model, first_scored=first_scored, sizes=sizes).bins
-    if not _improves(loads(costs, dealt), loads(costs, held), max, sum):
+    if not improves(loads(costs, dealt), loads(costs, held), max, sum):
         return list(owner)
     destination = list(owner)
     for rows, rank in zip(dealt, _nearest(dealt, held), strict=True):
@@ -57,7 +41,7 @@ def to_ranks(
     return destination
 
 
-def _improves(new: list[float], old: list[float], *by: Callable[[list[float]], float]) -> bool:
+def improves(new: list[float], old: list[float], *by: Callable[[list[float]], float]) -> bool:
     """Whether the first measure that tells them apart is lower."""
     for measure in by:
         if abs(measure(new) - measure(old)) > _TIE * measure(old):

@@ -19,9 +19,9 @@ import torch
 from torch import distributed
 from transformers import TrainerCallback
 
-from dta_plugin.adapters.trl.buffer import Inputs, has_images
+from dta_plugin.adapters.trl.generation_batch import Inputs, has_images
+from dta_plugin.adapters.trl.micro_batch import MicroBatch, joined
 from dta_plugin.adapters.trl.protocols import GRPOLike
-from dta_plugin.adapters.trl.rows import MicroBatch, joined
 from dta_plugin.balance.costs import TOKENS, SequenceCosts, loads
 from dta_plugin.tree.cost import ModelCost
 
@@ -48,7 +48,7 @@ class _MicroStep:
         return sum(_seconds(*span) for span in self.spans)
 
 
-class Loads(TrainerCallback):
+class LoadBalance(TrainerCallback):
     """The loads of one trainer's optimizer steps, written into its metrics whenever it logs."""
 
     def __init__(self) -> None:
@@ -154,13 +154,13 @@ def _imbalance(values: Sequence[float]) -> float | None:
 def _window_loads(batches: list[Inputs], merged: bool, model: ModelCost) -> tuple[list[float], float]:
     """Per micro-batch its cost (the first one's is the whole tree's if they are merged), and tokens repeated."""
     micro_batches = [MicroBatch.from_inputs(batch) for batch in batches]
-    sequences, first_scored = joined(micro_batches)
-    costs = SequenceCosts.of(sequences, model, first_scored)
+    joint = joined(micro_batches)
+    costs = SequenceCosts.of(joint.sequences, model, joint.prompt_lengths)
     if merged:
         return [costs.total] + [0.0] * (len(batches) - 1), 0.0
-    rows = iter(range(len(sequences)))
-    bins = [[next(rows) for _ in batch.sequences] for batch in micro_batches]
-    tokens = SequenceCosts.of(sequences, TOKENS)
+    rows = iter(range(len(joint)))
+    bins = [[next(rows) for _ in batch.rows.sequences] for batch in micro_batches]
+    tokens = SequenceCosts.of(joint.sequences, TOKENS)
     return loads(costs, bins), sum(loads(tokens, bins)) - tokens.total
 
 

@@ -1,10 +1,10 @@
 """Which row of a batch goes to which rank and into which optimizer step: siblings together, ranks that cost alike.
 
-verl cuts a batch into one equal, contiguous part per rank, and each part into mini-batches. The k-th mini-batches of
-all ranks are one optimizer step. So every rank gets as many rows of every step, and these (a share) are whole groups,
-since each share computes a group's prefix for itself. A group is cut where counts leave no other way, and in one more
-case: few groups of very different lengths, kept whole, would make the costliest rank dearer than an even part of rows
-that share nothing, which is what verl gives it. In a step with such a cut there may be more where that pays.
+A trainer cuts a batch into one equal, contiguous part per rank, and each part into mini-batches. The k-th mini-batches
+of all ranks are one optimizer step. So every rank gets as many rows of every step, and these (a share) are whole
+groups, since each share computes a group's prefix for itself. A group is cut where counts leave no other way, and in
+one more case: few groups of very different lengths, kept whole, would make the costliest rank dearer than an even part
+of rows that share nothing. In a step with such a cut there may be more where that pays.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from itertools import pairwise
 
 import numpy as np
 
-from dta_plugin.adapters.verl.sampled import Sampled
 from dta_plugin.balance import Partition, partition_each
 from dta_plugin.balance.costs import TOKENS, TYPICAL, SequenceCosts, loads
 from dta_plugin.balance.starts import filled_in_order
@@ -25,7 +24,28 @@ _WORTH_CUTTING = 0.05
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Dealt:
+class GroupedRows:
+    """Rows of a batch by what siblings share.
+
+    sequences: per row int64 token ids, after one that only rows of its group have (its number); of a padding row that
+    one alone. So padding rows cost next to nothing wherever they are; each has a group of its own. lengths: per row its
+    tokens.
+    """
+
+    sequences: list[np.ndarray]
+    lengths: list[int]
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def groups(self) -> np.ndarray:
+        """int64 [rows]: the number of each row's group, in the order in which groups were sampled."""
+        return np.array([sequence[0] for sequence in self.sequences])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placement:
     """shares: [step][rank] rows, siblings next to each other. rank_loads: [step][rank] predicted cost.
 
     groups, split: how many there are, and how many of them in several shares. flat_tokens; tree_tokens with what
@@ -59,10 +79,10 @@ class Dealt:
         )
 
 
-def deal(batch: Sampled, ranks: int, steps: int) -> Dealt:
-    """Deal a batch out. ranks * steps must divide its rows.
+def place_rows(batch: GroupedRows, ranks: int, steps: int) -> Placement:
+    """Place a batch. ranks * steps must divide its rows.
 
-    Groups keep the order in which verl sampled them: the first ones that fill a step are the first step, and so on.
+    Groups keep the order in which they were sampled: the first ones that fill a step are the first step, and so on.
     What a row costs has no influence on its step, only on its rank.
     """
     costs = SequenceCosts.of(batch.sequences, TYPICAL)
@@ -73,9 +93,9 @@ def deal(batch: Sampled, ranks: int, steps: int) -> Dealt:
         [row for group, a, b in parts for row in waiting[group][a:b]]
         for parts in filled_in_order(list(map(len, waiting)), sizes)
     ]
-    dealt = _to_ranks([_step(batch.sequences, groups, rows, ranks) for rows in of_steps])
-    shares = [[_costliest_first(costs, groups, share) for share, _ in step] for step in dealt]
-    return _described(batch, shares, [[load for _, load in step] for step in dealt])
+    by_rank = _to_ranks([_step(batch.sequences, groups, rows, ranks) for rows in of_steps])
+    shares = [[_costliest_first(costs, groups, share) for share, _ in step] for step in by_rank]
+    return _described(batch, shares, [[load for _, load in step] for step in by_rank])
 
 
 def _groups_in_order(order: np.ndarray, groups: np.ndarray) -> list[np.ndarray]:
@@ -119,7 +139,7 @@ def _costliest_first(costs: SequenceCosts, groups: np.ndarray, share: list[int])
     return [row for part in by_cost for row in parts[part]]
 
 
-def _described(batch: Sampled, shares: list[list[list[int]]], rank_loads: list[list[float]]) -> Dealt:
+def _described(batch: GroupedRows, shares: list[list[list[int]]], rank_loads: list[list[float]]) -> Placement:
     groups = batch.groups
     tokens = SequenceCosts.of(batch.sequences, TOKENS)
     is_real = np.array([len(sequence) > 1 for sequence in batch.sequences])
@@ -128,7 +148,7 @@ def _described(batch: Sampled, shares: list[list[list[int]]], rank_loads: list[l
     # Every group of a share has one token more than its rows, in front of them.
     in_shares = sum(load - len(found) for load, found in zip(loads(tokens, every), present, strict=True))
     count = np.bincount([group for found in present for group in found])
-    return Dealt(
+    return Placement(
         shares,
         rank_loads,
         groups=len(np.unique(groups[is_real])),

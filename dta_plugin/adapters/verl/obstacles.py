@@ -1,7 +1,7 @@
 """Where verl asks for something that a tree cannot give exactly: a reason that names the setting and the remedy.
 
-`batch_reason` looks at one rank's mini-batch; the engine lets all ranks agree. What the model itself rules out
-(linear attention, dropout, prompt tuning) is `execution.support`'s to say.
+`batch_obstacle` looks at one rank's mini-batch; the engine lets all ranks agree. What the model itself rules out
+(linear attention, dropout, prompt tuning) is `models.support`'s to say.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from verl.utils import tensordict_utils as tu
 
 from dta_plugin.adapters.verl.protocols import Engine
 
-_WANTED = {
+_NEEDS_LOGITS = {
     "calculate_sum_pi_squared": (
         "calculate_sum_pi_squared needs all logits; set actor_rollout_ref.actor.calculate_sum_pi_squared=False"
     ),
@@ -21,7 +21,7 @@ _WANTED = {
 }
 
 
-def engine_reason(engine: Engine) -> str | None:
+def engine_obstacle(engine: Engine) -> str | None:
     """What in an engine's own configuration a tree cannot follow, or None."""
     if engine.use_ulysses_sp:
         size = engine.ulysses_sequence_parallel_size
@@ -41,16 +41,16 @@ def engine_reason(engine: Engine) -> str | None:
     return None
 
 
-def batch_reason(data: TensorDict) -> str | None:
+def batch_obstacle(data: TensorDict) -> str | None:
     """What in a mini-batch a tree cannot follow, or None."""
-    for key, reason in _WANTED.items():
+    for key, reason in _NEEDS_LOGITS.items():
         if tu.get_non_tensor_data(data, key, False):
             return reason
     if _is_multimodal(data):
         return "the batch has images or other multimodal inputs, which token ids do not tell apart; train on text"
     if "routed_experts" in data.keys():  # noqa: SIM118 (a TensorDict)
         return "the batch has routed_experts (router replay), which are per row; switch the replay off"
-    return _position_reason(data)
+    return _position_obstacle(data)
 
 
 def _is_multimodal(data: TensorDict) -> bool:
@@ -62,7 +62,7 @@ def _is_multimodal(data: TensorDict) -> bool:
     return False
 
 
-def _position_reason(data: TensorDict) -> str | None:
+def _position_obstacle(data: TensorDict) -> str | None:
     positions, offsets = data["position_ids"], data["input_ids"].offsets()
     if positions.dim() != 2:
         return "position ids have several dimensions (multimodal rotary positions); train a text model"

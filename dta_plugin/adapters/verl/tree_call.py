@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dta_plugin.adapters.verl.rows import Rows
+from dta_plugin.adapters.verl.jagged import JaggedRows
 from dta_plugin.config import TreeConfig
 from dta_plugin.execution.auto import run_tree
 from dta_plugin.execution.batch import Batch
@@ -28,7 +28,7 @@ class TreeCall:
 
     report: TreeReport
 
-    def __init__(self, module: nn.Module, batch: Batch, rows: Rows, config: TreeConfig) -> None:
+    def __init__(self, module: nn.Module, batch: Batch, rows: JaggedRows, config: TreeConfig) -> None:
         self.module, self.batch, self.rows, self.config = module, batch, rows, config
         self.wants_entropy = self.verifies = False
         self.verified: Difference | None = None
