@@ -16,7 +16,7 @@ import torch
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from dta_plugin.adapters.trl import TreeGRPOConfig, TreeGRPOTrainer, TreeTrainerMixin, hooks, subset
+from dta_plugin.adapters.trl import TreeGRPOConfig, TreeGRPOTrainer, TreeTrainerMixin, hooks, tokens
 from dta_plugin.adapters.trl.origin import foreign_reader, unknown_loss, unknown_terms
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 from tests.adapters.trl.support import HOOK, TOLERANCE, build, enabled, identical, moved, train, weight_difference
@@ -119,7 +119,7 @@ def test_default_options_leave_it_alone(
         if kind.trainer is OwnLogProbs:  # nothing prunes for somebody else's method, so the check itself has to go
             untouched = train(model, tmp_path, kind.trainer, GRPOConfig, **SHORT)
             assert identical(untouched, stock) and not any(untouched.dta), "no metric of trees that never ran"
-            for module in (subset, hooks):
+            for module in (tokens, hooks):
                 monkeypatch.setattr(module, "foreign_reader", lambda trainer: None)
         forced = train(model, tmp_path, kind.trainer, GRPOConfig, **SHORT)
     print(

@@ -23,8 +23,9 @@ from dta_plugin.adapters.verl.engine import TreeEngine
 from dta_plugin.adapters.verl.losses import POLICY_LOSSES
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError
-from dta_plugin.token_selection.select import TokenSelection
-from dta_plugin.training.tokens import DrawnTokens
+from dta_plugin.token_selection.select import Drawn, TokenSelection
+from dta_plugin.training import tokens as drawing
+from dta_plugin.training.notices import Notices
 from tests.adapters.verl.support import AGGREGATIONS, Setup, Step, actor_config, build
 from tests.adapters.verl.updates import Update, relative, sampled, updated
 
@@ -82,7 +83,7 @@ def _every_draw_of_row(options: TokenSelection, carries: np.ndarray) -> Draws:
 
 
 def _fixed(monkeypatch: pytest.MonkeyPatch, weights: np.ndarray) -> None:
-    monkeypatch.setattr(selection, "draw", lambda options, carries, *_, **__: Drawn(weights, carries, (0, 0, 0)))
+    monkeypatch.setattr(drawing, "draw", lambda options, carries, *_, **__: Drawn(weights, carries, (0, 0, 0)))
 
 
 def _mean(updates: Iterator[tuple[float, Update]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -231,7 +232,7 @@ def test_verls_own_path_weighs_too(
 ) -> None:
     """It computes everything, and says so once; the loss is that of the same drawing."""
     monkeypatch.setattr(tokens.OptimizerPasses, "next", lambda *_: 3)
-    monkeypatch.setattr(engine, "_dta_said", set())
+    monkeypatch.setattr(engine, "_dta_notices", Notices())
     data = sampled(engine, Step(shape="turns", budget=10_000))  # verl averages some metrics over micro-batches
     expected = updated(engine, data, _chosen("rpc"))
     if "on_unsupported" in options:
@@ -277,13 +278,13 @@ def test_passes_are_numbered_alike_after_a_resume() -> None:
 
 def test_drawn_by_seed_pass_and_rank(engine: TreeEngine, data: TensorDict, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Any, ...]] = []
-    draw = tokens.draw_tokens
+    draw = drawing.draw
 
-    def watched(options: Any, carries: Any, groups: Any, **numbers: int) -> DrawnTokens:
+    def watched(options: Any, carries: Any, groups: Any, **numbers: int) -> Drawn:
         seen.append((list(groups), numbers))
         return draw(options, carries, groups, **numbers)
 
-    monkeypatch.setattr(tokens, "draw_tokens", watched)
+    monkeypatch.setattr(drawing, "draw", watched)
     monkeypatch.setattr(engine, "_dta_passes", tokens.OptimizerPasses())
     actor = replace(actor_config(Step()), data_loader_seed=5)
     for _ in range(2):
