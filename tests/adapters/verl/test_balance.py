@@ -17,7 +17,7 @@ from verl.trainer.ppo import padding_utils
 from verl.utils import transferqueue_utils
 
 from dta_plugin import InvalidInputError, PrefixTree
-from dta_plugin.adapters.verl import balance, groups
+from dta_plugin.adapters.verl_plugin import balance, groups
 from dta_plugin.errors import UnsupportedModelError
 from tests.adapters.verl.batches import (
     Queue,

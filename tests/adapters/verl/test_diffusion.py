@@ -14,7 +14,7 @@ pytest.importorskip("verl", reason="verl is not installed: pip install 'dta-plug
 
 from verl.utils import tensordict_utils as tu
 
-from dta_plugin.adapters.verl.diffusion.canvas import TERMS, Canvas
+from dta_plugin.adapters.verl_plugin.diffusion.canvas import TERMS, Canvas
 from dta_plugin.errors import UnsupportedModelError
 from tests.adapters.verl.diffusion_support import (
     SAMPLES,

@@ -13,11 +13,11 @@ pytest.importorskip("verl", reason="verl is not installed: pip install 'dta-plug
 from omegaconf import OmegaConf
 from verl.utils import tensordict_utils as tu
 
-from dta_plugin.adapters.verl.config import tree_config
-from dta_plugin.adapters.verl.diffusion.guards import check_model
-from dta_plugin.adapters.verl.diffusion.options import DiffusionOptions
-from dta_plugin.adapters.verl.diffusion.updates import DiffusionUpdates
-from dta_plugin.adapters.verl.diffusion.worker import diffusion_settings
+from dta_plugin.adapters.verl_plugin.config import tree_config
+from dta_plugin.adapters.verl_plugin.diffusion.guards import check_model
+from dta_plugin.adapters.verl_plugin.diffusion.options import DiffusionOptions
+from dta_plugin.adapters.verl_plugin.diffusion.updates import DiffusionUpdates
+from dta_plugin.adapters.verl_plugin.diffusion.worker import diffusion_settings
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 from tests.adapters.verl.diffusion_support import (
@@ -121,7 +121,7 @@ def test_settings_of_verl_that_do_not_fit(name: str, value: Any) -> None:
 
 
 def test_verl_08(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dta_plugin.adapters.verl.diffusion.guards.version", lambda _: "0.8.0")
+    monkeypatch.setattr("dta_plugin.adapters.verl_plugin.diffusion.guards.version", lambda _: "0.8.0")
     with pytest.raises(UnsupportedModelError, match=r"verl 0\.8\.0 is installed. Expected 0\.9 or newer"):
         diffusion_settings(config({"diffusion": {}}))
 

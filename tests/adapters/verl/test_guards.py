@@ -14,7 +14,7 @@ pytest.importorskip("verl", reason="verl is not installed: pip install 'dta-plug
 from tensordict import NonTensorStack, TensorDict
 from verl.utils import tensordict_utils as tu
 
-from dta_plugin.adapters.verl.engine import TreeEngine
+from dta_plugin.adapters.verl_plugin.engine import TreeEngine
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 from dta_plugin.models.attention_registry import is_installed

@@ -17,8 +17,8 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.utils.losses import ppo_loss, sft_loss
 
 from dta_plugin import PrefixTree
-from dta_plugin.adapters.verl.jagged import JaggedRows, token_rows
-from dta_plugin.adapters.verl.micro_batches import as_planned, clear_plan, may_regroup, planner, set_plan
+from dta_plugin.adapters.verl_plugin.jagged import JaggedRows, token_rows
+from dta_plugin.adapters.verl_plugin.micro_batches import as_planned, clear_plan, may_regroup, planner, set_plan
 from dta_plugin.balance.costs import TYPICAL
 from dta_plugin.config import TreeConfig
 from tests.adapters.verl.support import (

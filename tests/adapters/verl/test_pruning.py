@@ -15,8 +15,8 @@ from tensordict import TensorDict
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, register_policy_loss
 from verl.utils import tensordict_utils as tu
 
-from dta_plugin.adapters.verl import losses, tokens
-from dta_plugin.adapters.verl.engine import TreeEngine
+from dta_plugin.adapters.verl_plugin import losses, tokens
+from dta_plugin.adapters.verl_plugin.engine import TreeEngine
 from dta_plugin.config import TreeConfig
 from tests.adapters.verl import updates
 from tests.adapters.verl.support import Setup, Step, actor_config, build, nested

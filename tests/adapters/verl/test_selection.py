@@ -18,9 +18,9 @@ from tensordict import TensorDict
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 from verl.utils import tensordict_utils as tu
 
-from dta_plugin.adapters.verl import tokens
-from dta_plugin.adapters.verl.engine import TreeEngine
-from dta_plugin.adapters.verl.losses import POLICY_LOSSES
+from dta_plugin.adapters.verl_plugin import tokens
+from dta_plugin.adapters.verl_plugin.engine import TreeEngine
+from dta_plugin.adapters.verl_plugin.losses import POLICY_LOSSES
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.token_selection.select import Drawn, TokenSelection

@@ -22,7 +22,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from dta_plugin.adapters.contract import Name
 from dta_plugin.adapters.releases import say_if_untested
-from dta_plugin.adapters.verl import upstream, version
+from dta_plugin.adapters.verl_plugin import reach, upstream
 from dta_plugin.errors import UnsupportedModelError
 from tests.adapters.verl.batches import trainer
 from tests.adapters.verl.support import Setup, build
@@ -163,13 +163,13 @@ def test_trainers() -> None:
 def test_versions_that_are_refused(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "version", lambda _: found)
     with pytest.raises(UnsupportedModelError, match=f"verl {found} is installed. Expected 0.8.0 <= verl < 0.10"):
-        version.checked_version()
+        reach.checked_version()
 
 
 @pytest.mark.usefixtures("nothing_said")
 def test_a_newer_release_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(metadata, "version", lambda _: "0.9.2")
-    assert [version.checked_version() for _ in range(2)] == ["0.9.2"] * 2
+    assert [reach.checked_version() for _ in range(2)] == ["0.9.2"] * 2
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "verl 0.9.2, newer than what was tested, up to verl 0.9.1" in record.message

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from dta_plugin.adapters.verl.config import KEY, tree_config
-from dta_plugin.adapters.verl.groups import UnusableBatch, grouped_rows, uids_of
-from dta_plugin.adapters.verl.protocols import Trainer
-from dta_plugin.adapters.verl.upstream import TRAINERS, check_trainer
+from dta_plugin.adapters.verl_plugin.config import KEY, tree_config
+from dta_plugin.adapters.verl_plugin.groups import UnusableBatch, grouped_rows, uids_of
+from dta_plugin.adapters.verl_plugin.protocols import Trainer
+from dta_plugin.adapters.verl_plugin.upstream import TRAINERS, check_trainer
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import UnsupportedModelError
 from dta_plugin.training.notices import Notices

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from packaging.version import Version
 
-from dta_plugin.adapters.verl.config import DIFFUSION
+from dta_plugin.adapters.verl_plugin.config import DIFFUSION
 from dta_plugin.diffusion import family_of
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 from dta_plugin.models.introspection import causal_lm

@@ -9,8 +9,8 @@ from verl.utils.device import get_device_name
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp import transformer_impl
 
-from dta_plugin.adapters.verl import weighted_loss
-from dta_plugin.adapters.verl.micro_batches import as_planned
+from dta_plugin.adapters.verl_plugin import weighted_loss
+from dta_plugin.adapters.verl_plugin.micro_batches import as_planned
 
 try:
     from verl.utils.device import get_vendor

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dta_plugin.adapters.verl.config import DIFFUSION, dta_options
+from dta_plugin.adapters.verl_plugin.config import DIFFUSION, dta_options
 from dta_plugin.diffusion import SamplerConfig, draw_masks
 from dta_plugin.diffusion.objectives.bgpo import bound_terms
 from dta_plugin.errors import InvalidInputError

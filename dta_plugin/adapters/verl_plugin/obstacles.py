@@ -10,7 +10,7 @@ import torch
 from tensordict import NonTensorData, TensorDict
 from verl.utils import tensordict_utils as tu
 
-from dta_plugin.adapters.verl.protocols import Engine
+from dta_plugin.adapters.verl_plugin.protocols import Engine
 
 _NEEDS_LOGITS = {
     "calculate_sum_pi_squared": (

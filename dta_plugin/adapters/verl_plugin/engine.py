@@ -20,15 +20,15 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-from dta_plugin.adapters.verl.diffusion.guards import check_model
-from dta_plugin.adapters.verl.diffusion.updates import DiffusionUpdates, Settings
-from dta_plugin.adapters.verl.jagged import JaggedRows, clear_weights
-from dta_plugin.adapters.verl.micro_batches import agreed, clear_plan, set_plan
-from dta_plugin.adapters.verl.mini_batch import MiniBatchRun, config_of_micro_batches, decide, find
-from dta_plugin.adapters.verl.tokens import OptimizerPasses, choose_tokens, selection_obstacle
-from dta_plugin.adapters.verl.tree_call import TreeCall, TreeOutputs
-from dta_plugin.adapters.verl.upstream import check_engine
-from dta_plugin.adapters.verl.weighted_loss import weighted
+from dta_plugin.adapters.verl_plugin.diffusion.guards import check_model
+from dta_plugin.adapters.verl_plugin.diffusion.updates import DiffusionUpdates, Settings
+from dta_plugin.adapters.verl_plugin.jagged import JaggedRows, clear_weights
+from dta_plugin.adapters.verl_plugin.micro_batches import agreed, clear_plan, set_plan
+from dta_plugin.adapters.verl_plugin.mini_batch import MiniBatchRun, config_of_micro_batches, decide, find
+from dta_plugin.adapters.verl_plugin.tokens import OptimizerPasses, choose_tokens, selection_obstacle
+from dta_plugin.adapters.verl_plugin.tree_call import TreeCall, TreeOutputs
+from dta_plugin.adapters.verl_plugin.upstream import check_engine
+from dta_plugin.adapters.verl_plugin.weighted_loss import weighted
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 from dta_plugin.execution.batch import prepare

@@ -15,7 +15,8 @@ from types import ModuleType
 
 import dta_plugin
 from dta_plugin.adapters.imports import when_imported
-from dta_plugin.adapters.verl.upstream import (
+from dta_plugin.adapters.verl_plugin.reach import checked_version, unreached_trainer
+from dta_plugin.adapters.verl_plugin.upstream import (
     ENGINE,
     TRAINERS,
     WORKERS,
@@ -23,11 +24,10 @@ from dta_plugin.adapters.verl.upstream import (
     check_trainer_module,
     check_worker_module,
 )
-from dta_plugin.adapters.verl.version import checked_version, unreached_trainer
 from dta_plugin.training.notices import say
 
-_BALANCE = "dta_plugin.adapters.verl.balance"
-_OUR_ENGINE = "dta_plugin.adapters.verl.engine"
+_BALANCE = "dta_plugin.adapters.verl_plugin.balance"
+_OUR_ENGINE = "dta_plugin.adapters.verl_plugin.engine"
 
 _installed = False
 
@@ -63,11 +63,11 @@ def _import_our_engine(_: ModuleType) -> None:
 
 
 def _register_engine(module: ModuleType) -> None:
-    import_module("dta_plugin.adapters.verl.registry").register(module.TreeEngine)
+    import_module("dta_plugin.adapters.verl_plugin.registry").register(module.TreeEngine)
 
 
 def _pass_options_on(module: ModuleType) -> None:
-    from dta_plugin.adapters.verl.workers import passing_options_on
+    from dta_plugin.adapters.verl_plugin.workers import passing_options_on
 
     check_worker_module()
     worker = module.ActorRolloutRefWorker

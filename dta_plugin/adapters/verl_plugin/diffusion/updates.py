@@ -18,11 +18,11 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
 from verl.utils.metric import AggregationType, Metric
 
-from dta_plugin.adapters.verl.diffusion.canvas import TERMS, Canvas, carried_terms, row_advantages
-from dta_plugin.adapters.verl.diffusion.options import DiffusionOptions
-from dta_plugin.adapters.verl.obstacles import batch_obstacle, engine_obstacle
-from dta_plugin.adapters.verl.protocols import OurEngine
-from dta_plugin.adapters.verl.upstream import check_diffusion_engine
+from dta_plugin.adapters.verl_plugin.diffusion.canvas import TERMS, Canvas, carried_terms, row_advantages
+from dta_plugin.adapters.verl_plugin.diffusion.options import DiffusionOptions
+from dta_plugin.adapters.verl_plugin.obstacles import batch_obstacle, engine_obstacle
+from dta_plugin.adapters.verl_plugin.protocols import OurEngine
+from dta_plugin.adapters.verl_plugin.upstream import check_diffusion_engine
 from dta_plugin.diffusion import MaskDraws, draw_masks, family_of
 from dta_plugin.diffusion.objectives.bgpo import bound_gap, per_sample_losses
 from dta_plugin.diffusion.objectives.elbo import length_scale, sample_term

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dta_plugin.adapters.verl.jagged import JaggedRows
+from dta_plugin.adapters.verl_plugin.jagged import JaggedRows
 from dta_plugin.config import TreeConfig
 from dta_plugin.execution.auto import run_tree
 from dta_plugin.execution.batch import Batch

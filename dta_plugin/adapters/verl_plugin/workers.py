@@ -6,9 +6,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from dta_plugin.adapters.verl.config import DIFFUSION, tree_config
-from dta_plugin.adapters.verl.protocols import Worker
-from dta_plugin.adapters.verl.upstream import check_worker
+from dta_plugin.adapters.verl_plugin.config import DIFFUSION, tree_config
+from dta_plugin.adapters.verl_plugin.protocols import Worker
+from dta_plugin.adapters.verl_plugin.upstream import check_worker
 from dta_plugin.errors import UnsupportedModelError
 from dta_plugin.training.notices import say
 
@@ -23,8 +23,8 @@ def passing_options_on(set_dispatch_collect: Callable[..., None]) -> Callable[..
     @functools.wraps(set_dispatch_collect)
     def wrapped(worker: Worker, *args: Any, **kwargs: Any) -> None:
         set_dispatch_collect(worker, *args, **kwargs)
-        from dta_plugin.adapters.verl.diffusion.worker import diffusion_settings
-        from dta_plugin.adapters.verl.engine import TreeEngine
+        from dta_plugin.adapters.verl_plugin.diffusion.worker import diffusion_settings
+        from dta_plugin.adapters.verl_plugin.engine import TreeEngine
 
         check_worker(worker)
         config, diffusion = tree_config(worker.config.rollout), diffusion_settings(worker.config)

@@ -19,7 +19,7 @@ from verl.trainer.ppo import core_algos
 from verl.utils import torch_functional
 from verl.workers.utils import losses
 
-from dta_plugin.adapters.verl.jagged import WEIGHTS, padded
+from dta_plugin.adapters.verl_plugin.jagged import WEIGHTS, padded
 
 _weights: ContextVar[torch.Tensor | None] = ContextVar("dta_weights", default=None)
 

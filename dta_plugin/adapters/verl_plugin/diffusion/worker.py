@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from dta_plugin.adapters.verl.diffusion.guards import LENGTH_NORMS, check_settings
-from dta_plugin.adapters.verl.diffusion.options import DiffusionOptions
-from dta_plugin.adapters.verl.diffusion.updates import Settings
+from dta_plugin.adapters.verl_plugin.diffusion.guards import LENGTH_NORMS, check_settings
+from dta_plugin.adapters.verl_plugin.diffusion.options import DiffusionOptions
+from dta_plugin.adapters.verl_plugin.diffusion.updates import Settings
 
 
 def diffusion_settings(config: DictConfig) -> Settings | None:

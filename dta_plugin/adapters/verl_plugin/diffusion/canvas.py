@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 
-from dta_plugin.adapters.verl.jagged import token_rows
+from dta_plugin.adapters.verl_plugin.jagged import token_rows
 from dta_plugin.errors import UnsupportedModelError
 
 TERMS = "dta_elbo_terms"  # field of verl's data: [S, samples] ELBO terms of the policy that generated

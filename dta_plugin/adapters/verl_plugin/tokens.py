@@ -16,9 +16,9 @@ from typing import Any
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
-from dta_plugin.adapters.verl.config import KEY
-from dta_plugin.adapters.verl.jagged import JaggedRows, padded, set_weights
-from dta_plugin.adapters.verl.losses import POLICY_LOSSES, loss_mode, ppo_config, update_traits
+from dta_plugin.adapters.verl_plugin.config import KEY
+from dta_plugin.adapters.verl_plugin.jagged import JaggedRows, padded, set_weights
+from dta_plugin.adapters.verl_plugin.losses import POLICY_LOSSES, loss_mode, ppo_config, update_traits
 from dta_plugin.config import TreeConfig
 from dta_plugin.training.losses import tokens_read, traits_of
 from dta_plugin.training.tokens import DrawnTokens, draw_tokens

@@ -18,7 +18,7 @@ from tensordict import TensorDict
 from torch import distributed
 from verl.utils import tensordict_utils as tu
 
-from dta_plugin.adapters.verl.losses import update_traits
+from dta_plugin.adapters.verl_plugin.losses import update_traits
 from dta_plugin.training.placement.micro_batches import BudgetPlanner, SizePlanner
 from dta_plugin.training.placement.ranks import Bins
 from dta_plugin.tree.cost import ModelCost

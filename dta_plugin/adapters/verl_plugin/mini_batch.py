@@ -10,11 +10,11 @@ from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 from verl.utils.metric import AggregationType, Metric
 
-from dta_plugin.adapters.verl.jagged import JaggedRows
-from dta_plugin.adapters.verl.micro_batches import may_regroup, planner
-from dta_plugin.adapters.verl.obstacles import batch_obstacle, engine_obstacle
-from dta_plugin.adapters.verl.protocols import Engine
-from dta_plugin.adapters.verl.tokens import selection_obstacle
+from dta_plugin.adapters.verl_plugin.jagged import JaggedRows
+from dta_plugin.adapters.verl_plugin.micro_batches import may_regroup, planner
+from dta_plugin.adapters.verl_plugin.obstacles import batch_obstacle, engine_obstacle
+from dta_plugin.adapters.verl_plugin.protocols import Engine
+from dta_plugin.adapters.verl_plugin.tokens import selection_obstacle
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.execution.batch import prepare
