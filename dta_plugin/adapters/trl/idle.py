@@ -65,7 +65,7 @@ def _watched(train: Any) -> Any:
         _trainings += 1
         _refuse_what_cannot_run(trainer)
         result = train(trainer, *args, **kwargs)
-        reason = _why_idle(trainer)
+        reason = _idle_reason(trainer)
         if reason is not None and trainer.accelerator.is_main_process:
             say(f"use_dta did nothing: no call of this training ran as a tree, because {reason}", logging.WARNING)
         return result
@@ -82,7 +82,7 @@ def _refuse_what_cannot_run(trainer: Trainer) -> None:
         )
 
 
-def _why_idle(trainer: Trainer) -> str | None:
+def _idle_reason(trainer: Trainer) -> str | None:
     """Why no call ran as a tree; None where one did, or none was asked for."""
     asked = tree_config(trainer.args) if hasattr(trainer.args, "use_dta") else _process_config
     state, sharing = trainer.__dict__.get("_dta_state"), trainer.__dict__.get("_sharing")

@@ -57,7 +57,7 @@ class SiblingBatchesMixin:
             share_prefixes(self.ref_model, self.tree_config)  # type: ignore[attr-defined]
 
     def get_train_dataloader(self) -> DataLoader:
-        reason = _why_own_order(self.args, self.train_dataset)  # type: ignore[attr-defined]
+        reason = _sibling_order_obstacle(self.args, self.train_dataset)  # type: ignore[attr-defined]
         if reason is not None:
             self._say(f"batches are the trainer's own, siblings may be apart, because {reason}", logging.WARNING)
         return super().get_train_dataloader()  # type: ignore[misc]
@@ -67,7 +67,7 @@ class SiblingBatchesMixin:
             self._say("batches are in the order of this trainer's own sampler, siblings may be apart", logging.WARNING)
             return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
         dataset = self.train_dataset if train_dataset is None else train_dataset  # type: ignore[attr-defined]
-        if _why_own_order(self.args, dataset) is not None:  # type: ignore[attr-defined]
+        if _sibling_order_obstacle(self.args, dataset) is not None:  # type: ignore[attr-defined]
             return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
         return sibling_sampler(cast(OfflineLike, self), dataset)
 
@@ -155,7 +155,7 @@ def _next_sampler(trainer: type) -> Any:
     return next((vars(base)["_get_train_sampler"] for base in behind if "_get_train_sampler" in vars(base)), None)
 
 
-def _why_own_order(args: object, dataset: Any) -> str | None:
+def _sibling_order_obstacle(args: object, dataset: Any) -> str | None:
     if dataset is None or not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
         return "an iterable data set is read in its own order; load it as a Dataset to bring siblings together"
     strategy = getattr(args, "train_sampling_strategy", "random")
