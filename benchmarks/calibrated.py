@@ -138,7 +138,7 @@ class Subject:
 
     def gate(self, case: Case) -> dict[str, Any]:
         """Stock TRL and the adapter in turn."""
-        rows = Rows.of(case, CPU)
+        rows = Rows.from_case(case, CPU)
         ran: list[float] = []
 
         def stock() -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dta_plugin.api import sequence_logprobs, tree_attention_scope
     from dta_plugin.attention import TreeMask, tree_attention
     from dta_plugin.config import TreeConfig
-    from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+    from dta_plugin.errors import InvalidInputError, UnsupportedError, UnsupportedModelError
     from dta_plugin.execution.packed import model_inputs
     from dta_plugin.sharing.hooks import share_prefixes
     from dta_plugin.tree import PrefixTree, TreeLayout, TreeReport
@@ -31,6 +31,7 @@ _HOME = {
     "TreeLayout": "dta_plugin.tree",
     "TreeMask": "dta_plugin.attention",
     "TreeReport": "dta_plugin.tree",
+    "UnsupportedError": "dta_plugin.errors",
     "UnsupportedModelError": "dta_plugin.errors",
     "disable": "dta_plugin.activation",
     "enable": "dta_plugin.activation",

@@ -18,7 +18,7 @@ def enable(config: TreeConfig | None = None, **options: Any) -> None:
     are affected too. A later call replaces the configuration. A trainer whose config carries `use_dta` (TreeGRPOConfig)
     follows its config; where that says something else, a warning tells.
 
-    Raises InvalidInputError for unknown or invalid options and where TRL is not installed, UnsupportedModelError for
+    Raises InvalidInputError for unknown or invalid options and where TRL is not installed, UnsupportedError for
     a TRL version that is not supported.
     """
     if config is not None and options:

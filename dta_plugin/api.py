@@ -10,9 +10,9 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.execution.auto import run_dense, run_tree
-from dta_plugin.execution.batch import SequenceLogProbs, prepare
+from dta_plugin.execution.prepared_batch import SequenceLogProbs, prepare_batch
 from dta_plugin.models.attention_registry import install
 from dta_plugin.models.introspection import causal_lm
 from dta_plugin.tree.layout import Scored
@@ -46,7 +46,7 @@ def sequence_logprobs(
     parameters.
 
     Raises InvalidInputError for an empty batch or sequence, a mask of the wrong length, a temperature that is not
-    positive, or NaN in the model's output; UnsupportedModelError where the tree would not be exact (unless
+    positive, or NaN in the model's output; UnsupportedError where the tree would not be exact (unless
     ``config.on_unsupported == "dense"``).
     """
     own = None if isinstance(temperature, (int, float)) else list(temperature)
@@ -60,7 +60,7 @@ def sequence_logprobs(
             "tokens with dta_plugin.token_selection.select, pass them as scored=, and weigh their terms by "
             "Drawn.weights."
         )
-    batch = prepare(model, sequences, scored, config, temperatures=own)
+    batch = prepare_batch(model, sequences, scored, config, temperatures=own)
     if not batch.use_tree:
         return run_dense(model, batch, temperature=common, return_entropy=return_entropy)
     try:
@@ -69,7 +69,7 @@ def sequence_logprobs(
             if config.verifies(call):
                 check_batch(model, batch, config, common)
         return run_tree(model, batch, config, temperature=common, return_entropy=return_entropy)
-    except UnsupportedModelError as error:  # found only while running, such as a layer that bypasses the tree
+    except UnsupportedError as error:  # found only while running, such as a layer that bypasses the tree
         if config.on_unsupported == "error":
             raise
         batch = replace(batch, reason=str(error))

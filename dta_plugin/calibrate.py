@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.execution.auto import run_tree
-from dta_plugin.execution.batch import Batch, prepare
-from dta_plugin.execution.calibration import Calibration, describe
+from dta_plugin.execution.calibration_store import Calibration, describe
+from dta_plugin.execution.prepared_batch import PreparedBatch, prepare_batch
 from dta_plugin.models.introspection import input_device, model_cost
 from dta_plugin.tree.cost import Padded
 from dta_plugin.tree.speed import Parts, Speed
@@ -43,7 +43,7 @@ class Rows:
     columns: int
 
     @classmethod
-    def of(cls, case: Case, device: torch.device) -> Rows:
+    def from_case(cls, case: Case, device: torch.device) -> Rows:
         prompt = max(case.first_scored)
         columns = max(len(s) - first for s, first in zip(case.sequences, case.first_scored, strict=True))
         ids = np.zeros((len(case.sequences), prompt + columns), dtype=np.int64)
@@ -190,7 +190,7 @@ class Bench:
         self.model, self.case, self.dense = model, case, dense
         self.return_entropy, self.clock, self.forward = return_entropy, clock, forward
         self.device = input_device(model)
-        self.rows = Rows.of(case, self.device)
+        self.rows = Rows.from_case(case, self.device)
         self.taken: list[tuple[float, float]] = []
 
     def run(self) -> tuple[float, float]:
@@ -205,8 +205,8 @@ class Bench:
         tree_parts = cost.parts(batch.tree.tree_tokens, batch.tree.depth, len(batch.edges.rows))
         return Sample(self.case.name, tree_parts, cost.padded_parts(self.rows.shape), tree_seconds, dense_seconds)
 
-    def _prepared(self) -> Batch:
-        return prepare(self.model, self.case.sequences, self.case.first_scored, _CONFIG)
+    def _prepared(self) -> PreparedBatch:
+        return prepare_batch(self.model, self.case.sequences, self.case.first_scored, _CONFIG)
 
     def _tree(self) -> None:
         with self.forward():

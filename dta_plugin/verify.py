@@ -1,7 +1,7 @@
 """Compare the tree with the dense path on a user's own model and batch: log-probs, and gradients of every parameter.
 
 What training uses is what is compared, packed or streamed as it runs. What rounding explains is measured on the same
-batch (execution/probing/noise.py). Both passes run in evaluation mode, so that dropout cannot differ.
+batch (execution/probing/rounding_noise.py). Both passes run in evaluation mode, so that dropout cannot differ.
 """
 
 from __future__ import annotations
@@ -17,9 +17,16 @@ from transformers import PreTrainedModel
 
 from dta_plugin.config import TreeConfig
 from dta_plugin.execution.auto import run_dense, run_tree
-from dta_plugin.execution.batch import Batch, SequenceLogProbs, prepare
 from dta_plugin.execution.dense import dense_logprobs
-from dta_plugin.execution.probing.noise import Gap, is_routed, logprob_floor, looks, moved_embeddings, rounding_unit
+from dta_plugin.execution.prepared_batch import PreparedBatch, SequenceLogProbs, prepare_batch
+from dta_plugin.execution.probing.rounding_noise import (
+    Gap,
+    is_routed,
+    logprob_floor,
+    looks,
+    moved_embeddings,
+    rounding_unit,
+)
 from dta_plugin.execution.probing.traces import decoder_layers, first_difference, traced
 from dta_plugin.execution.ranks import gathered, is_collective, is_fsdp1, is_sharded, is_zero3, without_reducers
 from dta_plugin.models.introspection import causal_lm, evaluation_mode
@@ -74,7 +81,7 @@ class Difference:
         return [name for name, error in self.gradients.items() if not error <= self.allowed_gradient(name)]
 
 
-def check_batch(model: nn.Module, batch: Batch, config: TreeConfig, temperature: float = 1.0) -> Difference:
+def check_batch(model: nn.Module, batch: PreparedBatch, config: TreeConfig, temperature: float = 1.0) -> Difference:
     """Run a prepared batch both ways: log-probs, and gradients where the weights are not sharded over ranks.
 
     Raises VerificationError where they differ by more than rounding explains: from which layer on, in which parameter.
@@ -105,10 +112,12 @@ def compare(
     Leaves the parameters' `.grad` as it was, and does not probe. Raises as `sequence_logprobs` does.
     """
     config = replace(config or TreeConfig(), probe="off")
-    return _difference(model, prepare(model, sequences, scored, config), config, temperature)[0]
+    return _difference(model, prepare_batch(model, sequences, scored, config), config, temperature)[0]
 
 
-def _difference(model: nn.Module, batch: Batch, config: TreeConfig, temperature: float) -> tuple[Difference, str]:
+def _difference(
+    model: nn.Module, batch: PreparedBatch, config: TreeConfig, temperature: float
+) -> tuple[Difference, str]:
     """And the executor that ran the tree."""
     base = causal_lm(model)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -122,13 +131,13 @@ def _difference(model: nn.Module, batch: Batch, config: TreeConfig, temperature:
         for seed in looks(base, scored):
             with moved_embeddings(base, seed):
                 moved, gradients = _own(model, batch, temperature, parameters)
-            noises.append(Gap.of(moved - own, routed))
+            noises.append(Gap.from_differences(moved - own, routed))
             gradient_noises.append(_errors(gradients, expected))
         result = run_tree(model, batch, config, temperature=temperature)
         logprobs = _flat(result)
         gradients = _gradients(logprobs, _weights(batch), parameters) if parameters else {}
     return Difference(
-        logprobs=Gap.of(logprobs - own, routed),
+        logprobs=Gap.from_differences(logprobs - own, routed),
         logprob_noise=Gap.largest(noises),
         gradients=_errors(gradients, expected),
         gradient_noise=_by_kind(gradient_noises),
@@ -149,14 +158,14 @@ def _flat(result: SequenceLogProbs) -> torch.Tensor:
     return torch.cat([result.anchor[None], *result.logprobs])[1:]  # a rank may have no sequences
 
 
-def _weights(batch: Batch) -> torch.Tensor:
+def _weights(batch: PreparedBatch) -> torch.Tensor:
     """The linear functional's, of every token's log-prob, float32 [N - S]."""
     generator = torch.Generator("cpu").manual_seed(0)
     return torch.randn(sum(batch.edges.lengths), generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _own(
-    model: nn.Module, batch: Batch, temperature: float, parameters: dict[str, nn.Parameter]
+    model: nn.Module, batch: PreparedBatch, temperature: float, parameters: dict[str, nn.Parameter]
 ) -> tuple[torch.Tensor, Gradients]:
     """Log-probs, flat, of the model's own path, and gradients: row by row, so that one row's graph is alive."""
     if not parameters:
@@ -211,7 +220,7 @@ def _kind(name: str) -> str:
     return re.sub(r"\d+", "", name)
 
 
-def _place(model: nn.Module, batch: Batch, config: TreeConfig, executor: str) -> str:
+def _place(model: nn.Module, batch: PreparedBatch, config: TreeConfig, executor: str) -> str:
     """Where the hidden states of a batch part."""
     base = causal_lm(model)
     if is_collective(model):  # all ranks must call the model equally often

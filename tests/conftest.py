@@ -50,5 +50,5 @@ def calibrations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where `dta calibrate` writes and training looks: an empty folder."""
     folder = tmp_path / "calibrations"
     folder.mkdir()
-    monkeypatch.setattr("dta_plugin.execution.calibration.cached_assets_path", lambda *_, **__: folder)
+    monkeypatch.setattr("dta_plugin.execution.calibration_store.cached_assets_path", lambda *_, **__: folder)
     return folder

@@ -11,15 +11,15 @@ from torch import nn
 
 from dta_plugin.attention.api import serving_backend
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
-from dta_plugin.execution.batch import STAND_IN, Batch, SequenceLogProbs
+from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.execution.dense import dense_logprobs
 from dta_plugin.execution.memory import token_budget
 from dta_plugin.execution.packed import EdgeOutputs, run_packed
+from dta_plugin.execution.prepared_batch import DUMMY_SEQUENCE, PreparedBatch, SequenceLogProbs
 from dta_plugin.execution.probing.probe import probe
 from dta_plugin.execution.ranks import gathered, has_tensor_parallel, is_collective, is_fsdp1, is_sharded, is_zero3
 from dta_plugin.execution.streaming.autograd import run_streamed
-from dta_plugin.execution.streaming.plan import Plan
+from dta_plugin.execution.streaming.chunk_plan import ChunkPlan
 from dta_plugin.models.introspection import attention_kinds, causal_lm
 from dta_plugin.tree.layout import ScoredEdges
 from dta_plugin.tree.report import TreeReport
@@ -29,7 +29,7 @@ from dta_plugin.tree.trie import PrefixTree
 
 def run_tree(
     model: nn.Module,
-    batch: Batch,
+    batch: PreparedBatch,
     config: TreeConfig,
     *,
     temperature: float = 1.0,
@@ -39,7 +39,7 @@ def run_tree(
 ) -> SequenceLogProbs:
     """Run the batch as a tree: packed where it fits the token budget, else streamed (see `TreeConfig.executor`).
 
-    Raises InvalidInputError where the executor that the config asks for cannot do what is wanted, UnsupportedModelError
+    Raises InvalidInputError where the executor that the config asks for cannot do what is wanted, UnsupportedError
     where it gives other log-probs than the model.
     """
     options: dict[str, Any] = {"backend": config.backend, "temperature": temperature, "head_dtype": head_dtype}
@@ -57,13 +57,13 @@ def run_tree(
     return _result(batch, output, return_entropy)
 
 
-def _stream_budget(model: nn.Module, batch: Batch, config: TreeConfig, return_router_loss: bool) -> int | None:
+def _stream_budget(model: nn.Module, batch: PreparedBatch, config: TreeConfig, return_router_loss: bool) -> int | None:
     """Tokens per chunk if the batch is to be streamed, None if it is to run packed."""
     device = batch.edges.target.device
     if config.executor == "packed":
         _probed(model, config, ["packed"], device)
         return None
-    obstacle = _obstacle_to_streaming(model, batch, config, return_router_loss)
+    obstacle = _streaming_obstacle(model, batch, config, return_router_loss)
     if config.executor == "streamed":
         if obstacle is not None:
             raise InvalidInputError(
@@ -82,17 +82,19 @@ def _stream_budget(model: nn.Module, batch: Batch, config: TreeConfig, return_ro
 
 
 def _probed(model: nn.Module, config: TreeConfig, executors: list[str], device: torch.device) -> dict[str, str | None]:
-    """Per executor, why it may not run after all. Raises UnsupportedModelError if the first one may not."""
+    """Per executor, why it may not run after all. Raises UnsupportedError if the first one may not."""
     if config.probe == "off":
         return {}
     reasons = probe(model, executors, config.backend, device)
     first = reasons[executors[0]]
     if first is not None:
-        raise UnsupportedModelError(first)
+        raise UnsupportedError(first)
     return reasons
 
 
-def _obstacle_to_streaming(model: nn.Module, batch: Batch, config: TreeConfig, return_router_loss: bool) -> str | None:
+def _streaming_obstacle(
+    model: nn.Module, batch: PreparedBatch, config: TreeConfig, return_router_loss: bool
+) -> str | None:
     if return_router_loss:
         return "a router loss, which needs the whole batch at once"
     if is_fsdp1(model):
@@ -114,7 +116,7 @@ def _obstacle_to_streaming(model: nn.Module, batch: Batch, config: TreeConfig, r
     return None
 
 
-def _split_budget(model: nn.Module, batch: Batch, config: TreeConfig) -> int | None:
+def _split_budget(model: nn.Module, batch: PreparedBatch, config: TreeConfig) -> int | None:
     """Tokens per tree if packed execution has to cut the batch, None if the batch may stay whole."""
     budget = config.max_tree_tokens_per_chunk
     if budget is None:
@@ -130,7 +132,7 @@ def _split_budget(model: nn.Module, batch: Batch, config: TreeConfig) -> int | N
 
 
 def _run_split(
-    model: nn.Module, batch: Batch, budget: int, return_entropy: bool, options: dict[str, Any]
+    model: nn.Module, batch: PreparedBatch, budget: int, return_entropy: bool, options: dict[str, Any]
 ) -> SequenceLogProbs:
     """Packed execution of a large batch: several trees, each of at most `budget` tokens where a sequence allows it."""
     groups = split_by_tokens(batch.tree, budget)
@@ -149,7 +151,9 @@ def _run_split(
     return SequenceLogProbs(rows, [entropies[s] for s in order] if return_entropy else None, None, report, _zero(rows))
 
 
-def _result(batch: Batch, output: EdgeOutputs, return_entropy: bool, plan: Plan | None = None) -> SequenceLogProbs:
+def _result(
+    batch: PreparedBatch, output: EdgeOutputs, return_entropy: bool, plan: ChunkPlan | None = None
+) -> SequenceLogProbs:
     """plan: what was streamed, None for packed execution."""
     if plan is None:
         report = _report(batch, "packed", output.backend, chunks=1)
@@ -175,7 +179,7 @@ def _zero(values: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _report(
-    batch: Batch,
+    batch: PreparedBatch,
     executor: str,
     backend: str,
     chunks: int,
@@ -196,13 +200,13 @@ def _report(
 
 
 def run_dense(
-    model: nn.Module, batch: Batch, *, temperature: float = 1.0, return_entropy: bool = False
+    model: nn.Module, batch: PreparedBatch, *, temperature: float = 1.0, return_entropy: bool = False
 ) -> SequenceLogProbs:
     """Run the batch through the unmodified model, one sequence at a time."""
     device = batch.edges.target.device
     count = len(batch.sequences)
     calls = max(gathered(model, count)) if is_collective(model) else count
-    sequences = [*batch.sequences, *[STAND_IN] * (calls - count)]
+    sequences = [*batch.sequences, *[DUMMY_SEQUENCE] * (calls - count)]
     rows = [torch.as_tensor(sequence, dtype=torch.int64, device=device) for sequence in sequences]
     temperatures = [temperature] * count if batch.temperatures is None else list(batch.temperatures)
     temperatures += [1.0] * (calls - count)
@@ -217,7 +221,7 @@ def run_dense(
     return SequenceLogProbs(logprobs, entropies, None, report, anchor)
 
 
-def _chunk(batch: Batch, group: np.ndarray) -> tuple[PrefixTree, ScoredEdges]:
+def _chunk(batch: PreparedBatch, group: np.ndarray) -> tuple[PrefixTree, ScoredEdges]:
     tree = PrefixTree.from_sequences([batch.sequences[s] for s in group])
     scored = None if batch.scored is None else [batch.scored[s] for s in group]
     temperatures = None if batch.temperatures is None else [batch.temperatures[s] for s in group]

@@ -26,11 +26,11 @@ _SHARE = 0.5
 _learned: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
-def token_budget(model: PreTrainedModel, device: torch.device, wanted: int | None) -> int:
+def token_budget(model: PreTrainedModel, device: torch.device, limit: int | None) -> int:
     """Tokens per chunk: what the user wants, or what free memory allows; less if that ran out of memory before."""
-    if wanted is None:
-        wanted = int(_SHARE * free_bytes(device) - KEEP_BYTES) // bytes_per_token(model)
-    return max(1, min(wanted, _learned.get(model, wanted)))
+    if limit is None:
+        limit = int(_SHARE * free_bytes(device) - KEEP_BYTES) // bytes_per_token(model)
+    return max(1, min(limit, _learned.get(model, limit)))
 
 
 def halve(model: PreTrainedModel, budget: int) -> int | None:

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from dta_plugin.attention import TreeMask
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.models.attention_registry import carry, install
 from dta_plugin.models.introspection import causal_lm, decoder_of, lm_head, tree_forward
 from dta_plugin.models.layers import attention_modules
@@ -74,7 +74,7 @@ def run_packed(
     head_dtype: dtype of the LM-head projection, None for the model's own. The router loss is the MoE load-balancing
     loss of the flat batch, exactly: every token counts with its multiplicity.
 
-    Raises UnsupportedModelError if an attention layer did not use the tree, InvalidInputError for NaN log-probs.
+    Raises UnsupportedError if an attention layer did not use the tree, InvalidInputError for NaN log-probs.
     """
     base = causal_lm(model)
     install(base)
@@ -146,7 +146,7 @@ def check_every_layer_hit(model: PreTrainedModel, mask: TreeMask) -> None:
     # Models that loop over their layers state more than they have.
     missed = sorted((layers & set(attention_modules(model)) or layers) - mask.layers_seen)
     if missed:
-        raise UnsupportedModelError(
+        raise UnsupportedError(
             f"Attention layer(s) {missed} of {type(model).__name__} did not use the tree: something replaced their "
             "attention function. Expected every layer to call transformers' AttentionInterface; switch off whatever "
             "patches attention (custom kernels, other plugins), or use on_unsupported='dense'."

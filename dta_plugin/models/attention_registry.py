@@ -28,7 +28,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from dta_plugin.attention.api import tree_attention
 from dta_plugin.attention.mask import TreeMask
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.errors import UnsupportedError
 from dta_plugin.models.attention_keywords import check_keywords
 from dta_plugin.models.layers import indexed_modules
 
@@ -43,7 +43,7 @@ def install(model: PreTrainedModel) -> None:
     """Route the language model's attention through `tree_attention` whenever a call carries a tree. Idempotent."""
     places = list(_places(model))
     if not places:
-        raise UnsupportedModelError(
+        raise UnsupportedError(
             f"No attention layer of {type(model).__name__} looks its implementation "
             f"{model.config.get_text_config()._attn_implementation!r} up in transformers' AttentionInterface. Expected "
             "all to; use a current transformers implementation of the model, or on_unsupported='dense'."
@@ -143,7 +143,7 @@ def _tree_call(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     if attention_mask is not None and attention_mask.numel() > 1:
-        raise UnsupportedModelError(
+        raise UnsupportedError(
             f"{type(module).__name__} adds a mask or bias of its own to attention, of shape "
             f"{tuple(attention_mask.shape)}. Expected the causal mask alone, which the tree replaces; use another "
             "model, or on_unsupported='dense'."

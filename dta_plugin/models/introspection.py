@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dta_plugin.attention.self_check import Kind
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.errors import UnsupportedError
 from dta_plugin.models.layers import attention_sizes, forward_has
 from dta_plugin.models.lm_head import LMHead
 from dta_plugin.models.sizes import counted_cost
@@ -43,7 +43,7 @@ def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
     """The Hugging Face model inside all wrappers."""
     *_, found = wrappings(model)
     if not isinstance(found, PreTrainedModel):
-        raise UnsupportedModelError(
+        raise UnsupportedError(
             f"Got a {type(model).__name__}. Expected a Hugging Face causal LM (PreTrainedModel), possibly inside "
             "PEFT, DDP or FSDP; load it with AutoModelForCausalLM."
         )
@@ -68,7 +68,7 @@ def lm_head(model: PreTrainedModel, dtype: torch.dtype | None = None) -> LMHead:
     """The output embedding with the model's logit scale and soft-cap. dtype: projection dtype, None for the model's."""
     module = model.get_output_embeddings()
     if module is None:
-        raise UnsupportedModelError(
+        raise UnsupportedError(
             f"{type(model).__name__} has no output embedding. Expected a causal LM; load it with AutoModelForCausalLM."
         )
     return LMHead(module, _logit_scale(model), _applied(model, "final_logit_softcapping"), dtype)

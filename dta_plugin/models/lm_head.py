@@ -71,7 +71,7 @@ def edge_logprobs(
 
     Returns (logprobs [E], entropies [R] in nats or None), float32 (float64 for float64 hidden states).
     """
-    edges = _Edges.of(targets, row_of_edge, len(hidden), host_row_of_edge)
+    edges = _Edges.from_targets(targets, row_of_edge, len(hidden), host_row_of_edge)
     if not head.is_plain:
         return _through_module(hidden, head, edges, temperature, return_entropy)
     weight, bias = head.module.weight, head.module.bias
@@ -140,7 +140,9 @@ class _Edges:
     starts: list[int]
 
     @classmethod
-    def of(cls, targets: torch.Tensor, row_of_edge: torch.Tensor, rows: int, host: np.ndarray | None) -> _Edges:
+    def from_targets(
+        cls, targets: torch.Tensor, row_of_edge: torch.Tensor, rows: int, host: np.ndarray | None
+    ) -> _Edges:
         host = row_of_edge.cpu().numpy() if host is None else host
         tiles = np.bincount(host // _TILE_ROWS, minlength=max(1, -(-rows // _TILE_ROWS)))
         order = row_of_edge.argsort(stable=True)

@@ -23,14 +23,14 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from dta_plugin.attention import TreeMask
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.execution.packed import check_every_layer_hit, model_inputs
 from dta_plugin.execution.probing.probe import probe
 from dta_plugin.execution.ranks import is_fsdp1, is_sharded
 from dta_plugin.models.attention_registry import install, uninstall
 from dta_plugin.models.introspection import causal_lm, decoder_of, model_cost
-from dta_plugin.models.rotary import padded_length_reason
-from dta_plugin.models.support import dropout_reason, unsupported_reason
+from dta_plugin.models.rotary import padded_length_obstacle
+from dta_plugin.models.support import dropout_obstacle, tree_obstacle
 from dta_plugin.sharing.padded import PaddedBatch, spread
 from dta_plugin.tree.cost import estimate
 from dta_plugin.tree.layout import TreeLayout
@@ -57,7 +57,7 @@ def share_prefixes(model: nn.Module, config: TreeConfig | None = None) -> Prefix
     Returns a handle: ``handle.remove()`` undoes it, also at the end of ``with share_prefixes(model):``. A model that
     shares already keeps its handle and takes the new config.
 
-    Raises UnsupportedModelError where the tree would not be exact, unless ``config.on_unsupported == "dense"``: the
+    Raises UnsupportedError where the tree would not be exact, unless ``config.on_unsupported == "dense"``: the
     model then keeps its own path and ``handle.reason`` says why. A layer that goes around the tree is found in the
     first call, and is an error in either case. Raises InvalidInputError for options that do not apply.
     """
@@ -65,9 +65,9 @@ def share_prefixes(model: nn.Module, config: TreeConfig | None = None) -> Prefix
     _check_options(config)
     base = causal_lm(model)
     decoder = decoder_of(base)
-    reason = unsupported_reason(model) or _decoder_reason(decoder)
+    reason = tree_obstacle(model) or _decoder_reason(decoder)
     if reason is not None and config.on_unsupported == "error":
-        raise UnsupportedModelError(f"Prefixes cannot be shared exactly here: {reason}; or on_unsupported='dense'.")
+        raise UnsupportedError(f"Prefixes cannot be shared exactly here: {reason}; or on_unsupported='dense'.")
     sharing = _of(decoder) or PrefixSharing()
     sharing.config = config
     if reason is None:
@@ -164,9 +164,9 @@ class PrefixSharing:
     def _why_not_now(self, decoder: PreTrainedModel, call: dict[str, Any]) -> str | None:
         """Why this call takes the model's own path, by what may change from call to call."""
         ids = call.get("input_ids")
-        reason = dropout_reason(decoder) or padded_length_reason(decoder, 0 if ids is None else ids.shape[1])
+        reason = dropout_obstacle(decoder) or padded_length_obstacle(decoder, 0 if ids is None else ids.shape[1])
         if reason is not None and self.config.on_unsupported == "error":
-            raise UnsupportedModelError(f"Prefixes cannot be shared exactly here: {reason}; or on_unsupported='dense'.")
+            raise UnsupportedError(f"Prefixes cannot be shared exactly here: {reason}; or on_unsupported='dense'.")
         if reason is not None:
             return reason
         if call.get("use_cache") is None and getattr(decoder.config, "use_cache", True) and not decoder.training:
@@ -181,7 +181,7 @@ class PrefixSharing:
             return None
         reason = probe(decoder, ["decoder"], self.config.backend)["decoder"]
         if reason is not None and self.config.on_unsupported == "error":
-            raise UnsupportedModelError(reason)
+            raise UnsupportedError(reason)
         return reason
 
     def _gate(self, decoder: PreTrainedModel, batch: PaddedBatch) -> PaddedBatch | str:
@@ -275,7 +275,7 @@ def _spread_flat(values: torch.Tensor, batch: PaddedBatch) -> torch.Tensor:
 
 
 def _decoder_reason(decoder: PreTrainedModel) -> str | None:
-    """What matters of a model with any head, where `unsupported_reason` expects one of a causal LM."""
+    """What matters of a model with any head, where `tree_obstacle` expects one of a causal LM."""
     config = decoder.config
     if config.is_encoder_decoder or config.get_text_config() is not config:
         return (

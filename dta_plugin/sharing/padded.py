@@ -42,7 +42,7 @@ class PaddedBatch:
     @classmethod
     def from_call(cls, call: Mapping[str, Any]) -> PaddedBatch | str:
         """call: arguments of a decoder by name. Returns why it has to run as it is, where it cannot run as a tree."""
-        reason = _obstacle(call)
+        reason = _merge_obstacle(call)
         if reason is not None:
             return reason
         ids, mask = call["input_ids"].cpu().numpy(), call.get("attention_mask")
@@ -62,7 +62,7 @@ class PaddedBatch:
         return cls(tree, torch.from_numpy(index).to(call["input_ids"].device), spans)
 
 
-def _obstacle(call: Mapping[str, Any]) -> str | None:
+def _merge_obstacle(call: Mapping[str, Any]) -> str | None:
     for name, reason in _OWN_PATH.items():
         if call.get(name) is not None and call[name] is not False:
             return reason

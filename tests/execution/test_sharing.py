@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import dta_plugin
-from dta_plugin import InvalidInputError, TreeConfig, UnsupportedModelError, share_prefixes
+from dta_plugin import InvalidInputError, TreeConfig, UnsupportedError, share_prefixes
 from dta_plugin.sharing.padded import PaddedBatch, spread
 from tests.support.models import FAMILIES, norm_in_own_dtype, softmax_in_own_dtype, tiny_config, tiny_model
 from tests.support.oracle import GRADIENT_FLOOR, gradients
@@ -373,7 +373,7 @@ def test_refusals() -> None:
     for option in ({"executor": "streamed"}, {"verify": "first"}, {"max_tree_tokens_per_chunk": 9}):
         with pytest.raises(InvalidInputError, match="Expected backend, min_saving, on_unsupported, probe only"):
             share_prefixes(tiny_model("qwen3"), TreeConfig(**option))
-    with pytest.raises(UnsupportedModelError, match="Expected a Hugging Face"):
+    with pytest.raises(UnsupportedError, match="Expected a Hugging Face"):
         share_prefixes(torch.nn.Linear(2, 2))
 
 
@@ -396,7 +396,7 @@ UNSUPPORTED: dict[str, tuple[Callable[[], torch.nn.Module], str]] = {
 @pytest.mark.parametrize("case", UNSUPPORTED)
 def test_unsupported_models(case: str) -> None:
     build, reason = UNSUPPORTED[case]
-    with pytest.raises(UnsupportedModelError, match=reason):
+    with pytest.raises(UnsupportedError, match=reason):
         share_prefixes(build())
     model = build().eval()
     if case == "dropout":
@@ -404,7 +404,7 @@ def test_unsupported_models(case: str) -> None:
         model.train()(**padded_batch(star(3)))
         assert sharing.shared_calls == 0 and reason in sharing.reason
         share_prefixes(model.eval())
-        with pytest.raises(UnsupportedModelError, match=reason):
+        with pytest.raises(UnsupportedError, match=reason):
             model.train()(**padded_batch(star(3)))
         return
     ids = torch.tensor(star(3, prefix=2)) % 99
@@ -418,7 +418,7 @@ def test_a_layer_that_goes_around_the_tree() -> None:
     model = tiny_model("qwen3")
     share_prefixes(model)
     model.model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
-    with pytest.raises(UnsupportedModelError, match=r"layer\(s\) \[1\]"):
+    with pytest.raises(UnsupportedError, match=r"layer\(s\) \[1\]"):
         model(**padded_batch(star(3)), use_cache=False)
 
 

@@ -38,7 +38,7 @@ class SiblingBatchesMixin:
     tree_config: see `share_prefixes`; a reference model shares, too. The sampler takes the place of the random one
     alone: a `train_sampling_strategy` of another kind, or an iterable data set, keeps the trainer's own order.
 
-    Raises InvalidInputError for packing, padding-free batches, torch.compile and NEFTune, UnsupportedModelError as
+    Raises InvalidInputError for packing, padding-free batches, torch.compile and NEFTune, UnsupportedError as
     `share_prefixes` does.
     """
 

@@ -20,9 +20,9 @@ from dta_plugin.adapters.trl.protocols import GRPOLike
 from dta_plugin.adapters.trl.rows import MicroBatch, joined
 from dta_plugin.adapters.trl.state import TreeState
 from dta_plugin.adapters.trl.window import unwrapped
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.errors import UnsupportedError
 from dta_plugin.execution.auto import run_tree
-from dta_plugin.execution.batch import Batch, SequenceLogProbs, hopeless, prepare
+from dta_plugin.execution.prepared_batch import PreparedBatch, SequenceLogProbs, prepare_batch, saving_obstacle
 from dta_plugin.execution.probing.probe import latest_outcome
 from dta_plugin.verify import check_batch
 
@@ -68,9 +68,7 @@ def tree_log_probs(
     reason = replaced_scoring(trainer) or noise_reason(trainer) or _image_reason(inputs)
     if reason is not None:
         if state.config.on_unsupported == "error":
-            raise UnsupportedModelError(
-                f"Prefix-tree execution is not exact here: {reason}; or on_unsupported='dense'."
-            )
+            raise UnsupportedError(f"Prefix-tree execution is not exact here: {reason}; or on_unsupported='dense'.")
         return run_dense(reason)
 
     def hook_values(logps: torch.Tensor, entropies: torch.Tensor | None, aux_loss: torch.Tensor | None = None) -> Any:
@@ -89,9 +87,9 @@ def tree_log_probs(
     instead = [batch.shape for batch in together]
     most_scored = max(len(row) - first for row, first in zip(sequences, first_scored, strict=True))
     with trainer.accelerator.autocast():  # measured speeds are those of a precision
-        why = hopeless(model, max(map(len, sequences)), most_scored, instead, state.config)
+        why = saving_obstacle(model, max(map(len, sequences)), most_scored, instead, state.config)
         scored = [mask for batch in together for mask in batch.wanted]
-        batch = prepare(model, sequences, scored, state.config, instead) if why is None else None
+        batch = prepare_batch(model, sequences, scored, state.config, instead) if why is None else None
     if batch is None:
         return run_dense(str(why), "min_saving")
     if not batch.use_tree:  # the gate's reason has a number, different in every batch
@@ -99,7 +97,7 @@ def tree_log_probs(
 
     try:
         result = _run(trainer, state, target, batch, compute_entropy, compute_aux_loss)
-    except UnsupportedModelError as error:  # found only while running, such as a layer that bypasses the tree
+    except UnsupportedError as error:  # found only while running, such as a layer that bypasses the tree
         if state.config.on_unsupported == "error":
             raise
         return run_dense(str(error))
@@ -120,7 +118,7 @@ def _run(
     trainer: GRPOLike,
     state: TreeState,
     model: torch.nn.Module,
-    batch: Batch,
+    batch: PreparedBatch,
     compute_entropy: bool,
     compute_aux_loss: bool,
 ) -> SequenceLogProbs:

@@ -28,7 +28,7 @@ from dta_plugin.adapters.verl.protocols import Trainer
 from dta_plugin.adapters.verl.sampled import Sampled, UnusableBatch, sampled, uids_of
 from dta_plugin.adapters.verl.upstream import TRAINERS, check_trainer
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.errors import UnsupportedError
 
 
 def install() -> None:
@@ -86,10 +86,10 @@ def keeping_groups(balance_batch: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refuse(trainer: Trainer, config: TreeConfig, reason: UnusableBatch) -> None:
-    """Raise UnsupportedModelError, or say that verl's order stays, as `on_unsupported` says."""
+    """Raise UnsupportedError, or say that verl's order stays, as `on_unsupported` says."""
     message = f"siblings cannot be kept together on one rank because of the batch: {reason}"
     if config.on_unsupported == "error":
-        raise UnsupportedModelError(
+        raise UnsupportedError(
             f"{message}. With +{KEY}.on_unsupported=dense, or .regroup=never, ranks get the rows that verl deals out."
         ) from None
     _say_once(trainer, f"{message}; ranks get the rows that verl deals out", logging.WARNING, topic="refused")

@@ -11,7 +11,7 @@ from torch import nn
 from dta_plugin.adapters.verl.rows import Rows
 from dta_plugin.config import TreeConfig
 from dta_plugin.execution.auto import run_tree
-from dta_plugin.execution.batch import Batch
+from dta_plugin.execution.prepared_batch import PreparedBatch
 from dta_plugin.tree.report import TreeReport
 from dta_plugin.verify import Difference, check_batch
 
@@ -28,7 +28,7 @@ class TreeCall:
 
     report: TreeReport
 
-    def __init__(self, module: nn.Module, batch: Batch, rows: Rows, config: TreeConfig) -> None:
+    def __init__(self, module: nn.Module, batch: PreparedBatch, rows: Rows, config: TreeConfig) -> None:
         self.module, self.batch, self.rows, self.config = module, batch, rows, config
         self.wants_entropy = self.verifies = False
         self.verified: Difference | None = None

@@ -34,12 +34,12 @@ from dta_plugin.adapters.verl.tally import Tally
 from dta_plugin.adapters.verl.upstream import check_engine
 from dta_plugin.adapters.verl.weighted import weighted
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
-from dta_plugin.execution.batch import prepare
+from dta_plugin.errors import InvalidInputError, UnsupportedError
+from dta_plugin.execution.prepared_batch import prepare_batch
 from dta_plugin.execution.probing.probe import latest_outcome
 from dta_plugin.models.attention_registry import uninstall
 from dta_plugin.models.introspection import causal_lm, model_cost
-from dta_plugin.models.support import unsupported_reason
+from dta_plugin.models.support import tree_obstacle
 from dta_plugin.tree.cost import CostEstimate
 
 
@@ -71,7 +71,7 @@ class TreeEngine(FSDPEngineWithLMHead):
     def configure(self, config: TreeConfig | None, diffusion: Settings | None = None) -> None:
         """Options from now on; None: verl's own path. diffusion: of a diffusion LM, which has no prefix trees.
 
-        Raises InvalidInputError for what the strategy cannot do, and UnsupportedModelError for a diffusion LM without
+        Raises InvalidInputError for what the strategy cannot do, and UnsupportedError for a diffusion LM without
         settings of its own: verl's own path would take it for a causal model.
         """
         check_model(self.module, diffusion is not None)
@@ -90,7 +90,7 @@ class TreeEngine(FSDPEngineWithLMHead):
         check_engine(self)
 
     def _build_fsdp_module(self, module: nn.Module) -> Any:
-        with suppress(UnsupportedModelError):  # said when the first batch comes
+        with suppress(UnsupportedError):  # said when the first batch comes
             model_cost(causal_lm(module))  # counted once, while parameters have their shapes
         return super()._build_fsdp_module(module)
 
@@ -124,7 +124,7 @@ class TreeEngine(FSDPEngineWithLMHead):
         micro_batch = micro_batch.to(get_device_id())
         rows = Rows.of(micro_batch)
         per_sequence = rows.temperature if isinstance(rows.temperature, list) else None
-        batch = prepare(
+        batch = prepare_batch(
             self.module,
             rows.sequences,
             rows.scored,
@@ -138,7 +138,7 @@ class TreeEngine(FSDPEngineWithLMHead):
         try:
             with self._calling(call):
                 result = super().forward_step(micro_batch, loss_function, forward_only)
-        except UnsupportedModelError as error:  # found only while running, such as a layer that bypasses the tree
+        except UnsupportedError as error:  # found only while running, such as a layer that bypasses the tree
             self._refuse(str(error))
             run.config = None
             return self._dense_step(run, micro_batch, loss_function, forward_only)
@@ -171,7 +171,7 @@ class TreeEngine(FSDPEngineWithLMHead):
         if run.tally.drawn is not None:
             self._say("verl's own path computes all tokens: token_selection weighs them in the loss, but saves nothing")
         run.tally.dense(int(micro_batch["input_ids"].offsets()[-1]))
-        with suppress(UnsupportedModelError):
+        with suppress(UnsupportedError):
             uninstall(causal_lm(self.module))
         return super().forward_step(micro_batch, loss_function, forward_only)
 
@@ -191,7 +191,7 @@ class TreeEngine(FSDPEngineWithLMHead):
         if run.is_update and objected is None:
             step, rank = self._dta_passes.next(self.lr_scheduler.last_epoch), self.get_data_parallel_rank()
             run.tally.drawn = choose(data, loss_function, config, step, rank)
-        reason = engine_reason(self) or unsupported_reason(self.module) or batch_reason(data)
+        reason = engine_reason(self) or tree_obstacle(self.module) or batch_reason(data)
         planner, cost = None, None
         if reason is None:
             rows = Rows.of(data)
@@ -218,7 +218,9 @@ class TreeEngine(FSDPEngineWithLMHead):
         """Of verl's own path, which computes all tokens, and of a tree of those that are to run."""
 
         def of(some: Rows) -> CostEstimate:
-            return prepare(self.module, some.sequences, some.scored, TreeConfig(), device=some.offsets.device).cost
+            return prepare_batch(
+                self.module, some.sequences, some.scored, TreeConfig(), device=some.offsets.device
+            ).cost
 
         cost = of(rows)
         return cost if rows.ran is None else CostEstimate(of(Rows.whole(data)).dense, cost.tree)
@@ -243,7 +245,7 @@ class TreeEngine(FSDPEngineWithLMHead):
         """Raise, or say once that verl's own path runs, as `on_unsupported` has it."""
         assert self._dta_config is not None
         if self._dta_config.on_unsupported == "error":
-            raise UnsupportedModelError(
+            raise UnsupportedError(
                 f"Prefix-tree execution is not exact here: {reason}. Or set "
                 "+actor_rollout_ref.rollout.custom.dta.on_unsupported=dense."
             )

@@ -1,7 +1,7 @@
 """The same sequences through a model's own path and as a tree, compared at every place where they could part.
 
 - States: hidden states of the decoder, and log-probs, the model's own against the tree's, within what rounding
-  explains (noise.py).
+  explains (rounding_noise.py).
 - Head: our reading of the head, on the hidden states of the model's own path, against the model's own logits.
 - Scoring: log-probs of the tree against that head, plainly, on the hidden states of the tree.
 
@@ -20,7 +20,14 @@ from transformers import PreTrainedModel
 
 from dta_plugin.attention import TreeMask
 from dta_plugin.execution.packed import check_every_layer_hit, model_inputs
-from dta_plugin.execution.probing.noise import Gap, is_routed, logprob_floor, looks, moved_embeddings, rounding_unit
+from dta_plugin.execution.probing.rounding_noise import (
+    Gap,
+    is_routed,
+    logprob_floor,
+    looks,
+    moved_embeddings,
+    rounding_unit,
+)
 from dta_plugin.execution.probing.traces import first_difference, in_layout_order, recorded, state_gaps, traced
 from dta_plugin.execution.ranks import is_fsdp1, is_sharded
 from dta_plugin.models.attention_registry import install
@@ -28,7 +35,7 @@ from dta_plugin.models.introspection import decoder_of, lm_head
 from dta_plugin.tree.layout import ScoredEdges, TreeLayout
 from dta_plugin.tree.trie import PrefixTree
 
-# Tokens per chunk of a streamed forest, as a share of the tree: several chunks, trunks and rebuilt paths.
+# Tokens per chunk of a streamed forest, as a share of the tree: several chunks, stems and rebuilt paths.
 _CHUNKS = 2
 # Rows that show what rounding does.
 _NOISY_ROWS = 3
@@ -75,8 +82,12 @@ class Comparison:
         if self.head_difference is not None:
             return self.head_difference
         logprobs, states = self._tree(executor)
-        state_gap = Gap.of(state_gaps(states[self.paths], self.states), self.routed)
-        gap = Gap.of(self.edges.per_token(logprobs) - self.logprobs, self.routed) if self.has_head else state_gap
+        state_gap = Gap.from_differences(state_gaps(states[self.paths], self.states), self.routed)
+        gap = (
+            Gap.from_differences(self.edges.per_token(logprobs) - self.logprobs, self.routed)
+            if self.has_head
+            else state_gap
+        )
         self.worst = max(self.worst, gap, key=lambda each: each.most)
         if self.head is not None and (found := self._scoring(logprobs, states)) is not None:
             return found
@@ -93,7 +104,7 @@ class Comparison:
         with moved_embeddings(self.base, seed):
             logprobs, states = self._own(self.rows[:_NOISY_ROWS])
         gaps = logprobs - self.logprobs[: len(logprobs)], state_gaps(states, self.states[: len(states)])
-        return Gap.of(gaps[0], self.routed), Gap.of(gaps[1], self.routed)
+        return Gap.from_differences(gaps[0], self.routed), Gap.from_differences(gaps[1], self.routed)
 
     def _place(self, executor: str) -> str:
         def run_own() -> None:

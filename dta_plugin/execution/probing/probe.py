@@ -23,11 +23,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.errors import UnsupportedError
 from dta_plugin.execution.memory import budget_kept
 from dta_plugin.execution.probing.comparison import Comparison
 from dta_plugin.execution.probing.forest import probe_forest
-from dta_plugin.execution.probing.noise import Gap, rounding_unit
+from dta_plugin.execution.probing.rounding_noise import Gap, rounding_unit
 from dta_plugin.execution.ranks import gathered, has_tensor_parallel, is_fsdp1, is_sharded, is_zero3, without_reducers
 from dta_plugin.models.introspection import causal_lm, evaluation_mode, input_device, wrappings
 
@@ -101,13 +101,13 @@ def _probe(
 ) -> Outcome:
     start = time.perf_counter()
     inner = without_reducers(model)
-    skipped = _obstacle(inner)
+    skipped = _probe_obstacle(inner)
     if skipped is not None:
         return Outcome(dict.fromkeys(executors), Gap(0.0, 0.0), 0.0, skipped)
     try:
         with _undisturbed(inner, base, device):
             comparison = Comparison(inner, base, probe_forest(base), backend, device)
-            reasons = {executor: _reason(comparison, executor) for executor in executors}
+            reasons = {executor: _executor_obstacle(comparison, executor) for executor in executors}
     except Exception as error:  # what a model cannot do with the forest, it may do with the user's rows
         why = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
         log.warning("dta: %s is not probed before its first tree (%s)", type(base).__name__, why)
@@ -135,17 +135,17 @@ def _undisturbed(model: nn.Module, base: PreTrainedModel, device: torch.device) 
         torch.clear_autocast_cache()
 
 
-def _obstacle(model: nn.Module) -> str | None:
+def _probe_obstacle(model: nn.Module) -> str | None:
     if is_zero3(model):
         return "DeepSpeed ZeRO-3 shards the model (FSDP, or ZeRO-1 or 2, can be probed)"
     return "the model is tensor-parallel" if has_tensor_parallel(model) else None
 
 
-def _reason(comparison: Comparison, executor: str) -> str | None:
+def _executor_obstacle(comparison: Comparison, executor: str) -> str | None:
     """Why an executor may not run, as a sentence for an error."""
     try:
         found = comparison.difference(executor)
-    except UnsupportedModelError as error:
+    except UnsupportedError as error:
         return str(error)
     if found is None:
         return None

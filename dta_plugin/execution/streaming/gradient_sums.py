@@ -56,7 +56,7 @@ class GradientSums:
         else:
             self._sums[name] = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
 
-    def of(self, parameters: Mapping[str, torch.Tensor]) -> Iterable[torch.Tensor | None]:
+    def hand_out(self, parameters: Mapping[str, torch.Tensor]) -> Iterable[torch.Tensor | None]:
         """The sums, in the dtype of the parameters and in their order; each is given up as it is handed out."""
         for name, parameter in parameters.items():
             total = self._sums.pop(name, None)
@@ -73,4 +73,4 @@ class _Completed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients):
-        return None, None, *gradients, *ctx.sums.of(ctx.parameters)
+        return None, None, *gradients, *ctx.sums.hand_out(ctx.parameters)

@@ -37,7 +37,7 @@ class Gap:
     most: float
 
     @classmethod
-    def of(cls, differences: torch.Tensor, is_routed: bool = False) -> Gap:
+    def from_differences(cls, differences: torch.Tensor, is_routed: bool = False) -> Gap:
         """differences: any shape. is_routed: of a model with experts, whose outliers among tokens do not count."""
         values = differences.detach().abs().flatten().float()
         if not values.numel():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dta_plugin import __version__
 from dta_plugin.adapters.releases import TRANSFORMERS, TRL, VERL
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from dta_plugin.errors import InvalidInputError, UnsupportedError
 
 if TYPE_CHECKING:
     import torch
@@ -174,15 +174,15 @@ def _attention_on(device: torch.device, has_gpu: bool) -> Iterator[Finding]:
 
 def model_findings(path: str) -> list[Finding]:
     """What the model is made of, and whether it can run as a tree."""
-    from dta_plugin.cli.models import load_config, skeleton
-    from dta_plugin.models.support import unsupported_reason
+    from dta_plugin.cli.model_loading import load_config, skeleton
+    from dta_plugin.models.support import tree_obstacle
 
     load_config(path)  # a path without a model is wrong input, said by the caller
     try:
         model = skeleton(path)
     except InvalidInputError as error:
         return [Finding("model", path), Finding("--use_dta", "would stop", str(error), ok=False)]
-    reason = unsupported_reason(model.train())
+    reason = tree_obstacle(model.train())
     answer = _probed(path) if reason is None else Finding("--use_dta", "would stop", reason, ok=False)
     return [Finding("model", type(model).__name__, path), *_architecture(model), answer]
 
@@ -192,7 +192,7 @@ def _probed(path: str) -> Finding:
     import torch
 
     from dta_plugin.cli.miniature import miniature
-    from dta_plugin.cli.models import fits_in_memory, load_config, load_model
+    from dta_plugin.cli.model_loading import fits_in_memory, load_config, load_model
     from dta_plugin.execution.probing.probe import latest_outcome, probe
 
     config, is_here = load_config(path), fits_in_memory(path)
@@ -201,7 +201,7 @@ def _probed(path: str) -> Finding:
     try:
         model = load_model(path, dtype, cpu)[0] if is_here else miniature(config)
         reasons = probe(model, ["packed", "streamed"], "auto")
-    except UnsupportedModelError as error:
+    except UnsupportedError as error:
         return Finding("--use_dta", "would stop", str(error), ok=False)
     except Exception as error:  # whatever the model's class raises
         why = f"{what} cannot be probed ({type(error).__name__}: {error})"
@@ -226,7 +226,7 @@ def _architecture(model: PreTrainedModel) -> Iterator[Finding]:
     yield Finding("layers", ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in kinds.items()), note)
     try:
         head = lm_head(model)
-    except UnsupportedModelError as error:
+    except UnsupportedError as error:
         yield Finding("LM head", "none", str(error), ok=False)
         return
     tied = "tied" if getattr(config, "tie_word_embeddings", False) else "untied"
