@@ -180,7 +180,7 @@ def _packed(model: PreTrainedModel, work: Workload) -> Step:
     def step() -> None:
         tree = PrefixTree.from_sequences(work.sequences)
         edges = ScoredEdges.from_tree(tree, work.prompt_lengths, weights.device)
-        (output,) = run_packed(model, [(tree, edges)])
+        output = run_packed(model, tree, edges)
         (edges.per_token(output.logprobs) * weights).sum().backward()
 
     return step

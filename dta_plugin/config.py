@@ -44,8 +44,8 @@ class TreeConfig:
     )
     max_tree_tokens_per_chunk: int | None = _option(
         None,
-        "Most tree tokens whose activations are alive at once: the memory knob. None: from free memory. With "
-        "executor=packed a larger micro-batch runs as several trees, which bounds only passes without gradient.",
+        "Most tree tokens whose activations are alive at once: the memory knob. None: from free memory. Larger trees are "
+        "streamed; with executor=packed it is an error.",
     )
     min_saving: float = _option(
         0.0,
@@ -128,6 +128,11 @@ class TreeConfig:
         if self.max_tree_tokens_per_chunk is not None and self.max_tree_tokens_per_chunk < 1:
             raise InvalidInputError(
                 f"max_tree_tokens_per_chunk={self.max_tree_tokens_per_chunk}. Expected None or at least 1."
+            )
+        if self.max_tree_tokens_per_chunk is not None and self.executor == "packed":
+            raise InvalidInputError(
+                f"max_tree_tokens_per_chunk={self.max_tree_tokens_per_chunk} with executor='packed', which runs every "
+                "tree in one call. Expected executor='auto' or 'streamed' with it."
             )
         if not isinstance(self.min_saving, (int, float)) or not 0.0 <= self.min_saving < 1.0:
             raise InvalidInputError(f"min_saving={self.min_saving!r}. Expected a share in [0, 1).")

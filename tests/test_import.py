@@ -24,7 +24,7 @@ def loaded_after(code: str) -> list[str]:
     [
         "import dta_plugin",
         "from dta_plugin import PrefixTree, TreeConfig, TreeLayout, TreeMask, TreeReport, tree_attention",
-        "import dta_plugin.tree.cost, dta_plugin.tree.split, dta_plugin.models.lm_head",
+        "import dta_plugin.tree.cost, dta_plugin.models.lm_head",
     ],
 )
 def test_no_framework_is_imported(code: str) -> None:

@@ -158,8 +158,8 @@ def _attention_on(device: torch.device, has_gpu: bool) -> Iterator[Finding]:
     for check in device_report.checks(device):
         figures = f"{check.error:.2g} off the reference, {check.allowed:.2g} is allowed; {check.seconds * 1e3:.0f} ms"
         what = "kernels passed" if check.problem is None else "kernels failed"
-        instead = f"{check.problem}; FlexAttention is used instead"
-        yield Finding(f"  {check.kind.dtype}".replace("torch.", ""), what, instead if check.problem else figures)
+        problem = f"{check.problem}; FlexAttention is used instead"
+        yield Finding(f"  {check.kind.dtype}".replace("torch.", ""), what, problem if check.problem else figures)
     try:
         rate = device_report.rate(device, seconds=5.0 if device.type == "cuda" else 0.2)
     except RuntimeError as error:  # no memory left by other programs, or a compiler's failure
@@ -182,8 +182,8 @@ def model_findings(path: str) -> list[Finding]:
         model = skeleton(path)
     except InvalidInputError as error:
         return [Finding("model", path), Finding("--use_dta", "would stop", str(error), ok=False)]
-    reason = tree_obstacle(model.train())
-    answer = _probed(path) if reason is None else Finding("--use_dta", "would stop", reason, ok=False)
+    obstacle = tree_obstacle(model.train())
+    answer = _probed(path) if obstacle is None else Finding("--use_dta", "would stop", obstacle, ok=False)
     return [Finding("model", type(model).__name__, path), *_architecture(model), answer]
 
 
@@ -200,13 +200,13 @@ def _probed(path: str) -> Finding:
     dtype, cpu = getattr(config, "dtype", None), torch.device("cpu")
     try:
         model = load_model(path, dtype, cpu)[0] if is_here else miniature(config)
-        reasons = probe(model, ["packed", "streamed"], "auto")
+        obstacles = probe(model, ["packed", "streamed"], "auto")
     except UnsupportedError as error:
         return Finding("--use_dta", "would stop", str(error), ok=False)
     except Exception as error:  # whatever the model's class raises
         why = f"{what} cannot be probed ({type(error).__name__}: {error})"
         return Finding("--use_dta", "should work", f"{why}; training probes the model before its first tree")
-    found = next((reason for reason in reasons.values() if reason), None)
+    found = next((obstacle for obstacle in obstacles.values() if obstacle), None)
     if found is not None:
         return Finding("--use_dta", "would stop", f"{what}: {found}", ok=False)
     return Finding("--use_dta", "works", f"{what}, {latest_outcome(model)}")

@@ -77,8 +77,8 @@ def prepare_batch(
     """Build the tree and decide between tree and dense.
 
     dense_batches: the dense micro-batches that would run in place of the tree. With them and a calibration, the gate
-    goes by predicted time, else by FLOPs. temperatures: per sequence, where they differ. device: where the model computes,
-    None for where its input embedding is (which an offloaded one is not).
+    goes by predicted time, else by FLOPs. temperatures: per sequence, where they differ. device: where the model
+    computes, None for where its input embedding is (which an offloaded one is not).
 
     Raises InvalidInputError for unusable sequences, UnsupportedError where the tree would not be exact and
     ``config.on_unsupported == "error"``.
@@ -108,9 +108,10 @@ def prepare_batch(
 def saving_obstacle(
     model: nn.Module, longest: int, scored: int, dense_batches: Sequence[Padded], config: TreeConfig
 ) -> str | None:
-    """Why no tree can pay, whatever is shared: one of the longest row alone is predicted to take longer than `dense_batches`.
+    """Why no tree can pay, whatever is shared: that of the longest row alone is predicted to take longer than dense.
 
-    longest, scored: the most tokens, and scored tokens, of any row. Spares small batches the making of the tree.
+    longest, scored: the most tokens, and scored tokens, of any row. dense_batches: as for `prepare_batch`. Spares small
+    batches the making of the tree.
     """
     speeds = None if is_collective(model) else calibration_of(model, config)  # ranks decide by all of their batches
     if speeds is None:

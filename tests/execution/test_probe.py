@@ -79,7 +79,7 @@ def test_no_false_alarm(family: str, dtype: torch.dtype) -> None:
     model = tiny_model(family, dtype)
     run(model, TreeConfig(verify="first"))
     outcome = latest_outcome(model)
-    assert outcome is not None and outcome.reasons == {"packed": None, "streamed": None}
+    assert outcome is not None and outcome.obstacles == {"packed": None, "streamed": None}
     assert "log-probs agree to" in str(outcome) and "once" in str(outcome)
 
 

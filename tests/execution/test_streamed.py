@@ -295,7 +295,10 @@ def test_refused_backends() -> None:
     with pytest.raises(InvalidInputError, match=r"'reference': streaming needs 'cpu' or 'triton'. Use executor='auto'"):
         dta_plugin.sequence_logprobs(model, BRANCHED, stream(5, backend="reference"))
     config = TreeConfig(backend="reference", max_tree_tokens_per_chunk=9)
-    assert dta_plugin.sequence_logprobs(model, BRANCHED, config).report.executor == "packed"
+    report = dta_plugin.sequence_logprobs(model, BRANCHED, config).report
+    assert report.executor == "packed" and report.reason.endswith(
+        "; in one chunk: attention through backend 'reference': streaming needs 'cpu' or 'triton'"
+    )
 
 
 def test_gradient_hooks_on_parameters_do_not_stream() -> None:

@@ -23,7 +23,6 @@ pytestmark = pytest.mark.skipif(ON_GPU, reason="tests/gpu/test_waits.py asks CUD
 
 CONFIGS = {
     "packed": TreeConfig(backend="triton"),
-    "split": TreeConfig(backend="triton", executor="packed", max_tree_tokens_per_chunk=24),
     "streamed": TreeConfig(backend="triton", executor="streamed", max_tree_tokens_per_chunk=16),
 }
 SEQUENCES = star(4, prefix=20, branch=6)

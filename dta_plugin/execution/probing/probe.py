@@ -36,12 +36,12 @@ log = logging.getLogger("dta_plugin")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a probe found. reasons: per executor, why it may not run, as a sentence, or None if it may.
+    """What a probe found. obstacles: per executor, why it may not run, as a sentence, or None if it may.
 
     gap: log-probs against the model's own, in nats, the largest of all executors. skipped: why nothing was compared.
     """
 
-    reasons: dict[str, str | None]
+    obstacles: dict[str, str | None]
     gap: Gap
     seconds: float
     skipped: str | None = None
@@ -49,10 +49,10 @@ class Outcome:
     def __str__(self) -> str:
         if self.skipped is not None:
             return f"not probed: {self.skipped}"
-        exact = " and ".join(name for name, reason in self.reasons.items() if reason is None)
-        refused = [reason for reason in self.reasons.values() if reason is not None]
+        exact = " and ".join(name for name, obstacle in self.obstacles.items() if obstacle is None)
+        refused = [obstacle for obstacle in self.obstacles.values() if obstacle is not None]
         agree = f"probed {exact}: log-probs agree to {self.gap.most:.1e} nats ({self.seconds:.2f} s, once)"
-        return " ".join([agree] * bool(exact) + [f"Not run: {reason}" for reason in refused])
+        return " ".join([agree] * bool(exact) + [f"Not run: {obstacle}" for obstacle in refused])
 
 
 # Hooks and modes of a model that is being probed are not for another thread.
@@ -82,7 +82,7 @@ def probe(
         if missing:
             outcome = _probe(model, base, missing, backend, device)
             known |= {(executor, state): outcome for executor in missing}
-        return {executor: known[executor, state].reasons[executor] for executor in executors}
+        return {executor: known[executor, state].obstacles[executor] for executor in executors}
 
 
 def latest_outcome(model: nn.Module) -> Outcome | None:
@@ -107,15 +107,15 @@ def _probe(
     try:
         with _undisturbed(inner, base, device):
             comparison = Comparison(inner, base, probe_forest(base), backend, device)
-            reasons = {executor: _executor_obstacle(comparison, executor) for executor in executors}
+            obstacles = {executor: _executor_obstacle(comparison, executor) for executor in executors}
     except Exception as error:  # what a model cannot do with the forest, it may do with the user's rows
         why = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
         log.warning("dta: %s is not probed before its first tree (%s)", type(base).__name__, why)
         return Outcome(dict.fromkeys(executors), Gap(0.0, 0.0), 0.0, why)
     if is_sharded(inner) or is_fsdp1(inner):
-        ranks = gathered(inner, reasons)
-        reasons = {name: next((found for rank in ranks if (found := rank[name])), None) for name in executors}
-    return Outcome(reasons, comparison.worst, time.perf_counter() - start)
+        ranks = gathered(inner, obstacles)
+        obstacles = {name: next((found for rank in ranks if (found := rank[name])), None) for name in executors}
+    return Outcome(obstacles, comparison.worst, time.perf_counter() - start)
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def traced(
     Returns log-probs [E], and the layout indices [T] in the order in which the model was given the tokens.
     """
     if budget is None:
-        (output,) = run_packed(model, [(tree, edges)], backend=backend)
+        output = run_packed(model, tree, edges, backend=backend)
         return output.logprobs, np.arange(tree.tree_tokens)
     output, plan = run_streamed(model, tree, edges, budget, backend=backend)
     return output.logprobs, np.concatenate([chunk.tokens for chunk in plan.chunks])

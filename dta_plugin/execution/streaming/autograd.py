@@ -67,7 +67,7 @@ def run_streamed(
         with tree_forward(base, forward):  # one call, in which DDP looks for the parameters that outputs depend on
             result = model(dta_job=job)
         (run,), logprobs, entropies = runs, result["logprobs"], result["entropies"]
-    check_finite([logprobs], base)
+    check_finite(logprobs, base)
     outputs = EdgeOutputs(logprobs, entropies if return_entropy else None, None, "+".join(sorted(run.runner.backends)))
     return outputs, run.plan
 
