@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dta_plugin.config import TreeConfig
     from dta_plugin.errors import InvalidInputError, UnsupportedError, UnsupportedModelError
     from dta_plugin.execution.packed import model_inputs
-    from dta_plugin.sharing.hooks import share_prefixes
+    from dta_plugin.sharing.decoder_hooks import share_prefixes
     from dta_plugin.tree import PrefixTree, TreeLayout, TreeReport
 
 __version__ = "0.1.0"
@@ -37,7 +37,7 @@ _HOME = {
     "enable": "dta_plugin.activation",
     "model_inputs": "dta_plugin.execution.packed",
     "sequence_logprobs": "dta_plugin.api",
-    "share_prefixes": "dta_plugin.sharing.hooks",
+    "share_prefixes": "dta_plugin.sharing.decoder_hooks",
     "tree_attention": "dta_plugin.attention",
     "tree_attention_scope": "dta_plugin.api",
 }

@@ -44,8 +44,8 @@ class TreeConfig:
     )
     max_tree_tokens_per_chunk: int | None = _option(
         None,
-        "Most tree tokens whose activations are alive at once: the memory knob. None: from free memory. Larger trees are "
-        "streamed; with executor=packed it is an error.",
+        "Most tree tokens whose activations are alive at once: the memory knob. None: from free memory. Larger trees "
+        "are streamed; with executor=packed it is an error.",
     )
     min_saving: float = _option(
         0.0,

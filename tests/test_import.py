@@ -32,7 +32,7 @@ def test_no_framework_is_imported(code: str) -> None:
 
 
 def test_trees_run_where_triton_is_not_installed() -> None:
-    code = "import sys; sys.modules['triton'] = None; import dta_plugin.api, dta_plugin.sharing.hooks"
+    code = "import sys; sys.modules['triton'] = None; import dta_plugin.api, dta_plugin.sharing.decoder_hooks"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from dta_plugin.models.introspection import say_guessed
 from dta_plugin.models.layers import attention_sizes
-from dta_plugin.models.lm_head import KEEP_BYTES
 from dta_plugin.models.sizes import feed_forward_numbers
+from dta_plugin.models.tiled_logprobs import KEEP_BYTES
 
 log = logging.getLogger("dta_plugin")
 

@@ -172,14 +172,14 @@ def test_negative_controls(monkeypatch: pytest.MonkeyPatch) -> None:
         make_siblings_visible(patch)
         assert apart(outcome(model, inputs), expected) > 1e-3
     with monkeypatch.context() as patch:
-        merge = PaddedBatch.from_call
+        merge = PaddedBatch.from_arguments
 
         def losing_a_row(call: dict[str, Any]) -> PaddedBatch:
             batch = merge(call)
             assert isinstance(batch, PaddedBatch)
             return PaddedBatch(batch.tree, batch.index, [(0, 0), *batch.spans[1:]])
 
-        patch.setattr(PaddedBatch, "from_call", losing_a_row)
+        patch.setattr(PaddedBatch, "from_arguments", losing_a_row)
         assert apart(outcome(model, inputs), expected) > 1e-3
     assert apart(outcome(model, inputs), expected) <= TOLERANCE[torch.float64]
 
@@ -190,7 +190,7 @@ def test_gradients_of_1000_copies_are_summed_wide(monkeypatch: pytest.MonkeyPatc
     if not wide:
         monkeypatch.setattr(torch, "promote_types", lambda dtype, _: dtype)
     sequences = star(1000, prefix=2, branch=1)
-    batch = PaddedBatch.from_call({"input_ids": torch.tensor(sequences)})
+    batch = PaddedBatch.from_arguments({"input_ids": torch.tensor(sequences)})
     assert isinstance(batch, PaddedBatch)
     values = torch.zeros(batch.tree.tree_tokens, 4, dtype=torch.bfloat16, requires_grad=True)
     spread(values, batch).sum().backward()

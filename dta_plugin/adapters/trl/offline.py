@@ -29,7 +29,7 @@ from dta_plugin.balance.examples import token_columns, token_path
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.models.introspection import causal_lm, decoder_of, model_cost
-from dta_plugin.sharing.hooks import share_prefixes
+from dta_plugin.sharing.decoder_hooks import share_prefixes
 
 
 class SiblingBatchesMixin:
