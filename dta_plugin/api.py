@@ -20,7 +20,7 @@ from dta_plugin.tree.trie import TokenSequence
 from dta_plugin.verify import check_batch
 
 # 0-based number of each model's last call with `verify` on.
-_calls: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_call_numbers: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def sequence_logprobs(
@@ -65,8 +65,8 @@ def sequence_logprobs(
         return run_dense(model, batch, temperature=common, return_entropy=return_entropy)
     try:
         if config.verify != "off":
-            call = _calls[model] = _calls.get(model, -1) + 1
-            if config.verifies(call):
+            call_number = _call_numbers[model] = _call_numbers.get(model, -1) + 1
+            if config.verifies(call_number):
                 check_batch(model, batch, config, common)
         return run_tree(model, batch, config, temperature=common, return_entropy=return_entropy)
     except UnsupportedError as error:  # found only while running, such as a layer that bypasses the tree

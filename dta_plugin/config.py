@@ -165,11 +165,13 @@ class TreeConfig:
                 )
         return None if scheme == "all" else TokenSelection(scheme=scheme, **given)
 
-    def verifies(self, call: int) -> bool:
-        """Whether the call with this 0-based number is to be compared with the dense path."""
+    def verifies(self, call_number: int) -> bool:
+        """Whether the call with this number, from 0 on, is to be compared with the dense path."""
         if self.verify == "off":
             return False
-        return call == 0 if self.verify == "first" else call % int(self.verify.removeprefix("every:")) == 0
+        return (
+            call_number == 0 if self.verify == "first" else call_number % int(self.verify.removeprefix("every:")) == 0
+        )
 
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -28,7 +28,7 @@ from dta_plugin.execution.probing.rounding_noise import (
     rounding_unit,
 )
 from dta_plugin.execution.probing.traces import decoder_layers, first_difference, traced
-from dta_plugin.execution.ranks import gathered, is_collective, is_fsdp1, is_sharded, is_zero3, without_reducers
+from dta_plugin.execution.ranks import gathered, is_collective, is_fsdp, is_zero3, without_reducers
 from dta_plugin.models.introspection import causal_lm, evaluation_mode
 from dta_plugin.tree.layout import Scored
 from dta_plugin.tree.trie import TokenSequence
@@ -149,9 +149,7 @@ def _difference(
 def _has_no_gradients(model: nn.Module, base: PreTrainedModel) -> bool:
     """Whether gradients cannot be asked for by parameter: they are sharded, or the model's own path has none."""
     is_forward_only = base.device.type == "cpu" and base.config._attn_implementation == "flex_attention"
-    return (
-        is_forward_only or is_sharded(model) or is_zero3(model) or is_fsdp1(model) or torch.is_inference_mode_enabled()
-    )
+    return is_forward_only or is_fsdp(model) or is_zero3(model) or torch.is_inference_mode_enabled()
 
 
 def _flat(result: SequenceLogProbs) -> torch.Tensor:
@@ -171,11 +169,10 @@ def _own(
     if not parameters:
         return _flat(run_dense(model, batch, temperature=temperature)), {}
     device, lengths = batch.edges.target.device, batch.edges.lengths
-    temperatures = batch.temperatures or [temperature] * len(lengths)
-    unscored = (batch.edges.edge_of_token == len(batch.edges.target)).split(lengths)
     logprobs: list[torch.Tensor] = []
     total: Gradients = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    rows = zip(batch.sequences, temperatures, unscored, _weights(batch).split(lengths), strict=True)
+    weights_of = _weights(batch).split(lengths)
+    rows = zip(batch.sequences, batch.temperatures_or(temperature), batch.unscored(), weights_of, strict=True)
     for sequence, own, is_unscored, weights in rows:
         row = torch.as_tensor(sequence, dtype=torch.int64, device=device)
         values = dense_logprobs(model, [row], own)[0][0].masked_fill(is_unscored, 0.0)

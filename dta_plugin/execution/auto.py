@@ -178,12 +178,11 @@ def run_dense(
     calls = max(gathered(model, count)) if is_collective(model) else count
     sequences = [*batch.sequences, *[DUMMY_SEQUENCE] * (calls - count)]
     rows = [torch.as_tensor(sequence, dtype=torch.int64, device=device) for sequence in sequences]
-    temperatures = [temperature] * count if batch.temperatures is None else list(batch.temperatures)
-    temperatures += [1.0] * (calls - count)
+    temperatures = [*batch.temperatures_or(temperature), *[1.0] * (calls - count)]
     logprobs, entropies = dense_logprobs(model, rows, temperatures, return_entropy)
     anchor = _zero(logprobs)
-    unscored = (batch.edges.edge_of_token == len(batch.edges.target)).split(batch.edges.lengths)
-    # The anchor makes the stand-ins go backward with the others.
+    unscored = batch.unscored()
+    # The anchor makes the dummies go backward with the others.
     logprobs = [anchor + v.masked_fill(mask, 0.0) for v, mask in zip(logprobs[:count], unscored, strict=False)]
     if entropies is not None:
         entropies = [v.masked_fill(mask, 0.0) for v, mask in zip(entropies[:count], unscored, strict=False)]

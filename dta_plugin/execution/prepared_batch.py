@@ -63,6 +63,14 @@ class PreparedBatch:
     is_gated: bool = False
     temperatures: Sequence[float] | None = None
 
+    def unscored(self) -> tuple[torch.Tensor, ...]:
+        """bool [len - 1] per sequence: which of its tokens 1.. are not scored."""
+        return (self.edges.edge_of_token == len(self.edges.target)).split(self.edges.lengths)
+
+    def temperatures_or(self, common: float) -> list[float]:
+        """One per sequence: its own, or the common one."""
+        return [common] * len(self.sequences) if self.temperatures is None else list(self.temperatures)
+
 
 def prepare_batch(
     model: nn.Module,

@@ -30,6 +30,11 @@ def is_fsdp1(model: nn.Module) -> bool:
     return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
 
 
+def is_fsdp(model: nn.Module) -> bool:
+    """Whether FSDP, the first or the second, shards the model's weights."""
+    return is_sharded(model) or is_fsdp1(model)
+
+
 def watches_gradients(model: nn.Module) -> bool:
     """Whether DDP or DeepSpeed sums gradients over ranks as they arrive: once each, in the order of a stock pass."""
     return isinstance(model, DistributedDataParallel) or hasattr(model, "zero_optimization_stage")

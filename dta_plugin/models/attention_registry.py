@@ -28,6 +28,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from dta_plugin.attention.api import tree_attention
 from dta_plugin.attention.mask import TreeMask
+from dta_plugin.dtypes import compute_dtype
 from dta_plugin.errors import UnsupportedError
 from dta_plugin.models.attention_keywords import check_keywords
 from dta_plugin.models.layers import indexed_modules
@@ -167,9 +168,7 @@ def _tree_call(
 
 def _autocast(*inputs: torch.Tensor) -> Iterator[torch.Tensor]:
     """Under autocast, one dtype, as torch's own attention has it: rotary positions leave query and key in float32."""
-    kind = inputs[0].device.type
-    enabled = torch.is_autocast_enabled(kind)
-    return (x.to(torch.get_autocast_dtype(kind)) if enabled else x for x in inputs)
+    return (x.to(compute_dtype(x.device.type, x.dtype)) for x in inputs)
 
 
 def _places(model: PreTrainedModel) -> Iterator[tuple[Entries, str]]:

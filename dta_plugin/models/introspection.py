@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dta_plugin.attention.self_check import Kind
+from dta_plugin.dtypes import compute_dtype
 from dta_plugin.errors import UnsupportedError
 from dta_plugin.models.layers import attention_sizes, forward_has
 from dta_plugin.models.lm_head import LMHead
@@ -106,6 +107,11 @@ def tree_forward(model: torch.nn.Module, forward: Callable[..., Any]) -> Iterato
             model.forward = own
 
 
+def is_checkpointed(model: torch.nn.Module) -> bool:
+    """Whether any layer of the model has gradient checkpointing switched on."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     """Within the context, no module of the model is in training mode."""
@@ -121,7 +127,7 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 def attention_kinds(model: PreTrainedModel, device: torch.device) -> set[Kind]:
     """The kinds of attention that the model's layers ask for on `device`, as far as modules and config say."""
     config = model.config.get_text_config()
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
+    dtype = compute_dtype(device.type, model.dtype)
     has_softcap = getattr(config, "attn_logit_softcapping", None) is not None
     has_sinks = any(isinstance(getattr(module, "sinks", None), torch.Tensor) for module in model.modules())
     return {

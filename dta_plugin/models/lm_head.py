@@ -14,6 +14,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
+from dta_plugin.dtypes import accumulation_dtype, compute_dtype
 from dta_plugin.models.tiled_logprobs import Edges, LogitTransform, TiledLogProbs, row_tiles
 
 
@@ -41,7 +42,7 @@ class LMHead:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Unfused logits [..., V] in float32 (float64 for float64 models): what the model's own forward returns."""
         raw = self.module(hidden if self.dtype is None else hidden.to(self.dtype))
-        raw = raw.to(torch.promote_types(raw.dtype, torch.float32)) * self.scale
+        raw = raw.to(accumulation_dtype(raw.dtype)) * self.scale
         return raw if self.softcap is None else self.softcap * torch.tanh(raw / self.softcap)
 
 
@@ -66,19 +67,14 @@ def edge_logprobs(
     if not head.is_plain:
         return _through_module(hidden, head, edges, temperature, return_entropy)
     weight, bias = head.module.weight, head.module.bias
-    dtype = head.dtype or _autocast_dtype(hidden)
+    dtype = head.dtype or compute_dtype(hidden.device.type, hidden.dtype)
     weight, bias = (None if x is None else x.to(dtype) for x in (weight, bias))
     if isinstance(temperature, torch.Tensor):
-        temperature = temperature.to(torch.promote_types(dtype, torch.float32))
+        temperature = temperature.to(accumulation_dtype(dtype))
     transform = LogitTransform(head.scale, head.softcap, temperature)
     with torch.autocast(hidden.device.type, enabled=False):  # the dtype was chosen above
         logprobs, entropies = TiledLogProbs.apply(hidden.to(dtype), weight, bias, edges, transform, return_entropy)
     return logprobs, entropies if return_entropy else None
-
-
-def _autocast_dtype(hidden: torch.Tensor) -> torch.dtype:
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 def _through_module(

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
+from dta_plugin.dtypes import accumulation_dtype
+
 KEEP_BYTES = 512 * 2**20
 _TILE_ROWS = 1024
 _TILE_VOCAB = 32768
@@ -99,7 +101,7 @@ class TiledLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, edges: Edges, transform: LogitTransform, returns_entropy: bool):
-        accumulate = torch.promote_types(hidden.dtype, torch.float32)
+        accumulate = accumulation_dtype(hidden.dtype)
         rows, vocab = hidden.shape[0], weight.shape[0]
         keep = any(ctx.needs_input_grad) and rows * vocab * accumulate.itemsize <= KEEP_BYTES
         kept: dict[tuple[int, int], torch.Tensor] = {}

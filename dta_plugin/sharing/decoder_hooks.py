@@ -24,7 +24,7 @@ from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.execution.packed import check_every_layer_hit, model_inputs
 from dta_plugin.execution.probing.probe import probe
-from dta_plugin.execution.ranks import is_fsdp1, is_sharded
+from dta_plugin.execution.ranks import is_fsdp
 from dta_plugin.models.attention_registry import install, uninstall
 from dta_plugin.models.introspection import causal_lm, decoder_of, model_cost
 from dta_plugin.models.rotary import padded_length_obstacle
@@ -178,7 +178,7 @@ class PrefixSharing:
     def _probe_obstacle(self, decoder: PreTrainedModel) -> str | None:
         """Why the decoder's first tree, of a small forest, is not exact."""
         # Weights that are sharded are being gathered for this very call.
-        if self.config.probe == "off" or is_sharded(decoder) or is_fsdp1(decoder):
+        if self.config.probe == "off" or is_fsdp(decoder):
             return None
         obstacle = probe(decoder, ["decoder"], self.config.backend)["decoder"]
         if obstacle is not None and self.config.on_unsupported == "error":

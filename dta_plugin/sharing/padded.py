@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
+from dta_plugin.dtypes import accumulation_dtype
 from dta_plugin.tree.trie import PrefixTree
 
 # Arguments of a decoder that say nothing about single tokens, whatever their type.
@@ -41,7 +42,7 @@ class PaddedBatch:
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> PaddedBatch | str:
-        """arguments: of a decoder's call, by name. Returns what keeps the call from running as a tree, if anything does."""
+        """arguments: of a decoder's call, by name. Returns what keeps it from running as a tree, if anything does."""
         obstacle = _merge_obstacle(arguments)
         if obstacle is not None:
             return obstacle
@@ -110,7 +111,7 @@ class _Spread(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient):
         (index,) = ctx.saved_tensors
-        wide = torch.promote_types(gradient.dtype, torch.float32)
+        wide = accumulation_dtype(gradient.dtype)
         total = gradient.new_zeros(ctx.tokens, *gradient.shape[2:], dtype=wide)
         for row, (start, stop) in enumerate(ctx.spans):  # a row has no token twice
             total.index_add_(0, index[row, start:stop], gradient[row, start:stop].to(wide))

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dta_plugin.attention import TreeMask
+from dta_plugin.dtypes import accumulation_dtype
 from dta_plugin.execution.packed import check_every_layer_hit, model_inputs
 from dta_plugin.execution.probing.rounding_noise import (
     Gap,
@@ -29,7 +30,7 @@ from dta_plugin.execution.probing.rounding_noise import (
     rounding_unit,
 )
 from dta_plugin.execution.probing.traces import first_difference, in_layout_order, recorded, state_gaps, traced
-from dta_plugin.execution.ranks import is_fsdp1, is_sharded
+from dta_plugin.execution.ranks import is_fsdp
 from dta_plugin.models.attention_registry import install
 from dta_plugin.models.introspection import decoder_of, lm_head
 from dta_plugin.tree.layout import ScoredEdges, TreeLayout
@@ -65,7 +66,7 @@ class Comparison:
         self.step = self.unit + _SUMS * _EPS
         self.has_head = base.get_output_embeddings() is not None
         # The weight of a sharded head is whole within a call of the model only.
-        self.head = None if is_sharded(model) or is_fsdp1(model) or not self.has_head else lm_head(base)
+        self.head = None if is_fsdp(model) or not self.has_head else lm_head(base)
         self.head_difference: str | None = None
         self.worst = Gap(0.0, 0.0)
         self.logprobs, self.states = self._own(self.rows, looks_at_head=True)
@@ -111,7 +112,7 @@ class Comparison:
             for row in self.rows:
                 self._run(row)
 
-        if is_sharded(self.model) or is_fsdp1(self.model):  # all ranks must call the model equally often
+        if is_fsdp(self.model):  # all ranks must call the model equally often
             return "in its decoder"
         layer = first_difference(self.base, self.tree.paths, run_own, lambda: self._traced(executor)[1])
         return "in its decoder" if layer is None else f"from layer {layer} on"
@@ -135,7 +136,7 @@ class Comparison:
             return None, self._decoder(input_ids=row[None], use_cache=False)
         with recorded([decoder_of(self.base)]) as calls:
             logits: torch.Tensor = self.model(input_ids=row[None], use_cache=False).logits[0]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)), calls[0][0]
+        return logits.to(accumulation_dtype(logits.dtype)), calls[0][0]
 
     def _head(self, own: torch.Tensor, ours: torch.Tensor) -> str | None:
         """Both in [len, V], from the same hidden states."""

@@ -28,7 +28,7 @@ from dta_plugin.execution.memory import budget_kept
 from dta_plugin.execution.probing.comparison import Comparison
 from dta_plugin.execution.probing.forest import probe_forest
 from dta_plugin.execution.probing.rounding_noise import Gap, rounding_unit
-from dta_plugin.execution.ranks import gathered, has_tensor_parallel, is_fsdp1, is_sharded, is_zero3, without_reducers
+from dta_plugin.execution.ranks import gathered, has_tensor_parallel, is_fsdp, is_zero3, without_reducers
 from dta_plugin.models.introspection import causal_lm, evaluation_mode, input_device, wrappings
 
 log = logging.getLogger("dta_plugin")
@@ -74,7 +74,7 @@ def probe(
     base = causal_lm(model)
     device = device or input_device(base)
     # What FSDP says of its weights' type changes with the first call.
-    precision = None if is_sharded(model) or is_fsdp1(model) else (rounding_unit(base), base.dtype)
+    precision = None if is_fsdp(model) else (rounding_unit(base), base.dtype)
     state = backend, device, base.config._attn_implementation, precision, tuple(_adapters(model))
     with _lock:
         known = _outcomes.setdefault(base, {})
@@ -112,7 +112,7 @@ def _probe(
         why = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
         log.warning("dta: %s is not probed before its first tree (%s)", type(base).__name__, why)
         return Outcome(dict.fromkeys(executors), Gap(0.0, 0.0), 0.0, why)
-    if is_sharded(inner) or is_fsdp1(inner):
+    if is_fsdp(inner):
         ranks = gathered(inner, obstacles)
         obstacles = {name: next((found for rank in ranks if (found := rank[name])), None) for name in executors}
     return Outcome(obstacles, comparison.worst, time.perf_counter() - start)

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dta_plugin.attention.precision import allows_tf32
+from dta_plugin.dtypes import compute_dtype
 
 # Times the noise: what a mean, or a largest value, of as many tokens may be.
 _MEAN, _MOST = 3.0, 3.0
@@ -60,7 +61,7 @@ class Gap:
 def rounding_unit(model: PreTrainedModel) -> float:
     """Relative size of a rounding step in what the model computes in now, at least float32's: norms compute in that."""
     kind = model.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    dtype = compute_dtype(kind, model.dtype)
     if kind == "cuda" and dtype == torch.float32 and allows_tf32():
         dtype = torch.float16  # which has as many bits
     return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)

@@ -21,7 +21,7 @@ from dta_plugin.execution.streaming.fsdp2 import parameters_in_use
 from dta_plugin.execution.streaming.kv_arena import Arena, ChunkMask
 from dta_plugin.execution.streaming.recomputation import Autocast, plain_checkpointing
 from dta_plugin.models.attention_registry import install
-from dta_plugin.models.introspection import decoder_of, lm_head, tree_forward
+from dta_plugin.models.introspection import decoder_of, is_checkpointed, lm_head, tree_forward
 from dta_plugin.models.rotary import as_long_as
 from dta_plugin.tree.layout import ScoredEdges
 from dta_plugin.tree.trie import PrefixTree
@@ -127,7 +127,7 @@ class ChunkRunner:
 def _check_repeats(model: PreTrainedModel, mask: ChunkMask) -> None:
     """Recomputed in the backward pass, the calls of one layer come in an order that nothing tells them apart by."""
     repeated = sorted(layer for layer, calls in mask.calls.items() if calls > 1)
-    if repeated and model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+    if repeated and model.training and is_checkpointed(model):
         raise UnsupportedError(
             f"Layer(s) {repeated} of {type(model).__name__} attend more than once, and gradient checkpointing is on. "
             "Expected one call per layer for executor='streamed' with checkpointing; switch checkpointing off, which "

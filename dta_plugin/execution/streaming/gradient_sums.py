@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from dta_plugin.dtypes import accumulation_dtype
+
 
 class GradientSums:
     """Per parameter name, the sum of its gradients over all chunks; without those that got none."""
@@ -54,7 +56,7 @@ class GradientSums:
         if name in self._sums:
             self._sums[name] += gradient
         else:
-            self._sums[name] = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
+            self._sums[name] = gradient.to(accumulation_dtype(gradient.dtype), copy=True)
 
     def hand_out(self, parameters: Mapping[str, torch.Tensor]) -> Iterable[torch.Tensor | None]:
         """The sums, in the dtype of the parameters and in their order; each is given up as it is handed out."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from dta_plugin.dtypes import accumulation_dtype
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.execution.ranks import ModelCalls, watches_gradients
 from dta_plugin.execution.streaming.chunk_inputs import PlanInputs
@@ -50,7 +51,7 @@ class StreamedRun:
     def forward(self) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         """Log-probs and entropies [E], without graph; outputs of the first chunk, if it is handed out."""
         count = len(self.job.edges.target)
-        dtype = torch.promote_types(self.job.base.dtype, torch.float32)
+        dtype = accumulation_dtype(self.job.base.dtype)
         logprobs, entropies = self.job.edges.target.new_zeros(2, count, dtype=dtype).unbind()
         handed_out: list[torch.Tensor] = []
         for index in range(len(self.plan.chunks)):
