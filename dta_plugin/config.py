@@ -30,7 +30,14 @@ def _option(default: object, help: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TreeConfig:
-    """How prefix-tree execution runs. Raises InvalidInputError for a value that is not one of those described."""
+    """How prefix-tree execution runs: the fields, each with its meaning, are the options of the command line.
+
+    ``TreeConfig.__dataclass_fields__[name].metadata["help"]`` and ``python -m dta_plugin.run --help`` explain them.
+    The `token_*` options are those of NAT (arXiv 2603.06619).
+
+    Raises:
+        InvalidInputError: a value that is not one of those described, or options that exclude each other.
+    """
 
     backend: str = _option(
         "auto",
@@ -144,7 +151,17 @@ class TreeConfig:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> TreeConfig:
-        """Build from a dict. Raises InvalidInputError that names unknown options and lists the known ones."""
+        """Build from a dict.
+
+        Args:
+            options: values by the names of the fields; what is not named keeps its default.
+
+        Returns:
+            The validated configuration.
+
+        Raises:
+            InvalidInputError: names unknown options and lists the known ones, or an invalid value.
+        """
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(options) - set(known))
         if unknown:
@@ -152,7 +169,14 @@ class TreeConfig:
         return cls(**options)
 
     def selection(self) -> TokenSelection | None:
-        """What the `token_*` options choose; None for all tokens. Raises InvalidInputError where one has no effect."""
+        """What the `token_*` options choose.
+
+        Returns:
+            The selection; None for all tokens.
+
+        Raises:
+            InvalidInputError: an option that has no effect, or a value out of range.
+        """
         names = ("budget", "min_prefix", "floor", "sharing")
         given = {name: value for name in names if (value := getattr(self, f"token_{name}")) is not None}
         scheme = self.token_selection

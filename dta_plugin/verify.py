@@ -23,8 +23,8 @@ from dta_plugin.execution.probing.rounding_noise import (
     Gap,
     is_routed,
     logprob_floor,
-    looks,
-    moved_embeddings,
+    noise_seeds,
+    perturbed_embeddings,
     rounding_unit,
 )
 from dta_plugin.execution.probing.traces import decoder_layers, first_difference, traced
@@ -46,9 +46,13 @@ class VerificationError(AssertionError):
 class Difference:
     """Tree against dense, and what rounding explains of it.
 
-    logprobs, logprob_noise: in nats. gradients, gradient_noise: parameter name -> relative error (L2); empty where
-    gradients were not compared. unit: relative size of a rounding step. logprob_floor: what log-probs may
-    differ anyway.
+    Attributes:
+        logprobs: their differences, in nats.
+        logprob_noise: of them, what rounding explains, in nats.
+        gradients: parameter name -> relative error (L2); empty where gradients were not compared.
+        gradient_noise: parameter name -> what rounding explains of it.
+        unit: relative size of a rounding step.
+        logprob_floor: what log-probs may differ anyway, in nats.
     """
 
     logprobs: Gap
@@ -84,7 +88,20 @@ class Difference:
 def check_batch(model: nn.Module, batch: PreparedBatch, config: TreeConfig, temperature: float = 1.0) -> Difference:
     """Run a prepared batch both ways: log-probs, and gradients where the weights are not sharded over ranks.
 
-    Raises VerificationError where they differ by more than rounding explains: from which layer on, in which parameter.
+    Args:
+        model: a Hugging Face causal LM, possibly wrapped; its parameters' `.grad` stays as it was.
+        batch: what `prepare_batch` made for this model.
+        config: the executor and backend of the tree.
+        temperature: logits are divided by it; a batch with temperatures of its own goes by those.
+
+    Returns:
+        How far tree and dense are apart, log-probs in nats and gradients relative to their norm, and what rounding
+        explains of it.
+
+    Raises:
+        VerificationError: they differ by more than that: from which layer on, in which parameter.
+        InvalidInputError: as `sequence_logprobs`.
+        UnsupportedError: as `sequence_logprobs`.
     """
     model = without_reducers(model)
     difference, executor = _difference(model, batch, config, temperature)
@@ -107,9 +124,21 @@ def compare(
     config: TreeConfig | None = None,
     temperature: float = 1.0,
 ) -> Difference:
-    """Log-probs and gradients of a seeded random linear functional of them, tree against dense.
+    """Log-probs and gradients of a seeded random linear functional of them, tree against dense, without a probe.
 
-    Leaves the parameters' `.grad` as it was, and does not probe. Raises as `sequence_logprobs` does.
+    Args:
+        model: a Hugging Face causal LM, possibly wrapped; its parameters' `.grad` stays as it was.
+        sequences: lists of ints or 1-D int tensors, unpadded.
+        scored: as for `sequence_logprobs`.
+        config: the executor and backend of the tree; None for the defaults.
+        temperature: logits are divided by it, above 0.
+
+    Returns:
+        How far both are apart, and what rounding explains of it.
+
+    Raises:
+        InvalidInputError: as `sequence_logprobs`.
+        UnsupportedError: as `sequence_logprobs`.
     """
     config = replace(config or TreeConfig(), probe="off")
     return _difference(model, prepare_batch(model, sequences, scored, config), config, temperature)[0]
@@ -128,8 +157,8 @@ def _difference(
     routed, noises, gradient_noises = is_routed(base), [], []
     with evaluation_mode(base), torch.set_grad_enabled(bool(parameters)):
         own, expected = _own(model, batch, temperature, parameters)
-        for seed in looks(base, scored):
-            with moved_embeddings(base, seed):
+        for seed in noise_seeds(base, scored):
+            with perturbed_embeddings(base, seed):
                 moved, gradients = _own(model, batch, temperature, parameters)
             noises.append(Gap.from_differences(moved - own, routed))
             gradient_noises.append(_errors(gradients, expected))

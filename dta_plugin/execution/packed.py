@@ -35,7 +35,16 @@ class EdgeOutputs:
 
 
 def model_inputs(layout: TreeLayout, mask: TreeMask) -> dict[str, Any]:
-    """Keyword arguments of the model's forward for one packed tree."""
+    """Keyword arguments of the model's forward for one packed tree, for calls inside `tree_attention_scope`.
+
+    Args:
+        layout: the tree's T tokens on the model's device.
+        mask: who sees whom, and by which backend: ``TreeMask.from_layout(layout)``.
+
+    Returns:
+        input_ids and position_ids, int64 [1, T]; a placeholder attention_mask, bool [1, 1, 1, 1], that carries the
+        tree; ``use_cache=False``; and the mask itself as ``dta_tree``.
+    """
     return row_inputs(layout.input_ids, layout.depth, mask)
 
 

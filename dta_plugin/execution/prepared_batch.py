@@ -31,10 +31,13 @@ DUMMY_SEQUENCE = [0, 0]
 class SequenceLogProbs:
     """Result of `sequence_logprobs`, one tensor of length len - 1 per sequence; entry i belongs to token i + 1.
 
-    logprobs: log p(token i + 1 | tokens ..i), differentiable, 0 where unscored.
-    entropies: entropy in nats of the distribution that token i + 1 was drawn from, or None.
-    router_loss: MoE load-balancing loss of the flat batch, or None. report: what was shared and how it ran.
-    anchor: 0, differentiable in all parameters: the loss of a DDP or FSDP2 rank that has no sequences.
+    Attributes:
+        logprobs: log p(token i + 1 | tokens ..i) in nats, float32 or float64 [len - 1], differentiable, 0 where
+            unscored.
+        entropies: of the distribution that token i + 1 was drawn from, in nats, alike; or None.
+        router_loss: MoE load-balancing loss of the flat batch, a scalar, or None.
+        report: what was shared and how it ran.
+        anchor: 0, differentiable in all parameters: the loss of a DDP or FSDP2 rank that has no sequences.
     """
 
     logprobs: list[torch.Tensor]

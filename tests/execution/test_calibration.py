@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dta_plugin import InvalidInputError, TreeConfig
-from dta_plugin.calibrate import Rows, calibrate, cases, padded_logprobs
+from dta_plugin.calibrate import DenseBatch, calibrate, cases, padded_logprobs
 from dta_plugin.execution import calibration_store
 from dta_plugin.execution.calibration_store import Calibration, calibration_of, describe, find, tree_cost
 from dta_plugin.execution.prepared_batch import PreparedBatch, prepare_batch, saving_obstacle
@@ -55,7 +55,7 @@ def test_measured_speeds_predict_something(calibrations: Path) -> None:
 def test_padded_logprobs_are_the_models_own() -> None:
     model = tiny_model("qwen3")
     case = list(cases(50, 256))[5]
-    rows = Rows.from_case(case, torch.device("cpu"))
+    rows = DenseBatch.from_case(case, torch.device("cpu"))
     values = padded_logprobs(model, rows)
     for row, (sequence, first) in enumerate(zip(case.sequences, case.first_scored, strict=True)):
         ids = torch.from_numpy(sequence)
@@ -66,7 +66,7 @@ def test_padded_logprobs_are_the_models_own() -> None:
 
 def test_batches_are_as_large_as_asked() -> None:
     for tokens in (256, 4096):
-        largest = max(Rows.from_case(case, torch.device("cpu")).input_ids.numel() for case in cases(50, tokens))
+        largest = max(DenseBatch.from_case(case, torch.device("cpu")).input_ids.numel() for case in cases(50, tokens))
         assert 0.8 * tokens <= largest <= 1.6 * tokens
 
 

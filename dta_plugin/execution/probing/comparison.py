@@ -25,8 +25,8 @@ from dta_plugin.execution.probing.rounding_noise import (
     Gap,
     is_routed,
     logprob_floor,
-    looks,
-    moved_embeddings,
+    noise_seeds,
+    perturbed_embeddings,
     rounding_unit,
 )
 from dta_plugin.execution.probing.traces import first_difference, in_layout_order, recorded, state_gaps, traced
@@ -72,7 +72,7 @@ class Comparison:
         self.logprobs, self.states = self._own(self.rows, looks_at_head=True)
         if not torch.isfinite(self.logprobs).all():
             raise NotComparable("the model gives random tokens log-probs that are not finite")
-        noises = [self._noise(seed) for seed in looks(base, len(self.logprobs))]
+        noises = [self._noise(seed) for seed in noise_seeds(base, len(self.logprobs))]
         self.noise, self.state_noise = (Gap.largest(each) for each in zip(*noises, strict=True))
 
     def difference(self, executor: str) -> str | None:
@@ -102,7 +102,7 @@ class Comparison:
 
     def _noise(self, seed: int) -> tuple[Gap, Gap]:
         """Of log-probs and of hidden states."""
-        with moved_embeddings(self.base, seed):
+        with perturbed_embeddings(self.base, seed):
             logprobs, states = self._own(self.rows[:_NOISY_ROWS])
         gaps = logprobs - self.logprobs[: len(logprobs)], state_gaps(states, self.states[: len(states)])
         return Gap.from_differences(gaps[0], self.routed), Gap.from_differences(gaps[1], self.routed)

@@ -81,14 +81,14 @@ def logprob_floor(logprobs: torch.Tensor, unit: float) -> float:
     return unit + 8 * torch.finfo(torch.float32).eps * largest
 
 
-def looks(model: PreTrainedModel, values: int) -> range:
-    """Seeds for `moved_embeddings`: how often to look at the noise of so many values."""
+def noise_seeds(model: PreTrainedModel, values: int) -> range:
+    """Seeds for `perturbed_embeddings`: how often to look at the noise of so many values."""
     is_shifty = is_routed(model) and rounding_unit(model) > _HALF_PRECISION
     return range(_LOOKS if is_shifty or values < _FEW else 1)
 
 
 @contextmanager
-def moved_embeddings(model: PreTrainedModel, seed: int = 0) -> Iterator[None]:
+def perturbed_embeddings(model: PreTrainedModel, seed: int = 0) -> Iterator[None]:
     """Within the context, every number of an input embedding is off by up to half a rounding step, drawn by `seed`."""
     unit = rounding_unit(model)
     random = torch.Generator("cpu").manual_seed(seed)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dta_plugin.execution.packed import run_packed
-from dta_plugin.execution.probing.rounding_noise import Gap, is_routed, looks, moved_embeddings, rounding_unit
+from dta_plugin.execution.probing.rounding_noise import Gap, is_routed, noise_seeds, perturbed_embeddings, rounding_unit
 from dta_plugin.execution.streaming.autograd import run_streamed
 from dta_plugin.models.introspection import decoder_of
 from dta_plugin.models.layers import attention_modules
@@ -83,8 +83,8 @@ def first_difference(
     with recorded(layers) as own:
         run_own()
     noisy = []
-    for seed in looks(model, len(paths)):
-        with recorded(layers) as moved, moved_embeddings(model, seed):
+    for seed in noise_seeds(model, len(paths)):
+        with recorded(layers) as moved, perturbed_embeddings(model, seed):
             run_own()
         noisy.append(moved)
     with recorded(layers) as tree:
