@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from dta_plugin.cli.verify_batches import VerifyBatch
     from dta_plugin.config import TreeConfig
+    from dta_plugin.execution.probing.tree_difference import Difference
     from dta_plugin.tree import TreeReport
-    from dta_plugin.verify import Difference
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 _WORST = 3  # parameters listed

@@ -12,8 +12,9 @@ from dta_plugin.adapters.verl.rows import Rows
 from dta_plugin.config import TreeConfig
 from dta_plugin.execution.auto import run_tree
 from dta_plugin.execution.prepared_batch import PreparedBatch
+from dta_plugin.execution.probing.tree_difference import Difference
 from dta_plugin.tree.report import TreeReport
-from dta_plugin.verify import Difference, check_batch
+from dta_plugin.verify import check_batch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
