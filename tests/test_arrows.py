@@ -22,7 +22,7 @@ ROOMS = (
     "tree",
     "token_selection",
 )
-COMMON = {"errors", "upload", "config"}
+COMMON = {"errors", "dtypes", "upload", "config"}
 # What users call, and what adapters and the command line build on.
 TOP = {"api", "verify", "calibrate", "__init__"}
 # Switching on is where imports run up, when it is called.

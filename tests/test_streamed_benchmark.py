@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dta_plugin import InvalidInputError, PrefixTree
-from dta_plugin.execution.streaming.plan import Plan
+from dta_plugin.execution.streaming.chunk_plan import ChunkPlan
 from tests.support.models import tiny_model
 from tests.support.trees import SHAPES, Sequences, binary, branching_comb, star
 
@@ -105,13 +105,13 @@ def test_one_path_plans_are_single_paths_that_cover_the_tree(
         assert plan.peak_tokens <= budget
 
 
-def last_ancestor(plan: Plan, index: int) -> int:
-    """Layout index of the token that a chunk hangs off, read from its parent's trunk; -1 at the top."""
+def last_ancestor(plan: ChunkPlan, index: int) -> int:
+    """Layout index of the token that a chunk hangs off, read from its parent's stem; -1 at the top."""
     chunk = plan.chunks[index]
     if chunk.parent < 0:
         return -1
     parent = plan.chunks[chunk.parent]
-    return int(parent.tokens[parent.trunk[chunk.first_depth - parent.first_depth - 1]])
+    return int(parent.tokens[parent.cached[chunk.first_depth - parent.first_depth - 1]])
 
 
 def test_one_path_plan_refuses_a_budget_of_nothing(benchmark_module: Callable[[str], ModuleType]) -> None:
@@ -135,7 +135,7 @@ def test_a_contender_that_disagrees_is_noticed(benchmark_module: Callable[[str],
     steps = module.contenders(model, tiny_model("qwen3"), workload(benchmark_module, star(3)), {"4": 4})
     right = steps["streamed 4"].step
 
-    def spoilt() -> Plan:
+    def spoilt() -> ChunkPlan:
         plan = right()
         model.lm_head.weight.grad *= factor
         return plan

@@ -12,7 +12,7 @@ from importlib import import_module, metadata
 from typing import Any
 
 from dta_plugin.adapters.releases import TORCH, TRANSFORMERS, TRL, VERL, counted_as
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.errors import UnsupportedError
 
 _RELEASES = {releases.package: releases for releases in (TRL, VERL, TRANSFORMERS, TORCH)}
 
@@ -35,7 +35,7 @@ class Name:
 
 
 def require(names: Iterable[Name]) -> None:
-    """Raises UnsupportedModelError where one of them is missing, or has other parameters."""
+    """Raises UnsupportedError where one of them is missing, or has other parameters."""
     faults: dict[str, list[str]] = {}
     for name in names:
         fault = _fault(name)
@@ -66,7 +66,7 @@ def _refuse(faults: Mapping[str, list[str]]) -> None:
             f"{releases.name} {metadata.version(package)} is not as the plugin needs it: {'; '.join(found)}. Expected "
             f"what {releases.tested} have; {releases.remedy}."
         )
-    raise UnsupportedModelError(" ".join(sentences))
+    raise UnsupportedError(" ".join(sentences))
 
 
 def _fault(name: Name) -> str | None:

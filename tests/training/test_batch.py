@@ -37,7 +37,7 @@ def test_from_padded() -> None:
 def test_a_row_without_a_prompt() -> None:
     ids, mask, columns = padded(ROWS)
     mask[1, :3] = 0
-    with pytest.raises(InvalidInputError, match="Row 1 has no prompt token. Expected at least one"):
+    with pytest.raises(InvalidInputError, match=r"Row 1 has no prompt token\. Expected at least one"):
         RowBatch.from_padded(ids, mask, columns)
 
 

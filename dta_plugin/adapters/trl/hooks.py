@@ -23,9 +23,9 @@ from dta_plugin.adapters.trl.tokens import MicroStep, check_selection, draw_micr
 from dta_plugin.adapters.trl.upstream import check_trainer
 from dta_plugin.adapters.trl.window import merges, window_size
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
-from dta_plugin.execution.calibration import tree_cost
-from dta_plugin.models.support import unsupported_reason
+from dta_plugin.errors import InvalidInputError, UnsupportedError
+from dta_plugin.execution.calibration_store import tree_cost
+from dta_plugin.models.support import tree_obstacle
 
 
 def log_probs(
@@ -62,7 +62,7 @@ def prepare_inputs(
         _say_what_stays(trainer, config, state)
         return inputs
     is_new = buffer is not before
-    runs_dense = unsupported_reason(trainer.model) or noise_obstacle(trainer)
+    runs_dense = tree_obstacle(trainer.model) or noise_obstacle(trainer)
     if is_new and runs_dense is None:  # else on what TRL made
         buffer = trainer._buffered_inputs = _placed(trainer, config, state, buffer)
     slot = trainer._step % trainer.args.steps_per_generation
@@ -179,7 +179,7 @@ def _run_fused_loss(trainer: GRPOLike, config: TreeConfig, state: TreeState) -> 
     if config.selection() is not None:
         raise InvalidInputError(f"token_selection={config.token_selection!r} cannot be followed: {reason}.")
     if config.on_unsupported == "error":
-        raise UnsupportedModelError(f"Prefix-tree execution cannot run here: {reason}; or on_unsupported='dense'.")
+        raise UnsupportedError(f"Prefix-tree execution cannot run here: {reason}; or on_unsupported='dense'.")
     state.why_dense = reason
     state.notices.say_once(f"dense path: {reason}", level=logging.WARNING)
     if trainer.model.training:

@@ -17,7 +17,7 @@ from dta_plugin.adapters.trl.config import tree_config
 from dta_plugin.adapters.trl.origin import foreign_reader, has_our_hook
 from dta_plugin.adapters.trl.upstream import HOOK
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.errors import UnsupportedError
 from dta_plugin.training.notices import say
 
 _CLASSES = {
@@ -76,7 +76,7 @@ def _watched(train: Any) -> Any:
 def _refuse_what_cannot_run(trainer: Trainer) -> None:
     config = tree_config(trainer.args)
     if config is not None and config.on_unsupported == "error" and not has_our_hook(trainer):
-        raise UnsupportedModelError(
+        raise UnsupportedError(
             f"use_dta=True in the config of {type(trainer).__name__}, which does not know it. Expected "
             f"{_remedy(trainer)}; or use_dta=False."
         )

@@ -29,7 +29,7 @@ from dta_plugin.balance.examples import token_columns, token_path
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.models.introspection import causal_lm, decoder_of, model_cost
-from dta_plugin.sharing.hooks import share_prefixes
+from dta_plugin.sharing.decoder_hooks import share_prefixes
 
 
 class SiblingBatchesMixin:
@@ -38,7 +38,7 @@ class SiblingBatchesMixin:
     tree_config: see `share_prefixes`; a reference model shares, too. The sampler takes the place of the random one
     alone: a `train_sampling_strategy` of another kind, or an iterable data set, keeps the trainer's own order.
 
-    Raises InvalidInputError for packing, padding-free batches, torch.compile and NEFTune, UnsupportedModelError as
+    Raises InvalidInputError for packing, padding-free batches, torch.compile and NEFTune, UnsupportedError as
     `share_prefixes` does.
     """
 

@@ -21,9 +21,9 @@ from dta_plugin.adapters.trl.origin import replaced_scoring
 from dta_plugin.adapters.trl.protocols import GRPOLike
 from dta_plugin.adapters.trl.state import TreeState
 from dta_plugin.adapters.trl.window import unwrapped
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.errors import UnsupportedError
 from dta_plugin.execution.auto import run_tree
-from dta_plugin.execution.batch import Batch, SequenceLogProbs, hopeless, prepare
+from dta_plugin.execution.prepared_batch import PreparedBatch, SequenceLogProbs, prepare_batch, saving_obstacle
 from dta_plugin.execution.probing.probe import latest_outcome
 from dta_plugin.verify import check_batch
 
@@ -66,7 +66,7 @@ def tree_log_probs(
     if obstacle is not None:
         if state.config.on_unsupported == "error":
             message = f"Prefix-tree execution is not exact here: {obstacle}; or on_unsupported='dense'."
-            raise UnsupportedModelError(message)
+            raise UnsupportedError(message)
         return run_dense(_Decline(obstacle))
     values = call.waiting_values()
     if values is None:
@@ -75,7 +75,7 @@ def tree_log_probs(
             return run_dense(plan)
         try:
             values = call.run(plan)
-        except UnsupportedModelError as error:  # found only while running, such as a layer that bypasses the tree
+        except UnsupportedError as error:  # found only while running, such as a layer that bypasses the tree
             if state.config.on_unsupported == "error":
                 raise
             return run_dense(_Decline(str(error)))
@@ -96,7 +96,7 @@ class _Plan:
     """What runs: micro-batches, the current one first, as one batch of sequences."""
 
     micro_batches: list[MicroBatch]
-    batch: Batch
+    batch: PreparedBatch
 
 
 Returned = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
@@ -129,10 +129,10 @@ class _Call:
         rows, shapes = joined(micro_batches), [batch.shape for batch in micro_batches]
         with self.trainer.accelerator.autocast():  # measured speeds are those of a precision
             longest = max(map(len, rows.sequences))
-            reason = hopeless(self.model, longest, rows.most_scored, shapes, state.config)
+            reason = saving_obstacle(self.model, longest, rows.most_scored, shapes, state.config)
             if reason is not None:
                 return _Decline(reason, "min_saving")
-            batch = prepare(self.model, rows.sequences, rows.scored, state.config, shapes)
+            batch = prepare_batch(self.model, rows.sequences, rows.scored, state.config, shapes)
         if not batch.use_tree:  # the gate's reason has a number, different in every batch
             return _Decline(batch.reason, "min_saving" if batch.is_gated else None)
         return _Plan(micro_batches, batch)
@@ -170,7 +170,7 @@ class _Call:
             self.state.log_run(self.trainer, None)
             self.state.loads.runs_dense()
 
-    def _run_tree(self, batch: Batch, model: torch.nn.Module) -> SequenceLogProbs:
+    def _run_tree(self, batch: PreparedBatch, model: torch.nn.Module) -> SequenceLogProbs:
         """Verify the batch if it is its turn, then run it."""
         state, temperature = self.state, self.trainer.temperature
         with self.trainer.accelerator.autocast():

@@ -25,8 +25,8 @@ from dta_plugin.adapters.trl.protocols import GRPOLike
 from dta_plugin.balance.costs import TOKENS, SequenceCosts
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError
-from dta_plugin.execution.batch import SequenceLogProbs
 from dta_plugin.execution.memory import token_budget
+from dta_plugin.execution.prepared_batch import SequenceLogProbs
 from dta_plugin.execution.ranks import gathered, is_collective, is_fsdp1
 from dta_plugin.models.introspection import causal_lm, input_device, tree_forward
 from dta_plugin.tree.cost import ModelCost

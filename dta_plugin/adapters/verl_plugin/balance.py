@@ -26,7 +26,7 @@ from dta_plugin.adapters.verl_plugin.groups import UnusableBatch, grouped_rows, 
 from dta_plugin.adapters.verl_plugin.protocols import Trainer
 from dta_plugin.adapters.verl_plugin.upstream import TRAINERS, check_trainer
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.errors import UnsupportedError
 from dta_plugin.training.notices import Notices
 from dta_plugin.training.placement.steps import GroupedRows, Placement, place_rows
 
@@ -86,10 +86,10 @@ def keeping_groups(balance_batch: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refuse(trainer: Trainer, config: TreeConfig, reason: UnusableBatch) -> None:
-    """Raise UnsupportedModelError, or say that verl's order stays, as `on_unsupported` says."""
+    """Raise UnsupportedError, or say that verl's order stays, as `on_unsupported` says."""
     message = f"siblings cannot be kept together on one rank because of the batch: {reason}"
     if config.on_unsupported == "error":
-        raise UnsupportedModelError(
+        raise UnsupportedError(
             f"{message}. With +{KEY}.on_unsupported=dense, or .regroup=never, ranks get the rows that verl deals out."
         ) from None
     _notices(trainer).say_once(f"{message}; ranks get the rows that verl deals out", "refused", logging.WARNING)

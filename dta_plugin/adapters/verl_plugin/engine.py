@@ -30,8 +30,8 @@ from dta_plugin.adapters.verl_plugin.tree_call import TreeCall, TreeOutputs
 from dta_plugin.adapters.verl_plugin.upstream import check_engine
 from dta_plugin.adapters.verl_plugin.weighted_loss import weighted
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
-from dta_plugin.execution.batch import prepare
+from dta_plugin.errors import InvalidInputError, UnsupportedError
+from dta_plugin.execution.prepared_batch import prepare_batch
 from dta_plugin.execution.probing.probe import latest_outcome
 from dta_plugin.models.attention_registry import uninstall
 from dta_plugin.models.introspection import causal_lm, model_cost
@@ -56,7 +56,7 @@ class TreeEngine(FSDPEngineWithLMHead):
     def configure(self, config: TreeConfig | None, diffusion: Settings | None = None) -> None:
         """Options from now on; None: verl's own path. diffusion: of a diffusion LM, which has no prefix trees.
 
-        Raises InvalidInputError for what the strategy cannot do, and UnsupportedModelError for a diffusion LM without
+        Raises InvalidInputError for what the strategy cannot do, and UnsupportedError for a diffusion LM without
         settings of its own: verl's own path would take it for a causal model.
         """
         check_model(self.module, diffusion is not None)
@@ -75,7 +75,7 @@ class TreeEngine(FSDPEngineWithLMHead):
         check_engine(self)
 
     def _build_fsdp_module(self, module: nn.Module) -> Any:
-        with suppress(UnsupportedModelError):  # said when the first batch comes
+        with suppress(UnsupportedError):  # said when the first batch comes
             model_cost(causal_lm(module))  # counted once, while parameters have their shapes
         return super()._build_fsdp_module(module)
 
@@ -109,7 +109,7 @@ class TreeEngine(FSDPEngineWithLMHead):
         micro_batch = micro_batch.to(get_device_id())
         rows = JaggedRows.from_data(micro_batch)
         per_sequence = rows.temperature if isinstance(rows.temperature, list) else None
-        batch = prepare(
+        batch = prepare_batch(
             self.module,
             rows.runs.sequences,
             rows.runs.scored,
@@ -123,7 +123,7 @@ class TreeEngine(FSDPEngineWithLMHead):
         try:
             with self._calling(call):
                 result = super().forward_step(micro_batch, loss_function, forward_only)
-        except UnsupportedModelError as error:  # found only while running, such as a layer that bypasses the tree
+        except UnsupportedError as error:  # found only while running, such as a layer that bypasses the tree
             self._refuse(str(error))
             run.config = None
             return self._dense_step(run, micro_batch, loss_function, forward_only)
@@ -158,7 +158,7 @@ class TreeEngine(FSDPEngineWithLMHead):
                 "verl's own path computes all tokens: token_selection weighs them in the loss, but saves nothing"
             )
         run.counts.add_dense(int(micro_batch["input_ids"].offsets()[-1]))
-        with suppress(UnsupportedModelError):
+        with suppress(UnsupportedError):
             uninstall(causal_lm(self.module))
         return super().forward_step(micro_batch, loss_function, forward_only)
 
@@ -195,7 +195,7 @@ class TreeEngine(FSDPEngineWithLMHead):
         """Raise, or say once that verl's own path runs, as `on_unsupported` has it."""
         assert self._dta_config is not None
         if self._dta_config.on_unsupported == "error":
-            raise UnsupportedModelError(
+            raise UnsupportedError(
                 f"Prefix-tree execution is not exact here: {reason}. Or set "
                 "+actor_rollout_ref.rollout.custom.dta.on_unsupported=dense."
             )

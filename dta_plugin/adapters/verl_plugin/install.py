@@ -33,7 +33,7 @@ _installed = False
 
 
 def install() -> None:
-    """Turn the plugin on in this process. Idempotent. Raises UnsupportedModelError for a verl that is not supported."""
+    """Turn the plugin on in this process. Idempotent. Raises UnsupportedError for a verl that is not supported."""
     global _installed
     if _installed:
         return

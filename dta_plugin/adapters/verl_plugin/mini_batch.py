@@ -17,9 +17,9 @@ from dta_plugin.adapters.verl_plugin.protocols import Engine
 from dta_plugin.adapters.verl_plugin.tokens import selection_obstacle
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError
-from dta_plugin.execution.batch import prepare
+from dta_plugin.execution.prepared_batch import prepare_batch
 from dta_plugin.models.introspection import causal_lm, model_cost
-from dta_plugin.models.support import unsupported_reason
+from dta_plugin.models.support import tree_obstacle
 from dta_plugin.training.metrics import RunCounts, reduction_of
 from dta_plugin.training.placement.micro_batches import BudgetPlanner, SizePlanner
 from dta_plugin.training.tokens import DrawnTokens
@@ -80,7 +80,7 @@ def find(
 ) -> tuple[Findings, BudgetPlanner | SizePlanner | None]:
     """Look at a mini-batch whose tokens have been chosen; with what plans its micro-batches, if anything may."""
     selection = None if forward_only else selection_obstacle(data, loss_function, config)
-    obstacle = engine_obstacle(engine) or unsupported_reason(engine.module) or batch_obstacle(data)
+    obstacle = engine_obstacle(engine) or tree_obstacle(engine.module) or batch_obstacle(data)
     plans, cost = None, None
     if obstacle is None:
         rows = JaggedRows.from_data(data)
@@ -120,7 +120,7 @@ def _cost(engine: Engine, data: TensorDict, rows: JaggedRows) -> CostEstimate:
 
     def cost_of(some: JaggedRows) -> CostEstimate:
         runs = some.runs
-        return prepare(engine.module, runs.sequences, runs.scored, TreeConfig(), device=some.offsets.device).cost
+        return prepare_batch(engine.module, runs.sequences, runs.scored, TreeConfig(), device=some.offsets.device).cost
 
     cost = cost_of(rows)
     return cost if rows.read is None else CostEstimate(cost_of(JaggedRows.whole(data)).dense, cost.tree)

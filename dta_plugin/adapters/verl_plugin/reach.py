@@ -16,7 +16,7 @@ EXTERNAL_MODULES = "VERL_USE_EXTERNAL_MODULES"  # what verl imports in every pro
 def checked_version() -> str:
     """The installed version of verl; one line where it is newer than what was tested.
 
-    Raises UnsupportedModelError outside the supported range.
+    Raises UnsupportedError outside the supported range.
     """
     found = supported_release(VERL, f", or leave external_lib={MODULE} out")
     say_if_untested(VERL)

@@ -11,9 +11,10 @@ from torch import nn
 from dta_plugin.adapters.verl_plugin.jagged import JaggedRows
 from dta_plugin.config import TreeConfig
 from dta_plugin.execution.auto import run_tree
-from dta_plugin.execution.batch import Batch
+from dta_plugin.execution.prepared_batch import PreparedBatch
+from dta_plugin.execution.probing.tree_difference import Difference
 from dta_plugin.tree.report import TreeReport
-from dta_plugin.verify import Difference, check_batch
+from dta_plugin.verify import check_batch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,7 +29,7 @@ class TreeCall:
 
     report: TreeReport
 
-    def __init__(self, module: nn.Module, batch: Batch, rows: JaggedRows, config: TreeConfig) -> None:
+    def __init__(self, module: nn.Module, batch: PreparedBatch, rows: JaggedRows, config: TreeConfig) -> None:
         self.module, self.batch, self.rows, self.config = module, batch, rows, config
         self.wants_entropy = self.verifies = False
         self.verified: Difference | None = None

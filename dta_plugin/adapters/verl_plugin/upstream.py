@@ -67,7 +67,7 @@ _WORKER_GROUP = {"_dispatch_info": "0.8.0"}
 
 
 def check_engine_module() -> None:
-    """Raises UnsupportedModelError where a name that the engine is built on is missing or has other parameters."""
+    """Raises UnsupportedError where a name that the engine is built on is missing or has other parameters."""
     require(_OF_ENGINES)
 
 

@@ -9,14 +9,14 @@ from typing import Any
 from dta_plugin.adapters.verl_plugin.config import DIFFUSION, tree_config
 from dta_plugin.adapters.verl_plugin.protocols import Worker
 from dta_plugin.adapters.verl_plugin.upstream import check_worker
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.errors import UnsupportedError
 from dta_plugin.training.notices import say
 
 
 def passing_options_on(set_dispatch_collect: Callable[..., None]) -> Callable[..., None]:
     """`ActorRolloutRefWorker.set_dispatch_collect`, which a worker calls for each engine that it has built.
 
-    The engines then know their options. Raises InvalidInputError for wrong ones, and UnsupportedModelError for a
+    The engines then know their options. Raises InvalidInputError for wrong ones, and UnsupportedError for a
     strategy that the plugin has no engine for, unless ``on_unsupported="dense"`` and all tokens are to be trained on.
     """
 
@@ -38,9 +38,9 @@ def passing_options_on(set_dispatch_collect: Callable[..., None]) -> Callable[..
                     "on this machine's own kind of device (actor_rollout_ref.actor.strategy, .ref.strategy)"
                 )
                 if config is None:
-                    raise UnsupportedModelError(f"{DIFFUSION} is not available: {reason}.")
+                    raise UnsupportedError(f"{DIFFUSION} is not available: {reason}.")
                 if config.on_unsupported == "error" or config.selection():
-                    raise UnsupportedModelError(f"Prefix-tree execution is not available: {reason}.")
+                    raise UnsupportedError(f"Prefix-tree execution is not available: {reason}.")
                 say(f"verl's own path: {reason}")
 
     return wrapped

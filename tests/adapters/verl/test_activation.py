@@ -20,7 +20,7 @@ from dta_plugin.adapters.verl_plugin import reach
 from dta_plugin.adapters.verl_plugin.config import tree_config
 from dta_plugin.adapters.verl_plugin.workers import passing_options_on
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from dta_plugin.errors import InvalidInputError, UnsupportedError
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -59,7 +59,7 @@ def test_one_line_and_everything_in_its_place() -> None:
 @pytest.mark.parametrize("found", ["0.7.1", "0.10.0"])
 def test_unsupported_versions_raise(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda _: found)
-    with pytest.raises(UnsupportedModelError, match=f"verl {found} is installed. Expected 0.8.0 <= verl < 0.10"):
+    with pytest.raises(UnsupportedError, match=f"verl {found} is installed. Expected 0.8.0 <= verl < 0.10"):
         reach.checked_version()
 
 
@@ -142,12 +142,12 @@ def test_options_reach_the_engines() -> None:
 
 def test_other_strategies_are_no_silent_no_op(caplog: pytest.LogCaptureFixture) -> None:
     set_dispatch_collect = passing_options_on(lambda worker: None)
-    with pytest.raises(UnsupportedModelError, match="strategy 'megatron' runs in _Engine"):
+    with pytest.raises(UnsupportedError, match="strategy 'megatron' runs in _Engine"):
         set_dispatch_collect(_worker({}, _Engine()))
     with caplog.at_level("INFO", logger="dta_plugin"):
         set_dispatch_collect(_worker({"on_unsupported": "dense"}, _Engine()))
     assert "verl's own path: strategy 'megatron'" in caplog.text
-    with pytest.raises(UnsupportedModelError, match="strategy 'megatron'"):  # which would train on all tokens
+    with pytest.raises(UnsupportedError, match="strategy 'megatron'"):  # which would train on all tokens
         set_dispatch_collect(_worker({"on_unsupported": "dense", "token_selection": "rpc"}, _Engine()))
     set_dispatch_collect(_worker({"use_dta": False}, _Engine()))
 

@@ -18,7 +18,7 @@ from verl.utils import transferqueue_utils
 
 from dta_plugin import InvalidInputError, PrefixTree
 from dta_plugin.adapters.verl_plugin import balance, groups
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.errors import UnsupportedError
 from tests.adapters.verl.batches import (
     Queue,
     Row,
@@ -260,7 +260,7 @@ def unusable() -> list[tuple[str, Any, str]]:
 @pytest.mark.parametrize("case", range(3))
 def test_a_batch_whose_groups_cannot_be_told(case: int, caplog: pytest.LogCaptureFixture) -> None:
     version, batch, reason = unusable()[case]
-    with pytest.raises(UnsupportedModelError, match=reason):
+    with pytest.raises(UnsupportedError, match=reason):
         trainer(version, 2, mini_batch=4, n=2)._balance_batch(batch, metrics={})
     one = trainer(version, 2, mini_batch=4, n=2, on_unsupported="dense")
     with caplog.at_level(logging.INFO, "dta_plugin"):

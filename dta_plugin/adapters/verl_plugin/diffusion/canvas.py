@@ -11,7 +11,7 @@ import torch
 from tensordict import TensorDict
 
 from dta_plugin.adapters.verl_plugin.jagged import token_rows
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.errors import UnsupportedError
 
 TERMS = "dta_elbo_terms"  # field of verl's data: [S, samples] ELBO terms of the policy that generated
 
@@ -33,11 +33,11 @@ class Canvas:
     def of(cls, data: TensorDict, pad: int, step: int) -> Canvas:
         """step: how often the policy's rollouts have been trained on; it makes the noise of a row that comes again new.
 
-        Raises UnsupportedModelError for the trainer of verl 0.8.
+        Raises UnsupportedError for the trainer of verl 0.8.
         """
         prompts: Any = data["prompts"]
         if not prompts.is_nested:
-            raise UnsupportedModelError(
+            raise UnsupportedError(
                 "Diffusion LMs need verl's trainer of trainer.use_v1=True (verl 0.9), whose data path carries ELBO "
                 "terms. Got the padded prompts of the older one; set trainer.use_v1=True."
             )
@@ -62,7 +62,7 @@ class Canvas:
 def row_advantages(data: TensorDict) -> torch.Tensor:
     """float32 [S]: the one advantage that all tokens of a response have; 0 for verl's padding rows.
 
-    Raises UnsupportedModelError for tokens without loss in a response, for advantages that differ among its tokens, and
+    Raises UnsupportedError for tokens without loss in a response, for advantages that differ among its tokens, and
     for those that are not finite, which log-probs have gone into.
     """
     found = []
@@ -71,17 +71,17 @@ def row_advantages(data: TensorDict) -> torch.Tensor:
         if not mask.any():  # a row that fills up the last mini-batch
             values = values.new_zeros(1)
         elif not mask.all():
-            raise UnsupportedModelError(
+            raise UnsupportedError(
                 f"A response of {len(mask)} tokens has {int((mask == 0).sum())} without loss, such as those of tools. "
                 "Expected one completion of the model per row; use the single_turn_agent of verl."
             )
         if not values.isfinite().all():
-            raise UnsupportedModelError(
+            raise UnsupportedError(
                 "Advantages are not finite: a diffusion LM has no log-probs of tokens, and verl gets NaN for them. "
                 "Expected advantages of rewards alone; set algorithm.use_kl_in_reward=False and adv_estimator=grpo."
             )
         if (values != values[0]).any():
-            raise UnsupportedModelError(
+            raise UnsupportedError(
                 f"Advantages from {float(values.min())} to {float(values.max())} in one response. Expected one per "
                 "response: its likelihood is that of all tokens; set algorithm.adv_estimator=grpo."
             )

@@ -11,7 +11,7 @@ from packaging.version import Version
 
 from dta_plugin.adapters.verl_plugin.config import DIFFUSION
 from dta_plugin.diffusion import family_of
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.models.introspection import causal_lm
 
 # loss_agg_mode of verl -> length_norm of an ELBO's difference (`objectives.elbo.length_scale`).
@@ -45,10 +45,10 @@ _ONLY: dict[str, tuple[Any, str]] = {
 
 
 def check_settings(config: DictConfig) -> None:
-    """config: `actor_rollout_ref`. Raises UnsupportedModelError for verl 0.8 and for what does not fit."""
+    """config: `actor_rollout_ref`. Raises UnsupportedError for verl 0.8 and for what does not fit."""
     found = version("verl")
     if Version(found).release < (0, 9):
-        raise UnsupportedModelError(
+        raise UnsupportedError(
             f"verl {found} is installed. Expected 0.9 or newer with {DIFFUSION}: its data path carries ELBO terms."
         )
     mode = config.actor.loss_agg_mode
@@ -61,7 +61,7 @@ def check_settings(config: DictConfig) -> None:
 
 
 def check_model(module: Any, is_diffusion: bool) -> None:
-    """Raises UnsupportedModelError for a diffusion LM without diffusion options, and for options without such a model;
+    """Raises UnsupportedError for a diffusion LM without diffusion options, and for options without such a model;
     InvalidInputError for dropout.
 
     A model that attends in both directions is never run as a causal one: it would see the tokens that it predicts.
@@ -76,14 +76,14 @@ def check_model(module: Any, is_diffusion: bool) -> None:
             )
         family_of(config)
     elif _is_diffusion_lm(module):
-        raise UnsupportedModelError(
+        raise UnsupportedError(
             f"{type(causal_lm(module)).__name__} is a diffusion LM: it sees the tokens that verl's losses would have "
             f"it predict. Expected a causal model, or '+{DIFFUSION}={{samples: 16}}', which trains it with BGPO."
         )
 
 
 def _is_diffusion_lm(module: Any) -> bool:
-    with suppress(InvalidInputError, UnsupportedModelError):  # what is no language model at all is not ours to judge
+    with suppress(InvalidInputError, UnsupportedError):  # what is no language model at all is not ours to judge
         config = causal_lm(module).config
         if getattr(config.get_text_config(), "is_causal", None) is False:
             return True
@@ -92,7 +92,7 @@ def _is_diffusion_lm(module: Any) -> bool:
     return False
 
 
-def _unfit(name: str, given: Any, expected: Any, reason: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
+def _unfit(name: str, given: Any, expected: Any, reason: str) -> UnsupportedError:
+    return UnsupportedError(
         f"Got actor_rollout_ref.{name}={given!r} with {DIFFUSION}. Expected {expected!r}: {reason}."
     )

@@ -26,7 +26,7 @@ from dta_plugin.adapters.verl_plugin.upstream import check_diffusion_engine
 from dta_plugin.diffusion import MaskDraws, draw_masks, family_of
 from dta_plugin.diffusion.objectives.bgpo import bound_gap, per_sample_losses
 from dta_plugin.diffusion.objectives.elbo import length_scale, sample_term
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.errors import UnsupportedError
 from dta_plugin.models.introspection import causal_lm
 
 
@@ -45,12 +45,12 @@ class Settings:
 
 
 class DiffusionUpdates:
-    """For one engine. Raises InvalidInputError or UnsupportedModelError for a model without a diffusion family."""
+    """For one engine. Raises InvalidInputError or UnsupportedError for a model without a diffusion family."""
 
     def __init__(self, engine: OurEngine, settings: Settings) -> None:
         check_diffusion_engine(engine)
         if engine.engine_config.forward_only:
-            raise UnsupportedModelError(
+            raise UnsupportedError(
                 "Got a reference policy for a diffusion LM, which has no log-probs of single tokens to compare. "
                 "Expected none; set actor_rollout_ref.actor.use_kl_loss=False and algorithm.use_kl_in_reward=False."
             )
@@ -64,7 +64,7 @@ class DiffusionUpdates:
         """verl's `run` over the micro-batches of `data`; metrics of an update are those of all ranks."""
         reason = engine_obstacle(self.engine) or batch_obstacle(data)
         if reason is not None:
-            raise UnsupportedModelError(f"Not for a diffusion LM: {reason}.")
+            raise UnsupportedError(f"Not for a diffusion LM: {reason}.")
         if forward_only:
             rows = len(data) * self.engine.get_data_parallel_size()
             self._wants_terms = rows != self.settings.rows_per_step
@@ -172,7 +172,7 @@ class DiffusionUpdates:
         if TERMS in data.keys():  # noqa: SIM118 (a TensorDict)
             return
         if self._updated == self._step():
-            raise UnsupportedModelError(
+            raise UnsupportedError(
                 f"A second optimizer step on one batch of rollouts, whose data has no {TERMS!r}: verl's log-prob pass "
                 "leaves them there for every batch of another size than ppo_mini_batch_size * rollout.n, or with "
                 "ppo_epochs > 1. Expected verl's own trainer of trainer.use_v1=True; do not leave that pass out "

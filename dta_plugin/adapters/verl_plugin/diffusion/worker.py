@@ -12,7 +12,7 @@ from dta_plugin.adapters.verl_plugin.diffusion.updates import Settings
 def diffusion_settings(config: DictConfig) -> Settings | None:
     """config: `actor_rollout_ref`. None without diffusion options.
 
-    Raises InvalidInputError for wrong options, UnsupportedModelError for settings of verl that do not fit.
+    Raises InvalidInputError for wrong options, UnsupportedError for settings of verl that do not fit.
     """
     options = DiffusionOptions.of(config.rollout)
     if options is None:

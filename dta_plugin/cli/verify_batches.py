@@ -16,14 +16,14 @@ from dta_plugin.tree.divergence import first_fork_depth
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class VerifyBatch:
     """Token sequences, and where they come from in words."""
 
     sequences: list[np.ndarray]
     origin: str
 
 
-def random_batch(vocabulary: int, max_tokens: int) -> Batch:
+def random_batch(vocabulary: int, max_tokens: int) -> VerifyBatch:
     """Six answers of different lengths to one prompt, and two ways on from the first: it ends inside the tree."""
     generator = np.random.default_rng(0)
     unit = min(64, max_tokens // 8)
@@ -34,10 +34,10 @@ def random_batch(vocabulary: int, max_tokens: int) -> Batch:
     prompt = draw(4)
     answers = [np.concatenate([prompt, draw(1 + index % 3)]) for index in range(6)]
     answers += [np.concatenate([answer, draw(1)]) for answer in (answers[0], answers[0])]
-    return Batch(answers, "8 random sequences that share a prompt (seeded)")
+    return VerifyBatch(answers, "8 random sequences that share a prompt (seeded)")
 
 
-def file_batch(file: str, tokenizer: str | None, limit: int, max_tokens: int) -> Batch:
+def file_batch(file: str, tokenizer: str | None, limit: int, max_tokens: int) -> VerifyBatch:
     """`limit` rollouts, group by group, cut to the tokens around the place where they first part."""
     rollouts = _first_groups(file, limit)
     encoder = load_encoder(tokenizer)
@@ -47,7 +47,7 @@ def file_batch(file: str, tokenizer: str | None, limit: int, max_tokens: int) ->
     cut = [tokens[start : start + max_tokens] for tokens in sequences]
     cut = [tokens for tokens in cut if len(tokens)]
     kind = "token ids" if rollouts[0].tokens is not None else encoder.description
-    return Batch(cut, f"{len(cut)} rollouts, tokens {start:,} to {start + max_tokens:,}; {kind}")
+    return VerifyBatch(cut, f"{len(cut)} rollouts, tokens {start:,} to {start + max_tokens:,}; {kind}")
 
 
 def _first_groups(file: str, limit: int) -> list[Rollout]:

@@ -53,7 +53,7 @@ class RandomNumbers:
     _states: dict[int, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module, device: torch.device) -> RandomNumbers:
+    def from_model(cls, model: nn.Module, device: torch.device) -> RandomNumbers:
         dropouts = (m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
         return cls(device, any(dropout.p > 0 and dropout.training for dropout in dropouts))
 

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dta_plugin.attention.precision import allows_tf32
+from dta_plugin.dtypes import compute_dtype
 
 # Times the noise: what a mean, or a largest value, of as many tokens may be.
 _MEAN, _MOST = 3.0, 3.0
@@ -37,7 +38,7 @@ class Gap:
     most: float
 
     @classmethod
-    def of(cls, differences: torch.Tensor, is_routed: bool = False) -> Gap:
+    def from_differences(cls, differences: torch.Tensor, is_routed: bool = False) -> Gap:
         """differences: any shape. is_routed: of a model with experts, whose outliers among tokens do not count."""
         values = differences.detach().abs().flatten().float()
         if not values.numel():
@@ -60,7 +61,7 @@ class Gap:
 def rounding_unit(model: PreTrainedModel) -> float:
     """Relative size of a rounding step in what the model computes in now, at least float32's: norms compute in that."""
     kind = model.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    dtype = compute_dtype(kind, model.dtype)
     if kind == "cuda" and dtype == torch.float32 and allows_tf32():
         dtype = torch.float16  # which has as many bits
     return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
@@ -80,14 +81,14 @@ def logprob_floor(logprobs: torch.Tensor, unit: float) -> float:
     return unit + 8 * torch.finfo(torch.float32).eps * largest
 
 
-def looks(model: PreTrainedModel, values: int) -> range:
-    """Seeds for `moved_embeddings`: how often to look at the noise of so many values."""
+def noise_seeds(model: PreTrainedModel, values: int) -> range:
+    """Seeds for `perturbed_embeddings`: how often to look at the noise of so many values."""
     is_shifty = is_routed(model) and rounding_unit(model) > _HALF_PRECISION
     return range(_LOOKS if is_shifty or values < _FEW else 1)
 
 
 @contextmanager
-def moved_embeddings(model: PreTrainedModel, seed: int = 0) -> Iterator[None]:
+def perturbed_embeddings(model: PreTrainedModel, seed: int = 0) -> Iterator[None]:
     """Within the context, every number of an input embedding is off by up to half a rounding step, drawn by `seed`."""
     unit = rounding_unit(model)
     random = torch.Generator("cpu").manual_seed(seed)

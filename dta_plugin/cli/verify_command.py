@@ -14,10 +14,10 @@ from dta_plugin.errors import InvalidInputError
 if TYPE_CHECKING:
     from torch import nn
 
-    from dta_plugin.cli.batches import Batch
+    from dta_plugin.cli.verify_batches import VerifyBatch
     from dta_plugin.config import TreeConfig
+    from dta_plugin.execution.probing.tree_difference import Difference
     from dta_plugin.tree import TreeReport
-    from dta_plugin.verify import Difference
 
 _DTYPES = ("float64", "float32", "bfloat16", "float16")
 _WORST = 3  # parameters listed
@@ -66,9 +66,9 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from dta_plugin.cli.batches import file_batch, random_batch
-    from dta_plugin.cli.models import add_lora, device_named, load_model
+    from dta_plugin.cli.model_loading import add_lora, device_named, load_model
     from dta_plugin.cli.terminal import printable, waiting
+    from dta_plugin.cli.verify_batches import file_batch, random_batch
     from dta_plugin.config import TreeConfig
     from dta_plugin.verify import compare
 
@@ -97,12 +97,12 @@ def run(args: argparse.Namespace) -> int:
     return 0 if passed else 1
 
 
-def time_both(model: nn.Module, batch: Batch, config: TreeConfig) -> tuple[float, float, TreeReport]:
+def time_both(model: nn.Module, batch: VerifyBatch, config: TreeConfig) -> tuple[float, float, TreeReport]:
     """(dense seconds, tree seconds, the tree's report), forward and backward; call it on a model that is warm."""
     from dta_plugin.execution.auto import run_dense, run_tree
-    from dta_plugin.execution.batch import prepare
+    from dta_plugin.execution.prepared_batch import prepare_batch
 
-    prepared = prepare(model, batch.sequences, None, config)
+    prepared = prepare_batch(model, batch.sequences, None, config)
     dense, tree = partial(run_dense, model, prepared), partial(run_tree, model, prepared, config)
     dense_seconds = min(_timed(model, dense)[0] for _ in range(_REPEATS))
     tree_runs = [_timed(model, tree) for _ in range(_REPEATS)]

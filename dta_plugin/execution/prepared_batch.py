@@ -11,30 +11,33 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
-from dta_plugin.execution.calibration import Calibration, calibration_of
+from dta_plugin.errors import InvalidInputError, UnsupportedError
+from dta_plugin.execution.calibration_store import Calibration, calibration_of
 from dta_plugin.execution.memory import token_budget
 from dta_plugin.execution.ranks import gathered, is_collective
 from dta_plugin.models.introspection import causal_lm, input_device, model_cost
-from dta_plugin.models.rotary import length_reason
-from dta_plugin.models.support import unsupported_reason
+from dta_plugin.models.rotary import length_obstacle
+from dta_plugin.models.support import tree_obstacle
 from dta_plugin.tree.cost import CostEstimate, ModelCost, Padded, estimate
 from dta_plugin.tree.layout import Scored, ScoredEdges
 from dta_plugin.tree.report import TreeReport
 from dta_plugin.tree.trie import PrefixTree, TokenSequence
 
 # What runs on a rank that has no sequences, or fewer than others.
-STAND_IN = [0, 0]
+DUMMY_SEQUENCE = [0, 0]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SequenceLogProbs:
     """Result of `sequence_logprobs`, one tensor of length len - 1 per sequence; entry i belongs to token i + 1.
 
-    logprobs: log p(token i + 1 | tokens ..i), differentiable, 0 where unscored.
-    entropies: entropy in nats of the distribution that token i + 1 was drawn from, or None.
-    router_loss: MoE load-balancing loss of the flat batch, or None. report: what was shared and how it ran.
-    anchor: 0, differentiable in all parameters: the loss of a DDP or FSDP2 rank that has no sequences.
+    Attributes:
+        logprobs: log p(token i + 1 | tokens ..i) in nats, float32 or float64 [len - 1], differentiable, 0 where
+            unscored.
+        entropies: of the distribution that token i + 1 was drawn from, in nats, alike; or None.
+        router_loss: MoE load-balancing loss of the flat batch, a scalar, or None.
+        report: what was shared and how it ran.
+        anchor: 0, differentiable in all parameters: the loss of a DDP or FSDP2 rank that has no sequences.
     """
 
     logprobs: list[torch.Tensor]
@@ -45,7 +48,7 @@ class SequenceLogProbs:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Batch:
+class PreparedBatch:
     """A batch that is ready to run: its tree, what is scored, and the decision with its reason.
 
     sequences: without any, the tree is of a stand-in that takes part in what the other ranks do. cost: in FLOPs.
@@ -63,58 +66,69 @@ class Batch:
     is_gated: bool = False
     temperatures: Sequence[float] | None = None
 
+    def unscored(self) -> tuple[torch.Tensor, ...]:
+        """bool [len - 1] per sequence: which of its tokens 1.. are not scored."""
+        return (self.edges.edge_of_token == len(self.edges.target)).split(self.edges.lengths)
 
-def prepare(
+    def temperatures_or(self, common: float) -> list[float]:
+        """One per sequence: its own, or the common one."""
+        return [common] * len(self.sequences) if self.temperatures is None else list(self.temperatures)
+
+
+def prepare_batch(
     model: nn.Module,
     sequences: Sequence[TokenSequence],
     scored: Scored | None,
     config: TreeConfig,
-    instead: Sequence[Padded] = (),
+    dense_batches: Sequence[Padded] = (),
     *,
     temperatures: Sequence[float] | None = None,
     device: torch.device | None = None,
-) -> Batch:
+) -> PreparedBatch:
     """Build the tree and decide between tree and dense.
 
-    instead: the dense micro-batches that would run in place of the tree. With them and a calibration, the gate goes by
-    predicted time, else by FLOPs. temperatures: per sequence, where they differ. device: where the model computes,
-    None for where its input embedding is (which an offloaded one is not).
+    dense_batches: the dense micro-batches that would run in place of the tree. With them and a calibration, the gate
+    goes by predicted time, else by FLOPs. temperatures: per sequence, where they differ. device: where the model
+    computes, None for where its input embedding is (which an offloaded one is not).
 
-    Raises InvalidInputError for unusable sequences, UnsupportedModelError where the tree would not be exact and
+    Raises InvalidInputError for unusable sequences, UnsupportedError where the tree would not be exact and
     ``config.on_unsupported == "error"``.
     """
-    stands_in = not len(sequences) and is_collective(model)
-    tree = PrefixTree.from_sequences([STAND_IN] if stands_in else sequences)
-    reason = unsupported_reason(model) or length_reason(causal_lm(model), [len(sequence) for sequence in sequences])
+    is_dummy = not len(sequences) and is_collective(model)
+    tree = PrefixTree.from_sequences([DUMMY_SEQUENCE] if is_dummy else sequences)
+    reason = tree_obstacle(model) or length_obstacle(causal_lm(model), [len(sequence) for sequence in sequences])
     if reason is not None and config.on_unsupported == "error":
-        raise UnsupportedModelError(f"Prefix-tree execution is not exact here: {reason}; or on_unsupported='dense'.")
+        raise UnsupportedError(f"Prefix-tree execution is not exact here: {reason}; or on_unsupported='dense'.")
     base = causal_lm(model)
     _check_vocabulary(tree, base)
-    if stands_in:
+    if is_dummy:
         scored = temperatures = None
     edges = ScoredEdges.from_tree(tree, scored, device or input_device(base), temperatures)
     weights = model_cost(base)
     cost = estimate(tree, weights, edges.host.scored_tokens, len(edges.rows))
     if reason is not None:
-        return Batch(list(sequences), scored, tree, edges, cost, False, reason, temperatures=temperatures)
-    speeds = calibration_of(model, config) if instead else None
+        return PreparedBatch(list(sequences), scored, tree, edges, cost, False, reason, temperatures=temperatures)
+    speeds = calibration_of(model, config) if dense_batches else None
     if speeds is not None and _streams_anywhere(model, tree.tree_tokens, config):
         speeds = None  # what memory asks for is not compared by time
-    seconds = None if speeds is None else _predicted(speeds, weights, tree, edges, instead)
+    seconds = None if speeds is None else _predicted(speeds, weights, tree, edges, dense_batches)
     use_tree, reason = _gate(model, cost, seconds, config.min_saving)
-    return Batch(list(sequences), scored, tree, edges, cost, use_tree, reason, not use_tree, temperatures)
+    return PreparedBatch(list(sequences), scored, tree, edges, cost, use_tree, reason, not use_tree, temperatures)
 
 
-def hopeless(model: nn.Module, longest: int, scored: int, instead: Sequence[Padded], config: TreeConfig) -> str | None:
-    """Why no tree can pay, whatever is shared: one of the longest row alone is predicted to take longer than `instead`.
+def saving_obstacle(
+    model: nn.Module, longest: int, scored: int, dense_batches: Sequence[Padded], config: TreeConfig
+) -> str | None:
+    """Why no tree can pay, whatever is shared: that of the longest row alone is predicted to take longer than dense.
 
-    longest, scored: the most tokens, and scored tokens, of any row. Spares small batches the making of the tree.
+    longest, scored: the most tokens, and scored tokens, of any row. dense_batches: as for `prepare_batch`. Spares small
+    batches the making of the tree.
     """
     speeds = None if is_collective(model) else calibration_of(model, config)  # ranks decide by all of their batches
     if speeds is None:
         return None
     weights = model_cost(causal_lm(model))
-    dense = _dense_seconds(speeds, weights, instead)
+    dense = _dense_seconds(speeds, weights, dense_batches)
     tree = speeds.tree.seconds(weights.parts(longest, np.arange(longest), scored))
     if tree <= (1 - config.min_saving) * dense or _streams_anywhere(model, longest, config):
         return None
@@ -129,16 +143,16 @@ def _streams_anywhere(model: nn.Module, tree_tokens: int, config: TreeConfig) ->
     return any(gathered(model, streams)) if is_collective(model) else streams
 
 
-def _dense_seconds(speeds: Calibration, weights: ModelCost, instead: Sequence[Padded]) -> float:
-    return sum(speeds.dense.seconds(weights.padded_parts(batch)) for batch in instead)
+def _dense_seconds(speeds: Calibration, weights: ModelCost, dense_batches: Sequence[Padded]) -> float:
+    return sum(speeds.dense.seconds(weights.padded_parts(batch)) for batch in dense_batches)
 
 
 def _predicted(
-    speeds: Calibration, weights: ModelCost, tree: PrefixTree, edges: ScoredEdges, instead: Sequence[Padded]
+    speeds: Calibration, weights: ModelCost, tree: PrefixTree, edges: ScoredEdges, dense_batches: Sequence[Padded]
 ) -> CostEstimate:
     """Seconds of both ways."""
     as_tree = weights.parts(tree.tree_tokens, tree.depth, len(edges.rows))
-    return CostEstimate(_dense_seconds(speeds, weights, instead), speeds.tree.seconds(as_tree))
+    return CostEstimate(_dense_seconds(speeds, weights, dense_batches), speeds.tree.seconds(as_tree))
 
 
 def _gate(model: nn.Module, flops: CostEstimate, seconds: CostEstimate | None, min_saving: float) -> tuple[bool, str]:

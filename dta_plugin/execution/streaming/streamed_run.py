@@ -13,20 +13,21 @@ from collections.abc import Callable, Mapping
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from dta_plugin.dtypes import accumulation_dtype
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.execution.ranks import ModelCalls, watches_gradients
-from dta_plugin.execution.streaming.chunk_inputs import Pieces
+from dta_plugin.execution.streaming.chunk_inputs import PlanInputs
+from dta_plugin.execution.streaming.chunk_plan import CachedPath
+from dta_plugin.execution.streaming.chunk_runner import ChunkGraph, ChunkRunner, StreamedJob
 from dta_plugin.execution.streaming.fsdp2 import check_backward_is_own, gradients_held_back, reshard
 from dta_plugin.execution.streaming.gradient_sums import GradientSums
 from dta_plugin.execution.streaming.kv_arena import Arena
-from dta_plugin.execution.streaming.plan import Path
-from dta_plugin.execution.streaming.replay import RandomNumbers
-from dta_plugin.execution.streaming.runner import Graph, Job, Runner
+from dta_plugin.execution.streaming.recomputation import RandomNumbers
 
-_STAND_IN = -1  # the place of stand-ins among the chunks whose random state is remembered
+_DUMMY = -1  # the place of dummies among the chunks whose random state is remembered
 
 
-class Passes:
+class StreamedRun:
     """A job under one plan: its first pass, and its backward pass.
 
     parameters: the trainable ones by name, as the first chunk saw them. handed_out: that chunk, without its graph, if
@@ -35,22 +36,22 @@ class Passes:
 
     parameters: Mapping[str, torch.Tensor]
 
-    def __init__(self, job: Job, budget: int, is_differentiable: bool) -> None:
+    def __init__(self, job: StreamedJob, budget: int, is_differentiable: bool) -> None:
         self.job, self.budget, self.is_differentiable = job, budget, is_differentiable
         self.plan = job.planner(job.tree, budget, is_differentiable)
-        self.calls = ModelCalls.of(self.plan).of_all_ranks(job.model) if job.is_sharded else None
-        self.pieces = Pieces(job.tree, job.edges, self.plan)
-        self.runner = Runner(job, self.pieces.device)
-        self.arena, self.path = Arena(self.plan.arena_tokens), Path(self.plan)
-        self.handed_out: Graph | None = None
-        self.kept: dict[int, Graph] = {}
-        self.random = RandomNumbers.of(job.base, self.pieces.device)
+        self.calls = ModelCalls.from_plan(self.plan).most_of_all_ranks(job.model) if job.is_sharded else None
+        self.inputs = PlanInputs(job.tree, job.edges, self.plan)
+        self.runner = ChunkRunner(job, self.inputs.device)
+        self.arena, self.path = Arena(self.plan.arena_tokens), CachedPath(self.plan)
+        self.handed_out: ChunkGraph | None = None
+        self.kept: dict[int, ChunkGraph] = {}
+        self.random = RandomNumbers.from_model(job.base, self.inputs.device)
         self.is_spent = False
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         """Log-probs and entropies [E], without graph; outputs of the first chunk, if it is handed out."""
         count = len(self.job.edges.target)
-        dtype = torch.promote_types(self.job.base.dtype, torch.float32)
+        dtype = accumulation_dtype(self.job.base.dtype)
         logprobs, entropies = self.job.edges.target.new_zeros(2, count, dtype=dtype).unbind()
         handed_out: list[torch.Tensor] = []
         for index in range(len(self.plan.chunks)):
@@ -64,7 +65,7 @@ class Passes:
                 self.parameters = graph.parameters
             self.path.run(index)
             for total, part in zip((logprobs, entropies), graph.outputs[1:], strict=False):
-                total[self.pieces.edges(index)] = part.detach().to(dtype)
+                total[self.inputs.edges(index)] = part.detach().to(dtype)
         if self.calls is not None:
             self._call_along(self.calls.forward - len(self.plan.chunks))
         return logprobs, entropies, handed_out
@@ -109,54 +110,54 @@ class Passes:
         """sink: `add` or `complete` of the sums."""
         if index < len(self.plan.chunks):
             graph = self._graph_of(index)
-            sink(graph.outputs, graph.gradients(self.pieces.edges(index), *gradients), graph.parameters)
+            sink(graph.outputs, graph.gradients(self.inputs.edges(index), *gradients), graph.parameters)
             self.path.leave(index)
         else:
             self._fill_up(index, own_calls=1)
-            graph = self._stand_in()
+            graph = self._run_dummy()
             sink(graph.outputs, [torch.zeros_like(x) for x in graph.outputs], graph.parameters)
 
-    def _first_run(self, index: int) -> Graph:
+    def _first_run(self, index: int) -> ChunkGraph:
         keeps = index >= self.plan.first_kept
         with torch.set_grad_enabled(keeps):
-            graph = self.runner.run(self.pieces.whole(index), self.arena, self._name(index))
+            graph = self.runner.run(self.inputs.chunk(index), self.arena, self._name(index))
         if keeps:
             self.kept[index] = graph
         return graph
 
-    def _hand_out(self) -> Graph:
+    def _hand_out(self) -> ChunkGraph:
         """The first chunk. Unless all graphs are kept, it runs again by itself when its graph goes backward.
 
-        Its graph holds these passes; they must not hold it, or nothing would ever free either.
+        Its graph holds this run, which must not hold it, or nothing would ever free either.
         """
-        piece = self.pieces.whole(0)
+        chunk = self.inputs.chunk(0)
         runs: list[Mapping[str, torch.Tensor]] = []
 
         def run(_: torch.Tensor) -> list[torch.Tensor]:
-            graph = self.runner.run(piece, self.arena, self._name(0, again=bool(runs)), needs_head=True)
+            graph = self.runner.run(chunk, self.arena, self._name(0, again=bool(runs)), needs_head=True)
             runs.append(graph.parameters)
             return graph.outputs
 
         is_kept = self.plan.first_kept == 0
-        outputs = run(piece.input_ids) if is_kept else checkpoint(run, piece.input_ids, use_reentrant=False)
-        self.handed_out = Graph([x.detach() for x in outputs], runs[0])
-        return Graph(outputs, runs[0])
+        outputs = run(chunk.input_ids) if is_kept else checkpoint(run, chunk.input_ids, use_reentrant=False)
+        self.handed_out = ChunkGraph([x.detach() for x in outputs], runs[0])
+        return ChunkGraph(outputs, runs[0])
 
-    def _graph_of(self, index: int) -> Graph:
+    def _graph_of(self, index: int) -> ChunkGraph:
         """The chunk's graph, kept or made again, its ancestors' keys in place."""
         own_calls = 0 if index in self.kept else 1
         for part in self.path.restore(index):
-            # With dropout the trunk must draw the random numbers of its whole chunk again.
+            # With dropout, tokens must draw the random numbers of their whole chunk again.
             is_whole = self.random.is_drawn
-            piece = self.pieces.whole(part.chunk) if is_whole else self.pieces.trunk(part.chunk, part.start)
+            again = self.inputs.chunk(part.chunk) if is_whole else self.inputs.cached_tokens(part.chunk, part.start)
             with torch.no_grad(), self.random.again(part.chunk):
-                self.runner.run(piece, self.arena, f"{self._name(part.chunk)}, trunk")
+                self.runner.run(again, self.arena, f"{self._name(part.chunk)}, cached tokens")
             own_calls += 1
         self._fill_up(index, own_calls)
         if index in self.kept:
             return self.kept.pop(index)
         with self.random.again(index):
-            return self.runner.run(self.pieces.whole(index), self.arena, self._name(index, again=True))
+            return self.runner.run(self.inputs.chunk(index), self.arena, self._name(index, again=True))
 
     def _fill_up(self, index: int, own_calls: int) -> None:
         """Before chunk `index` goes backward: as many calls as the rank with most makes."""
@@ -167,12 +168,12 @@ class Passes:
         """Call the model as often as other ranks do, for nothing."""
         for _ in range(times):
             with torch.no_grad():
-                self._stand_in()
+                self._run_dummy()
 
-    def _stand_in(self) -> Graph:
-        self.random.remember(_STAND_IN)
-        with self.random.again(_STAND_IN):
-            return self.runner.run(self.pieces.stand_in(), Arena(1), "stand-in")
+    def _run_dummy(self) -> ChunkGraph:
+        self.random.remember(_DUMMY)
+        with self.random.again(_DUMMY):
+            return self.runner.run(self.inputs.dummy(), Arena(1), "dummy")
 
     def _name(self, index: int, again: bool = False) -> str:
         return f"chunk {index + 1} of {len(self.plan.chunks)}" + (", again" if again else "")

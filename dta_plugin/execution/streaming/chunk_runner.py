@@ -1,4 +1,4 @@
-"""One chunk, one call of the model: what a streamed run computes, and who runs its pieces."""
+"""One chunk, one call of the model: what a streamed run computes, and who runs its chunks."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.errors import UnsupportedError
 from dta_plugin.execution.packed import check_every_layer_hit, row_inputs, score
-from dta_plugin.execution.streaming.chunk_inputs import Piece
+from dta_plugin.execution.streaming.chunk_inputs import ChunkInputs
+from dta_plugin.execution.streaming.chunk_plan import ChunkPlan
 from dta_plugin.execution.streaming.fsdp2 import parameters_in_use
 from dta_plugin.execution.streaming.kv_arena import Arena, ChunkMask
-from dta_plugin.execution.streaming.plan import Plan
-from dta_plugin.execution.streaming.replay import Autocast, plain_checkpointing
+from dta_plugin.execution.streaming.recomputation import Autocast, plain_checkpointing
 from dta_plugin.models.attention_registry import install
-from dta_plugin.models.introspection import decoder_of, lm_head, tree_forward
+from dta_plugin.models.introspection import decoder_of, is_checkpointed, lm_head, tree_forward
 from dta_plugin.models.rotary import as_long_as
 from dta_plugin.tree.layout import ScoredEdges
 from dta_plugin.tree.trie import PrefixTree
 
 log = logging.getLogger("dta_plugin")
-Planner = Callable[[PrefixTree, int, bool], Plan]
+Planner = Callable[[PrefixTree, int, bool], ChunkPlan]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Job:
+class StreamedJob:
     """What is to be computed, whatever the budget. base: the causal LM inside `model`, which FSDP2 may shard."""
 
     model: nn.Module
@@ -47,7 +47,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Graph:
+class ChunkGraph:
     """A chunk that has run. outputs: hidden states, and log-probs and entropies of its edges where it has any.
 
     parameters: the trainable ones by name, as they were when it ran.
@@ -69,29 +69,29 @@ class Graph:
         return found
 
 
-class Runner:
-    """Calls the model with pieces of a job's tree. backends: who has computed attention."""
+class ChunkRunner:
+    """Calls the model with chunks of a job's tree. backends: who has computed attention."""
 
-    def __init__(self, job: Job, device: torch.device) -> None:
+    def __init__(self, job: StreamedJob, device: torch.device) -> None:
         self.job = job
         self.head = lm_head(job.base, job.head_dtype)
         self.autocast = Autocast.now(device.type)
         self.backends: set[str] = set()
         self.longest = int(job.tree.depth.max()) + 1
 
-    def run(self, piece: Piece, arena: Arena, what: str, needs_head: bool = False) -> Graph:
+    def run(self, chunk: ChunkInputs, arena: Arena, what: str, needs_head: bool = False) -> ChunkGraph:
         """what: for the log. needs_head: the LM head takes part in the graph even if nothing is scored."""
         start = time.perf_counter()
         job = self.job
         install(job.base)
-        mask = ChunkMask(piece.exit, piece.depth, job.backend, arena, piece.first, piece.trunk, piece.host)
-        runs_head = job.is_sharded or needs_head or len(piece.edges) > 0
+        mask = ChunkMask(chunk.exit, chunk.depth, job.backend, arena, chunk.first, chunk.cached, chunk.host)
+        runs_head = job.is_sharded or needs_head or len(chunk.edges) > 0
 
         def forward(model: PreTrainedModel, dta_inputs: dict[str, Any], **_: Any) -> list[torch.Tensor]:
             hidden = decoder_of(model)(**dta_inputs).last_hidden_state
-            return [hidden, *self._scored(hidden[0], piece)] if runs_head else [hidden]
+            return [hidden, *self._scored(hidden[0], chunk)] if runs_head else [hidden]
 
-        inputs = row_inputs(piece.input_ids, piece.depth, mask)
+        inputs = row_inputs(chunk.input_ids, chunk.depth, mask)
         # Weights that were cast in a call without gradient are of no use to one with: torch 2.8 reuses them.
         torch.clear_autocast_cache()
         with (
@@ -110,16 +110,16 @@ class Runner:
         mask.close()
         self.backends |= mask.backends_used
         seconds = time.perf_counter() - start
-        log.debug("dta: %s: %d tokens behind %d ancestors, %.3f s", what, len(piece.depth), piece.first, seconds)
-        return Graph(outputs, parameters)
+        log.debug("dta: %s: %d tokens behind %d ancestors, %.3f s", what, len(chunk.depth), chunk.first, seconds)
+        return ChunkGraph(outputs, parameters)
 
-    def _scored(self, hidden: torch.Tensor, piece: Piece) -> list[torch.Tensor]:
-        """Log-probs and, if wanted, entropies of a chunk's edges [E']; the head runs even if there are none."""
-        count = len(piece.edges)
-        nothing = piece.depth.new_zeros(1)
-        rows, targets, row_of_edge = (x if count else nothing for x in (piece.rows, piece.targets, piece.row_of_edge))
-        on_both = row_of_edge, piece.host_row_of_edge if count else np.zeros(1, dtype=np.int64)
-        own = piece.temperature if piece.temperature is not None and count else self.job.temperature
+    def _scored(self, hidden: torch.Tensor, chunk: ChunkInputs) -> list[torch.Tensor]:
+        """Log-probs and, if asked for, entropies of a chunk's edges [E']; the head runs even if there are none."""
+        count = len(chunk.edges)
+        nothing = chunk.depth.new_zeros(1)
+        rows, targets, row_of_edge = (x if count else nothing for x in (chunk.rows, chunk.targets, chunk.row_of_edge))
+        on_both = row_of_edge, chunk.host_row_of_edge if count else np.zeros(1, dtype=np.int64)
+        own = chunk.temperature if chunk.temperature is not None and count else self.job.temperature
         scores = score(hidden.index_select(0, rows), self.head, targets, *on_both, own, self.job.return_entropy)
         return [values if count else values[:0].clone() for values in scores if values is not None]
 
@@ -127,8 +127,8 @@ class Runner:
 def _check_repeats(model: PreTrainedModel, mask: ChunkMask) -> None:
     """Recomputed in the backward pass, the calls of one layer come in an order that nothing tells them apart by."""
     repeated = sorted(layer for layer, calls in mask.calls.items() if calls > 1)
-    if repeated and model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
-        raise UnsupportedModelError(
+    if repeated and model.training and is_checkpointed(model):
+        raise UnsupportedError(
             f"Layer(s) {repeated} of {type(model).__name__} attend more than once, and gradient checkpointing is on. "
             "Expected one call per layer for executor='streamed' with checkpointing; switch checkpointing off, which "
             "streaming does not need, or use executor='packed'."

@@ -12,7 +12,7 @@ from dta_plugin.cli.terminal import printable
 from dta_plugin.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from dta_plugin.cli.sharing import Inspection, Sharing
+    from dta_plugin.cli.inspection import Inspection, Sharing
 
 _EPILOG = """\
 examples:
@@ -77,9 +77,9 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from dta_plugin.cli.encoding import load_encoder
     from dta_plugin.cli.inspect_text import as_text
-    from dta_plugin.cli.models import cost_of
+    from dta_plugin.cli.inspection import inspect_sequences
+    from dta_plugin.cli.model_loading import cost_of
     from dta_plugin.cli.rollouts import per_turn_sequences, read_file, trajectory_sequences
-    from dta_plugin.cli.sharing import inspect_sequences
 
     if args.forks < 0:
         raise InvalidInputError(f"--forks {args.forks}. Expected 0 or more.")

@@ -1,4 +1,4 @@
-"""Fill what is left of the kept budget: cut the chunk at its edge, so that the graph of its tail is kept."""
+"""The chunk between graphs that are dropped and graphs that are kept is cut: its tail fills the memory that is left."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from dta_plugin.execution.streaming.plan import Chunk
+from dta_plugin.execution.streaming.chunk_plan import Chunk
 from dta_plugin.tree.trie import PrefixTree
 
 # A tail is worth a call of its own from this share of the budget.
 _WORTH = 1 / 8
 
 
-def with_kept_tail(tree: PrefixTree, chunks: list[Chunk], first_kept: int, room: int, budget: int) -> list[Chunk]:
+def split_boundary_chunk(tree: PrefixTree, chunks: list[Chunk], first_kept: int, room: int, budget: int) -> list[Chunk]:
     """The chunks with number ``first_kept - 1`` cut in two, of which the second has at most `room` tokens.
 
     As they were, where no tail is worth it: the first one kept is then still number `first_kept`.
@@ -25,7 +25,7 @@ def with_kept_tail(tree: PrefixTree, chunks: list[Chunk], first_kept: int, room:
     if parts is None or len(parts[1]) < _WORTH * budget:
         return chunks
     head, tail = parts
-    deepest = head.first_depth + len(head.trunk)  # what hangs deeper hangs off the tail
+    deepest = head.first_depth + len(head.cached)  # what hangs deeper hangs off the tail
 
     def moved(chunk: Chunk) -> Chunk:
         is_below_tail = chunk.parent > cut or (chunk.parent == cut and chunk.first_depth > deepest)
@@ -42,7 +42,7 @@ def _cut(tree: PrefixTree, chunk: Chunk, index: int, room: int) -> tuple[Chunk, 
     stem = size if is_above_all.all() else int(is_above_all.argmin())  # tokens straight down, above all that follow
     if stem == size:
         start = max(size - room, 1)
-    elif len(chunk.trunk) and chunk.trunk[-1] >= stem:
+    elif len(chunk.cached) and chunk.cached[-1] >= stem:
         return None  # the path goes on beyond a fork inside
     else:
         starts = np.flatnonzero(depth == stem)  # of the subtrees below the stem
@@ -54,6 +54,6 @@ def _cut(tree: PrefixTree, chunk: Chunk, index: int, room: int) -> tuple[Chunk, 
         return None
     length = start if stem == size else stem
     head = Chunk(tokens[:start], chunk.parent, chunk.first_depth, np.arange(length))
-    tail_trunk = chunk.trunk[chunk.trunk >= start] - start
+    tail_cached = chunk.cached[chunk.cached >= start] - start
     parent = index if length else chunk.parent
-    return head, Chunk(tokens[start:], parent, chunk.first_depth + length, tail_trunk)
+    return head, Chunk(tokens[start:], parent, chunk.first_depth + length, tail_cached)

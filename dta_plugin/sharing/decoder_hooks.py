@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import inspect
 import sys
 from dataclasses import fields
 from typing import Any
@@ -19,61 +18,66 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GenericForSequenceClassification
 
 from dta_plugin.attention import TreeMask
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.execution.packed import check_every_layer_hit, model_inputs
 from dta_plugin.execution.probing.probe import probe
-from dta_plugin.execution.ranks import is_fsdp1, is_sharded
+from dta_plugin.execution.ranks import is_fsdp
 from dta_plugin.models.attention_registry import install, uninstall
 from dta_plugin.models.introspection import causal_lm, decoder_of, model_cost
-from dta_plugin.models.rotary import padded_length_reason
-from dta_plugin.models.support import dropout_reason, unsupported_reason
+from dta_plugin.models.rotary import padded_length_obstacle
+from dta_plugin.models.support import dropout_obstacle, tree_obstacle
+from dta_plugin.sharing.obstacles import decoder_obstacle, named_arguments, padding_obstacle
 from dta_plugin.sharing.padded import PaddedBatch, spread
 from dta_plugin.tree.cost import estimate
 from dta_plugin.tree.layout import TreeLayout
 from dta_plugin.tree.report import TreeReport
 
 _OPTIONS = {"backend", "min_saving", "probe", "on_unsupported"}
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def share_prefixes(model: nn.Module, config: TreeConfig | None = None) -> PrefixSharing:
     """From now on the model computes what the rows of a batch share once, forward and backward.
 
-    model: a decoder of Hugging Face with any head (AutoModelForCausalLM, AutoModelForSequenceClassification, ...),
-        before or after PEFT, DDP or FSDP2 wrap it. Its parameters, state dict and class stay as they are.
-    config: backend, min_saving, probe and on_unsupported apply.
-
     Calls with ``input_ids`` [B, L] of at least two rows and, where rows are padded, ``attention_mask`` [B, L] are
     shared. Outputs at real tokens and all gradients are those of the model's own path up to the order of sums; hidden
     states of padding are 0. A batch that shares nothing is one packed row, which is exact, too, and spares the padding.
     Other calls take the model's own path, untouched: caches (generation), embeddings as inputs, packed sequences,
-    hidden states or attention weights wanted, labels that score what is read from padding. In evaluation mode, so does
-    a call that leaves ``use_cache`` to a config that has it on: its caller may want the cache.
+    hidden states or attention weights in the output, labels that score what is read from padding. In evaluation mode,
+    so does a call that leaves ``use_cache`` to a config that has it on: its caller may want the cache.
 
-    Returns a handle: ``handle.remove()`` undoes it, also at the end of ``with share_prefixes(model):``. A model that
-    shares already keeps its handle and takes the new config.
+    Args:
+        model: a decoder of Hugging Face with any head (AutoModelForCausalLM, AutoModelForSequenceClassification, ...),
+            before or after PEFT, DDP or FSDP2 wrap it. Its parameters, state dict and class stay as they are.
+        config: ``backend``, ``min_saving`` (a share of the decoder's FLOPs), ``probe`` and ``on_unsupported`` apply;
+            None for the defaults.
 
-    Raises UnsupportedModelError where the tree would not be exact, unless ``config.on_unsupported == "dense"``: the
-    model then keeps its own path and ``handle.reason`` says why. A layer that goes around the tree is found in the
-    first call, and is an error in either case. Raises InvalidInputError for options that do not apply.
+    Returns:
+        A handle: ``handle.remove()`` undoes it, also at the end of ``with share_prefixes(model):``. A model that shares
+        already keeps its handle and takes the new config.
+
+    Raises:
+        UnsupportedError: the tree would not be exact. With ``config.on_unsupported == "dense"`` the model keeps its own
+            path and ``handle.reason`` says why. A layer that goes around the tree is found in the first call, and is
+            an error in either case.
+        InvalidInputError: an option of `config` that does not apply.
     """
     config = config or TreeConfig()
     _check_options(config)
     base = causal_lm(model)
     decoder = decoder_of(base)
-    reason = unsupported_reason(model) or _decoder_reason(decoder)
-    if reason is not None and config.on_unsupported == "error":
-        raise UnsupportedModelError(f"Prefixes cannot be shared exactly here: {reason}; or on_unsupported='dense'.")
-    sharing = _of(decoder) or PrefixSharing()
+    obstacle = tree_obstacle(model) or decoder_obstacle(decoder)
+    if obstacle is not None and config.on_unsupported == "error":
+        raise UnsupportedError(f"Prefixes cannot be shared exactly here: {obstacle}; or on_unsupported='dense'.")
+    sharing = _handle_of(decoder) or PrefixSharing()
     sharing.config = config
-    if reason is None:
+    if obstacle is None:
         sharing.attach(base, decoder)
     else:
-        sharing.reason = reason
+        sharing.reason = obstacle
     return sharing
 
 
@@ -119,34 +123,31 @@ class PrefixSharing:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def look_at_labels(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    def look_at_labels(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """In front of the whole model: a loss that reads padding needs what the model's own path has there."""
-        call = _named(model, args, kwargs)
-        reason = _head_reads_padding(model, call)
-        if _reads_padding(call.get("labels"), call.get("attention_mask")):
-            reason = "labels other than -100 score what padding predicts"
-        return None if reason is None else (args, kwargs | {"dta_own_path": reason})
+        obstacle = padding_obstacle(model, named_arguments(model, args, kwargs))
+        return None if obstacle is None else (args, kwargs | {"dta_own_path": obstacle})
 
-    def merge(self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    def merge(self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """In front of the decoder: rows to one packed tree."""
-        call = _named(decoder, args, kwargs)
-        if "dta_tree" in call:  # merged already, by an executor
+        arguments = named_arguments(decoder, args, kwargs)
+        if "dta_tree" in arguments:  # merged already, by an executor
             return None
         self.calls += 1
-        asked = call.pop("dta_own_path", None)
-        batch = asked or self._why_not_now(decoder, call) or PaddedBatch.from_call(call)
+        asked = arguments.pop("dta_own_path", None)
+        batch = asked or self._call_obstacle(decoder, arguments) or PaddedBatch.from_arguments(arguments)
         if isinstance(batch, PaddedBatch):
             batch = self._gate(decoder, batch)
-        if isinstance(batch, PaddedBatch) and (differs := self._probed(decoder)) is not None:
-            batch = differs
+        if isinstance(batch, PaddedBatch) and (obstacle := self._probe_obstacle(decoder)) is not None:
+            batch = obstacle
         if isinstance(batch, str):
             self.report, self.reason = None, batch
-            return ((), call) if asked else None
+            return ((), arguments) if asked else None
         self.reason = ""
         install(decoder)
-        layout = TreeLayout.from_tree(batch.tree, call["input_ids"].device)
+        layout = TreeLayout.from_tree(batch.tree, arguments["input_ids"].device)
         mask = TreeMask.from_layout(layout, self.config.backend)
-        return (), call | model_inputs(layout, mask) | {"dta_rows": batch}
+        return (), arguments | model_inputs(layout, mask) | {"dta_rows": batch}
 
     def restore(self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Behind the decoder: values of tree tokens to those of rows."""
@@ -161,28 +162,28 @@ class PrefixSharing:
         self._count(decoder, batch, "+".join(sorted(mask.backends_used)))
         return output
 
-    def _why_not_now(self, decoder: PreTrainedModel, call: dict[str, Any]) -> str | None:
+    def _call_obstacle(self, decoder: PreTrainedModel, arguments: dict[str, Any]) -> str | None:
         """Why this call takes the model's own path, by what may change from call to call."""
-        ids = call.get("input_ids")
-        reason = dropout_reason(decoder) or padded_length_reason(decoder, 0 if ids is None else ids.shape[1])
-        if reason is not None and self.config.on_unsupported == "error":
-            raise UnsupportedModelError(f"Prefixes cannot be shared exactly here: {reason}; or on_unsupported='dense'.")
-        if reason is not None:
-            return reason
-        if call.get("use_cache") is None and getattr(decoder.config, "use_cache", True) and not decoder.training:
+        ids = arguments.get("input_ids")
+        obstacle = dropout_obstacle(decoder) or padded_length_obstacle(decoder, 0 if ids is None else ids.shape[1])
+        if obstacle is not None and self.config.on_unsupported == "error":
+            raise UnsupportedError(f"Prefixes cannot be shared exactly here: {obstacle}; or on_unsupported='dense'.")
+        if obstacle is not None:
+            return obstacle
+        if arguments.get("use_cache") is None and getattr(decoder.config, "use_cache", True) and not decoder.training:
             return "the config's use_cache makes it return a cache; pass use_cache=False"
-        wanted = ("output_attentions", "output_hidden_states")
-        return next((f"the config's {name} is on" for name in wanted if getattr(decoder.config, name, False)), None)
+        outputs = ("output_attentions", "output_hidden_states")
+        return next((f"the config's {name} is on" for name in outputs if getattr(decoder.config, name, False)), None)
 
-    def _probed(self, decoder: PreTrainedModel) -> str | None:
+    def _probe_obstacle(self, decoder: PreTrainedModel) -> str | None:
         """Why the decoder's first tree, of a small forest, is not exact."""
         # Weights that are sharded are being gathered for this very call.
-        if self.config.probe == "off" or is_sharded(decoder) or is_fsdp1(decoder):
+        if self.config.probe == "off" or is_fsdp(decoder):
             return None
-        reason = probe(decoder, ["decoder"], self.config.backend)["decoder"]
-        if reason is not None and self.config.on_unsupported == "error":
-            raise UnsupportedModelError(reason)
-        return reason
+        obstacle = probe(decoder, ["decoder"], self.config.backend)["decoder"]
+        if obstacle is not None and self.config.on_unsupported == "error":
+            raise UnsupportedError(obstacle)
+        return obstacle
 
     def _gate(self, decoder: PreTrainedModel, batch: PaddedBatch) -> PaddedBatch | str:
         if not self.config.min_saving:
@@ -227,66 +228,14 @@ class _Hook:
         return functools.partial, (sys.audit, "forward")  # takes any arguments, returns None
 
 
-def _of(decoder: nn.Module) -> PrefixSharing | None:
+def _handle_of(decoder: nn.Module) -> PrefixSharing | None:
     """The handle of a decoder that shares already; a deep copy of a model has its own."""
     return next((hook.handle for hook in decoder._forward_pre_hooks.values() if isinstance(hook, _Hook)), None)
-
-
-def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name."""
-    if not args:
-        return dict(kwargs)
-    return dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
-
-
-def _reads_padding(labels: Any, mask: Any) -> bool:
-    """Whether labels score the output of padding, as labels of their own position or of the next one.
-
-    labels, mask: int [B, L], or anything else, which says nothing about tokens.
-    """
-    if not (isinstance(labels, torch.Tensor) and isinstance(mask, torch.Tensor)):
-        return False
-    if labels.ndim != 2 or labels.shape != mask.shape:
-        return False
-    scored, padding = labels != -100, ~mask.bool()
-    return bool(((scored & padding).any() | (scored[:, 1:] & padding[:, :-1]).any()).item())
-
-
-def _head_reads_padding(model: nn.Module, call: dict[str, Any]) -> str | None:
-    """Whether heads of transformers read the output of padding: spans over all of a row, the last token by its id."""
-    ids, mask = call.get("input_ids"), call.get("attention_mask")
-    if not (isinstance(ids, torch.Tensor) and isinstance(mask, torch.Tensor)) or mask.shape != ids.shape:
-        return None
-    if hasattr(model, "qa_outputs") and not bool(mask.all()):
-        return "a span is a choice among all positions, padding too"
-    if not isinstance(model, GenericForSequenceClassification):
-        return None
-    config: Any = model.config
-    pad = config.get_text_config().pad_token_id
-    if pad is None:
-        return None if bool(mask[:, -1].all()) else "the last position is pooled, and is padding"
-    last = (torch.arange(ids.shape[1], device=ids.device) * (ids != pad)).argmax(dim=1, keepdim=True)
-    return None if bool(mask.gather(1, last).all()) else f"what is pooled is padding, whose id is not {pad}"
 
 
 def _spread_flat(values: torch.Tensor, batch: PaddedBatch) -> torch.Tensor:
     """Router logits [T, experts] -> [B * L, experts]; the router loss leaves padding out by the attention mask."""
     return spread(values.reshape(batch.tree.tree_tokens, -1), batch).flatten(0, 1)
-
-
-def _decoder_reason(decoder: PreTrainedModel) -> str | None:
-    """What matters of a model with any head, where `unsupported_reason` expects one of a causal LM."""
-    config = decoder.config
-    if config.is_encoder_decoder or config.get_text_config() is not config:
-        return (
-            f"{type(decoder).__name__} is more than a text decoder, and its rows are more than their tokens; use a "
-            "text-only causal model"
-        )
-    layers = [module for module in decoder.modules() if hasattr(module, "layer_idx")]
-    causal = [module.is_causal for module in layers if hasattr(module, "is_causal")]
-    if not causal or not all(causal):
-        return f"{type(decoder).__name__} does not say that its attention is causal; use a causal model"
-    return None
 
 
 def _check_options(config: TreeConfig) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from dta_plugin.calibrate import DensePath, Sample
-    from dta_plugin.execution.calibration import Calibration
+    from dta_plugin.execution.calibration_store import Calibration
     from dta_plugin.tree.cost import ModelCost
     from dta_plugin.tree.speed import Speed
 
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from dta_plugin.calibrate import calibrate
-    from dta_plugin.cli.models import add_lora, device_named, load_model
+    from dta_plugin.cli.model_loading import add_lora, device_named, load_model
     from dta_plugin.models.introspection import causal_lm, model_cost
 
     if args.output is not None and not args.output.absolute().parent.is_dir():

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dta_plugin import __version__
 from dta_plugin.adapters.releases import TRANSFORMERS, TRL, VERL
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from dta_plugin.errors import InvalidInputError, UnsupportedError
 
 if TYPE_CHECKING:
     import torch
@@ -158,8 +158,8 @@ def _attention_on(device: torch.device, has_gpu: bool) -> Iterator[Finding]:
     for check in device_report.checks(device):
         figures = f"{check.error:.2g} off the reference, {check.allowed:.2g} is allowed; {check.seconds * 1e3:.0f} ms"
         what = "kernels passed" if check.problem is None else "kernels failed"
-        instead = f"{check.problem}; FlexAttention is used instead"
-        yield Finding(f"  {check.kind.dtype}".replace("torch.", ""), what, instead if check.problem else figures)
+        problem = f"{check.problem}; FlexAttention is used instead"
+        yield Finding(f"  {check.kind.dtype}".replace("torch.", ""), what, problem if check.problem else figures)
     try:
         rate = device_report.rate(device, seconds=5.0 if device.type == "cuda" else 0.2)
     except RuntimeError as error:  # no memory left by other programs, or a compiler's failure
@@ -174,16 +174,16 @@ def _attention_on(device: torch.device, has_gpu: bool) -> Iterator[Finding]:
 
 def model_findings(path: str) -> list[Finding]:
     """What the model is made of, and whether it can run as a tree."""
-    from dta_plugin.cli.models import load_config, skeleton
-    from dta_plugin.models.support import unsupported_reason
+    from dta_plugin.cli.model_loading import load_config, skeleton
+    from dta_plugin.models.support import tree_obstacle
 
     load_config(path)  # a path without a model is wrong input, said by the caller
     try:
         model = skeleton(path)
     except InvalidInputError as error:
         return [Finding("model", path), Finding("--use_dta", "would stop", str(error), ok=False)]
-    reason = unsupported_reason(model.train())
-    answer = _probed(path) if reason is None else Finding("--use_dta", "would stop", reason, ok=False)
+    obstacle = tree_obstacle(model.train())
+    answer = _probed(path) if obstacle is None else Finding("--use_dta", "would stop", obstacle, ok=False)
     return [Finding("model", type(model).__name__, path), *_architecture(model), answer]
 
 
@@ -192,7 +192,7 @@ def _probed(path: str) -> Finding:
     import torch
 
     from dta_plugin.cli.miniature import miniature
-    from dta_plugin.cli.models import fits_in_memory, load_config, load_model
+    from dta_plugin.cli.model_loading import fits_in_memory, load_config, load_model
     from dta_plugin.execution.probing.probe import latest_outcome, probe
 
     config, is_here = load_config(path), fits_in_memory(path)
@@ -200,13 +200,13 @@ def _probed(path: str) -> Finding:
     dtype, cpu = getattr(config, "dtype", None), torch.device("cpu")
     try:
         model = load_model(path, dtype, cpu)[0] if is_here else miniature(config)
-        reasons = probe(model, ["packed", "streamed"], "auto")
-    except UnsupportedModelError as error:
+        obstacles = probe(model, ["packed", "streamed"], "auto")
+    except UnsupportedError as error:
         return Finding("--use_dta", "would stop", str(error), ok=False)
     except Exception as error:  # whatever the model's class raises
         why = f"{what} cannot be probed ({type(error).__name__}: {error})"
         return Finding("--use_dta", "should work", f"{why}; training probes the model before its first tree")
-    found = next((reason for reason in reasons.values() if reason), None)
+    found = next((obstacle for obstacle in obstacles.values() if obstacle), None)
     if found is not None:
         return Finding("--use_dta", "would stop", f"{what}: {found}", ok=False)
     return Finding("--use_dta", "works", f"{what}, {latest_outcome(model)}")
@@ -226,7 +226,7 @@ def _architecture(model: PreTrainedModel) -> Iterator[Finding]:
     yield Finding("layers", ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in kinds.items()), note)
     try:
         head = lm_head(model)
-    except UnsupportedModelError as error:
+    except UnsupportedError as error:
         yield Finding("LM head", "none", str(error), ok=False)
         return
     tied = "tied" if getattr(config, "tie_word_embeddings", False) else "untied"

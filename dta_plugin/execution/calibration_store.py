@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.execution.ranks import gathered, is_collective
-from dta_plugin.models.introspection import causal_lm, input_device, model_cost
+from dta_plugin.models.introspection import causal_lm, input_device, is_checkpointed, model_cost
 from dta_plugin.models.layers import one_size
 from dta_plugin.tree.cost import ModelCost
 from dta_plugin.tree.speed import Speed
@@ -130,7 +130,7 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
         **{size: one_size(config, size) for size in _SIZES},
         "dtype": str(model.dtype).removeprefix("torch."),
         "autocast": _autocast(device.type),
-        "checkpointing": any(getattr(module, "gradient_checkpointing", False) for module in model.modules()),
+        "checkpointing": is_checkpointed(model),
         "trained": "all" if all(p.requires_grad for p in model.parameters()) else "adapters",
         "device": torch.cuda.get_device_name(device) if is_cuda else _processor(),
         "threads": None if is_cuda else torch.get_num_threads(),
