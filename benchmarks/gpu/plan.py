@@ -76,7 +76,7 @@ def trl(setting: Setting) -> list[Step]:
 def more(setting: Setting) -> list[Step]:
     """What else has been measured on CPUs only: updates on half of the tokens, and of diffusion language models."""
     sized = ["--smoke"] if setting.dry else ["--device", "cuda"]
-    recorded = _recorded(setting)
+    recorded, written = _recorded(setting), ["--output", RESULT]
     return [
         _machine(setting),
         Step("token_selection", 270, ["-m", "benchmarks.token_selection.updates", *sized, *recorded, *written]),
