@@ -11,7 +11,7 @@ import torch
 from dta_plugin.attention.reference import reference_attention
 from dta_plugin.attention.trial import FLOOR, Inputs, Options, allowed_error, dense_in_own_dtype, relative_error
 from dta_plugin.attention.triton_backend import triton_attention
-from tests.support.attention import OPTIONS, mask_of
+from tests.support.attention_variants import OPTIONS, mask_of
 from tests.support.interpreter import DEVICE
 from tests.support.trees import Sequences
 

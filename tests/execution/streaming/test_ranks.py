@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.execution.ranks_script import SPLITS, WRAPPINGS, Batches
+from tests.execution.streaming.ranks_script import SPLITS, WRAPPINGS, Batches
 from tests.support.models import softmax_in_own_dtype
 from tests.support.oracle import GRADIENT_FLOOR, dense, functional
 from tests.support.ranks import on_two_ranks
 
-SCRIPT = "tests.execution.ranks_script"
+SCRIPT = "tests.execution.streaming.ranks_script"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -20,7 +20,7 @@ from dta_plugin.diffusion.objectives.bgpo import (
 )
 from dta_plugin.diffusion.objectives.elbo import length_scale
 from dta_plugin.errors import InvalidInputError
-from tests.support.elbo import Batch, Gradients, largest_difference, make_batch
+from tests.support.enumerated_elbo import Batch, Gradients, largest_difference, make_batch
 from tests.support.saved import SavedBytes
 
 SAMPLES = 6

@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 TEN_MINUTES = 600
 STARTING = 5  # seconds beyond a step's limit: until it is ended, and what the driver itself takes

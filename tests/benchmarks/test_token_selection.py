@@ -18,7 +18,7 @@ from tests.support.models import tiny_model
 
 pytestmark = pytest.mark.long
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 CONTENDERS = ["dense", "tree", "rpc", "urs"]
 
 

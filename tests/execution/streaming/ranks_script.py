@@ -1,6 +1,6 @@
 """Run by test_ranks.py under torchrun, one process per rank: streamed execution under DDP and FSDP2.
 
-torchrun --nproc-per-node 2 -m tests.execution.ranks_script <folder> <job:argument> ...
+torchrun --nproc-per-node 2 -m tests.execution.streaming.ranks_script <folder> <job:argument> ...
 
 Each rank saves what the jobs returned, by their texts, as <folder>/rank<n>.pt.
 """

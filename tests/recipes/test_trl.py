@@ -1,7 +1,7 @@
 """Every recipe is parsed as its script parses it; the TRL scripts train two steps on CPUs, with the flag and without.
 
 The models are tiny but not random: they were taught to half-solve the task, so rewards differ within a group and tool
-calls happen (see support_recipes.py). Only what a CPU and this size need is overridden; all else is the recipe's.
+calls happen (see tests/support/recipes.py). Only what a CPU and this size need is overridden; all else is the recipe's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from trl.scripts.grpo import make_parser
 import dta_plugin
 from dta_plugin.config import TreeConfig
 from dta_plugin.run import main, parse_options, take_yaml_options
-from tests import support_recipes as support
+from tests.support import recipes as support
 
 TRL = support.RECIPES / "trl"
 DIFFUSION = ("llada_8b_gsm8k", "quickstart_diffusion")

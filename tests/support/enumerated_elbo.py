@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from dta_plugin.diffusion import MaskDraws, draw_masks
 from dta_plugin.diffusion.objectives.elbo import masked_log_probs, sample_term
-from tests.support.diffusion import FAMILY, diffusion_model, padded
+from tests.support.tiny_diffusion import FAMILY, diffusion_model, padded
 
 Gradients = dict[str, torch.Tensor]
 

@@ -7,7 +7,7 @@ import torch
 from dta_plugin.diffusion import SamplerConfig, draw_masks, sample
 from dta_plugin.diffusion.objectives.bgpo import per_sample_losses
 from dta_plugin.diffusion.objectives.elbo import sample_term
-from tests.support.diffusion import FAMILY, diffusion_model
+from tests.support.tiny_diffusion import FAMILY, diffusion_model
 
 WANTED, WIDTH, GROUP, SAMPLES = 7, 6, 16, 2
 

@@ -16,7 +16,7 @@ pytest.importorskip("prefix_grouper")
 
 pytestmark = pytest.mark.long
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 CEILINGS = {"1024/64/8": 4.72, "1024/256/8": 2.51, "256/64/8": 2.58, "1024/64/2": 1.82, "128/512/8": 1.12}
 
 

@@ -15,7 +15,6 @@ from dta_plugin.execution import batch
 from dta_plugin.execution.probing.probe import probe
 from dta_plugin.models.support import unsupported_reason
 from tests.support import sweep as support_sweep
-from tests.support.families import NAMES, config_of, random_causal_lm
 from tests.support.family_table import table
 from tests.support.oracle import dense, difference
 from tests.support.sweep import (
@@ -31,12 +30,13 @@ from tests.support.sweep import (
     row_of,
     sweep,
 )
+from tests.support.tiny_families import NAMES, config_of, random_causal_lm
 from tests.support.tree_run import make_siblings_visible, through_tree
 
 pytestmark = pytest.mark.skipif(
     Version(version("transformers")) < Version("5.24"), reason="families, and how their layers are called, are newer"
 )
-PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 # family: (as it comes, with options)
 SMOKE = {
     "gemma3": (EXACT, EXACT),

@@ -18,7 +18,7 @@ from dta_plugin.tree.layout import TreeLayout
 
 pytestmark = pytest.mark.long
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 STARS = {"24/8/4": (24, 8, 4), "8/24/3": (8, 24, 3)}
 FLOP = {"forward": 4, "backward": 10, "total": 14}  # per visible pair, query head and dimension
 UNSHARED = {"no sharing": [32, 32, 32], "no sharing, mixed lengths": [8, 16, 40]}

@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from dta_plugin.diffusion import draw_masks, predictions, prompt_noise
 from dta_plugin.diffusion.objectives.elbo import elbo_term, length_scale, masked_log_probs
 from dta_plugin.errors import InvalidInputError
-from tests.support.diffusion import FAMILY, MASK, SHIFTED, diffusion_model, padded, shifted_twin
-from tests.support.elbo import Enumerated, make_batch
+from tests.support.enumerated_elbo import Enumerated, make_batch
+from tests.support.tiny_diffusion import FAMILY, MASK, SHIFTED, diffusion_model, padded, shifted_twin
 
 IDS, ATTENTION = padded([[3, 4, 5, 6, 7, 8], [9, 10, 11, 12, 13]])
 MASKED = torch.tensor([[True, False, True, True], [False, True, False, False]])

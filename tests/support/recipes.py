@@ -2,7 +2,7 @@
 
 As a script it is one rank of FSDP2 runs on CPUs, under torchrun, each with the arguments of `dta_plugin.run`:
 
-    torchrun --nproc_per_node 2 tests/support_recipes.py gsm8k.py --config ... --then gsm8k.py --config ...
+    torchrun --nproc_per_node 2 tests/support/recipes.py gsm8k.py --config ... --then gsm8k.py --config ...
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers.utils import get_json_schema
 from dta_plugin import run
 from dta_plugin.models import lm_head as logprobs
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 MARKERS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
 

@@ -12,7 +12,7 @@ import pytest
 
 from dta_plugin import PrefixTree
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.mark.long

@@ -22,7 +22,7 @@ from tests.support.trees import SHAPES, Sequences, binary, branching_comb, star
 
 pytestmark = pytest.mark.long
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 CONTENDERS = ["packed", "dense", *(f"{kind} 1/{n}" for n in (2, 4, 8) for kind in ("streamed", "one path"))]
 PLAIN = ("packed", "dense", "streamed", "one path")
 BRANCHED = {"binary": binary(4), "comb": branching_comb(6), "star": star(9), "chain": [list(range(3, 40))] * 2}

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from trl import ModelConfig, TrlParser
 
 from dta_plugin.adapters.trl import DiffusionGRPOConfig
-from tests import support_recipes as support
-from tests.test_recipes import DIFFUSION, Trained
+from tests.recipes.test_trl import DIFFUSION, Trained
+from tests.support import recipes as support
 
 SCRIPT = support.RECIPES / "trl" / "diffusion.py"
 

@@ -19,7 +19,7 @@ from dta_plugin import PrefixTree
 from dta_plugin.balance.costs import TYPICAL, SequenceCosts
 from tests.support.trees import SHAPES, Sequences, comb, run, star
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 BATCHES = {"16 x 4": (16, 64), "combs 6 x 2": (6, None), "one tree": (1, 24)}
 BASELINES = {"contiguous", "longest first", "random"}
 

@@ -9,8 +9,8 @@ import torch
 from dta_plugin.diffusion import prompt_noise
 from dta_plugin.diffusion.objectives.baselines import k3_terms, sampled_elbo_ratio, token_ratio_terms
 from dta_plugin.diffusion.objectives.elbo import masked_log_probs
-from tests.support.diffusion import FAMILY
-from tests.support.elbo import make_batch
+from tests.support.enumerated_elbo import make_batch
+from tests.support.tiny_diffusion import FAMILY
 
 SCORED = torch.tensor([[True, True, False], [True, True, True]])
 ADVANTAGES = torch.tensor([2.0, -1.0])
