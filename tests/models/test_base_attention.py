@@ -394,7 +394,7 @@ def test_a_deep_copy_runs_trees_and_its_own_attention() -> None:
 
 
 def test_a_compiled_model() -> None:
-    """In one graph without a tree, before and after installation; trees under it are in test_sharing.py."""
+    """In one graph without a tree, before and after installation; trees under it are in tests/sharing."""
     model, stock = (tiny_model("llama") for _ in range(2))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     expected = stock(ROWS, use_cache=False).logits
