@@ -7,7 +7,7 @@
 
 Workloads: stars `prompt/completion/group`, DualKV's published shapes among them; sequences that share nothing, of equal
 and of mixed length; recorded agent rollouts, one sequence per assistant turn. Heads are Qwen3-8B's: 32 query heads, 8
-key-value heads, dimension 128. The contenders are described in attention_contenders.py. They run interleaved, each run
+key-value heads, dimension 128. The contenders are described in contenders.py. They run interleaved, each run
 on fresh random inputs and a cold cache, and the table shows medians.
 
 How to read a row: TFLOP/s count visible query-key pairs only, 4 * dim * query heads FLOPs per pair forward and 10

@@ -1,4 +1,4 @@
-"""Do the ops that attention.py times compute the same? Each is compared with dense attention on a small tree."""
+"""Do the ops that the benchmark times compute the same? Each is compared with dense attention on a small tree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The attention ops that attention.py times, each on random q, k, v of its own and a random gradient.
+"""The attention ops that the benchmark times, each on random q, k, v of its own and a random gradient.
 
 * `tree`: `dta_plugin.tree_attention` on the tree's tokens. `flex`: the same op through torch's FlexAttention.
 * `varlen flash`: FlashAttention on all sequences packed end to end, every shared prefix repeated.

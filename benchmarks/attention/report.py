@@ -1,4 +1,4 @@
-"""Tables of attention.py's results, figures that others published, and the project's own targets."""
+"""Tables of the results, figures that others published, and the project's own targets."""
 
 from __future__ import annotations
 

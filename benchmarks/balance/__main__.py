@@ -6,9 +6,9 @@
     python -m benchmarks.balance --smoke                        # seconds: tiny batches, checks the benchmark itself
 
 Nothing is trained. A bin's load is the cost of its prefix tree under `dta_plugin.balance.costs.TYPICAL`: tokens, and
-attention on visible pairs. Batches (balance_workloads.py): `groups x size`, stars; the same behind one system prompt;
+attention on visible pairs. Batches (workloads.py): `groups x size`, stars; the same behind one system prompt;
 `combs prompts x trials`, conversations of which every turn is a sequence; one tree; recorded agent rollouts, one
-sequence per assistant turn. The contenders are described in balance_contenders.py.
+sequence per assistant turn. The contenders are described in contenders.py.
 
 How to read the table: a contender's figures are its costliest bin over the lower bound, the cost of prefixes that
 several bins compute over that of the whole batch as one tree, and the CPU time it took. No way to deal has a costliest

@@ -1,4 +1,4 @@
-"""Table and plot of balance.py's results, and the project's own targets for them."""
+"""Table and plot of the results, and the project's own targets for them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 
 def result_table(rows: list[Row]) -> str:
-    """One line per batch and number of bins; see balance.py for how to read it."""
+    """One line per batch and number of bins; see __main__.py for how to read it."""
     header = ("batch", "groups", "sequences", "tokens flat -> tree", "bins", *CONTENDERS)
     body = [
         (

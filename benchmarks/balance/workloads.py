@@ -90,7 +90,7 @@ def all_tasks(path: Path) -> Batch:
 
 
 def one_task(path: Path) -> Batch:
-    """The turns of one task's trials; see workloads.py."""
+    """The turns of one task's trials; see common/workloads.py."""
     return Batch("rollouts, one task", [row.numpy() for row in rollouts(path, VOCAB).sequences], 1)
 
 

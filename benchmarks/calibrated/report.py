@@ -1,4 +1,4 @@
-"""Tables, plot and the project's own targets of calibrated.py's results."""
+"""Tables, plot and the project's own targets of the results."""
 
 from __future__ import annotations
 

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from benchmarks.common.backward import SavedBytes, gradient_error
 from benchmarks.common.harness import CLOCKS, environment, interleaved, table, write_json
 from benchmarks.common.models import MODEL_KEYS, qwen3, random_model
-from benchmarks.streamed.contenders import SavedBytes, gradient_error
 from dta_plugin.diffusion import DiffusionFamily, MaskDraws, bidirectional, draw_masks, family_of
 from dta_plugin.diffusion.objectives.baselines import sampled_elbo_ratio
 from dta_plugin.diffusion.objectives.bgpo import per_sample_losses

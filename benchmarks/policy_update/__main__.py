@@ -6,8 +6,8 @@ r"""Forward and backward of one policy update: dta-plugin against stock TRL and 
     python -m benchmarks.policy_update --device cuda --dtype bfloat16 --model qwen3-4b --checkpointing \
         --micro-batch 1 --contenders trl prefix_grouper flex tree --rows 4096/1024/16 rollouts
 
-Measured per row: the milliseconds of one forward pass, GRPO-like loss and backward pass (see contenders.py) of a
-4-layer Qwen3, or of one of a released size, without sampling and without the optimizer. Rows (see workloads.py) are
+Measured per row: the milliseconds of one forward pass, GRPO-like loss and backward pass (see common/updates.py) of a
+4-layer Qwen3, or of one of a released size, without sampling and without the optimizer. Rows (common/workloads.py) are
 stars `prompt/completion/group`, 8 unrelated sequences, and recorded agent rollouts. For these the dense path runs one
 sequence at a time and accumulates gradients: padded into one batch they would not fit in memory. `--micro-batch` makes
 it do so on stars.
@@ -41,9 +41,9 @@ from transformers import PreTrainedModel
 
 from benchmarks.common.harness import CLOCKS, environment, interleaved, median_ratio, write_json
 from benchmarks.common.models import MODEL_KEYS, MODELS, qwen3, random_model, twin, with_lora, without_adapters
+from benchmarks.common.updates import Outcome, Step
 from benchmarks.common.workloads import ROLLOUTS, Workload, rollouts, star, unrelated
-from benchmarks.policy_update import contenders
-from benchmarks.policy_update.contenders import Outcome
+from benchmarks.policy_update.contenders import CONTENDERS, PREPARE
 from benchmarks.policy_update.report import NAMES, last_line, summary, update_table
 from dta_plugin import PrefixTree
 from dta_plugin.models.introspection import model_cost
@@ -221,18 +221,17 @@ def _measure(work: Workload, reference: Any, names: list[str], rounds: int, cloc
     }
 
 
-def _steps(work: Workload, reference: Any, names: list[str]) -> tuple[dict[str, Any], dict[str, contenders.Step]]:
+def _steps(work: Workload, reference: Any, names: list[str]) -> tuple[dict[str, Any], dict[str, Step]]:
     """Per contender a model, all with the same parameters, and its step."""
     on_cpu = work.advantages.device.type == "cpu"
     impossible = {"prefix_grouper": not work.is_group, "flex": on_cpu}
     models = {name: twin(reference) for name in names if not impossible.get(name)}
-    prepare = {"trl": contenders.prepare_for_trl, "prefix_grouper": contenders.prepare_for_prefix_grouper}
-    for name in models.keys() & prepare.keys():
-        prepare[name](models[name])
-    return models, {name: getattr(contenders, name)(model, work) for name, model in models.items()}
+    for name in models.keys() & PREPARE.keys():
+        PREPARE[name](models[name])
+    return models, {name: CONTENDERS[name](model, work) for name, model in models.items()}
 
 
-def _tried(steps: dict[str, contenders.Step], clear: Callable[[], None]) -> dict[str, str]:
+def _tried(steps: dict[str, Step], clear: Callable[[], None]) -> dict[str, str]:
     """Runs every step once: kernels are compiled. Takes out those that fail, and says why."""
     failed = {}
     for name, step in list(steps.items()):

@@ -22,7 +22,7 @@ SERIES = (("trl", "stock TRL", "#b8c4d6"), ("dense", "lean dense path", "#2f5d8c
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("result", type=Path, help="JSON written by policy_update.py")
+    parser.add_argument("result", type=Path, help="JSON written by the benchmark")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     figure = draw(json.loads(args.result.read_text()))

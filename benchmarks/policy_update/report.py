@@ -1,4 +1,4 @@
-"""Lines and the table of policy_update.py's results."""
+"""Lines and the table of the results."""
 
 from __future__ import annotations
 

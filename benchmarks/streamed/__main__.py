@@ -5,7 +5,7 @@
     python -m benchmarks.streamed --smoke             # seconds: tiny shapes, checks the benchmark itself
 
 Measured: one forward pass, a weighted sum of the completions' log-probs and its backward pass, on a 4-layer Qwen3,
-without sampling and without the optimizer. The contenders are described in streamed_contenders.py; budgets are 1/2, 1/4
+without sampling and without the optimizer. The contenders are described in contenders.py; budgets are 1/2, 1/4
 and 1/8 of the tree's tokens. Trees: `star`, one prompt and its completions; `bushy`, a prompt, branches, and answers to
 each; `comb`, a conversation of which every turn is a sequence, with a second answer to every turn; recorded agent
 rollouts. Gradients of all contenders are compared before anything is timed; the run stops if they differ.
@@ -49,7 +49,7 @@ from dta_plugin import PrefixTree
 VOCAB, TINY_VOCAB = 8192, 512
 BUDGETS = {"1/2": 2, "1/4": 4, "1/8": 8}
 Shapes = dict[str, tuple[Callable[..., Workload], tuple[int, ...]]]
-# How each tree is built, and from which arguments (workloads.py, streamed_workloads.py).
+# How each tree is built, and from which arguments (common/workloads.py, workloads.py).
 SHAPES: Shapes = {
     "star": (star, (512, 128, 24)),
     "star-short": (star, (512, 48, 32)),

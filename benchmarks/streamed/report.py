@@ -1,4 +1,4 @@
-"""Tables of streamed.py's results, and the project's own targets for them."""
+"""Tables of the results, and the project's own targets for them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def summary(row: dict[str, Any]) -> str:
 
 
 def contender_table(rows: list[dict[str, Any]]) -> str:
-    """One line per tree and contender; see streamed.py for how to read it."""
+    """One line per tree and contender; see __main__.py for how to read it."""
     header = (
         "tree",
         "tokens flat -> tree",

@@ -1,7 +1,7 @@
-"""One policy update on all tokens and on random subsets of them (NAT): what token_selection.py compares.
+"""One policy update on all tokens and on random subsets of them (NAT): what updates.py compares.
 
-* `dense`: the lean dense path of contenders.py, on all tokens.
-* `tree`: dta-plugin on all tokens, as in contenders.py.
+* `dense`: the lean dense path of common/updates.py, on all tokens.
+* `tree`: dta-plugin on all tokens, likewise.
 * `rpc`, `urs`: dta-plugin on what a selection draws, anew in every run: sequences end with their last kept token, the
   LM head runs where tokens are kept, weights 1 / p under the full loss's denominator. Drawing is part of their time.
 """
@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from benchmarks.common import updates
 from benchmarks.common.workloads import Workload
-from benchmarks.policy_update import contenders
 from dta_plugin import PrefixTree, TreeConfig
 from dta_plugin.execution.auto import run_tree
 from dta_plugin.execution.batch import prepare
@@ -66,14 +66,14 @@ class Deviation:
 
 
 def dense(model: PreTrainedModel, work: Workload) -> Step:
-    step, flat = contenders.dense(model, work), sum(map(len, work.sequences))
+    step, flat = updates.dense(model, work), sum(map(len, work.sequences))
     return _sized(step, Size(flat, None, sum(work.completion_lengths), 1.0))
 
 
 def tree(model: PreTrainedModel, work: Workload) -> Step:
     made = PrefixTree.from_sequences(work.sequences)
     edges = ScoredEdges.from_tree(made, work.prompt_lengths)
-    return _sized(contenders.tree(model, work), Size(made.flat_tokens, made.tree_tokens, len(edges.target), 1.0))
+    return _sized(updates.tree(model, work), Size(made.flat_tokens, made.tree_tokens, len(edges.target), 1.0))
 
 
 def on_subset(model: PreTrainedModel, work: Workload, selection: TokenSelection) -> Step:
@@ -108,7 +108,7 @@ def on_subset(model: PreTrainedModel, work: Workload, selection: TokenSelection)
     return step
 
 
-def _sized(step: contenders.Step, size: Size) -> Step:
+def _sized(step: updates.Step, size: Size) -> Step:
     def sized() -> Size:
         step()
         return size

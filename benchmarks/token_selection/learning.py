@@ -34,9 +34,9 @@ import torch
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 import dta_plugin
+from benchmarks.common.backward import SavedBytes
 from benchmarks.common.curves import arguments
 from benchmarks.common.harness import environment, write_json
-from benchmarks.streamed.contenders import SavedBytes
 from benchmarks.token_selection.learning_report import draw, learning_table
 from dta_plugin import TreeConfig
 

@@ -1,4 +1,4 @@
-"""Table and plot of selection_learning.py's runs: dicts as its result file holds them."""
+"""Table and plot of learning.py's runs: dicts as its result file holds them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.common.harness import table
 
 
 def learning_table(runs: Runs) -> str:
-    """One line per selection, over its seeds; see selection_learning.py for how to read it."""
+    """One line per selection, over its seeds; see learning.py for how to read it."""
     header = (
         "selection",
         "reward, first 10 %",

@@ -5,9 +5,9 @@
     python -m benchmarks.token_selection.updates --smoke             # seconds: tiny shapes, checks the benchmark itself
 
 Measured: one forward pass, GRPO-like loss and backward pass of a 4-layer Qwen3 (contenders.py), without sampling
-and without the optimizer. Rows (workloads.py): stars `prompt/completion/group`; recorded agent rollouts with every
-assistant turn a sequence, as verl trains them; and the same trials as one sequence each, as TRL does. There the dense
-path runs one sequence at a time, and once.
+and without the optimizer. Rows: stars `prompt/completion/group`; recorded agent rollouts with every assistant turn a
+sequence, as verl trains them; and the same trials as one sequence each, as TRL does. There the dense path runs one
+sequence at a time, and once.
 
 How to read the first table: `tokens` are those of the sequences as they were cut, `run` those of their tree, `scored`
 the log-probs that the LM head computed, `kept` the share of completion tokens that carry loss. Selections draw anew in
@@ -36,10 +36,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, Qwen3Config
 
+from benchmarks.common.backward import SavedBytes, gradient_error
 from benchmarks.common.harness import CLOCKS, environment, interleaved, median_ratio, write_json
 from benchmarks.common.models import MODEL_KEYS, qwen3, random_model
 from benchmarks.common.workloads import ROLLOUTS, Workload, rollouts, star, trajectories
-from benchmarks.streamed.contenders import SavedBytes, gradient_error
 from benchmarks.token_selection import contenders
 from benchmarks.token_selection.contenders import Deviation, Size, Step
 from benchmarks.token_selection.updates_report import gradient_table, summary, update_table

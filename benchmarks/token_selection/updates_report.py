@@ -1,4 +1,4 @@
-"""Tables of token_selection.py's results; see there for how to read them."""
+"""Tables of the results of updates.py; see there for how to read them."""
 
 from __future__ import annotations
 
