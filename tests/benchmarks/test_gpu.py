@@ -7,29 +7,23 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
+from benchmarks.gpu import __main__ as run
+from benchmarks.gpu import plan
+from benchmarks.gpu.tests import FILES
+
 ROOT = Path(__file__).resolve().parents[2]
-BENCHMARKS = ROOT / "benchmarks"
 TEN_MINUTES = 600
 STARTING = 5  # seconds beyond a step's limit: until it is ended, and what the driver itself takes
 
 
-@pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module
-
-
 @pytest.mark.parametrize("name", ["op", "trl", "more"])
 @pytest.mark.parametrize("recorded", [Path("recorded.jsonl.gz"), None])
-def test_plans_fit_ten_minutes(module: Callable[[str], ModuleType], name: str, recorded: Path | None) -> None:
-    plan = module("gpu_plan")
+def test_plans_fit_ten_minutes(name: str, recorded: Path | None) -> None:
     steps = plan.PLANS[name](plan.Setting(False, Path("site"), Path("wheels"), recorded))
     assert sum(step.seconds + STARTING for step in steps) <= TEN_MINUTES
     assert len({step.name for step in steps}) == len(steps)
@@ -37,32 +31,29 @@ def test_plans_fit_ten_minutes(module: Callable[[str], ModuleType], name: str, r
     assert any(given) == (recorded is not None)
 
 
-def test_trainers_are_needed_in_one_plan_only(module: Callable[[str], ModuleType]) -> None:
-    plan = module("gpu_plan")
+def test_trainers_are_needed_in_one_plan_only() -> None:
     setting = plan.Setting(False, Path("site"), Path("wheels"), None)
     assert not any("policy_update" in part for step in plan.op(setting) for part in step.command)
 
 
 @pytest.mark.parametrize("name", ["op", "trl", "more"])
 @pytest.mark.parametrize("dry", [True, False])
-def test_every_command_is_understood(
-    module: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, name: str, dry: bool
-) -> None:
+def test_every_command_is_understood(monkeypatch: pytest.MonkeyPatch, name: str, dry: bool) -> None:
     """Each script's own parser takes the options of its step."""
-    plan = module("gpu_plan")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: not dry)
     steps = plan.PLANS[name](plan.Setting(dry, Path("site"), Path("wheels"), Path("recorded.jsonl.gz")))
-    commands = [step.command for step in steps if step.command[0].startswith("benchmarks/")]
+    commands = [step.command for step in steps if step.command[1].startswith("benchmarks.")]
     assert commands
-    for script, *options in commands:
-        monkeypatch.setattr(sys, "argv", [script, *options])
-        module(Path(script).stem)._arguments()
+    for _, name, *options in commands:
+        script = importlib.import_module(name)
+        script = importlib.import_module(f"{name}.__main__") if hasattr(script, "__path__") else script
+        monkeypatch.setattr(sys, "argv", [name, *options])
+        script._arguments()
 
 
 def test_a_step_that_fails_or_hangs_does_not_stop_the_next(
-    module: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    run, plan = module("gpu_run"), module("gpu_plan")
     about = {"machine": {"accelerator": "none"}, "versions": {"torch": "0"}, "commit": None}
     steps = [
         plan.Step(
@@ -76,7 +67,7 @@ def test_a_step_that_fails_or_hangs_does_not_stop_the_next(
     ]
     monkeypatch.setitem(run.PLANS, "op", lambda _: steps)
     monkeypatch.setattr(run, "DRY_PATIENCE", 1)
-    monkeypatch.setattr(sys, "argv", ["gpu_run.py", "op", "--dry", "--output", str(tmp_path), "--commit", "1a2b3c4"])
+    monkeypatch.setattr(sys, "argv", ["gpu", "op", "--dry", "--output", str(tmp_path), "--commit", "1a2b3c4"])
     with pytest.raises(SystemExit) as end:
         run.main()
     assert end.value.code == 1
@@ -97,16 +88,16 @@ def test_a_step_that_fails_or_hangs_does_not_stop_the_next(
 
 
 def test_without_a_gpu_it_is_an_error(tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCHMARKS / "gpu_run.py"), "op", "--output", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "benchmarks.gpu", "op", "--output", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, env={"CUDA_VISIBLE_DEVICES": "", "PATH": ""})
     assert done.returncode == 1 and "no CUDA device" in done.stderr and not (tmp_path / "out").exists()
 
 
-def test_every_test_of_the_device_runs_there(module: Callable[[str], ModuleType]) -> None:
+def test_every_test_of_the_device_runs_there() -> None:
     """Files whose tests move to the GPU where there is one are those that say where they run."""
     imports = re.compile(r"^from tests\.support\.(interpreter|triton) import", re.MULTILINE)
     on_device = {path for path in (ROOT / "tests").rglob("test_*.py") if imports.search(path.read_text())}
-    listed = [ROOT / name for name in module("gpu_tests").FILES]
+    listed = [ROOT / name for name in FILES]
     assert on_device and all(any(path.is_relative_to(where) for where in listed) for path in on_device)
 
 
@@ -123,9 +114,9 @@ def test_device_tests_are_collected_without_hypothesis_or_trainers() -> None:
         "known = util.find_spec\n"
         f"absent = lambda name: name.split('.')[0] in {missing!r}\n"
         "util.find_spec = lambda name, package=None: None if absent(name) else known(name, package)\n"
-        f"import pytest; sys.path[:0] = [{str(BENCHMARKS)!r}, {str(ROOT)!r}]\n"
-        "import gpu_tests\n"
-        "sys.exit(pytest.main(['--collect-only', '-p', 'no:cacheprovider', '-m', 'not slow', *gpu_tests.FILES]))\n"
+        f"import pytest; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from benchmarks.gpu.tests import FILES\n"
+        "sys.exit(pytest.main(['--collect-only', '-p', 'no:cacheprovider', '-m', 'not slow', *FILES]))\n"
     )
     environment = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
