@@ -28,7 +28,7 @@ from tests.support.attention_variants import Attention, Inputs, Options, dense_i
 from tests.support.interpreter import DEVICE, ON_GPU, round_accumulators
 from tests.support.models import tiny_model
 from tests.support.trees import BLOCK_FORKS, SHAPES, WIDE, branching_comb, forest, fork_at, star
-from tests.support.triton import VARIANTS, check, poisoned_memory
+from tests.support.triton_checks import VARIANTS, check, poisoned_memory
 
 __all__ = ["poisoned_memory"]
 

@@ -95,7 +95,7 @@ def test_without_a_gpu_it_is_an_error(tmp_path: Path) -> None:
 
 def test_every_test_of_the_device_runs_there() -> None:
     """Files whose tests move to the GPU where there is one are those that say where they run."""
-    imports = re.compile(r"^from tests\.support\.(interpreter|triton) import", re.MULTILINE)
+    imports = re.compile(r"^from tests\.support\.(interpreter|triton_checks) import", re.MULTILINE)
     on_device = {path for path in (ROOT / "tests").rglob("test_*.py") if imports.search(path.read_text())}
     listed = [ROOT / name for name in FILES]
     assert on_device and all(any(path.is_relative_to(where) for where in listed) for path in on_device)

@@ -177,7 +177,7 @@ def test_fsdp2(folder: Path) -> None:
         port = str(free.getsockname()[1])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
     done = subprocess.run(
-        [*torchrun, support.__file__, *f"\0{support.THEN}\0".join("\0".join(run) for run in runs).split("\0")],
+        [*torchrun, "-m", support.__name__, *f"\0{support.THEN}\0".join("\0".join(run) for run in runs).split("\0")],
         env=os.environ | launcher_environment("fsdp2", "--mixed_precision", "no") | OFFLINE | {"TMPDIR": str(folder)},
         capture_output=True,
         text=True,

@@ -2,7 +2,7 @@
 
 As a script it is one rank of FSDP2 runs on CPUs, under torchrun, each with the arguments of `dta_plugin.run`:
 
-    torchrun --nproc_per_node 2 tests/support/recipes.py gsm8k.py --config ... --then gsm8k.py --config ...
+    torchrun --nproc_per_node 2 -m tests.support.recipes gsm8k.py --config ... --then gsm8k.py --config ...
 """
 
 from __future__ import annotations
