@@ -138,7 +138,6 @@ def _trained(tasks: list[Task], workers: int) -> Iterator[Run]:
 
 
 def _train(task: Task) -> Run:
-    sys.path.insert(0, str(ROOT))
     from recipes.quickstart.speed import build_trainer
 
     torch.set_num_threads(1)
