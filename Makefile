@@ -106,27 +106,27 @@ quickstart-verl: $(VERL_INSTALLED) ## the same with verl: its own training loop,
 	python recipes/quickstart/report.py runs/quickstart --run verl
 
 bench: $(INSTALLED) ## measure the policy update, dense against tree
-	python benchmarks/policy_update.py
+	python -m benchmarks.policy_update
 
 bench-streamed: $(INSTALLED) ## measure streamed execution: what bounded memory costs; against one path at a time
-	python benchmarks/streamed.py
+	python -m benchmarks.streamed
 
 bench-balance: $(INSTALLED) ## measure how evenly sequences are dealt out, against other ways to deal
-	python benchmarks/balance.py
+	python -m benchmarks.balance
 
 bench-nat: $(INSTALLED) ## measure updates on half of the tokens: time, memory, learning curves
-	python benchmarks/token_selection.py
+	python -m benchmarks.token_selection.updates
 	test -d runs/quickstart/model || python recipes/quickstart/build.py --output runs/quickstart
-	python benchmarks/selection_learning.py
+	python -m benchmarks.token_selection.learning
 
 bench-diffusion: $(INSTALLED) ## measure updates of a diffusion LM: memory against the number of samples, learning curves
-	python benchmarks/diffusion_memory.py
+	python -m benchmarks.diffusion.memory
 	test -d runs/quickstart_diffusion/model || python recipes/quickstart/diffusion.py --output runs/quickstart_diffusion
-	python benchmarks/diffusion_learning.py
+	python -m benchmarks.diffusion.learning
 
-# On a machine with a GPU: nothing is installed, and python3 is the one that holds torch. See benchmarks/gpu_run.py.
+# On a machine with a GPU: nothing is installed, and python3 is the one that holds torch. See benchmarks/gpu.
 #   make gpu RESULTS=out GPU_OPTIONS='--commit 1a2b3c4 --rollouts rollouts.jsonl.gz'
-GPU_RUN = python3 benchmarks/gpu_run.py $(1) --output $(RESULTS) $(GPU_OPTIONS)
+GPU_RUN = python3 -m benchmarks.gpu $(1) --output $(RESULTS) $(GPU_OPTIONS)
 gpu: ## tests and measurements on a CUDA device, ten minutes at most; needs no TRL; results in $(RESULTS)
 	$(call GPU_RUN,op)
 

@@ -2,68 +2,23 @@
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[1] / "dta_plugin"
-# Each room may import those that stand after it, and what all may: modules of the package itself in `COMMON`.
-ROOMS = (
-    "cli",
-    "adapters",
-    "sharing",
-    "diffusion",
-    "balance",
-    "execution",
-    "models",
-    "attention",
-    "tree",
-    "token_selection",
-)
-COMMON = {"errors", "dtypes", "upload", "config"}
-# What users call, and what adapters and the command line build on.
-TOP = {"api", "verify", "calibrate", "__init__"}
-# Switching on is where imports run up, when it is called.
-UP = {"activation", "run", "run_options", "run_yaml"}
-
-
-def imports(file: Path) -> Iterator[tuple[str, ast.AST]]:
-    """(room or module of the package, node) of every import of the package in a file."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        for name in names:
-            if name == "dta_plugin" or name.startswith("dta_plugin."):
-                yield [*name.split("."), "__init__"][1], node
-
-
-def room_of(file: Path) -> str:
-    return file.relative_to(PACKAGE).with_suffix("").parts[0]
-
-
-def runs_up(room: str, other: str) -> bool:
-    if room == other or other in COMMON or room in UP:
-        return False
-    if room in TOP:
-        return other in {"cli", "adapters", *UP} and room != "__init__"
-    if room in COMMON:
-        return (room, other) != ("config", "token_selection")
-    if other in TOP:
-        return room not in ("cli", "adapters")
-    return other in UP or ROOMS.index(other) < ROOMS.index(room)
+from tests.support.arrows import PACKAGE, UP, circles, imports, report, runs_up, unknown, up
 
 
 def test_imports_run_one_way() -> None:
-    files = sorted(PACKAGE.rglob("*.py"))
-    found = [
-        f"{file.relative_to(PACKAGE)}:{node.lineno} imports {other}"
-        for file in files
-        for other, node in imports(file)
-        if runs_up(room_of(file), other)
-    ]
-    assert len(files) > 150 and not found, "\n".join(found)
+    found = imports()
+    assert len(found) > 500 and not unknown(found), report(found)
+    assert {arrow.rooms for arrow in up(found)} == UP, report(found)
+
+
+def test_nothing_imports_itself_through_others() -> None:
+    found = [arrow for arrow in imports() if not arrow.late]
+    assert not circles(arrow.rooms for arrow in found), report(found)
+    assert not circles((arrow.source, arrow.target) for arrow in found), report(found)
 
 
 @pytest.mark.parametrize("room", ["tree", "token_selection"])
@@ -74,7 +29,30 @@ def test_rooms_that_know_of_no_framework(room: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("room", "other"), [("tree", "attention"), ("models", "execution"), ("execution", "adapters"), ("config", "tree")]
+    ("room", "other"),
+    [("tree", "attention"), ("models", "execution"), ("execution", "training"), ("training", "adapters")],
 )
 def test_negative_control(room: str, other: str) -> None:
-    assert (runs_up(room, other) and not runs_up(other, room)) or (room, other) == ("config", "tree")
+    assert runs_up(room, other) and not runs_up(other, room)
+
+
+def test_circles_are_found() -> None:
+    arrows = [("a", "b"), ("b", "c"), ("c", "b"), ("c", "d"), ("d", "d"), ("e", "f"), ("f", "g"), ("g", "e")]
+    assert circles(arrows) == [["b", "c"], ["e", "f", "g"]]
+
+
+def test_what_is_read_of_a_package(tmp_path: Path) -> None:
+    package = tmp_path / "some"
+    (package / "tree").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "tree" / "__init__.py").write_text("from some.tree.trie import Trie, build\n")
+    (package / "tree" / "trie.py").write_text("import some\n\ndef late():\n    from some import api\n")
+    (package / "api.py").write_text("import os\nfrom some.tree import trie\nif TYPE_CHECKING:\n    import some.tree\n")
+    found = [(arrow.source, arrow.target, arrow.line, arrow.late) for arrow in imports(package)]
+    assert sorted(found) == [
+        ("api", "tree", 4, True),
+        ("api", "tree.trie", 2, False),
+        ("tree", "tree.trie", 1, False),
+        ("tree.trie", "__init__", 1, False),
+        ("tree.trie", "api", 4, True),
+    ]

@@ -12,7 +12,7 @@ from dta_plugin import InvalidInputError, TreeMask, tree_attention
 from dta_plugin.attention import cpu, cpu_plan
 from dta_plugin.attention.cpu import cpu_attention
 from dta_plugin.attention.reference import reference_attention
-from tests.support.attention import (
+from tests.support.attention_variants import (
     OPTIONS,
     Attention,
     Inputs,

@@ -10,7 +10,7 @@ import torch
 
 from dta_plugin.attention.flex import flex_tree_attention
 from dta_plugin.attention.reference import reference_attention
-from tests.support.attention import OPTIONS, Inputs, mask_of
+from tests.support.attention_variants import OPTIONS, Inputs, mask_of
 from tests.support.trees import BLOCK_FORKS, SHAPES
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

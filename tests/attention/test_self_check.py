@@ -16,7 +16,7 @@ from dta_plugin import InvalidInputError, PrefixTree, TreeMask, tree_attention
 from dta_plugin.attention import api, self_check, tiles, triton_backend
 from dta_plugin.attention.self_check import Kind
 from dta_plugin.attention.triton_table import Launch, Launches
-from tests.support.attention import Inputs, Options, mask_of
+from tests.support.attention_variants import Inputs, Options, mask_of
 from tests.support.interpreter import DEVICE, ON_GPU
 from tests.support.trees import star
 

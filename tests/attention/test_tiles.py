@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dta_plugin import TreeMask
 from dta_plugin.attention import tiles
 from dta_plugin.attention.tiles import KeyWork, TilePairs, Visits, key_work, tile_pairs, visits
-from tests.support.attention import mask_of
+from tests.support.attention_variants import mask_of
 from tests.support.trees import SHAPES, WIDE, Sequences, branching_comb, fork_at, run, sequence_batches, star
 
 FORKS = {f"fork_{offset}": fork_at(offset, tail=5) for offset in range(1, 18)}

@@ -24,11 +24,11 @@ from dta_plugin.attention.tiles import Visits
 from dta_plugin.attention.triton_backend import TritonKernels, triton_attention
 from dta_plugin.attention.triton_table import Launch, Launches
 from dta_plugin.verify import compare
-from tests.support.attention import Attention, Inputs, Options, dense_in_own_dtype, mask_of, relative_error
+from tests.support.attention_variants import Attention, Inputs, Options, dense_in_own_dtype, mask_of, relative_error
 from tests.support.interpreter import DEVICE, ON_GPU, round_accumulators
 from tests.support.models import tiny_model
 from tests.support.trees import BLOCK_FORKS, SHAPES, WIDE, branching_comb, forest, fork_at, star
-from tests.support.triton import VARIANTS, check, poisoned_memory
+from tests.support.triton_checks import VARIANTS, check, poisoned_memory
 
 __all__ = ["poisoned_memory"]
 

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from dta_plugin.attention import tiles, triton_backend
 from dta_plugin.attention.triton_table import Launch, Launches
 from tests.support.trees import FIRST_TOKEN, Sequences
-from tests.support.triton import VARIANTS, check, poisoned_memory
+from tests.support.triton_checks import VARIANTS, check, poisoned_memory
 
 __all__ = ["poisoned_memory"]
 

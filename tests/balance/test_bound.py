@@ -12,7 +12,7 @@ from dta_plugin.balance import partition
 from dta_plugin.balance.bound import lower_bound
 from dta_plugin.balance.costs import TOKENS, TYPICAL, SequenceCosts
 from dta_plugin.tree.cost import ModelCost
-from tests.support.balance import CLOSE, best_of_all, groups, tree_cost
+from tests.support.dealing import CLOSE, best_of_all, groups, tree_cost
 from tests.support.trees import Sequences, run, sequence_batches, star
 
 

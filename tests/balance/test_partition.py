@@ -15,7 +15,7 @@ from dta_plugin import InvalidInputError
 from dta_plugin.balance import Partition, partition, partition_each
 from dta_plugin.balance.costs import TYPICAL, SequenceCosts
 from dta_plugin.tree.cost import ModelCost
-from tests.support.balance import CLOSE, best_of_all, counts, groups, loads_are_true, tree_cost
+from tests.support.dealing import CLOSE, best_of_all, counts, groups, loads_are_true, tree_cost
 from tests.support.trees import SHAPES, WIDE, Sequences, run, sequence_batches
 
 WINDOWED = ModelCost(10.0, 3.0, per_scored=50.0, per_window_pair=((3, 5.0), (8, 2.0)), per_call=90.0)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dta_plugin.balance.costs import TYPICAL, SequenceCosts, subtrees
 from dta_plugin.balance.search import Bin, searched
 from dta_plugin.balance.starts import Ranks, free_starts, packed, ranks_of, sized_starts, without_empty
-from tests.support.balance import counts, groups
+from tests.support.dealing import counts, groups
 from tests.support.trees import Sequences, sequence_batches
 
 CLOSE = 1e-9

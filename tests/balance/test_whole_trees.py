@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dta_plugin import InvalidInputError
 from dta_plugin.balance import Partition, partition
 from dta_plugin.balance.starts import filled_in_order
-from tests.support.balance import loads_are_true
+from tests.support.dealing import loads_are_true
 from tests.support.trees import Sequences
 
 

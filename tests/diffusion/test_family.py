@@ -9,8 +9,8 @@ import torch
 
 from dta_plugin.diffusion import DiffusionFamily, predictions
 from dta_plugin.errors import InvalidInputError, UnsupportedError
-from tests.support.diffusion import FAMILY, MASK, SHIFTED, diffusion_model, padded, shifted_twin
 from tests.support.models import tiny_model
+from tests.support.tiny_diffusion import FAMILY, MASK, SHIFTED, diffusion_model, padded, shifted_twin
 
 IDS = torch.tensor([[3, 4, 5, MASK, 7, MASK, 9, 10], [11, MASK, 13, 14, MASK, 16, 17, 18]])
 

@@ -18,7 +18,6 @@ from dta_plugin.diffusion.formats import native_config
 from dta_plugin.diffusion.loading import load_diffusion_lm, save_diffusion_lm
 from dta_plugin.diffusion.native import bidirectional
 from dta_plugin.errors import InvalidInputError, UnsupportedError
-from tests.support.diffusion import diffusion_model, padded
 from tests.support.diffusion_checkpoints import (
     FAMILIES,
     State,
@@ -27,6 +26,7 @@ from tests.support.diffusion_checkpoints import (
     released_state,
     write_checkpoint,
 )
+from tests.support.tiny_diffusion import diffusion_model, padded
 
 TOLERANCE = 1e-5
 # 11 tokens: two whole blocks of SDAR and a part of one; some masked, some repeated.

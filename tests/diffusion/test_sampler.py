@@ -11,7 +11,7 @@ import torch
 from dta_plugin.diffusion import SamplerConfig, predictions, sample
 from dta_plugin.diffusion import sampler as module
 from dta_plugin.errors import InvalidInputError
-from tests.support.diffusion import EOS, FAMILY, MASK, SHIFTED, VOCABULARY, diffusion_model, padded, shifted_twin
+from tests.support.tiny_diffusion import EOS, FAMILY, MASK, SHIFTED, VOCABULARY, diffusion_model, padded, shifted_twin
 
 ENDLESS = dataclasses.replace(FAMILY, eos_token_ids=())
 PROMPTS, PROMPT_MASK = padded([[3, 4, 5, 6, 7], [8, 9], [10, 11, 12]])

@@ -6,9 +6,9 @@ import platform
 from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 
-from tests.support.families import options_of
 from tests.support.models import WINDOW
 from tests.support.sweep import EXACT, NOT_BUILDABLE, NOTICED, REFUSED, STREAMED, TOLERANCE, Outcome, Row, cause
+from tests.support.tiny_families import options_of
 
 _INTRO = """\
 # Model families

@@ -34,8 +34,8 @@ import dta_plugin
 from dta_plugin import TreeConfig
 from dta_plugin.cli.doctor_command import model_findings
 from dta_plugin.errors import UnsupportedError
-from tests.support.families import NAMES, config_of, options_of, random_causal_lm
 from tests.support.oracle import Result, dense, difference
+from tests.support.tiny_families import NAMES, config_of, options_of, random_causal_lm
 from tests.support.tree_run import make_siblings_visible, through_tree
 from tests.support.trees import Sequences
 
@@ -193,7 +193,7 @@ def row_of(family: str) -> Row:
 def sweep(families: Iterable[str] = NAMES) -> Iterator[Row]:
     """Try families, each in a process of its own."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.families", "tests.support.tree_run"])
+    context.set_forkserver_preload(["tests.support.tiny_families", "tests.support.tree_run"])
     for family in families:
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_child, args=(family, sender), daemon=True)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from dta_plugin.adapters.trl import DiffusionGRPOConfig, DiffusionGRPOTrainer
 from dta_plugin.diffusion import draw_masks, prompt_noise
 from tests.adapters.trl.support import TRAINING, VOCABULARY, build, tokenizer
-from tests.support.diffusion import diffusion_model
+from tests.support.tiny_diffusion import diffusion_model
 
 MASK = VOCABULARY - 1
 Gradients = dict[str, torch.Tensor]

@@ -24,7 +24,7 @@ from dta_plugin.adapters.trl import DiffusionGRPOTrainer
 from dta_plugin.adapters.trl.diffusion import trainer as module
 from dta_plugin.adapters.trl.diffusion.rows import MASK_SEEDS
 from tests.adapters.trl import diffusion as tiny
-from tests.support_recipes import fsdp_on_cpus
+from tests.support.recipes import fsdp_on_cpus
 
 ROWS = 8  # of the union batch
 LORA = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
@@ -114,7 +114,7 @@ def main(wrapper: str, folder: Path) -> None:
     outcomes["generated"] = generated(folder)
     torch.save(outcomes, folder / f"rank{distributed.get_rank()}.pt")
     sys.stdout.flush()
-    os._exit(0)  # as in support_recipes
+    os._exit(0)  # as in tests/support/recipes.py
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from tests.adapters.trl import diffusion as tiny
 from tests.adapters.trl import diffusion_ranks
 from tests.adapters.trl.diffusion import Outcome
 from tests.adapters.trl.diffusion_ranks import CASES
+from tests.recipes.test_trl import launcher_environment
 from tests.support.ranks import REPOSITORY, free_port
-from tests.test_recipes import launcher_environment
 
 WRAPPERS = {"ddp": {}, "fsdp2": launcher_environment("fsdp2", "--mixed_precision", "no")}
 

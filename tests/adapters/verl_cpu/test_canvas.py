@@ -13,8 +13,8 @@ from dta_plugin.adapters.verl_cpu.canvas import canvas_sampler
 from dta_plugin.adapters.verl_cpu.sampling import Request, Sampling
 from dta_plugin.diffusion import bidirectional, family_of, sample
 from dta_plugin.errors import InvalidInputError
-from tests.support.diffusion import EOS, MASK, PAD, VOCABULARY
 from tests.support.models import random_model, tiny_config
+from tests.support.tiny_diffusion import EOS, MASK, PAD, VOCABULARY
 
 pytest.importorskip("dta_plugin.adapters.verl")
 LENGTH = 8

@@ -1,0 +1,32 @@
+"""The benchmarks of diffusion updates run: two ways agree, and one needs ever more memory. No timing is asserted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks.running import PNG, python, smoke
+
+
+@pytest.mark.long
+def test_memory(tmp_path: Path) -> None:
+    done = smoke("diffusion.memory", tmp_path)
+    rows = done.result["rows"]
+    assert [row["samples"] for row in rows] == [1, 2, 4]
+    first = rows[0]["saved_bytes"]
+    for row in rows:
+        assert row["saved_bytes"]["loop"] == pytest.approx(first["loop"], rel=0.05)
+        assert row["saved_bytes"]["one_graph"] == pytest.approx(row["samples"] * first["one_graph"], rel=0.05)
+        assert row["error"] < 1e-5
+    assert "ms per sample, loop" in done.printed
+
+
+@pytest.mark.slow
+def test_learning(tmp_path: Path) -> None:
+    built, plot = tmp_path / "built", tmp_path / "curves.png"
+    python("recipes/quickstart/diffusion.py", "--steps", "20", "--output", str(built))
+    done = smoke("diffusion.learning", tmp_path, "--folder", str(built), "--plot", str(plot))
+    assert plot.read_bytes().startswith(PNG)
+    assert [len(run["reward"]) for run in done.result["runs"]] == [2, 2, 2]
+    assert all(name in done.printed for name in ("bgpo", "vrpo", "diffu-grpo"))
