@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dta_plugin"
 ROOMS = (
     "cli",
     "adapters",
+    "training",
     "sharing",
     "diffusion",
     "balance",

@@ -10,7 +10,7 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 from dta_plugin.adapters.trl import DiffusionGRPOConfig, DiffusionGRPOTrainer, TreeGRPOConfig
-from dta_plugin.adapters.trl.diffusion.unused import _OPTIONS
+from dta_plugin.adapters.trl.diffusion.unsupported_options import _OPTIONS
 from dta_plugin.errors import InvalidInputError, UnsupportedModelError
 from tests.adapters.trl import diffusion as tiny
 from tests.adapters.trl.support import enabled
