@@ -53,7 +53,7 @@ class DiffusionBatch:
         """Of rows without padding; begins: where each one's completion begins."""
         ids, mask = side_by_side(sequences, begins, pad)
         drawn = torch.tensor(seeds, dtype=torch.int64, device=device)
-        return cls(ids.to(device), mask.to(device), ids.shape[1] - max(begins), drawn)
+        return cls(ids.to(device=device), mask.to(device=device), ids.shape[1] - max(begins), drawn)
 
     def __len__(self) -> int:
         return len(self.input_ids)

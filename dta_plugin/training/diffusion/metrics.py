@@ -17,7 +17,7 @@ SHARES = 4  # buckets of the histogram of mask levels
 
 
 class MetricInfo(NamedTuple):
-    """reduction: over micro-batches and ranks, `mean` (over what `unit` is per), `sum` or `max`."""
+    """One metric. reduction: over rows and ranks, `mean` (weighted by what the unit is per), `sum` or `max`."""
 
     name: str
     unit: str
@@ -26,23 +26,21 @@ class MetricInfo(NamedTuple):
 
 
 _BUCKETS = [f"masked_{100 * i // SHARES}_to_{100 * (i + 1) // SHARES}" for i in range(SHARES)]
+_MASKED = "those of which so many percent of the tokens are hidden"
 DIFFUSION_METRICS = (
-    MetricInfo("diffusion/elbo", "nats per token", "mean", "lower bound of the likelihood of rows that ran"),
-    MetricInfo("diffusion/log_prob", "nats per token", "mean", "the same from one fully masked forward; diffu-grpo"),
-    MetricInfo("diffusion/bound_gap", "advantage per row", "mean", "what the bound gives away on these samples; bgpo"),
-    MetricInfo("diffusion/mean_abs_d", "scaled nats per difference", "mean", "how far the policy has moved"),
-    MetricInfo("diffusion/max_abs_d", "scaled nats", "max", "the largest of these differences"),
+    MetricInfo("diffusion/elbo", "nats per token", "mean", "estimate of the likelihood's lower bound"),
+    MetricInfo("diffusion/log_prob", "nats per token", "mean", "log-probs in one fully masked forward (diffu-grpo)"),
+    MetricInfo("diffusion/bound_gap", "advantage per row", "mean", "what the bound gives away on the samples (bgpo)"),
+    MetricInfo("diffusion/mean_abs_d", "nats, scaled by length_norm", "mean", "how far the policy is from the old one"),
+    MetricInfo("diffusion/max_abs_d", "nats, scaled by length_norm", "max", "the largest of these differences"),
     MetricInfo("diffusion/clip_fraction", "share of differences", "mean", "those whose gradient a clip takes away"),
-    MetricInfo("diffusion/kl", "nats", "mean", "estimate of the divergence from the reference; where there is one"),
-    *(
-        MetricInfo(f"diffusion/{name}", "share of samples", "mean", "those that hide so many percent of the tokens")
-        for name in _BUCKETS
-    ),
-    MetricInfo("diffusion/rows_kept", "rows", "sum", "rows that ran, of the update's micro-batch or mini-batch"),
-    MetricInfo("diffusion/rows_skipped", "rows", "sum", "rows without advantage, which did not run"),
-    MetricInfo("diffusion/scored_tokens", "tokens", "sum", "completion tokens of rows that ran"),
-    MetricInfo("diffusion/peak_memory_gib", "GiB", "max", "most memory of a GPU in use so far; on GPUs"),
-    MetricInfo("diffusion/model_calls", "calls", "mean", "of the sampler, where the trainer samples itself"),
+    MetricInfo("diffusion/kl", "nats, scaled by length_norm", "mean", "penalised divergence from a reference"),
+    *(MetricInfo(f"{PREFIX}{name}", "share of samples", "mean", _MASKED) for name in _BUCKETS),
+    MetricInfo("diffusion/rows_kept", "rows", "sum", "rows that count in the loss, on all ranks"),
+    MetricInfo("diffusion/rows_skipped", "rows", "sum", "rows without advantage, which do not"),
+    MetricInfo("diffusion/scored_tokens", "tokens", "sum", "completion tokens of rows that count"),
+    MetricInfo("diffusion/peak_memory_gib", "GiB", "max", "most memory of a GPU in use so far"),
+    MetricInfo("diffusion/model_calls", "calls", "mean", "of a sampled batch, where the trainer samples itself"),
 )
 
 

@@ -46,7 +46,7 @@ def diffusion_options(rollout: Any) -> DiffusionOptions | None:
         )
     try:
         found = DiffusionOptions(**_by_name(given))
-        found.sampler_config(int(rollout.get("response_length")), temperature=1.0)
+        found.sampler_config(int(rollout.get("response_length")), 1.0, found.attention_block_length)
     except InvalidInputError as error:
         raise InvalidInputError(f"In {DIFFUSION}: {error}") from None
     if found.objective == "diffu-grpo":
