@@ -23,6 +23,7 @@ from dta_plugin.execution.auto import run_tree
 from dta_plugin.execution.calibration_store import Calibration, describe
 from dta_plugin.execution.prepared_batch import PreparedBatch, prepare_batch
 from dta_plugin.models.introspection import input_device, model_cost
+from dta_plugin.training.padding import side_by_side
 from dta_plugin.tree.cost import Padded
 from dta_plugin.tree.speed import Parts, Speed
 
@@ -44,14 +45,8 @@ class DenseBatch:
 
     @classmethod
     def from_case(cls, case: Case, device: torch.device) -> DenseBatch:
-        prompt = max(case.first_scored)
-        columns = max(len(s) - first for s, first in zip(case.sequences, case.first_scored, strict=True))
-        ids = np.zeros((len(case.sequences), prompt + columns), dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for row, (sequence, first) in enumerate(zip(case.sequences, case.first_scored, strict=True)):
-            place = slice(prompt - first, prompt - first + len(sequence))
-            ids[row, place], mask[row, place] = sequence, 1
-        return cls(torch.as_tensor(ids, device=device), torch.as_tensor(mask, device=device), columns)
+        ids, mask = side_by_side(case.sequences, case.first_scored, pad=0)
+        return cls(ids.to(device), mask.to(device), ids.shape[1] - max(case.first_scored))
 
     @property
     def shape(self) -> Padded:
