@@ -18,6 +18,7 @@ from dta_plugin.attention.triton_parts import (
     capped,
     first_column,
     is_visible,
+    load_at,
     load_rows,
     load_values,
     sees,
@@ -120,10 +121,14 @@ def _key_gradient(
 
     Scores are computed transposed, [keys, queries], so that no operand of a product needs a transposition.
     """
+    # All addresses first, which costs fewer registers than each at its load.
+    q_base, grad_base = Q.base + head * Q.head_stride, Grad.base + head * Grad.head_stride
+    Lse += head * queries
+    Delta += head * queries
     row = tile * QUERY_TILE + tl.arange(0, QUERY_TILE)
-    q = load_rows(Q, head, row, queries, MASKED)
+    q = load_at(q_base, Q, row, queries, MASKED)
     product = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    lse = load_values(Lse + head * queries, row, queries, MASKED) * LOG2_E
+    lse = load_values(Lse, row, queries, MASKED) * LOG2_E
     weight, slope = _weights(product, scale, softcap, lse[None, :])
     if MASKED:
         query = first_query + row
@@ -134,17 +139,17 @@ def _key_gradient(
         weight = tl.where(visible & (row < queries)[None, :], weight, 0.0)
     if KEYS:
         weighted_slope = weight * (slope * scale)  # now, so that the two need not both be kept
-        grad = load_rows(Grad, head, row, queries, MASKED)
+        grad = load_at(grad_base, Grad, row, queries, MASKED)
     else:
-        grad = load_rows(Grad, head, row, queries, MASKED, first)
+        grad = load_at(grad_base, Grad, row, queries, MASKED, first)
     if VALUES:
         acc_v = tl.dot(weight.to(grad.dtype), grad, acc_v, input_precision=PRECISION)
     if KEYS:
         grad_weight = tl.dot(v, tl.trans(grad), input_precision=PRECISION)
-        delta = load_values(Delta + head * queries, row, queries, MASKED)
+        delta = load_values(Delta, row, queries, MASKED)
         grad_score = weighted_slope * (grad_weight - delta[None, :])
         if Q.block > Q.share:
-            q = load_rows(Q, head, row, queries, MASKED, first)
+            q = load_at(q_base, Q, row, queries, MASKED, first)
         acc_k = tl.dot(grad_score.to(q.dtype), q, acc_k, input_precision=PRECISION)
     return acc_k, acc_v
 

@@ -51,12 +51,18 @@ def block(x: torch.Tensor) -> int:
 
 @triton.jit
 def load_rows(M, head, row, rows, CHECKED: tl.constexpr, first=None):
-    """[len(row), block] of one head's matrix, or [len(row), share] from column `first` on.
+    """[len(row), block] of a head's matrix, or [len(row), share] from column `first` on.
 
     Zeros beyond its width and, if CHECKED, beyond `rows`.
     """
+    return load_at(M.base + head * M.head_stride, M, row, rows, CHECKED, first)
+
+
+@triton.jit
+def load_at(base, M, row, rows, CHECKED: tl.constexpr, first=None):
+    """The same of the head whose matrix begins at `base`."""
     column = tl.arange(0, M.block) if first is None else first + tl.arange(0, M.share)
-    place = M.base + head * M.head_stride + row[:, None].to(tl.int64) * M.row_stride + column[None, :]
+    place = base + row[:, None].to(tl.int64) * M.row_stride + column[None, :]
     if CHECKED:
         return tl.load(place, mask=(row < rows)[:, None] & (column < M.width)[None, :], other=0.0)
     elif M.width != M.block:
@@ -67,7 +73,7 @@ def load_rows(M, head, row, rows, CHECKED: tl.constexpr, first=None):
 
 @triton.jit
 def store_rows(M, head, row, rows, value, first):
-    """The program's share of one head's rows, from column `first` on."""
+    """The program's share of a head's rows, from column `first` on."""
     column = first + tl.arange(0, M.share)
     place = M.base + head * M.head_stride + row[:, None].to(tl.int64) * M.row_stride + column[None, :]
     tl.store(place, value.to(M.base.dtype.element_ty), mask=(row < rows)[:, None] & (column < M.width)[None, :])
