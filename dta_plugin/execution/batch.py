@@ -115,7 +115,7 @@ def hopeless(model: nn.Module, longest: int, scored: int, instead: Sequence[Padd
         return None
     weights = model_cost(causal_lm(model))
     dense = _dense_seconds(speeds, weights, instead)
-    tree = speeds.tree.seconds(weights.parts(longest, np.arange(longest), scored))
+    tree = speeds.tree.seconds(weights.work(longest, np.arange(longest), scored))
     if tree <= (1 - config.min_saving) * dense or _streams_anywhere(model, longest, config):
         return None
     return f"no tree is faster than {dense * 1e3:.0f} ms, what the dense path takes as calibrated"
@@ -130,14 +130,14 @@ def _streams_anywhere(model: nn.Module, tree_tokens: int, config: TreeConfig) ->
 
 
 def _dense_seconds(speeds: Calibration, weights: ModelCost, instead: Sequence[Padded]) -> float:
-    return sum(speeds.dense.seconds(weights.padded_parts(batch)) for batch in instead)
+    return sum(speeds.dense.seconds(weights.padded_work(batch)) for batch in instead)
 
 
 def _predicted(
     speeds: Calibration, weights: ModelCost, tree: PrefixTree, edges: ScoredEdges, instead: Sequence[Padded]
 ) -> CostEstimate:
     """Seconds of both ways."""
-    as_tree = weights.parts(tree.tree_tokens, tree.depth, len(edges.rows))
+    as_tree = weights.work(tree.tree_tokens, tree.depth, len(edges.rows))
     return CostEstimate(_dense_seconds(speeds, weights, instead), speeds.tree.seconds(as_tree))
 
 
