@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from balance_contenders import Bins, contenders, loads
+from balance_contenders import Bins, contenders
 from balance_report import checks, draw, result_table, shown
 from balance_workloads import VOCAB, Batch, all_tasks, one_task, synthetic
 from harness import CLOCKS, environment, interleaved, write_json
@@ -36,7 +36,7 @@ from workloads import ROLLOUTS
 
 from dta_plugin.balance import partition
 from dta_plugin.balance.bound import lower_bound
-from dta_plugin.balance.costs import TOKENS, TYPICAL, SequenceCosts
+from dta_plugin.balance.costs import TOKENS, TYPICAL, SequenceCosts, loads
 
 BINS, SMOKE_BINS = (2, 4, 8, 16, 32, 64), (2, 4)
 # Sequences, tokens of each, sequences per group, bins.

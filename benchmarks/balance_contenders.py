@@ -82,10 +82,3 @@ def longest_first(rows: Rows, bins: int) -> Bins:
 def shuffled(rows: Rows, bins: int, seed: int) -> Bins:
     order = np.random.default_rng(seed).permutation(len(rows))
     return [part.tolist() for part in np.array_split(order, bins)]
-
-
-def loads(costs: SequenceCosts, bins: Bins) -> list[float]:
-    """What every bin's prefix tree costs; tests compare it with trees that are built."""
-    rank = np.empty(len(costs), dtype=np.int64)
-    rank[costs.order] = np.arange(len(costs))
-    return [costs.of_ranks(np.sort(rank[members])) for members in bins]

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from dta_plugin import PrefixTree
-from dta_plugin.balance.costs import TYPICAL, SequenceCosts
+from dta_plugin.balance.costs import TYPICAL, SequenceCosts, loads
 from tests.support.trees import SHAPES, Sequences, comb, run, star
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -96,12 +96,11 @@ def test_an_exception_is_reported_and_a_tie_may_be_one(
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_loads_are_what_the_trees_of_the_bins_cost(benchmark_module: Callable[[str], ModuleType], shape: str) -> None:
-    module = benchmark_module("balance_contenders")
     rows = [np.array(sequence) for sequence in SHAPES[shape]]
-    for name, deal in module.contenders(rows, 3).items():
+    for name, deal in benchmark_module("balance_contenders").contenders(rows, 3).items():
         bins = deal()
         assert sorted(s for members in bins for s in members) == list(range(len(rows))), name
-        for members, load in zip(bins, module.loads(SequenceCosts.of(rows), bins), strict=True):
+        for members, load in zip(bins, loads(SequenceCosts.of(rows), bins), strict=True):
             tree = PrefixTree.from_sequences([rows[s] for s in members]) if members else None
             expected = TYPICAL.flops(tree.tree_tokens, tree.depth, 0) if tree else 0.0
             assert load == pytest.approx(expected, rel=1e-9)

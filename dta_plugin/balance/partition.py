@@ -19,10 +19,6 @@ from dta_plugin.errors import InvalidInputError
 from dta_plugin.tree.cost import ModelCost
 from dta_plugin.tree.trie import TokenSequence
 
-Effort = Literal["fast", "thorough"]
-# Times that the search is shaken; see `searched`.
-_SHAKES: dict[Effort, int] = {"fast": 10, "thorough": 100}
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Partition:
@@ -81,7 +77,6 @@ def partition(
     sizes: Sequence[int] | Literal["equal"] | None = None,
     allow_empty: bool = False,
     whole_trees: bool = False,
-    effort: Effort = "fast",
 ) -> Partition:
     """Deal `sequences` out to `bins` bins.
 
@@ -90,10 +85,9 @@ def partition(
         "equal", for frameworks that need equal counts; None: whatever balances, see `Partition.weights`.
     allow_empty: with sizes=None, bins stay empty where using them would lower nothing. whole_trees: with sizes given,
         trees are cut where counts need it, not where it pays; a tree is what shares more than all sequences do.
-    effort: "thorough" searches ten times as long, for up to 2 % where bins hold few trees or parts of one.
 
     Raises InvalidInputError for no sequences, fewer than one bin, fewer sequences than bins unless allow_empty, and
-    sizes, first_scored, whole_trees or effort that do not fit.
+    sizes, first_scored or whole_trees that do not fit.
     """
     if not len(sequences):
         raise InvalidInputError(
@@ -101,8 +95,6 @@ def partition(
         )
     if bins < 1:
         raise InvalidInputError(f"Got bins={bins}. Expected at least 1.")
-    if effort not in _SHAKES:
-        raise InvalidInputError(f"Got effort={effort!r}. Expected one of {', '.join(map(repr, _SHAKES))}.")
     counts = _counts(len(sequences), bins, sizes)
     if whole_trees and counts is None:
         raise InvalidInputError("Got whole_trees=True with sizes=None. Expected sizes, such as 'equal'.")
@@ -116,9 +108,7 @@ def partition(
         starts = free_starts(own, bins)
     else:
         starts = [without_empty(own, filled) for filled in free_starts(own, bins)]
-    enough = lower_bound(own, bins)
-    filled = searched(own, starts, counts is not None, _SHAKES[effort], enough, whole=whole_trees)
-    return Partition.of(costs, filled)
+    return Partition.of(costs, searched(own, starts, swaps_only=counts is not None, whole=whole_trees))
 
 
 def partition_each(

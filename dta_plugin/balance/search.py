@@ -2,9 +2,7 @@
 
 A bin's sequences, in depth-first order, form a tree of their own. What it costs less without one of its subtrees, and
 what another bin costs more with it, are differences of prefix sums and a few overlaps: all pairs of subtrees of two
-bins are weighed at once, and the best looking exchanges computed in full. Where that ends, random moves shake the bins
-and the search goes on from there (iterated local search; Lourenço, Martin and Stützle 2003,
-doi:10.1007/0-306-48056-5_11).
+bins are weighed at once, and the best looking exchanges computed in full.
 """
 
 from __future__ import annotations
@@ -20,8 +18,6 @@ from dta_plugin.balance.starts import Ranks
 _PRECISION = 1e-3
 # Exchanges between two bins that are computed in full; subtrees of a bin, and other bins, that are considered.
 _TRIED, _MOST, _OTHERS = 8, 512, 128
-# Random moves before the search goes on.
-_MOVES = 2
 
 
 class Bin:
@@ -78,21 +74,13 @@ class Bin:
 Bins = list[Bin]
 
 
-def searched(
-    costs: SequenceCosts, starts: Sequence[Ranks], swaps_only: bool, shakes: int, enough: float, whole: bool = False
-) -> Ranks:
+def searched(costs: SequenceCosts, starts: Sequence[Ranks], swaps_only: bool, whole: bool = False) -> Ranks:
     """The best of what local search makes of `starts`. swaps_only: bins keep their counts. whole: no tree is cut anew.
 
-    shakes: times that random moves take the search out of where it ended, unless the costliest bin costs `enough`, a
-    lower bound. No bin is left empty that was not.
+    No bin is left empty that was not.
     """
-    best = min((_relieved([Bin(costs, ranks, whole) for ranks in start], swaps_only) for start in starts), key=_height)
-    generator = np.random.default_rng(0)
-    for _ in range(shakes):
-        if _height(best)[0] <= enough * (1 + _PRECISION):
-            break
-        best = min(_relieved(_shaken(best, generator, swaps_only), swaps_only), best, key=_height)
-    return [one.ranks for one in best]
+    found = [_relieved([Bin(costs, ranks, whole) for ranks in start], swaps_only) for start in starts]
+    return [one.ranks for one in min(found, key=_height)]
 
 
 def _height(bins: Bins) -> tuple[float, float]:
@@ -147,19 +135,3 @@ def _exchanged(here: Bin, there: Bin, given: int, returned: int | None) -> tuple
     gift, kept = here.parted(given)
     back, left = (there.ranks[:0], there.ranks) if returned is None else there.parted(returned)
     return np.sort(np.concatenate([kept, back])), np.sort(np.concatenate([left, gift]))
-
-
-def _shaken(bins: Bins, generator: np.random.Generator, swaps_only: bool) -> Bins:
-    """After random moves, or exchanges of as many sequences, out of the costliest bin."""
-    bins = list(bins)
-    for _ in range(_MOVES):
-        top = max(range(len(bins)), key=lambda index: bins[index].load)
-        other, given = int(generator.integers(len(bins))), int(generator.integers(len(bins[top].sizes)))
-        size = int(bins[top].sizes[given])
-        fitting = np.flatnonzero(bins[other].sizes == size) if swaps_only else np.array([-1])
-        if other == top or not len(fitting) or (size == len(bins[top].ranks) and not swaps_only):
-            continue
-        returned = int(generator.choice(fitting)) if swaps_only else None
-        pair = _exchanged(bins[top], bins[other], given, returned)
-        bins[top], bins[other] = map(bins[top].holding, pair)
-    return bins

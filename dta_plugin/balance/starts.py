@@ -1,15 +1,13 @@
 """Ways to deal sequences out at one go; `search` improves on them.
 
-With free sizes the smallest capacity at which everything fits is found by bisection (MULTIFIT; Coffman, Garey and
-Johnson 1978, doi:10.1137/0207001), for two ways to fill bins up to a capacity: whole trees first and what does not fit
-cut to fill the gaps, and depth-first order cut where a bin is full. A third way, also with given sizes: largest tree
-first into the cheapest bin with room (LPT; Graham 1969, doi:10.1137/0117039). With given sizes also depth-first order,
-cut by count.
+Depth-first order cut by count. Largest tree first into the cheapest bin with room (LPT; Graham 1969,
+doi:10.1137/0117039). With free sizes also the smallest capacity, found by bisection (MULTIFIT; Coffman, Garey and
+Johnson 1978, doi:10.1137/0207001), within which whole trees go first and others are cut to fill the gaps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -25,15 +23,16 @@ Ranks = list[np.ndarray]  # per bin int64 [R], ascending
 
 def free_starts(costs: SequenceCosts, bins: int) -> list[Ranks]:
     """Several ways, all with any number of sequences per bin."""
-    within_capacity = [_least_capacity(costs, bins, fill) for fill in (packed, _contiguous)]
     any_count = [len(costs)] * bins
-    return [ranks_of(filled) for filled in (*within_capacity, _largest_first(costs, any_count))]
+    in_order = np.array_split(np.arange(len(costs)), bins)
+    return [ranks_of(_least_capacity(costs, bins)), ranks_of(_largest_first(costs, any_count)), in_order]
 
 
 def sized_starts(costs: SequenceCosts, sizes: Sequence[int]) -> list[Ranks]:
     """Several ways, all with `sizes` sequences in the bins."""
-    in_order = np.split(np.arange(len(costs)), np.cumsum(sizes)[:-1])
-    return [ranks_of(_largest_first(costs, sizes)), in_order]
+    smallest_first = np.argsort(sizes, kind="stable")
+    orders = (smallest_first, smallest_first[::-1]) if min(sizes) < max(sizes) else (smallest_first,)
+    return [ranks_of(_largest_first(costs, sizes)), *(_in_order(costs, sizes, order) for order in orders)]
 
 
 def whole_starts(costs: SequenceCosts, sizes: Sequence[int]) -> list[Ranks]:
@@ -84,16 +83,16 @@ def _first_that_fill(counts: Sequence[int], size: int) -> list[int]:
     return chosen
 
 
-def _least_capacity(costs: SequenceCosts, bins: int, fill: Callable[[SequenceCosts, int, float], Bins | None]) -> Bins:
-    """What `fill` does at the smallest capacity that suffices it."""
+def _least_capacity(costs: SequenceCosts, bins: int) -> Bins:
+    """What `packed` does at the smallest capacity that suffices it."""
     low = high = lower_bound(costs, bins)
-    best = fill(costs, bins, low)
+    best = packed(costs, bins, low)
     while best is None:
         low, high = high, 2 * high
-        best = fill(costs, bins, high)
+        best = packed(costs, bins, high)
     while high > low * (1 + _PRECISION):
         middle = (low + high) / 2
-        found = fill(costs, bins, middle)
+        found = packed(costs, bins, middle)
         if found is None:
             low = middle
         else:
@@ -129,15 +128,10 @@ def packed(costs: SequenceCosts, bins: int, capacity: float) -> Bins | None:
     return filled
 
 
-def _contiguous(costs: SequenceCosts, bins: int, capacity: float) -> Bins | None:
-    """Depth-first order in pieces of at most `capacity`."""
-    filled: Bins = [[] for _ in range(bins)]
-    rest = Run(0, len(costs))
-    for runs in filled:
-        part = costs.longest_within(rest, capacity) if len(rest) else rest
-        runs.append(part)
-        rest = Run(part.stop, rest.stop)
-    return None if len(rest) else filled
+def _in_order(costs: SequenceCosts, sizes: Sequence[int], order: np.ndarray) -> Ranks:
+    """Depth-first order cut into `sizes`, for the bins in `order`."""
+    parts = np.split(np.arange(len(costs)), np.asarray(sizes)[order].cumsum()[:-1])
+    return [parts[place] for place in order.argsort()]
 
 
 def _largest_first(costs: SequenceCosts, sizes: Sequence[int], by_count: bool = False) -> Bins:

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dta_plugin import PrefixTree
 from dta_plugin.balance import partition
 from dta_plugin.balance.bound import lower_bound
 from dta_plugin.balance.costs import TOKENS, TYPICAL, SequenceCosts
@@ -31,9 +30,7 @@ def test_siblings_that_disagree_on_what_is_scored(data: st.DataObject, sequences
     found = partition(sequences, bins, model=model, first_scored=begins, allow_empty=True)
     assert found.lower_bound <= max(found.loads) * (1 + CLOSE)
     everything = partition(sequences, 1, model=model, first_scored=begins).loads[0]
-    tree = PrefixTree.from_sequences(sequences)
-    tokens = {token for s, begin in enumerate(begins) for token in tree.path(s)[begin:].tolist()}
-    assert everything >= model.flops(tree.tree_tokens, tree.depth, len(tokens)) * (1 - CLOSE)
+    assert everything >= tree_cost(sequences, model, begins) * (1 - CLOSE)
 
 
 @given(sequence_batches(max_sequences=12), st.integers(1, 6))
@@ -65,6 +62,6 @@ def test_a_group_too_large_for_a_bin_pays_its_prompt_several_times() -> None:
 @pytest.mark.parametrize("bins", [2, 8, 32])
 def test_partitions_come_near(bins: int) -> None:
     sequences = groups(32, 8, longest=100)
-    found = partition(sequences, bins, effort="thorough")
+    found = partition(sequences, bins)
     assert found.lower_bound == pytest.approx(lower_bound(SequenceCosts.of(sequences), bins))
     assert max(found.loads) <= 1.1 * found.lower_bound

@@ -10,25 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dta_plugin import InvalidInputError, PrefixTree
 from dta_plugin.balance.bound import lower_bound
-from dta_plugin.balance.costs import TYPICAL, Run, SequenceCosts
+from dta_plugin.balance.costs import TOKENS, TYPICAL, Run, SequenceCosts
 from dta_plugin.tree.cost import ModelCost
+from tests.support.balance import CLOSE, WINDOWED, tree_cost
 from tests.support.trees import BLOCK_FORKS, SHAPES, WIDE, Sequences, comb, sequence_batches, star
 
-WINDOWED = ModelCost(per_token=10.0, per_pair=3.0, per_scored=50.0, per_window_pair=((3, 5.0), (8, 2.0)))
-MODELS = {"typical": TYPICAL, "windows": WINDOWED, "tokens": ModelCost(1.0, 0.0, 0.0)}
-CLOSE = 1e-9
-
-
-def tree_cost(sequences: Sequences, model: ModelCost, first_scored: list[int] | None = None) -> float:
-    """What the built tree costs; a token that any sequence scores is scored once. No sequences cost nothing."""
-    if not sequences:
-        return 0.0
-    tree = PrefixTree.from_sequences(sequences)
-    begins = first_scored or [len(sequence) for sequence in sequences]
-    scored = {token for s, begin in enumerate(begins) for token in tree.path(s)[begin:].tolist()}
-    return model.flops(tree.tree_tokens, tree.depth, len(scored))
+MODELS = {"typical": TYPICAL, "windows": WINDOWED, "tokens": TOKENS}
 
 
 @st.composite
@@ -168,8 +156,3 @@ def test_large_costs_lose_no_precision() -> None:
     costs = SequenceCosts.of(sequences, model)
     last = Run(len(costs) - 1, len(costs))
     assert costs.of_run(last) == pytest.approx(float(costs.path[-1]), rel=CLOSE)
-
-
-def test_what_is_no_sequence_is_refused() -> None:
-    with pytest.raises(InvalidInputError, match="Sequence 1 is empty"):
-        SequenceCosts.of([[1], []])
