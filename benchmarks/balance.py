@@ -104,13 +104,13 @@ def _batches(args: argparse.Namespace) -> dict[str, Callable[[], Batch]]:
 
 def _measure(batch: Batch, counts: list[int]) -> list[dict[str, Any]]:
     """A row for every number of bins."""
-    costs = SequenceCosts.of(batch.sequences)
+    costs = SequenceCosts.from_sequences(batch.sequences)
     described = {
         "name": batch.name,
         "sequences": len(batch.sequences),
         "groups": batch.groups,
         "flat_tokens": sum(map(len, batch.sequences)),
-        "tree_tokens": int(SequenceCosts.of(batch.sequences, TOKENS).total),
+        "tree_tokens": int(SequenceCosts.from_sequences(batch.sequences, TOKENS).total),
         "cost": costs.total,
     }
     return [described | _dealt(batch, costs, bins) for bins in counts]

@@ -40,7 +40,7 @@ def contenders(rows: Rows, bins: int) -> dict[str, Callable[[], Bins]]:
 
 
 def contiguous(rows: Rows, bins: int) -> Bins:
-    costs = SequenceCosts.of(rows, TOKENS)
+    costs = SequenceCosts.from_sequences(rows, TOKENS)
     before = np.concatenate([[0.0], np.cumsum(costs.path - costs.shared)])
     is_leaf = np.append(costs.shared[1:] < costs.path[:-1], True)
     ends = np.concatenate([[0], np.flatnonzero(is_leaf) + 1])

@@ -100,7 +100,7 @@ def test_loads_are_what_the_trees_of_the_bins_cost(benchmark_module: Callable[[s
     for name, deal in benchmark_module("balance_contenders").contenders(rows, 3).items():
         bins = deal()
         assert sorted(s for members in bins for s in members) == list(range(len(rows))), name
-        for members, load in zip(bins, loads(SequenceCosts.of(rows), bins), strict=True):
+        for members, load in zip(bins, loads(SequenceCosts.from_sequences(rows), bins), strict=True):
             tree = PrefixTree.from_sequences([rows[s] for s in members]) if members else None
             expected = TYPICAL.flops(tree.tree_tokens, tree.depth, 0) if tree else 0.0
             assert load == pytest.approx(expected, rel=1e-9)

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from dta_plugin.balance.bound import lower_bound
 from dta_plugin.balance.costs import TYPICAL, SequenceCosts
-from dta_plugin.balance.search import searched
-from dta_plugin.balance.starts import Ranks, free_starts, sized_starts, whole_starts, without_empty
+from dta_plugin.balance.search import local_search
+from dta_plugin.balance.starts import Assignment, free_starts, sized_starts, whole_starts, without_empty
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.tree.cost import ModelCost
 from dta_plugin.tree.trie import TokenSequence
@@ -34,11 +34,12 @@ class Partition:
     repeated: float
 
     @classmethod
-    def of(cls, costs: SequenceCosts, filled: Ranks) -> Partition:
-        loads = [costs.of_ranks(ranks) for ranks in filled]
-        calls = sum(costs.per_call for ranks in filled if len(ranks))
+    def from_assignment(cls, costs: SequenceCosts, filled: Assignment) -> Partition:
+        loads = [costs.of_places(places) for places in filled]
+        calls = sum(costs.per_call for places in filled if len(places))
         repeated = sum(loads) - calls - (costs.total - costs.per_call)
-        return cls([costs.order[ranks].tolist() for ranks in filled], loads, lower_bound(costs, len(filled)), repeated)
+        bins = [costs.order[places].tolist() for places in filled]
+        return cls(bins, loads, lower_bound(costs, len(filled)), repeated)
 
     @property
     def imbalance(self) -> float:
@@ -100,15 +101,16 @@ def partition(
         raise InvalidInputError("Got whole_trees=True with sizes=None. Expected sizes, such as 'equal'.")
     if counts is None and not allow_empty:
         check_enough(len(sequences), bins)
-    costs = SequenceCosts.of(sequences, model, first_scored)
-    own = costs.without_every_bin()
+    costs = SequenceCosts.from_sequences(sequences, model, first_scored)
+    variable = costs.without_fixed_cost()
     if counts is not None:
-        starts = whole_starts(own, counts) if whole_trees else sized_starts(own, counts)
+        starts = whole_starts(variable, counts) if whole_trees else sized_starts(variable, counts)
     elif allow_empty:
-        starts = free_starts(own, bins)
+        starts = free_starts(variable, bins)
     else:
-        starts = [without_empty(own, filled) for filled in free_starts(own, bins)]
-    return Partition.of(costs, searched(own, starts, swaps_only=counts is not None, whole=whole_trees))
+        starts = [without_empty(variable, filled) for filled in free_starts(variable, bins)]
+    found = local_search(variable, starts, swaps_only=counts is not None, whole=whole_trees)
+    return Partition.from_assignment(costs, found)
 
 
 def partition_each(

@@ -57,8 +57,8 @@ class SiblingSampler(Sampler[int]):
         self.batch_size, self.world_size = batch_size, world_size
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
         self.epoch = 0
-        self._costs = SequenceCosts.of(sequences, model)
-        self._families = _families(self._costs.without_every_bin(), batch_size, least_shared)
+        self._costs = SequenceCosts.from_sequences(sequences, model)
+        self._families = _families(self._costs.without_fixed_cost(), batch_size, least_shared)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next iteration."""
@@ -74,14 +74,14 @@ class SiblingSampler(Sampler[int]):
                 yield from self._costs.order[run.start : run.stop].tolist()
 
     def batches(self) -> list[list[Run]]:
-        """The epoch's batches, in order, as runs of depth-first ranks."""
+        """The epoch's batches, in order, as runs of depth-first order."""
         generator = np.random.default_rng((self.seed, self.epoch)) if self.shuffle else None
         batches = _dealt(self._families, self.batch_size, generator)
         last = [] if sum(map(len, batches[-1])) == self.batch_size else [batches.pop()]
         return self._in_turns(batches, generator) + ([] if self.drop_last else last)
 
     def _cost_of(self, batch: list[Run]) -> float:
-        return self._costs.of_ranks(np.concatenate([np.arange(run.start, run.stop) for run in batch]))
+        return self._costs.of_places(np.concatenate([np.arange(run.start, run.stop) for run in batch]))
 
     def _in_turns(self, batches: list[list[Run]], generator: np.random.Generator | None) -> list[list[Run]]:
         """Full batches such that each turn of `world_size` ones costs alike; turns in random order, short one last."""

@@ -17,7 +17,7 @@ from tests.support.trees import Sequences, run, sequence_batches, star
 
 @given(sequence_batches(max_sequences=6), st.integers(1, 4))
 def test_no_assignment_is_below(sequences: Sequences, bins: int) -> None:
-    bound = lower_bound(SequenceCosts.of(sequences), bins)
+    bound = lower_bound(SequenceCosts.from_sequences(sequences), bins)
     assert bound <= best_of_all(sequences, bins) * (1 + CLOSE)
     assert bound >= max(tree_cost(sequences) / bins, *(tree_cost([s]) for s in sequences), 0.0) * (1 - CLOSE)
 
@@ -35,25 +35,25 @@ def test_siblings_that_disagree_on_what_is_scored(data: st.DataObject, sequences
 
 @given(sequence_batches(max_sequences=12), st.integers(1, 6))
 def test_more_bins_lower_it(sequences: Sequences, bins: int) -> None:
-    costs = SequenceCosts.of(sequences, TYPICAL)
+    costs = SequenceCosts.from_sequences(sequences, TYPICAL)
     assert lower_bound(costs, bins + 1) <= lower_bound(costs, bins) * (1 + CLOSE)
 
 
 def test_without_sharing_it_is_the_mean_or_the_costliest() -> None:
     lengths = np.arange(1, 9)
-    costs = SequenceCosts.of([[1200 + n, *run(n - 1)] for n in lengths.tolist()], TOKENS)
+    costs = SequenceCosts.from_sequences([[1200 + n, *run(n - 1)] for n in lengths.tolist()], TOKENS)
     assert lower_bound(costs, 3) == 36 / 3
     assert lower_bound(costs, 8) == 8
 
 
 def test_what_all_share_is_in_every_bin() -> None:
-    assert lower_bound(SequenceCosts.of(star(8, prefix=50, branch=2), TOKENS), 4) == 50 + 2 * 2
+    assert lower_bound(SequenceCosts.from_sequences(star(8, prefix=50, branch=2), TOKENS), 4) == 50 + 2 * 2
 
 
 def test_a_group_too_large_for_a_bin_pays_its_prompt_several_times() -> None:
     """Two prompts of 100, 8 completions of 50 each: a bin of four, each with one prompt and four completions."""
     sequences = [[1200 + g, *sequence] for g in range(2) for sequence in star(8, prefix=99, branch=50)]
-    bound = lower_bound(SequenceCosts.of(sequences, TOKENS), 4)
+    bound = lower_bound(SequenceCosts.from_sequences(sequences, TOKENS), 4)
     assert bound == pytest.approx(100 + 4 * 50, rel=1e-3) and bound <= 300
     assert tree_cost(sequences, TOKENS) / 4 == 250
     assert max(partition(sequences, 4, model=TOKENS).loads) == 300
@@ -63,5 +63,5 @@ def test_a_group_too_large_for_a_bin_pays_its_prompt_several_times() -> None:
 def test_partitions_come_near(bins: int) -> None:
     sequences = groups(32, 8, longest=100)
     found = partition(sequences, bins)
-    assert found.lower_bound == pytest.approx(lower_bound(SequenceCosts.of(sequences), bins))
+    assert found.lower_bound == pytest.approx(lower_bound(SequenceCosts.from_sequences(sequences), bins))
     assert max(found.loads) <= 1.1 * found.lower_bound

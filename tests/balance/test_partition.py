@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dta_plugin import InvalidInputError
 from dta_plugin.balance import Partition, partition, partition_each
-from dta_plugin.balance.costs import TYPICAL, SequenceCosts
+from dta_plugin.balance.costs import TYPICAL, SequenceCosts, loads
 from dta_plugin.tree.cost import ModelCost
 from tests.support.balance import CLOSE, WINDOWED, best_of_all, counts, groups, loads_are_true, tree_cost
 from tests.support.trees import SHAPES, WIDE, Sequences, run, sequence_batches
@@ -196,10 +196,8 @@ def test_the_check_of_loads_notices_that_siblings_were_ignored() -> None:
     assert not loads_are_true(Partition(found.bins, flat, found.lower_bound, 0.0), sequences)
     dealt = [list(range(start, len(sequences), 3)) for start in range(3)]  # siblings apart
     assert not loads_are_true(Partition(dealt, found.loads, found.lower_bound, 0.0), sequences)
-    costs = SequenceCosts.of(sequences)
-    rank = np.argsort(costs.order)
-    true = [costs.of_ranks(np.sort(rank[members])) for members in dealt]
-    assert loads_are_true(Partition(dealt, true, found.lower_bound, 0.0), sequences)
+    costs = SequenceCosts.from_sequences(sequences)
+    assert loads_are_true(Partition(dealt, loads(costs, dealt), found.lower_bound, 0.0), sequences)
 
 
 @given(sequence_batches(max_sequences=10), st.integers(1, 4), st.integers(0, 9))

@@ -29,7 +29,7 @@ def to_micro_batches(
     depth-first order cut into `sizes` rarely tears a group; the balanced partition is taken where its sum is lower, or
     where the sum is as low and its largest micro-batch smaller.
     """
-    costs = SequenceCosts.of(sequences, model, first_scored)
+    costs = SequenceCosts.from_sequences(sequences, model, first_scored)
     cut = [costs.order[a:b].tolist() for a, b in pairwise([0, *accumulate(sizes)])]
     dealt = partition(sequences, len(sizes), model=model, first_scored=first_scored, sizes=sizes).bins
     return dealt if _improves(loads(costs, dealt), loads(costs, cut), sum, max) else cut
@@ -45,7 +45,7 @@ def to_ranks(
     """
     ranks = max(owner) + 1
     held: Bins = [[row for row, rank in enumerate(owner) if rank == r] for r in range(ranks)]
-    costs = SequenceCosts.of(sequences, model, first_scored)
+    costs = SequenceCosts.from_sequences(sequences, model, first_scored)
     sizes = [len(rows) for rows in held]
     dealt = partition(sequences, ranks, model=model, first_scored=first_scored, sizes=sizes).bins
     if not _improves(loads(costs, dealt), loads(costs, held), max, sum):

@@ -155,12 +155,12 @@ def _window_loads(batches: list[Inputs], merged: bool, model: ModelCost) -> tupl
     """Per micro-batch its cost (the first one's is the whole tree's if they are merged), and tokens repeated."""
     micro_batches = [MicroBatch.from_inputs(batch) for batch in batches]
     sequences, first_scored = joined(micro_batches)
-    costs = SequenceCosts.of(sequences, model, first_scored)
+    costs = SequenceCosts.from_sequences(sequences, model, first_scored)
     if merged:
         return [costs.total] + [0.0] * (len(batches) - 1), 0.0
     rows = iter(range(len(sequences)))
     bins = [[next(rows) for _ in batch.sequences] for batch in micro_batches]
-    tokens = SequenceCosts.of(sequences, TOKENS)
+    tokens = SequenceCosts.from_sequences(sequences, TOKENS)
     return loads(costs, bins), sum(loads(tokens, bins)) - tokens.total
 
 

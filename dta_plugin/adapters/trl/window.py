@@ -85,7 +85,7 @@ def _pays(
 
     def of(batches: list[MicroBatch], cost: ModelCost) -> float:
         sequences, first_scored = joined(batches)
-        return SequenceCosts.of(sequences, cost, first_scored).total
+        return SequenceCosts.from_sequences(sequences, cost, first_scored).total
 
     together = [MicroBatch.from_inputs(batch) for batch in window]
     budget = token_budget(model, input_device(model), config.max_tree_tokens_per_chunk)
