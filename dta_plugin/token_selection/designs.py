@@ -28,26 +28,6 @@ class Independent:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class FixedSize:
-    """The first `certain` tokens, and `size` of the `others` after them, drawn without replacement."""
-
-    certain: int
-    size: int
-    others: int
-
-    @property
-    def probabilities(self) -> np.ndarray:
-        share = self.size / max(self.others, 1)
-        return np.repeat([1.0, share], [self.certain, self.others])
-
-    def kept(self, rng: np.random.Generator) -> np.ndarray:
-        """Draw: bool [T]."""
-        kept = np.arange(self.certain + self.others) < self.certain
-        kept[self.certain + rng.permutation(self.others)[: self.size]] = True
-        return kept
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class PrefixCut:
     """Tokens 1..L of a random length L with P(L >= t) = p_t, non-increasing.
 
@@ -56,29 +36,17 @@ class PrefixCut:
 
     probabilities: np.ndarray  # float64 [T]
 
-    def kept(self, rng: np.random.Generator) -> np.ndarray:
-        """Draw: bool [T]."""
-        return self.cut(rng.random())
-
     def cut(self, u: float) -> np.ndarray:
         """bool [T] for a number u in [0, 1)."""
         return self.probabilities > u
 
 
-Design = Independent | FixedSize | PrefixCut
+Design = Independent | PrefixCut
 
 
 def bernoulli(tokens: int, budget: float, min_prefix: int, floor: float) -> Independent:
     """URS: tokens 1..min_prefix, and each other one with the probability that keeps `budget * tokens` on average."""
     return Independent(_flat(tokens, budget, min_prefix, floor))
-
-
-def fixed_size(tokens: int, budget: float, min_prefix: int, floor: float) -> FixedSize:
-    """URS with a fixed number of tokens, the nearest to `budget * tokens`; never fewer than `floor` of those drawn."""
-    certain = min(min_prefix, tokens)
-    others = tokens - certain
-    wanted = max(round(budget * tokens) - certain, int(np.ceil(floor * others)))
-    return FixedSize(certain, min(wanted, others), others)
 
 
 def uniform_cut(tokens: int, budget: float, min_prefix: int, floor: float) -> PrefixCut:

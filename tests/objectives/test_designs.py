@@ -9,6 +9,7 @@ import pytest
 
 from dta_plugin.token_selection.designs import (
     Design,
+    Independent,
     PrefixCut,
     floored_cut,
     uniform_cut,
@@ -45,8 +46,7 @@ def fewest(selection: TokenSelection, tokens: int) -> float:
     certain = min(selection.min_prefix, tokens)
     if selection.scheme == "rpc-uniform":
         return (tokens + certain) / 2
-    floor = selection.floor * (tokens - certain)
-    return certain + (np.ceil(floor) if selection.scheme == "urs-fixed" else floor)
+    return certain + selection.floor * (tokens - certain)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -76,14 +76,12 @@ def test_first_tokens_are_certain_and_no_weight_passes_its_limit(scheme: str) ->
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_budget_is_met_where_it_can_be(scheme: str) -> None:
-    """It cannot below floor and min_prefix, nor below half for uniform cuts; fixed sizes are whole numbers."""
+    """It cannot below floor and min_prefix, nor below half for uniform cuts."""
     met = 0
     for selection, tokens, design in cases(scheme):
         target, least = selection.budget * tokens, fewest(selection, tokens)
         if target < least:
             assert design.probabilities.sum() == pytest.approx(least, rel=EXACT), (selection, tokens)
-        elif scheme == "urs-fixed":
-            assert abs(design.probabilities.sum() - target) <= 0.5 + EXACT, (selection, tokens)
         else:
             assert design.probabilities.sum() == pytest.approx(target, rel=EXACT), (selection, tokens)
         met += target >= least
@@ -148,7 +146,7 @@ ESTIMATORS = {
     "scheme,estimator",
     [
         *itertools.product(("rpc", "rpc-uniform", "rpc-two-point"), ESTIMATORS),
-        *[("urs", "no weights"), ("urs-fixed", "no weights"), ("urs-fixed", "mean of what is kept")],
+        ("urs", "no weights"),
     ],
 )
 def test_other_estimators_are_biased(scheme: str, estimator: str) -> None:
@@ -172,7 +170,8 @@ def test_draws_follow_the_design(scheme: str) -> None:
     draws = 100_000
     design = TokenSelection(scheme=scheme, budget=0.6, min_prefix=1, floor=0.2).design(5)
     rng = np.random.default_rng(2)
-    kept = np.array([design.kept(rng) for _ in range(draws)], dtype=float)
+    draw = design.kept if isinstance(design, Independent) else lambda rng: design.cut(rng.random())
+    kept = np.array([draw(rng) for _ in range(draws)], dtype=float)
 
     def largest_z(other: Design) -> float:
         outcome, probability = enumerated(other)
