@@ -127,12 +127,12 @@ def test_mask_and_forbidden_tokens_are_never_chosen() -> None:
 def one_token_model(tokens: dict[int, int], default: int):
     """A model that predicts `default`, or another token at some columns of the canvas."""
     model = diffusion_model(tie_word_embeddings=False)
-    wanted = torch.full((64,), default)
+    predicted = torch.full((64,), default)
     for column, token in tokens.items():
-        wanted[column] = token
+        predicted[column] = token
 
     def forward(input_ids, logits_to_keep, **_):
-        chosen = wanted[logits_to_keep].expand(len(input_ids), -1)
+        chosen = predicted[logits_to_keep].expand(len(input_ids), -1)
         logits = torch.nn.functional.one_hot(chosen, VOCABULARY).float() * 9
         return type("Output", (), {"logits": logits})
 
