@@ -46,7 +46,7 @@ Design = Independent | PrefixCut
 
 def bernoulli(tokens: int, budget: float, min_prefix: int, floor: float) -> Independent:
     """URS: tokens 1..min_prefix, and each other one with the probability that keeps `budget * tokens` on average."""
-    return Independent(_flat(tokens, budget, min_prefix, floor))
+    return Independent(_constant_after_prefix(tokens, budget, min_prefix, floor))
 
 
 def uniform_cut(tokens: int, budget: float, min_prefix: int, floor: float) -> PrefixCut:
@@ -67,10 +67,10 @@ def floored_cut(tokens: int, budget: float, min_prefix: int, floor: float) -> Pr
 
 def two_point_cut(tokens: int, budget: float, min_prefix: int, floor: float) -> PrefixCut:
     """RPC: min_prefix tokens or all of them."""
-    return PrefixCut(_flat(tokens, budget, min_prefix, floor))
+    return PrefixCut(_constant_after_prefix(tokens, budget, min_prefix, floor))
 
 
-def _flat(tokens: int, budget: float, min_prefix: int, floor: float) -> np.ndarray:
+def _constant_after_prefix(tokens: int, budget: float, min_prefix: int, floor: float) -> np.ndarray:
     certain = min(min_prefix, tokens)
     share = (budget * tokens - certain) / max(tokens - certain, 1)
     return np.repeat([1.0, np.clip(share, floor, 1.0)], [certain, tokens - certain])

@@ -88,7 +88,7 @@ class ScoredEdges:
         is_first[tree.offsets[:-1]] = True
         is_scored &= ~is_first
 
-        values, kind_of_token = _kinds(tree, temperatures)
+        values, kind_of_token = _temperature_kinds(tree, temperatures)
         kinds = len(values)
         keys = tree.paths * kinds + kind_of_token  # a place in the layout and a temperature
         is_edge = np.zeros(tree.tree_tokens * kinds, dtype=bool)
@@ -114,7 +114,7 @@ class ScoredEdges:
         return list(self.per_token(edge_values).split(self.lengths))
 
 
-def _kinds(tree: PrefixTree, temperatures: Sequence[float] | None) -> tuple[np.ndarray, np.ndarray]:
+def _temperature_kinds(tree: PrefixTree, temperatures: Sequence[float] | None) -> tuple[np.ndarray, np.ndarray]:
     """Distinct temperatures, float64, and per token of every sequence, int64 [N], which of them it has."""
     if temperatures is None:
         return np.ones(1), np.zeros(tree.flat_tokens, dtype=np.int64)

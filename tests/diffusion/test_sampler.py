@@ -172,7 +172,7 @@ def test_guidance_moves_the_logits_away_from_those_without_prompt(monkeypatch: p
     model = diffusion_model()
     guided = dataclasses.replace(SMALL, guidance_scale=1.5)
     ids = torch.cat([PROMPTS, PROMPTS], 1)
-    logits = module._guided(model, FAMILY, guided, ids, torch.ones(3, 10), 5, slice(6, 9))
+    logits = module._guided_logits(model, FAMILY, guided, ids, torch.ones(3, 10), 5, slice(6, 9))
     blind = torch.cat([torch.full_like(PROMPTS, MASK), PROMPTS], 1)
     conditional, unconditional = (predictions(model, FAMILY, given, None, slice(6, 9)) for given in (ids, blind))
     torch.testing.assert_close(logits, 2.5 * conditional - 1.5 * unconditional, rtol=1e-4, atol=1e-4)
