@@ -100,7 +100,7 @@ class TreeConfig:
         "all",
         "Update on a random subset of completion tokens, weighted to have all tokens' loss and gradient on average "
         "(NAT): all (no subset), rpc (a prefix of every row; what is cut off is not computed), rpc-uniform or "
-        "rpc-two-point (other laws of cuts), urs (single tokens; saves only the LM head), urs-fixed (a fixed number).",
+        "rpc-two-point (other laws of cuts), or urs (single tokens; saves only the LM head).",
     )
     token_budget: float | None = _option(
         None, "Share of completion tokens that token_selection keeps on average, in (0, 1]. None: 0.5."
@@ -114,8 +114,8 @@ class TreeConfig:
     )
     token_sharing: str | None = _option(
         None,
-        "How rpc draws its cuts: row (each by itself), group (spread evenly over siblings, so that a group's gradient "
-        "varies less), or batch (one place for the micro-batch). None: group.",
+        "How rpc draws its cuts: row (each by itself), or group (spread evenly over siblings, so that a group's "
+        "gradient varies less). None: group.",
     )
     on_unsupported: str = _option(
         "error", "What to do where the tree would not be exact: error, or dense (run the dense path, say so once)."
@@ -180,7 +180,7 @@ class TreeConfig:
         names = ("budget", "min_prefix", "floor", "sharing")
         given = {name: value for name in names if (value := getattr(self, f"token_{name}")) is not None}
         scheme = self.token_selection
-        without_effect = {"all": names, "urs": ("sharing",), "urs-fixed": ("sharing",), "rpc-uniform": ("floor",)}
+        without_effect = {"all": names, "urs": ("sharing",), "rpc-uniform": ("floor",)}
         for name in without_effect.get(scheme, ()):
             if name in given:
                 raise InvalidInputError(

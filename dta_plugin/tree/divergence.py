@@ -95,8 +95,8 @@ def find_forks(
     """
     if limit is not None and limit < 1:
         raise InvalidInputError(f"limit={limit}. Expected None or at least 1.")
-    runs = _Runs.of(tree, run_length)
-    candidates = [_Candidate.of(tree, fork, starts) for fork, starts in _children(tree).items()]
+    runs = _Runs.from_tree(tree, run_length)
+    candidates = [_Candidate.from_fork(tree, fork, starts) for fork, starts in _children(tree).items()]
     candidates.sort(key=lambda candidate: -candidate.apart)
     best: list[int] = []  # heap of the `limit` highest repeated counts so far
     for candidate in candidates:
@@ -136,7 +136,7 @@ class _Runs:
     jumps: list[np.ndarray]
 
     @classmethod
-    def of(cls, tree: PrefixTree, length: int) -> _Runs:
+    def from_tree(cls, tree: PrefixTree, length: int) -> _Runs:
         if length < 2 or length & (length - 1):
             raise InvalidInputError(f"run_length={length}. Expected a power of two, at least 2.")
         base = 0x9E3779B97F4A7C15
@@ -172,7 +172,7 @@ class _Candidate:
     covered: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
 
     @classmethod
-    def of(cls, tree: PrefixTree, fork: int, starts: np.ndarray) -> _Candidate:
+    def from_fork(cls, tree: PrefixTree, fork: int, starts: np.ndarray) -> _Candidate:
         sizes = tree.exit[starts] - starts
         order = np.argsort(-sizes, kind="stable")
         return cls(fork, _depth(tree, fork), starts[order], sizes[order], int(sizes.sum() - sizes.max()))
