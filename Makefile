@@ -65,7 +65,7 @@ test-slow: $(INSTALLED) ## long fuzzing and many trainer runs
 	$(PYTEST) --numprocesses $(WORKERS) --dist worksteal -m "slow and not gpu"
 
 test-verl: $(VERL_INSTALLED) ## the adapter for verl, up to its whole training loop, on a CPU; creates .venv-verl
-	$(PYTEST) --numprocesses $(WORKERS) --dist loadfile $(wildcard tests/adapters/verl*)
+	$(PYTEST) --numprocesses $(WORKERS) --dist loadfile $(wildcard tests/adapters/verl*) tests/adapters/test_imports.py
 
 # The same environment, with the older verl in front of the newer one.
 OVERLAY := $(abspath $(or $(VERL_VENV),build))/$(subst ==,-,$(VERL_OLDEST))

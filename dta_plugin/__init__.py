@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from dta_plugin.api import sequence_logprobs, tree_attention_scope
     from dta_plugin.attention import TreeMask, tree_attention
     from dta_plugin.config import TreeConfig
-    from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+    from dta_plugin.errors import InvalidInputError, UnsupportedError, UnsupportedModelError
     from dta_plugin.execution.packed import model_inputs
-    from dta_plugin.sharing.hooks import share_prefixes
+    from dta_plugin.sharing.decoder_hooks import share_prefixes
     from dta_plugin.tree import PrefixTree, TreeLayout, TreeReport
 
 __version__ = "0.1.0"
@@ -31,12 +31,13 @@ _HOME = {
     "TreeLayout": "dta_plugin.tree",
     "TreeMask": "dta_plugin.attention",
     "TreeReport": "dta_plugin.tree",
+    "UnsupportedError": "dta_plugin.errors",
     "UnsupportedModelError": "dta_plugin.errors",
     "disable": "dta_plugin.activation",
     "enable": "dta_plugin.activation",
     "model_inputs": "dta_plugin.execution.packed",
     "sequence_logprobs": "dta_plugin.api",
-    "share_prefixes": "dta_plugin.sharing.hooks",
+    "share_prefixes": "dta_plugin.sharing.decoder_hooks",
     "tree_attention": "dta_plugin.attention",
     "tree_attention_scope": "dta_plugin.api",
 }

@@ -14,12 +14,16 @@ from dta_plugin.errors import InvalidInputError
 def enable(config: TreeConfig | None = None, **options: Any) -> None:
     """Make every TRL GRPO and RLOO trainer of this process, subclasses included, use the tree. Idempotent.
 
-    config: a TreeConfig, or its fields as keyword arguments: ``enable(verify="first")``. Trainers that exist already
-    are affected too. A later call replaces the configuration. A trainer whose config carries `use_dta` (TreeGRPOConfig)
-    follows its config; where that says something else, a warning tells.
+    Trainers that exist already are affected too. A later call replaces the configuration. A trainer whose config
+    carries `use_dta` (TreeGRPOConfig) follows its config; where that says something else, a warning tells.
 
-    Raises InvalidInputError for unknown or invalid options and where TRL is not installed, UnsupportedModelError for
-    a TRL version that is not supported.
+    Args:
+        config: how trees run; None for the defaults.
+        **options: the fields of TreeConfig in its place: ``enable(verify="first")``.
+
+    Raises:
+        InvalidInputError: unknown or invalid options, a config and options at once, or TRL is not installed.
+        UnsupportedError: a TRL version that is not supported.
     """
     if config is not None and options:
         raise InvalidInputError(
@@ -38,6 +42,9 @@ def disable() -> None:
 
     Attention waits for the last graph of a tree call: a checkpointed layer needs it when it is recomputed. A later tree
     call (`sequence_logprobs`, a model under `share_prefixes`, a trainer with the flag) installs it anew.
+
+    Raises:
+        InvalidInputError: TRL is not installed.
     """
     from dta_plugin.models.attention_registry import uninstall
 

@@ -10,9 +10,9 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.execution.auto import run_dense, run_tree
-from dta_plugin.execution.batch import SequenceLogProbs, prepare
+from dta_plugin.execution.prepared_batch import SequenceLogProbs, prepare_batch
 from dta_plugin.models.attention_registry import install
 from dta_plugin.models.introspection import causal_lm
 from dta_plugin.tree.layout import Scored
@@ -20,7 +20,7 @@ from dta_plugin.tree.trie import TokenSequence
 from dta_plugin.verify import check_batch
 
 # 0-based number of each model's last call with `verify` on.
-_calls: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+_call_numbers: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def sequence_logprobs(
@@ -33,21 +33,28 @@ def sequence_logprobs(
 ) -> SequenceLogProbs:
     """Log-probs of every token of every sequence, shared prefixes computed once, forward and backward.
 
-    model: a Hugging Face causal LM, possibly inside PEFT, DDP or FSDP2; training mode and gradients as usual.
-    sequences: lists of ints or 1-D int tensors, unpadded; prompt and completion in one row. A DDP or FSDP2 rank that
-        has none calls this all the same, and takes ``anchor`` as its loss.
-    temperature: logits are divided by it; a list of one per sequence where they differ. return_entropy: also the
-        entropy of each next-token distribution.
-    scored: per sequence a bool mask over its tokens, or an int b >= 1 meaning "tokens b.. are scored". The LM head runs
-        only there and the other entries are exactly 0. None: all tokens but the first.
+    A DDP or FSDP2 rank that has no sequences calls this all the same, and takes ``anchor`` as its loss. Trees larger
+    than memory run chunk by chunk, in the manner of AReaL-DTA (arXiv 2602.00482).
 
-    Returns SequenceLogProbs: ``logprobs[s][i] = log p(seq[i + 1] | seq[:i + 1])``, float32 (float64 for float64
-    models), differentiable; ``report`` says what was shared and which path ran; ``anchor`` is 0, differentiable in all
-    parameters.
+    Args:
+        model: a Hugging Face causal LM, possibly inside PEFT, DDP or FSDP2; training mode and gradients as usual.
+        sequences: lists of ints or 1-D int tensors, unpadded; prompt and completion in one row.
+        config: how the tree runs; None for the defaults.
+        temperature: logits are divided by it, above 0; a list of one per sequence where they differ.
+        return_entropy: also the entropy of each next-token distribution.
+        scored: per sequence a bool mask [len] over its tokens, or an int b >= 1 meaning "tokens b.. are scored". The LM
+            head runs only there and the other entries are exactly 0. None: all tokens but the first.
 
-    Raises InvalidInputError for an empty batch or sequence, a mask of the wrong length, a temperature that is not
-    positive, or NaN in the model's output; UnsupportedModelError where the tree would not be exact (unless
-    ``config.on_unsupported == "dense"``).
+    Returns:
+        ``logprobs[s][i] = log p(seq[i + 1] | seq[:i + 1])`` in nats, [len - 1] per sequence, float32 (float64 for
+        float64 models), differentiable; ``entropies`` alike, in nats, or None. ``report`` says what was shared and
+        which path ran; ``anchor`` is 0, differentiable in all parameters.
+
+    Raises:
+        InvalidInputError: an empty batch or sequence, a mask of the wrong length, a temperature that is not positive,
+            NaN in the model's output, an executor that cannot do what is asked for, ``token_selection``.
+        UnsupportedError: the tree would not be exact. With ``config.on_unsupported == "dense"`` the dense path runs.
+        VerificationError: with ``config.verify``, the tree differs from the dense path by more than rounding.
     """
     own = None if isinstance(temperature, (int, float)) else list(temperature)
     common = float(temperature) if isinstance(temperature, (int, float)) else 1.0
@@ -60,16 +67,16 @@ def sequence_logprobs(
             "tokens with dta_plugin.token_selection.select, pass them as scored=, and weigh their terms by "
             "Drawn.weights."
         )
-    batch = prepare(model, sequences, scored, config, temperatures=own)
+    batch = prepare_batch(model, sequences, scored, config, temperatures=own)
     if not batch.use_tree:
         return run_dense(model, batch, temperature=common, return_entropy=return_entropy)
     try:
         if config.verify != "off":
-            call = _calls[model] = _calls.get(model, -1) + 1
-            if config.verifies(call):
+            call_number = _call_numbers[model] = _call_numbers.get(model, -1) + 1
+            if config.verifies(call_number):
                 check_batch(model, batch, config, common)
         return run_tree(model, batch, config, temperature=common, return_entropy=return_entropy)
-    except UnsupportedModelError as error:  # found only while running, such as a layer that bypasses the tree
+    except UnsupportedError as error:  # found only while running, such as a layer that bypasses the tree
         if config.on_unsupported == "error":
             raise
         batch = replace(batch, reason=str(error))
@@ -84,6 +91,16 @@ def tree_attention_scope(model: nn.Module) -> Iterator[nn.Module]:
     (``mask.layers_seen`` says which did). The attention dispatcher stays in front of the model's attention after the
     scope, because a checkpointed layer of a graph made inside may be recomputed later; without tree metadata it is
     bit-identical to the model's own attention.
+
+    Args:
+        model: a Hugging Face causal LM, possibly inside PEFT, DDP or FSDP2.
+
+    Yields:
+        The same model.
+
+    Raises:
+        UnsupportedError: no Hugging Face model is inside, or its attention does not go through transformers'
+            AttentionInterface.
     """
     install(causal_lm(model))
     yield model

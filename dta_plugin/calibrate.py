@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.execution.auto import run_tree
-from dta_plugin.execution.batch import Batch, prepare
-from dta_plugin.execution.calibration import Calibration, describe
+from dta_plugin.execution.calibration_store import Calibration, describe
+from dta_plugin.execution.prepared_batch import PreparedBatch, prepare_batch
 from dta_plugin.models.introspection import input_device, model_cost
 from dta_plugin.tree.cost import Padded
 from dta_plugin.tree.speed import Parts, Speed
@@ -32,7 +32,7 @@ _LEAST, _MOST = 256, 16384  # dense tokens of the largest batch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rows:
+class DenseBatch:
     """A dense micro-batch: prompts padded left, completions right.
 
     input_ids, attention_mask: int64 [B, P + C]. columns: C.
@@ -43,7 +43,7 @@ class Rows:
     columns: int
 
     @classmethod
-    def of(cls, case: Case, device: torch.device) -> Rows:
+    def from_case(cls, case: Case, device: torch.device) -> DenseBatch:
         prompt = max(case.first_scored)
         columns = max(len(s) - first for s, first in zip(case.sequences, case.first_scored, strict=True))
         ids = np.zeros((len(case.sequences), prompt + columns), dtype=np.int64)
@@ -79,11 +79,11 @@ class Sample:
     dense_seconds: float
 
 
-DensePath = Callable[[PreTrainedModel, Rows], torch.Tensor]
+DensePath = Callable[[PreTrainedModel, DenseBatch], torch.Tensor]
 """Scores a dense micro-batch: -> log-probs [B, C] of its completions, differentiable."""
 
 
-def padded_logprobs(model: PreTrainedModel, rows: Rows) -> torch.Tensor:
+def padded_logprobs(model: PreTrainedModel, rows: DenseBatch) -> torch.Tensor:
     """Log-probs of completions as a plain trainer computes them: one padded call, LM head on the last columns."""
     output = model(
         input_ids=rows.input_ids,
@@ -106,12 +106,23 @@ def calibrate(
     clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[str], None] = lambda line: None,
 ) -> tuple[Calibration, list[Sample]]:
-    """Measure for about `seconds`. model: loaded, on its device, as it is trained (dtype, checkpointing, adapters).
+    """Measure for about `seconds`, and fit a speed per part of the model to it. Gradients are None afterwards.
 
-    dense: the dense path to compare with, named `dense_path`. return_entropy: the tree gives entropies too.
-    autocast: dtype of torch.autocast around forward passes, as with a trainer's bf16=True; None: without.
-    clock: seconds; process time suits one CPU thread on a machine that is busy otherwise. progress: gets a line per
-        round. Gradients of the model are None afterwards. Raises InvalidInputError for less than a second.
+    Args:
+        model: loaded, on its device, as it is trained (dtype, checkpointing, adapters); put into training mode.
+        seconds: about how long to measure, at least 1.
+        dense: the dense path to compare with: a model and rows, int64 [B, P + C] -> log-probs [B, C], differentiable.
+        dense_path: what it is called in the result.
+        return_entropy: the tree gives entropies too.
+        autocast: dtype of torch.autocast around forward passes, as with a trainer's bf16=True; None: without.
+        clock: seconds; process time suits one CPU thread on a machine that is busy otherwise.
+        progress: gets a line per round.
+
+    Returns:
+        The calibration, which ``save()`` puts where training finds it, and what each measured batch took, in seconds.
+
+    Raises:
+        InvalidInputError: less than a second.
     """
     if not seconds >= 1:
         raise InvalidInputError(f"seconds={seconds}. Expected at least 1.")
@@ -190,7 +201,7 @@ class Bench:
         self.model, self.case, self.dense = model, case, dense
         self.return_entropy, self.clock, self.forward = return_entropy, clock, forward
         self.device = input_device(model)
-        self.rows = Rows.of(case, self.device)
+        self.rows = DenseBatch.from_case(case, self.device)
         self.taken: list[tuple[float, float]] = []
 
     def run(self) -> tuple[float, float]:
@@ -205,8 +216,8 @@ class Bench:
         tree_parts = cost.parts(batch.tree.tree_tokens, batch.tree.depth, len(batch.edges.rows))
         return Sample(self.case.name, tree_parts, cost.padded_parts(self.rows.shape), tree_seconds, dense_seconds)
 
-    def _prepared(self) -> Batch:
-        return prepare(self.model, self.case.sequences, self.case.first_scored, _CONFIG)
+    def _prepared(self) -> PreparedBatch:
+        return prepare_batch(self.model, self.case.sequences, self.case.first_scored, _CONFIG)
 
     def _tree(self) -> None:
         with self.forward():

@@ -30,7 +30,14 @@ def _option(default: object, help: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TreeConfig:
-    """How prefix-tree execution runs. Raises InvalidInputError for a value that is not one of those described."""
+    """How prefix-tree execution runs: the fields, each with its meaning, are the options of the command line.
+
+    ``TreeConfig.__dataclass_fields__[name].metadata["help"]`` and ``python -m dta_plugin.run --help`` explain them.
+    The `token_*` options are those of NAT (arXiv 2603.06619).
+
+    Raises:
+        InvalidInputError: a value that is not one of those described, or options that exclude each other.
+    """
 
     backend: str = _option(
         "auto",
@@ -44,8 +51,8 @@ class TreeConfig:
     )
     max_tree_tokens_per_chunk: int | None = _option(
         None,
-        "Most tree tokens whose activations are alive at once: the memory knob. None: from free memory. With "
-        "executor=packed a larger micro-batch runs as several trees, which bounds only passes without gradient.",
+        "Most tree tokens whose activations are alive at once: the memory knob. None: from free memory. Larger trees "
+        "are streamed; with executor=packed it is an error.",
     )
     min_saving: float = _option(
         0.0,
@@ -129,6 +136,11 @@ class TreeConfig:
             raise InvalidInputError(
                 f"max_tree_tokens_per_chunk={self.max_tree_tokens_per_chunk}. Expected None or at least 1."
             )
+        if self.max_tree_tokens_per_chunk is not None and self.executor == "packed":
+            raise InvalidInputError(
+                f"max_tree_tokens_per_chunk={self.max_tree_tokens_per_chunk} with executor='packed', which runs every "
+                "tree in one call. Expected executor='auto' or 'streamed' with it."
+            )
         if not isinstance(self.min_saving, (int, float)) or not 0.0 <= self.min_saving < 1.0:
             raise InvalidInputError(f"min_saving={self.min_saving!r}. Expected a share in [0, 1).")
         if not re.fullmatch(r"off|first|every:[1-9]\d*", str(self.verify)):
@@ -139,7 +151,17 @@ class TreeConfig:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> TreeConfig:
-        """Build from a dict. Raises InvalidInputError that names unknown options and lists the known ones."""
+        """Build from a dict.
+
+        Args:
+            options: values by the names of the fields; what is not named keeps its default.
+
+        Returns:
+            The validated configuration.
+
+        Raises:
+            InvalidInputError: names unknown options and lists the known ones, or an invalid value.
+        """
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(options) - set(known))
         if unknown:
@@ -147,7 +169,14 @@ class TreeConfig:
         return cls(**options)
 
     def selection(self) -> TokenSelection | None:
-        """What the `token_*` options choose; None for all tokens. Raises InvalidInputError where one has no effect."""
+        """What the `token_*` options choose.
+
+        Returns:
+            The selection; None for all tokens.
+
+        Raises:
+            InvalidInputError: an option that has no effect, or a value out of range.
+        """
         names = ("budget", "min_prefix", "floor", "sharing")
         given = {name: value for name in names if (value := getattr(self, f"token_{name}")) is not None}
         scheme = self.token_selection
@@ -160,11 +189,13 @@ class TreeConfig:
                 )
         return None if scheme == "all" else TokenSelection(scheme=scheme, **given)
 
-    def verifies(self, call: int) -> bool:
-        """Whether the call with this 0-based number is to be compared with the dense path."""
+    def verifies(self, call_number: int) -> bool:
+        """Whether the call with this number, from 0 on, is to be compared with the dense path."""
         if self.verify == "off":
             return False
-        return call == 0 if self.verify == "first" else call % int(self.verify.removeprefix("every:")) == 0
+        return (
+            call_number == 0 if self.verify == "first" else call_number % int(self.verify.removeprefix("every:")) == 0
+        )
 
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

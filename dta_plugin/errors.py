@@ -5,5 +5,9 @@ class InvalidInputError(ValueError):
     """An argument, option or batch that cannot be used as given."""
 
 
-class UnsupportedModelError(RuntimeError):
+class UnsupportedError(RuntimeError):
     """A model, setting or version for which prefix-tree execution would not be exact."""
+
+
+UnsupportedModelError = UnsupportedError
+"""The name of `UnsupportedError` in version 0.1.0, before settings and versions raised it, too."""

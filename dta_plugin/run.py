@@ -24,7 +24,7 @@ import textwrap
 from dataclasses import fields
 
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.run_options import FLAG, PREFIX, Given, option_name, parse_options, warn_of_slip
 from dta_plugin.run_yaml import take_yaml_options
 
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
             from dta_plugin.activation import enable_by_flags
 
             enable_by_flags(config, given)
-    except (InvalidInputError, UnsupportedModelError) as error:
+    except (InvalidInputError, UnsupportedError) as error:
         sys.exit(f"dta_plugin.run: {error}")
     script = os.path.abspath(rest[0])
     sys.argv = [script, *rest[1:]]

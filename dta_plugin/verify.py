@@ -1,86 +1,52 @@
 """Compare the tree with the dense path on a user's own model and batch: log-probs, and gradients of every parameter.
 
-What training uses is what is compared, packed or streamed as it runs. What rounding explains is measured on the same
-batch (execution/probing/noise.py). Both passes run in evaluation mode, so that dropout cannot differ.
+What training uses is what is compared, packed or streamed as it runs, within what rounding explains of the same batch
+(execution/probing/tree_difference.py).
 """
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from dta_plugin.config import TreeConfig
-from dta_plugin.execution.auto import run_dense, run_tree
-from dta_plugin.execution.batch import Batch, SequenceLogProbs, prepare
-from dta_plugin.execution.dense import dense_logprobs
-from dta_plugin.execution.probing.noise import Gap, is_routed, logprob_floor, looks, moved_embeddings, rounding_unit
+from dta_plugin.execution.auto import run_dense
+from dta_plugin.execution.prepared_batch import PreparedBatch, prepare_batch
 from dta_plugin.execution.probing.traces import decoder_layers, first_difference, traced
-from dta_plugin.execution.ranks import gathered, is_collective, is_fsdp1, is_sharded, is_zero3, without_reducers
+from dta_plugin.execution.probing.tree_difference import Difference, tree_difference
+from dta_plugin.execution.ranks import is_collective, without_reducers
 from dta_plugin.models.introspection import causal_lm, evaluation_mode
 from dta_plugin.tree.layout import Scored
 from dta_plugin.tree.trie import TokenSequence
-
-# Times the noise, and rounding steps beyond it, that a parameter's gradient may be off.
-_GRADIENT, _STEPS = 4.0, 8
-Gradients = dict[str, torch.Tensor]
 
 
 class VerificationError(AssertionError):
     """The tree and the dense path differ by more than rounding explains."""
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """Tree against dense, and what rounding explains of it.
-
-    logprobs, logprob_noise: in nats. gradients, gradient_noise: parameter name -> relative error (L2); empty where
-    gradients were not compared. unit: relative size of a rounding step. logprob_floor: what log-probs may
-    differ anyway.
-    """
-
-    logprobs: Gap
-    logprob_noise: Gap
-    gradients: dict[str, float]
-    gradient_noise: dict[str, float]
-    unit: float
-    logprob_floor: float
-
-    def __str__(self) -> str:
-        text = f"log-probs agree to {self.logprobs.mean:.1e} nats on average, {self.logprobs.most:.1e} at most"
-        return text + (f", gradients to {self.worst_gradient[1]:.1e}" if self.gradients else "")
-
-    @property
-    def worst_gradient(self) -> tuple[str, float]:
-        """The parameter that differs most, and by how much."""
-        return max(self.gradients.items(), key=lambda item: item[1], default=("none", 0.0))
-
-    def allowed_gradient(self, name: str) -> float:
-        """The largest relative error of a parameter's gradient that rounding explains."""
-        return _GRADIENT * self.gradient_noise[name] + _STEPS * self.unit
-
-    @property
-    def agreeing_logprobs(self) -> bool:
-        return self.logprobs.is_within(self.logprob_noise, self.logprob_floor)
-
-    @property
-    def wrong_gradients(self) -> list[str]:
-        """Names of parameters whose gradients differ by more than rounding."""
-        return [name for name, error in self.gradients.items() if not error <= self.allowed_gradient(name)]
-
-
-def check_batch(model: nn.Module, batch: Batch, config: TreeConfig, temperature: float = 1.0) -> Difference:
+def check_batch(model: nn.Module, batch: PreparedBatch, config: TreeConfig, temperature: float = 1.0) -> Difference:
     """Run a prepared batch both ways: log-probs, and gradients where the weights are not sharded over ranks.
 
-    Raises VerificationError where they differ by more than rounding explains: from which layer on, in which parameter.
+    Args:
+        model: a Hugging Face causal LM, possibly wrapped; its parameters' `.grad` stays as it was.
+        batch: what `prepare_batch` made for this model.
+        config: the executor and backend of the tree.
+        temperature: logits are divided by it; a batch with temperatures of its own goes by those.
+
+    Returns:
+        How far tree and dense are apart, log-probs in nats and gradients relative to their norm, and what rounding
+        explains of it.
+
+    Raises:
+        VerificationError: they differ by more than that: from which layer on, in which parameter.
+        InvalidInputError: as `sequence_logprobs`.
+        UnsupportedError: as `sequence_logprobs`.
     """
     model = without_reducers(model)
-    difference, executor = _difference(model, batch, config, temperature)
+    difference, executor = tree_difference(model, batch, config, temperature)
     if not difference.agreeing_logprobs:
         what = f"log-probs differ {_place(model, batch, config, executor)}, by {_in_words(difference)}"
     elif difference.wrong_gradients:
@@ -100,118 +66,27 @@ def compare(
     config: TreeConfig | None = None,
     temperature: float = 1.0,
 ) -> Difference:
-    """Log-probs and gradients of a seeded random linear functional of them, tree against dense.
+    """Log-probs and gradients of a seeded random linear functional of them, tree against dense, without a probe.
 
-    Leaves the parameters' `.grad` as it was, and does not probe. Raises as `sequence_logprobs` does.
+    Args:
+        model: a Hugging Face causal LM, possibly wrapped; its parameters' `.grad` stays as it was.
+        sequences: lists of ints or 1-D int tensors, unpadded.
+        scored: as for `sequence_logprobs`.
+        config: the executor and backend of the tree; None for the defaults.
+        temperature: logits are divided by it, above 0.
+
+    Returns:
+        How far both are apart, and what rounding explains of it.
+
+    Raises:
+        InvalidInputError: as `sequence_logprobs`.
+        UnsupportedError: as `sequence_logprobs`.
     """
     config = replace(config or TreeConfig(), probe="off")
-    return _difference(model, prepare(model, sequences, scored, config), config, temperature)[0]
+    return tree_difference(model, prepare_batch(model, sequences, scored, config), config, temperature)[0]
 
 
-def _difference(model: nn.Module, batch: Batch, config: TreeConfig, temperature: float) -> tuple[Difference, str]:
-    """And the executor that ran the tree."""
-    base = causal_lm(model)
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if _has_no_gradients(model, base) or not batch.sequences:
-        parameters = {}
-    scored = batch.edges.host.scored_tokens
-    scored = min(gathered(model, scored)) if is_collective(model) else scored  # ranks look equally often
-    routed, noises, gradient_noises = is_routed(base), [], []
-    with evaluation_mode(base), torch.set_grad_enabled(bool(parameters)):
-        own, expected = _own(model, batch, temperature, parameters)
-        for seed in looks(base, scored):
-            with moved_embeddings(base, seed):
-                moved, gradients = _own(model, batch, temperature, parameters)
-            noises.append(Gap.of(moved - own, routed))
-            gradient_noises.append(_errors(gradients, expected))
-        result = run_tree(model, batch, config, temperature=temperature)
-        logprobs = _flat(result)
-        gradients = _gradients(logprobs, _weights(batch), parameters) if parameters else {}
-    return Difference(
-        logprobs=Gap.of(logprobs - own, routed),
-        logprob_noise=Gap.largest(noises),
-        gradients=_errors(gradients, expected),
-        gradient_noise=_by_kind(gradient_noises),
-        unit=rounding_unit(base),
-        logprob_floor=logprob_floor(own, rounding_unit(base)),
-    ), result.report.executor
-
-
-def _has_no_gradients(model: nn.Module, base: PreTrainedModel) -> bool:
-    """Whether gradients cannot be asked for by parameter: they are sharded, or the model's own path has none."""
-    is_forward_only = base.device.type == "cpu" and base.config._attn_implementation == "flex_attention"
-    return (
-        is_forward_only or is_sharded(model) or is_zero3(model) or is_fsdp1(model) or torch.is_inference_mode_enabled()
-    )
-
-
-def _flat(result: SequenceLogProbs) -> torch.Tensor:
-    return torch.cat([result.anchor[None], *result.logprobs])[1:]  # a rank may have no sequences
-
-
-def _weights(batch: Batch) -> torch.Tensor:
-    """The linear functional's, of every token's log-prob, float32 [N - S]."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    return torch.randn(sum(batch.edges.lengths), generator=generator, dtype=torch.float32, device="cpu")
-
-
-def _own(
-    model: nn.Module, batch: Batch, temperature: float, parameters: dict[str, nn.Parameter]
-) -> tuple[torch.Tensor, Gradients]:
-    """Log-probs, flat, of the model's own path, and gradients: row by row, so that one row's graph is alive."""
-    if not parameters:
-        return _flat(run_dense(model, batch, temperature=temperature)), {}
-    device, lengths = batch.edges.target.device, batch.edges.lengths
-    temperatures = batch.temperatures or [temperature] * len(lengths)
-    unscored = (batch.edges.edge_of_token == len(batch.edges.target)).split(lengths)
-    logprobs: list[torch.Tensor] = []
-    total: Gradients = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    rows = zip(batch.sequences, temperatures, unscored, _weights(batch).split(lengths), strict=True)
-    for sequence, own, is_unscored, weights in rows:
-        row = torch.as_tensor(sequence, dtype=torch.int64, device=device)
-        values = dense_logprobs(model, [row], own)[0][0].masked_fill(is_unscored, 0.0)
-        logprobs.append(values.detach())
-        if len(values):
-            for name, gradient in _gradients(values, weights, parameters).items():
-                total[name] += gradient
-    return torch.cat(logprobs), total
-
-
-def _gradients(values: torch.Tensor, weights: torch.Tensor, parameters: dict[str, nn.Parameter]) -> Gradients:
-    if not values.requires_grad:  # of what is to learn, nothing is on the way to log-probs
-        return {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    found = torch.autograd.grad((values * weights.to(values)).sum(), list(parameters.values()), allow_unused=True)
-    pairs = zip(parameters.items(), found, strict=True)
-    return {name: torch.zeros_like(p) if gradient is None else gradient for (name, p), gradient in pairs}
-
-
-def _errors(gradients: Gradients, expected: Gradients) -> dict[str, float]:
-    """|actual - expected| / |expected| of every parameter.
-
-    A floor under the denominator keeps parameters without a gradient worth the name from dominating.
-    """
-    norms = {name: gradient.double().norm().item() for name, gradient in expected.items()}
-    floor = max(1e-3 * max(norms.values(), default=0.0), torch.finfo(torch.float64).tiny)
-    return {
-        name: (gradients[name].double() - gradient.double()).norm().item() / max(norms[name], floor)
-        for name, gradient in expected.items()
-    }
-
-
-def _by_kind(noises: list[dict[str, float]]) -> dict[str, float]:
-    """The largest noise of all parameters of a kind: where rounding reroutes a token, few see it in one run."""
-    largest: dict[str, float] = defaultdict(float)
-    for name, noise in (pair for found in noises for pair in found.items()):
-        largest[_kind(name)] = max(largest[_kind(name)], noise)
-    return {name: largest[_kind(name)] for name in noises[0]}
-
-
-def _kind(name: str) -> str:
-    """A parameter's name without the numbers of layers and experts."""
-    return re.sub(r"\d+", "", name)
-
-
-def _place(model: nn.Module, batch: Batch, config: TreeConfig, executor: str) -> str:
+def _place(model: nn.Module, batch: PreparedBatch, config: TreeConfig, executor: str) -> str:
     """Where the hidden states of a batch part."""
     base = causal_lm(model)
     if is_collective(model):  # all ranks must call the model equally often

@@ -28,11 +28,11 @@ if find_spec("hypothesis"):  # the tests of a GPU machine do without
 def unprobed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models that were not probed before they run as trees: for faults in trees, and for what is counted."""
 
-    def no_reason(model: torch.nn.Module, executors: list[str], *_: object) -> dict[str, None]:
+    def no_obstacle(model: torch.nn.Module, executors: list[str], *_: object) -> dict[str, None]:
         return dict.fromkeys(executors)
 
-    for place in ("execution.auto", "sharing.hooks"):
-        monkeypatch.setattr(f"dta_plugin.{place}.probe", no_reason)
+    for place in ("execution.auto", "sharing.decoder_hooks"):
+        monkeypatch.setattr(f"dta_plugin.{place}.probe", no_obstacle)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -50,5 +50,5 @@ def calibrations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where `dta calibrate` writes and training looks: an empty folder."""
     folder = tmp_path / "calibrations"
     folder.mkdir()
-    monkeypatch.setattr("dta_plugin.execution.calibration.cached_assets_path", lambda *_, **__: folder)
+    monkeypatch.setattr("dta_plugin.execution.calibration_store.cached_assets_path", lambda *_, **__: folder)
     return folder

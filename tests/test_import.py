@@ -24,7 +24,7 @@ def loaded_after(code: str) -> list[str]:
     [
         "import dta_plugin",
         "from dta_plugin import PrefixTree, TreeConfig, TreeLayout, TreeMask, TreeReport, tree_attention",
-        "import dta_plugin.tree.cost, dta_plugin.tree.split, dta_plugin.models.lm_head",
+        "import dta_plugin.tree.cost, dta_plugin.models.lm_head",
     ],
 )
 def test_no_framework_is_imported(code: str) -> None:
@@ -32,13 +32,22 @@ def test_no_framework_is_imported(code: str) -> None:
 
 
 def test_trees_run_where_triton_is_not_installed() -> None:
-    code = "import sys; sys.modules['triton'] = None; import dta_plugin.api, dta_plugin.sharing.hooks"
+    code = "import sys; sys.modules['triton'] = None; import dta_plugin.api, dta_plugin.sharing.decoder_hooks"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_every_public_name_resolves() -> None:
     for name in dta_plugin.__all__:
         assert getattr(dta_plugin, name) is not None
+
+
+def test_errors_keep_their_former_name() -> None:
+    from dta_plugin.errors import UnsupportedModelError
+
+    with pytest.raises(UnsupportedModelError):
+        raise dta_plugin.UnsupportedError
+    with pytest.raises(dta_plugin.UnsupportedError):
+        raise dta_plugin.UnsupportedModelError
 
 
 def test_an_unknown_name_lists_what_there_is() -> None:

@@ -47,7 +47,9 @@ def test_calls_are_counted_per_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nan_is_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dta_plugin.verify._flat", lambda result: torch.cat(result.logprobs) * float("nan"))
+    monkeypatch.setattr(
+        "dta_plugin.execution.probing.tree_difference._flat", lambda result: torch.cat(result.logprobs) * float("nan")
+    )
     with pytest.raises(VerificationError):
         dta_plugin.sequence_logprobs(tiny_model("llama"), SEQUENCES, TreeConfig(verify="every:1"))
 

@@ -36,7 +36,7 @@ from dta_plugin import PrefixTree, TreeConfig
 from dta_plugin.adapters.trl.dense import DenseScorer
 from dta_plugin.adapters.trl.scoring import tree_log_probs
 from dta_plugin.adapters.trl.state import TreeState
-from dta_plugin.calibrate import Bench, Case, Rows, calibrate
+from dta_plugin.calibrate import Bench, Case, DenseBatch, calibrate
 
 CPU = torch.device("cpu")
 # Short batches run until this time is up, or so often.
@@ -138,7 +138,7 @@ class Subject:
 
     def gate(self, case: Case) -> dict[str, Any]:
         """Stock TRL and the adapter in turn."""
-        rows = Rows.of(case, CPU)
+        rows = DenseBatch.from_case(case, CPU)
         ran: list[float] = []
 
         def stock() -> None:
@@ -179,7 +179,7 @@ class Subject:
         """More of them where one is short, and medians would be of noise."""
         return max(self.rounds, min(_MOST_ROUNDS, round(_LEAST_SECONDS / seconds)))
 
-    def _backward(self, rows: Rows, logprobs: torch.Tensor) -> None:
+    def _backward(self, rows: DenseBatch, logprobs: torch.Tensor) -> None:
         scored = rows.attention_mask[:, -rows.columns :].bool()
         logprobs[scored].sum().backward()
 

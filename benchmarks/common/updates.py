@@ -18,7 +18,7 @@ from benchmarks.common.models import without_adapters
 from benchmarks.common.workloads import Workload
 from dta_plugin import TreeConfig
 from dta_plugin.execution.auto import run_tree
-from dta_plugin.execution.batch import prepare
+from dta_plugin.execution.prepared_batch import prepare_batch
 from dta_plugin.models.introspection import lm_head
 from dta_plugin.models.lm_head import edge_logprobs
 
@@ -39,7 +39,7 @@ def tree(model: PreTrainedModel, work: Workload, backend: str = "auto") -> Step:
     config = TreeConfig(backend=backend)
 
     def step() -> Outcome:
-        batch = prepare(model, work.sequences, work.prompt_lengths, config)
+        batch = prepare_batch(model, work.sequences, work.prompt_lengths, config)
         result = run_tree(model, batch, config, return_entropy=True)
         assert result.entropies is not None
         logprobs, entropies = (

@@ -25,14 +25,14 @@ from benchmarks.streamed.one_path import one_path_plan
 from dta_plugin import PrefixTree
 from dta_plugin.execution.packed import run_packed
 from dta_plugin.execution.streaming.autograd import run_streamed
-from dta_plugin.execution.streaming.plan import Plan
-from dta_plugin.execution.streaming.planner import plan_chunks
+from dta_plugin.execution.streaming.chunk_plan import ChunkPlan
+from dta_plugin.execution.streaming.chunking import plan_chunks
 from dta_plugin.models.introspection import lm_head
 from dta_plugin.models.lm_head import edge_logprobs
 from dta_plugin.tree.layout import ScoredEdges
 
-Step = Callable[[], Plan | None]
-Planner = Callable[[PrefixTree, int, bool], Plan]
+Step = Callable[[], ChunkPlan | None]
+Planner = Callable[[PrefixTree, int, bool], ChunkPlan]
 PLANNERS: dict[str, Planner] = {"streamed": plan_chunks, "one path": one_path_plan}
 
 
@@ -48,7 +48,7 @@ class Contender:
 class Examined:
     """What one run took.
 
-    calls, tokens: of the decoder. chunks, recomputed_tokens, rebuilt_tokens: of the plan (execution/streaming/plan.py).
+    calls, tokens: of the decoder. chunks, recomputed_tokens, rebuilt_tokens: of the plan.
     saved_bytes: most that autograd held at a time. arena_bytes: keys, values and their gradients beside it.
     device_bytes: most that a CUDA device held beyond what it held before, else None. seconds: by clock.
     error: of the gradients, against packed execution.
@@ -137,7 +137,7 @@ def _packed(model: PreTrainedModel, work: Workload) -> Step:
     def step() -> None:
         tree = PrefixTree.from_sequences(work.sequences)
         edges = ScoredEdges.from_tree(tree, work.prompt_lengths, weights.device)
-        (output,) = run_packed(model, [(tree, edges)])
+        output = run_packed(model, tree, edges)
         (edges.per_token(output.logprobs) * weights).sum().backward()
 
     return step
@@ -146,7 +146,7 @@ def _packed(model: PreTrainedModel, work: Workload) -> Step:
 def _streamed(model: PreTrainedModel, work: Workload, budget: int, planner: Planner) -> Step:
     weights = _flat_weights(work)
 
-    def step() -> Plan:
+    def step() -> ChunkPlan:
         tree = PrefixTree.from_sequences(work.sequences)
         edges = ScoredEdges.from_tree(tree, work.prompt_lengths, weights.device)
         output, plan = run_streamed(model, tree, edges, budget, planner=planner)

@@ -21,7 +21,7 @@ from benchmarks.common import updates
 from benchmarks.common.workloads import Workload
 from dta_plugin import PrefixTree, TreeConfig
 from dta_plugin.execution.auto import run_tree
-from dta_plugin.execution.batch import prepare
+from dta_plugin.execution.prepared_batch import prepare_batch
 from dta_plugin.token_selection.select import TokenSelection, draw
 from dta_plugin.tree.layout import ScoredEdges
 
@@ -88,7 +88,7 @@ def on_subset(model: PreTrainedModel, work: Workload, selection: TokenSelection)
         for sequence, prompt, tokens in zip(work.sequences, work.prompt_lengths, kept, strict=True):
             sequences.append(sequence[: prompt + tokens[-1] + 1])
             scored.append(np.isin(np.arange(len(sequences[-1])), prompt + tokens))
-        batch = prepare(model, sequences, scored, config)
+        batch = prepare_batch(model, sequences, scored, config)
         result = run_tree(model, batch, config, return_entropy=True)
         logprobs = torch.cat(
             [

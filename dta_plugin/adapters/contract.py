@@ -12,7 +12,7 @@ from importlib import import_module, metadata
 from typing import Any
 
 from dta_plugin.adapters.releases import TORCH, TRANSFORMERS, TRL, VERL, counted_as
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.errors import UnsupportedError
 
 _RELEASES = {releases.package: releases for releases in (TRL, VERL, TRANSFORMERS, TORCH)}
 
@@ -35,13 +35,13 @@ class Name:
 
 
 def require(names: Iterable[Name]) -> None:
-    """Raises UnsupportedModelError where one of them is missing, or has other parameters."""
-    objections: dict[str, list[str]] = {}
+    """Raises UnsupportedError where one of them is missing, or has other parameters."""
+    faults: dict[str, list[str]] = {}
     for name in names:
-        objection = _objection(name)
-        if objection is not None:
-            objections.setdefault(name.package, []).append(objection)
-    _refuse(objections)
+        fault = _fault(name)
+        if fault is not None:
+            faults.setdefault(name.package, []).append(fault)
+    _refuse(faults)
 
 
 def require_attributes(instance: object, attributes: Mapping[str, str], package: str) -> None:
@@ -55,21 +55,21 @@ def require_attributes(instance: object, attributes: Mapping[str, str], package:
     _refuse({package: missing} if missing else {})
 
 
-def _refuse(objections: Mapping[str, list[str]]) -> None:
-    """Raise if there are any. objections: by package."""
-    if not objections:
+def _refuse(faults: Mapping[str, list[str]]) -> None:
+    """Raise if there are any. faults: by package."""
+    if not faults:
         return
     sentences = []
-    for package, found in objections.items():
+    for package, found in faults.items():
         releases = _RELEASES[package]
         sentences.append(
             f"{releases.name} {metadata.version(package)} is not as the plugin needs it: {'; '.join(found)}. Expected "
             f"what {releases.tested} have; {releases.remedy}."
         )
-    raise UnsupportedModelError(" ".join(sentences))
+    raise UnsupportedError(" ".join(sentences))
 
 
-def _objection(name: Name) -> str | None:
+def _fault(name: Name) -> str | None:
     """What is wrong with what a name stands for, or None."""
     found = _found(name)
     if found is None:

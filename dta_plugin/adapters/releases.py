@@ -10,8 +10,8 @@ from importlib import metadata
 
 from packaging.version import Version
 
-from dta_plugin.adapters.logs import say
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.errors import UnsupportedError
+from dta_plugin.training.notices import say
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +63,19 @@ def counted_as(version: str) -> Version:
 def supported_release(releases: Releases, otherwise: str = "") -> str:
     """The installed version of a framework. otherwise: a further remedy, for the message.
 
-    Raises UnsupportedModelError for one that is not supported.
+    Raises UnsupportedError for one that is not supported.
     """
     name, package = releases.name, releases.package
     expected = f"{releases.oldest} <= {package} < {releases.below}"
     try:
         found = metadata.version(package)
     except metadata.PackageNotFoundError:
-        raise UnsupportedModelError(
+        raise UnsupportedError(
             f"{name} has no installed version that could be checked. Expected a release or a checkout that pip has "
             f"installed (pip install -e CHECKOUT), {expected}."
         ) from None
     if not releases.supports(found):
-        raise UnsupportedModelError(
+        raise UnsupportedError(
             f"{name} {found} is installed. Expected {expected}; pip install 'dta-plugin[{package}]'{otherwise}."
         )
     return found

@@ -75,15 +75,24 @@ def tree_attention(
 ) -> torch.Tensor:
     """Tree-causal attention, differentiable in q, k, v and sinks.
 
-    q: [1, Hq, Tq, D]. k: [1, Hkv, T, D]. v: [1, Hkv, T, Dv], Hq a multiple of Hkv (grouped-query attention).
-        The queries are the last Tq of the layout's T tokens: all of them, or a chunk whose ancestors' keys come first.
-    mask: visibility of the T layout tokens, and the backend.
-    scale: factor on q.k, above 0, default D ** -0.5.
-    window: a query sees keys less than `window` tokens up its own path.
-    softcap: scores become ``softcap * tanh(scores / softcap)``. sinks: [Hq] one extra logit per head that takes
-        probability and gives no value (GPT-OSS).
+    Query i sees key j iff ``j <= i < exit[j]``. The queries are the last Tq of the layout's T tokens: all of them, or a
+    chunk whose ancestors' keys come first.
 
-    Returns [1, Hq, Tq, Dv] in q's dtype. Raises InvalidInputError for shapes, dtypes or backends that do not fit.
+    Args:
+        q: [1, Hq, Tq, D].
+        k: [1, Hkv, T, D] in q's dtype; Hq is a multiple of Hkv (grouped-query attention).
+        v: [1, Hkv, T, Dv] in q's dtype.
+        mask: visibility of the T layout tokens, and the backend.
+        scale: factor on q.k, above 0, default D ** -0.5.
+        window: a query sees keys less than `window` tokens up its own path.
+        softcap: scores become ``softcap * tanh(scores / softcap)``.
+        sinks: [Hq] one extra logit per head that takes probability and gives no value (GPT-OSS).
+
+    Returns:
+        [1, Hq, Tq, Dv] in q's dtype.
+
+    Raises:
+        InvalidInputError: shapes, dtypes or backends that do not fit.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     _check_shapes(q, k, v, mask, sinks)

@@ -26,11 +26,17 @@ class TreeMask:
     Key j is visible to query i iff ``j <= i < exit[j]`` and, in a layer with a sliding window,
     ``depth[i] - depth[j] < window``.
 
-    exit: int64 [T]. depth: int64 [T]. backend: who is to compute attention, a name from `config.BACKENDS`. host: the
-    same exit and depth in the CPU's memory, as far as the caller has them.
-    calls: how often each attention layer has used this mask, by index, for the check that none was bypassed.
-    backends_used: who computed it. place: where the keys lie, see `Place` in attention/function.py.
-    alive: all masks there are; as long as one is, a layer may be recomputed with it.
+    Args:
+        exit: int64 [T] on the model's device, see `PrefixTree`.
+        depth: int64 [T] alike.
+        backend: who is to compute attention, a name from `config.BACKENDS`.
+        host: the same exit and depth in the CPU's memory, as far as the caller has them.
+
+    Attributes:
+        calls: how often each attention layer has used this mask, by index, for the check that none was bypassed.
+        backends_used: who computed it.
+        place: where the keys lie, see `Place` in attention/function.py.
+        alive: all masks there are; as long as one is, a layer may be recomputed with it.
     """
 
     alive: ClassVar[WeakSet[TreeMask]] = WeakSet()
@@ -50,6 +56,15 @@ class TreeMask:
 
     @classmethod
     def from_layout(cls, layout: TreeLayout, backend: str = "auto") -> TreeMask:
+        """The mask of a packed tree.
+
+        Args:
+            layout: the tree's T tokens on the model's device.
+            backend: who is to compute attention, a name from `config.BACKENDS`.
+
+        Returns:
+            A mask that no layer has used yet.
+        """
         return cls(layout.exit, layout.depth, backend, (layout.tree.exit, layout.tree.depth))
 
     def host(self) -> HostArrays:

@@ -18,14 +18,17 @@ class SequenceBalancingCollator:
 
         trainer = Trainer(..., data_collator=SequenceBalancingCollator(DataCollatorForSeq2Seq(tokenizer), bins=4))
 
-    collator: makes a batch of a list of examples; it gets the same examples in another order.
-    bins: equal parts that the batch is cut into afterwards, as ``torch.chunk`` does: processes with accelerate's
-        ``split_batches``, micro-batches, DataParallel replicas. (Rows of a preference batch, chosen after rejected,
-        must not be cut so.) 1: order alone.
-    token_ids: token ids of an example. None: by the names that TRL's and transformers' data sets have.
-    model: what tokens and pairs cost, see `execution.model.model_cost`.
+    Args:
+        collator: makes a batch of a list of examples; it gets the same examples in another order.
+        bins: equal parts that the batch is cut into afterwards, as ``torch.chunk`` does: processes with accelerate's
+            ``split_batches``, micro-batches, DataParallel replicas. (Rows of a preference batch, chosen after rejected,
+            must not be cut so.) 1: order alone.
+        token_ids: an example -> its token ids, ints [len]. None: by the names that TRL's and transformers' data sets
+            have.
+        model: what tokens and pairs cost, see `models.introspection.model_cost`; any unit.
 
-    Raises InvalidInputError for fewer than one bin, and in a call for examples without known token ids.
+    Raises:
+        InvalidInputError: fewer than one bin; in a call, examples without known token ids.
     """
 
     def __init__(

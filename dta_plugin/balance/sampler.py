@@ -23,16 +23,20 @@ from dta_plugin.tree.trie import TokenSequence
 class SiblingSampler(Sampler[int]):
     """Indices of sequences; every `batch_size` in a row are a batch, with siblings next to each other.
 
-    sequences: token ids of each example of the data set; they are not kept.
-    batch_size: examples in a batch on one rank. world_size: ranks; batches are dealt to them in turn, as accelerate
-        does, so that ranks r of step i get batch ``i * world_size + r``.
-    seed, shuffle: an epoch's order is a function of seed and epoch; without shuffle, of neither.
-    drop_last: leave out, in each epoch others, the sequences that would make a smaller last batch.
-    least_shared: neighbours are siblings if what they share, beyond what all sequences do, is at least this part of
-        what the cheaper one costs. The lower, the more is shared and the less random batches are.
-    model: what tokens and pairs cost, see `execution.model.model_cost`.
+    Args:
+        sequences: token ids, ints [len], of each example of the data set; they are not kept.
+        batch_size: examples in a batch on one rank.
+        world_size: ranks; batches are dealt to them in turn, as accelerate does, so that rank r gets batch
+            ``i * world_size + r`` in step i.
+        seed: an epoch's order is a function of seed and epoch.
+        shuffle: without it the order is a function of neither.
+        drop_last: leave out, in each epoch others, the sequences that would make a smaller last batch.
+        least_shared: neighbours are siblings if what they share, beyond what all sequences do, is at least this part,
+            in [0, 1], of what the cheaper one costs. The lower, the more is shared and the less random batches are.
+        model: what tokens and pairs cost, see `models.introspection.model_cost`; any unit.
 
-    Raises InvalidInputError for no sequences, sizes below 1, and least_shared outside [0, 1].
+    Raises:
+        InvalidInputError: no sequences, sizes below 1, or least_shared outside [0, 1].
     """
 
     def __init__(

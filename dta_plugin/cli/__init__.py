@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dta_plugin import __version__
-from dta_plugin.cli import calibrate, doctor, inspect, verify
+from dta_plugin.cli import calibrate_command, doctor_command, inspect_command, verify_command
 from dta_plugin.cli.terminal import printable, reason
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from dta_plugin.errors import InvalidInputError, UnsupportedError
 
 _EPILOG = """\
 first steps:
@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"dta-plugin {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for module in (inspect, doctor, verify, calibrate):
+    for module in (inspect_command, doctor_command, verify_command, calibrate_command):
         module.add_parser(commands)
     return parser
 
@@ -73,7 +73,7 @@ def _run(args: argparse.Namespace) -> int:
         raise
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
-    except UnsupportedModelError as error:
+    except UnsupportedError as error:
         code, message = 1, str(error)
     except InvalidInputError as error:
         code, message = 2, str(error)

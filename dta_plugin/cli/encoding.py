@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dta_plugin.cli.messages import Message
-from dta_plugin.cli.models import check_exists
+from dta_plugin.cli.model_loading import check_exists
 from dta_plugin.cli.terminal import reason
 from dta_plugin.errors import InvalidInputError
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from dta_plugin.cli.sharing import GroupFork, Inspection
+from dta_plugin.cli.inspection import GroupFork, Inspection
 from dta_plugin.cli.terminal import printable
 from dta_plugin.tree.divergence import Branch
 from dta_plugin.tree.picture import draw_text

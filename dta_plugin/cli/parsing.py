@@ -72,7 +72,7 @@ def parse_row(row: Any, where: str) -> list[Rollout]:
     if isinstance(row, list) and row and isinstance(row[0], dict):
         return [_chat(row, where)]
     if isinstance(row, list):
-        return [_of_ids([], row, None, where)]
+        return [_from_ids([], row, None, where)]
     if not isinstance(row, dict):
         raise InvalidInputError(f"{where} is a {type(row).__name__}. Expected a list of token ids or an object.")
     found = list(_parse_object({key: value for key, value in row.items() if value is not None}, where))
@@ -88,11 +88,11 @@ def _parse_object(row: dict[str, Any], where: str) -> Iterator[Rollout]:
     mask = row.get("attention_mask")
     for before, after in _ID_PAIRS:
         if before in row and after in row:
-            yield _of_ids(row[before], row[after], mask, where)
+            yield _from_ids(row[before], row[after], mask, where)
             return
     for key in _WHOLE_IDS:
         if key in row:
-            yield _of_ids([], row[key], mask, where)
+            yield _from_ids([], row[key], mask, where)
             return
     for key, chosen, rejected in _PREFERENCES:
         if chosen in row and rejected in row:
@@ -127,7 +127,7 @@ def _joined(prompt: Any, completion: Any, mask: Any, where: str) -> Rollout:
     if isinstance(prompt, str) and isinstance(completion, str):
         return Rollout("", text=(prompt, completion), where=where)
     if isinstance(prompt, list) and isinstance(completion, list) and not any(map(_is_chat, (prompt, completion))):
-        return _of_ids(prompt, completion, mask, where)
+        return _from_ids(prompt, completion, mask, where)
     if not any(map(_is_chat, (prompt, completion))):
         raise InvalidInputError(
             f"{where} has a {type(prompt).__name__} as prompt and a {type(completion).__name__} as completion. "
@@ -173,7 +173,7 @@ def _preference(prompt: Any, chosen: Any, rejected: Any, where: str) -> Iterator
     yield from (_joined(prompt, answer, None, where) for answer in answers)
 
 
-def _of_ids(prompt: Any, completion: Any, mask: Any, where: str) -> Rollout:
+def _from_ids(prompt: Any, completion: Any, mask: Any, where: str) -> Rollout:
     first, second = _ids(prompt, where), _ids(completion, where)
     ids, length = np.concatenate([first, second]), len(first)
     if mask is not None:

@@ -66,7 +66,7 @@ class Grouping:
         self._prompts: dict[str, str] = {}
         self._is_first = True
 
-    def of(self, row: Any, rollout: Rollout) -> str:
+    def name_group(self, row: Any, rollout: Rollout) -> str:
         if self._is_first and self.key is None and isinstance(row, dict):
             self.key = next((key for key in GROUP_KEYS if row.get(key) is not None), None)
         self._is_first = False
@@ -85,7 +85,7 @@ def iter_rollouts(path: str | Path, grouping: Grouping) -> Generator[Rollout]:
     has_ids: bool | None = None
     for where, row in rows(path):
         try:
-            parsed = [replace(rollout, group=grouping.of(row, rollout)) for rollout in parse_row(row, where)]
+            parsed = [replace(rollout, group=grouping.name_group(row, rollout)) for rollout in parse_row(row, where)]
         except InvalidInputError:
             raise
         except Exception as error:  # the last resort names the line, too

@@ -18,7 +18,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from dta_plugin.diffusion.family import DiffusionFamily
 from dta_plugin.diffusion.native import family_from_config
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from dta_plugin.errors import InvalidInputError, UnsupportedError
 
 # Config entry of a native decoder that `load_diffusion_lm` made: the config of the checkpoint it was made from.
 ORIGINAL_CONFIG = "original_config"
@@ -78,7 +78,7 @@ def family_of(
     what the config does not, and win over it; with mask_token_id and is_shifted a model of an unknown type is described
     by hand.
 
-    Raises UnsupportedModelError for an unknown family and for one that is no masked diffusion LM, InvalidInputError
+    Raises UnsupportedError for an unknown family and for one that is no masked diffusion LM, InvalidInputError
     when neither the config nor the family says which token is the mask, or how long a block is.
     """
     entries = config_entries(config)
@@ -178,16 +178,16 @@ def _label(entries: Mapping[str, Any]) -> str:
 
 def _refuse_other_canvas(kind: str) -> None:
     if kind.startswith("diffusion_gemma"):
-        raise UnsupportedModelError(
+        raise UnsupportedError(
             "DiffusionGemma is not a masked diffusion LM: its canvas starts from random tokens instead of masks, its "
             "prompt goes through a causal encoder, and each step is conditioned on the last one's predictions, so that "
             f"the likelihood of a masked canvas is not defined for it. Supported: {known_families()}."
         )
 
 
-def _unknown(entries: Mapping[str, Any]) -> UnsupportedModelError:
+def _unknown(entries: Mapping[str, Any]) -> UnsupportedError:
     kind, architectures = entries.get("model_type"), entries.get("architectures")
-    return UnsupportedModelError(
+    return UnsupportedError(
         f"Model type {kind!r} (architectures {architectures}) is not a diffusion family that is known here. Known: "
         f"{known_families()}. {_BY_HAND} Mixtures of experts (LLaDA-MoE, LLaDA2, SDAR-30B) run with their own code "
         "and transformers 4.57.1."

@@ -2,7 +2,7 @@
 
 A masked diffusion LM reads a prompt and a partly masked completion and predicts the token at every position. Families
 differ in which row of logits belongs to a token (`is_shifted`) and in what a token sees (`block_length`);
-`predictions` gives entry i for token i in all of them. A model that attends causally raises UnsupportedModelError.
+`predictions` gives entry i for token i in all of them. A model that attends causally raises UnsupportedError.
 
 Blocks of a `block_length` family are counted from the first real token of the row, prompt included, and the completion
 continues a prompt's last, unfinished block: block diffusion models (SDAR) are trained and served so.
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.models.introspection import causal_lm
 from dta_plugin.models.layers import layer_types
 
@@ -80,7 +80,7 @@ def predictions(
     `logits_to_keep`. model: a Hugging Face LM, wrapped (PEFT, DDP, FSDP) or not. Column 0 of a shifted family has no
     logits before it and gets those of column 0.
 
-    Raises UnsupportedModelError if the model attends causally, or cannot take the masks of its family.
+    Raises UnsupportedError if the model attends causally, or cannot take the masks of its family.
     """
     check_attention(model, family, input_ids.device)
     first, last = column_range(columns, input_ids, attention_mask)
@@ -143,13 +143,13 @@ def _block_mask(
 def _check_block_attention(model: PreTrainedModel) -> None:
     kind = model.config._attn_implementation
     if kind not in ("eager", "sdpa"):
-        raise UnsupportedModelError(
+        raise UnsupportedError(
             f"{type(model).__name__} has attn_implementation={kind!r}, which takes no mask of block attention. "
             "Expected 'sdpa' or 'eager'; load the model with attn_implementation='sdpa'."
         )
     other = sorted(set(layer_types(model.config.get_text_config())) - {"full_attention"})
     if other:
-        raise UnsupportedModelError(
+        raise UnsupportedError(
             f"{type(model).__name__} has {', '.join(other)} layers. Expected full attention in every layer: a block "
             "mask replaces the layer's own; use another model."
         )
@@ -186,13 +186,13 @@ def check_attention(model: nn.Module, family: DiffusionFamily, device: torch.dev
     ids = torch.arange(length, device=device)[None] % base.config.vocab_size
     padded = torch.cat([ids[:, :1], ids], dim=1)
     if not (_notices(model, family, ids, 1) and _notices(model, family, padded, 2, padding=1)):
-        raise UnsupportedModelError(
+        raise UnsupportedError(
             f"{type(base).__name__} attends causally: a position does not see the next one, though is_causal=False was "
             "asked for. Expected a model that attends in both directions; update transformers (5.5 or newer), or use "
             "a model class of its family (dta_plugin.diffusion)."
         )
     if family.block_length is not None and _notices(model, family, ids, length - 1):
-        raise UnsupportedModelError(
+        raise UnsupportedError(
             f"{type(base).__name__} sees tokens of later blocks, though a mask of block attention was given. Expected "
             f"a model that takes 4-D attention masks; use one, or block_length=None (given {family.block_length})."
         )

@@ -3,7 +3,7 @@
 The code that LLaDA, Dream and SDAR ship does not load with transformers 5, but their architectures are known decoders
 that attend in both directions: LLaDA and iLLaDA are Llama, Dream is Qwen2, SDAR is Qwen3, A2D models are what their
 name says. Only LLaDA has parameter names of its own. A setting that the decoder cannot reproduce exactly raises
-UnsupportedModelError and names the release of transformers with which the original code works.
+UnsupportedError and names the release of transformers with which the original code works.
 
 Sources: the configuration_*.py and modeling_*.py files of GSAI-ML/LLaDA-8B-Instruct, GSAI-ML/iLLaDA-8B-Base,
 Dream-org/Dream-v0-Instruct-7B, JetLM/SDAR-1.7B-Chat, and dllm/pipelines/a2d of ZHZisZZ/dllm.
@@ -17,7 +17,7 @@ from typing import Any
 from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from dta_plugin.diffusion.families import ORIGINAL_CONFIG, is_mixture, known_families, vocabulary
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from dta_plugin.errors import InvalidInputError, UnsupportedError
 
 _TOP_NAMES = {
     "model.transformer.wte.weight": "model.embed_tokens.weight",
@@ -80,7 +80,7 @@ def native_config(original: Mapping[str, Any]) -> PretrainedConfig:
     It keeps the original entries under `original_config`, so that a trained model can be saved as it came. Dropout
     of the residual stream and of embeddings is left out: likelihoods that are compared must not be noisy.
 
-    Raises UnsupportedModelError for other families and for settings the native decoder does not have,
+    Raises UnsupportedError for other families and for settings the native decoder does not have,
     InvalidInputError for missing entries.
     """
     kind = str(original.get("model_type") or "").lower()
@@ -98,14 +98,14 @@ def native_config(original: Mapping[str, Any]) -> PretrainedConfig:
         native = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[kind.removeprefix("a2d-")]
         config = native(**{name: value for name, value in original.items() if name not in _NOT_ARCHITECTURE})
     else:
-        raise UnsupportedModelError(
+        raise UnsupportedError(
             f"Checkpoints of model type {original.get('model_type')!r} (architectures {original.get('architectures')}) "
             f"cannot be loaded here. Expected one of: {known_families()}. Load others with the code they ship, for "
             "example with transformers 4.57.1, and describe them to family_of by hand."
         )
     sliding = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if sliding:
-        raise UnsupportedModelError(f"The config asks for {sorted(sliding)}. Expected full attention in every layer.")
+        raise UnsupportedError(f"The config asks for {sorted(sliding)}. Expected full attention in every layer.")
     config.dtype = original.get("dtype") or original.get("torch_dtype")
     config.is_causal = False
     config.use_cache = False
@@ -177,7 +177,7 @@ def _decoder(original: Mapping[str, Any], *more: str) -> dict[str, Any]:
 def _expect(original: Mapping[str, Any], name: str, expected: Any, default: Any) -> None:
     given = original.get(name, default)
     if given != expected:
-        raise UnsupportedModelError(
+        raise UnsupportedError(
             f"The config has {name}={given!r}. Expected {expected!r}, with which this {original['model_type']} model "
             "is a decoder that transformers has; run this one with the code it ships and transformers 4.57.1."
         )

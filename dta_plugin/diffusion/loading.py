@@ -44,7 +44,7 @@ def load_diffusion_lm(path_or_id: str | PathLike[str], **options: Any) -> PreTra
     `from_pretrained` (dtype, device_map, attn_implementation, quantization_config, revision, token, ...). The dtype is
     the checkpoint's where none is given. `family_of(model.config)` says how the model is asked.
 
-    Raises UnsupportedModelError for other families and settings (`formats.native_config`), InvalidInputError, with the
+    Raises UnsupportedError for other families and settings (`formats.native_config`), InvalidInputError, with the
     names, if a parameter is missing, left over or of another shape.
     """
     hub = {name: options.pop(name) for name in _HUB_OPTIONS if name in options}

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dta_plugin.models.introspection import say_guessed
+from dta_plugin.models.introspection import is_checkpointed, say_guessed
 from dta_plugin.models.layers import attention_sizes
-from dta_plugin.models.lm_head import KEEP_BYTES
 from dta_plugin.models.sizes import feed_forward_numbers
+from dta_plugin.models.tiled_logprobs import KEEP_BYTES
 
 log = logging.getLogger("dta_plugin")
 
@@ -26,11 +26,11 @@ _SHARE = 0.5
 _learned: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
-def token_budget(model: PreTrainedModel, device: torch.device, wanted: int | None) -> int:
+def token_budget(model: PreTrainedModel, device: torch.device, limit: int | None) -> int:
     """Tokens per chunk: what the user wants, or what free memory allows; less if that ran out of memory before."""
-    if wanted is None:
-        wanted = int(_SHARE * free_bytes(device) - KEEP_BYTES) // bytes_per_token(model)
-    return max(1, min(wanted, _learned.get(model, wanted)))
+    if limit is None:
+        limit = int(_SHARE * free_bytes(device) - KEEP_BYTES) // bytes_per_token(model)
+    return max(1, min(limit, _learned.get(model, limit)))
 
 
 def halve(model: PreTrainedModel, budget: int) -> int | None:
@@ -68,28 +68,28 @@ def bytes_per_token(model: PreTrainedModel) -> int:
     Counts the usual pre-norm decoder: two norms, attention, a gated MLP, two residuals. With gradient checkpointing
     one hidden state per layer and a single layer in full.
     """
-    is_checkpointed = model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    recomputes = model.training and is_checkpointed(model)
     estimates = _estimates.setdefault(model, {})
-    if is_checkpointed not in estimates:
+    if recomputes not in estimates:
         try:
-            elements = _saved_elements(model, is_checkpointed)
+            elements = _saved_elements(model, recomputes)
         except Exception as error:
             say_guessed("memory per token", model, error)
             elements = _GUESSED_ELEMENTS
-        estimates[is_checkpointed] = elements * model.dtype.itemsize
-    return estimates[is_checkpointed]
+        estimates[recomputes] = elements * model.dtype.itemsize
+    return estimates[recomputes]
 
 
 # Of a model that cannot be read: 30 layers in full with hidden states of 4096.
 _GUESSED_ELEMENTS = 30 * 30 * 4096
 
 
-def _saved_elements(model: PreTrainedModel, is_checkpointed: bool) -> int:
+def _saved_elements(model: PreTrainedModel, recomputes: bool) -> int:
     hidden, attention = model.config.get_text_config().hidden_size, attention_sizes(model)
     per_layer = [8 * hidden + sum(x.head_dims) * (2 * x.heads + 3 * x.kv_heads) for x in attention]
     # A gated MLP saves five times its width and has three matrices of it.
     feed_forward = math.ceil(5 * feed_forward_numbers(model) / (3 * hidden))
-    if is_checkpointed:
+    if recomputes:
         return len(per_layer) * hidden + max(per_layer) + feed_forward // len(per_layer)
     return sum(per_layer) + feed_forward
 

@@ -1,8 +1,7 @@
-"""Packed execution: a forest is one row of T tokens; several forests (chunks) follow each other in one model call."""
+"""Packed execution: the whole forest is one row of T tokens, in one call of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from dta_plugin.attention import TreeMask
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.models.attention_registry import carry, install
 from dta_plugin.models.introspection import causal_lm, decoder_of, lm_head, tree_forward
 from dta_plugin.models.layers import attention_modules
@@ -36,7 +35,16 @@ class EdgeOutputs:
 
 
 def model_inputs(layout: TreeLayout, mask: TreeMask) -> dict[str, Any]:
-    """Keyword arguments of the model's forward for one packed tree."""
+    """Keyword arguments of the model's forward for one packed tree, for calls inside `tree_attention_scope`.
+
+    Args:
+        layout: the tree's T tokens on the model's device.
+        mask: who sees whom, and by which backend: ``TreeMask.from_layout(layout)``.
+
+    Returns:
+        input_ids and position_ids, int64 [1, T]; a placeholder attention_mask, bool [1, 1, 1, 1], that carries the
+        tree; ``use_cache=False``; and the mask itself as ``dta_tree``.
+    """
     return row_inputs(layout.input_ids, layout.depth, mask)
 
 
@@ -58,56 +66,52 @@ def row_inputs(input_ids: torch.Tensor, depth: torch.Tensor, mask: TreeMask) -> 
 
 def run_packed(
     model: nn.Module,
-    chunks: Sequence[tuple[PrefixTree, ScoredEdges]],
+    tree: PrefixTree,
+    edges: ScoredEdges,
     *,
     backend: str = "auto",
     temperature: float = 1.0,
     return_entropy: bool = False,
     return_router_loss: bool = False,
     head_dtype: torch.dtype | None = None,
-) -> list[EdgeOutputs]:
-    """Log-probs of the scored edges of each tree, differentiable in all parameters of `model` (wrapped or not).
-
-    However many trees, the wrapper sees one call: DDP synchronises buffers in every call, so ranks that called it
-    differently often would wait for each other forever.
+) -> EdgeOutputs:
+    """Log-probs of the scored edges, differentiable in all parameters of `model` (wrapped or not).
 
     head_dtype: dtype of the LM-head projection, None for the model's own. The router loss is the MoE load-balancing
     loss of the flat batch, exactly: every token counts with its multiplicity.
 
-    Raises UnsupportedModelError if an attention layer did not use the tree, InvalidInputError for NaN log-probs.
+    Raises UnsupportedError if an attention layer did not use the tree, InvalidInputError for NaN log-probs.
     """
     base = causal_lm(model)
     install(base)
     head = lm_head(base, head_dtype)
-    layouts = [TreeLayout.from_tree(tree, edges.target.device) for tree, edges in chunks]
-    masks = [TreeMask.from_layout(x, backend) for x in layouts]
+    layout = TreeLayout.from_tree(tree, edges.target.device)
+    mask = TreeMask.from_layout(layout, backend)
+    own = temperature if edges.temperature is None else edges.temperature
 
-    def forward(self: PreTrainedModel, dta_chunks: list[dict[str, Any]], **_: Any) -> dict[str, list[torch.Tensor]]:
-        backbone = decoder_of(self)
-        result: dict[str, list[torch.Tensor]] = {"logprobs": [], "entropies": [], "router_loss": []}
-        for inputs, layout, (_tree, edges) in zip(dta_chunks, layouts, chunks, strict=True):
-            output = backbone(**inputs, **({"output_router_logits": True} if return_router_loss else {}))
-            targets = layout.input_ids[edges.target]
-            rows = output.last_hidden_state[0].index_select(0, edges.rows)
-            own = temperature if edges.temperature is None else edges.temperature
-            on_both = edges.row_of_edge, edges.host.row_of_edge
-            logprobs, entropies = score(rows, head, targets, *on_both, own, return_entropy)
-            result["logprobs"].append(logprobs)
-            if entropies is not None:
-                result["entropies"].append(entropies)
-            if return_router_loss:
-                result["router_loss"].append(_router_loss(self, output.router_logits, layout.multiplicity))
+    def forward(self: PreTrainedModel, dta_inputs: dict[str, Any], **_: Any) -> dict[str, torch.Tensor]:
+        router = {"output_router_logits": True} if return_router_loss else {}
+        output = decoder_of(self)(**dta_inputs, **router)
+        rows = output.last_hidden_state[0].index_select(0, edges.rows)
+        on_both = edges.row_of_edge, edges.host.row_of_edge
+        logprobs, entropies = score(rows, head, layout.input_ids[edges.target], *on_both, own, return_entropy)
+        result = {"logprobs": logprobs}
+        if entropies is not None:
+            result["entropies"] = entropies
+        if return_router_loss:
+            result["router_loss"] = _router_loss(self, output.router_logits, layout.multiplicity)
         return result
 
     with tree_forward(base, forward):
-        result = model(dta_chunks=[model_inputs(*pair) for pair in zip(layouts, masks, strict=True)])
-    for mask in masks:
-        check_every_layer_hit(base, mask)
+        result = model(dta_inputs=model_inputs(layout, mask))
+    check_every_layer_hit(base, mask)
     check_finite(result["logprobs"], base)
-    nothing = [None] * len(chunks)
-    backends = ["+".join(sorted(mask.backends_used)) for mask in masks]
-    columns = (result["logprobs"], result["entropies"] or nothing, result["router_loss"] or nothing, backends)
-    return [EdgeOutputs(*row) for row in zip(*columns, strict=True)]
+    return EdgeOutputs(
+        logprobs=result["logprobs"],
+        entropies=result.get("entropies"),
+        router_loss=result.get("router_loss"),
+        backend="+".join(sorted(mask.backends_used)),
+    )
 
 
 def score(
@@ -146,18 +150,18 @@ def check_every_layer_hit(model: PreTrainedModel, mask: TreeMask) -> None:
     # Models that loop over their layers state more than they have.
     missed = sorted((layers & set(attention_modules(model)) or layers) - mask.layers_seen)
     if missed:
-        raise UnsupportedModelError(
+        raise UnsupportedError(
             f"Attention layer(s) {missed} of {type(model).__name__} did not use the tree: something replaced their "
             "attention function. Expected every layer to call transformers' AttentionInterface; switch off whatever "
             "patches attention (custom kernels, other plugins), or use on_unsupported='dense'."
         )
 
 
-def check_finite(logprobs: Sequence[torch.Tensor], model: nn.Module) -> None:
+def check_finite(logprobs: torch.Tensor, model: nn.Module) -> None:
     """Waits for the device: the only time in a batch that the tree path does."""
-    bad = int(torch.stack([(~torch.isfinite(x)).sum() for x in logprobs]).sum())
+    bad = int((~torch.isfinite(logprobs)).sum())
     if bad:
         raise InvalidInputError(
-            f"{type(model).__name__} gave {bad} NaN or infinite log-probs of {sum(x.numel() for x in logprobs)}. "
-            "Expected finite values; check the weights (a diverged run?), the learning rate and the dtype."
+            f"{type(model).__name__} gave {bad} NaN or infinite log-probs of {logprobs.numel()}. Expected finite "
+            "values; check the weights (a diverged run?), the learning rate and the dtype."
         )

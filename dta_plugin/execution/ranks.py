@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dta_plugin.execution.streaming.plan import Plan
+from dta_plugin.execution.streaming.chunk_plan import ChunkPlan
 
 T = TypeVar("T")
 
@@ -28,6 +28,11 @@ def is_sharded(model: nn.Module) -> bool:
 def is_fsdp1(model: nn.Module) -> bool:
     """Whether FSDP1 shards the model's weights."""
     return any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+
+
+def is_fsdp(model: nn.Module) -> bool:
+    """Whether FSDP, the first or the second, shards the model's weights."""
+    return is_sharded(model) or is_fsdp1(model)
 
 
 def watches_gradients(model: nn.Module) -> bool:
@@ -90,11 +95,11 @@ class ModelCalls:
     before_backward: list[int]
 
     @classmethod
-    def of(cls, plan: Plan) -> ModelCalls:
+    def from_plan(cls, plan: ChunkPlan) -> ModelCalls:
         again = (len(missing) + (index < plan.first_kept) for index, missing in enumerate(plan.rebuilds()))
         return cls(len(plan.chunks), list(again))
 
-    def of_all_ranks(self, model: nn.Module) -> ModelCalls:
+    def most_of_all_ranks(self, model: nn.Module) -> ModelCalls:
         """The most calls that any rank makes; without a chunk it makes one to stand in. Every rank must call this."""
         ranks = gathered(model, self)
         most = [max(calls) for calls in zip_longest(*(rank.before_backward for rank in ranks), fillvalue=1)]

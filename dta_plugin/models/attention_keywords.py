@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.errors import UnsupportedError
 from dta_plugin.models.layers import layer_types, one_size
 
 # What attention functions are told that changes nothing about a causal tree without a cache.
@@ -30,23 +30,23 @@ _KNOWN = _OF_NO_EFFECT | {"scaling", "sliding_window", "softcap", "s_aux"}
 
 
 def check_keywords(module: nn.Module, keywords: dict[str, Any]) -> None:
-    """Raises UnsupportedModelError for what the tree would leave out, or what contradicts the config."""
+    """Raises UnsupportedError for what the tree would leave out, or what contradicts the config."""
     name = type(module).__name__
     told = (key for key, value in keywords.items() if value is not None and not key.startswith("dta_"))
     unknown = [key for key in told if key not in _KNOWN]
     if unknown:
-        raise UnsupportedModelError(
+        raise UnsupportedError(
             f"{name} gives its attention function {', '.join(unknown)}, which the tree does not know. Expected only "
             "what causal attention needs (scale, window, soft-cap, sinks); use another model, or "
             "on_unsupported='dense'."
         )
     if keywords.get("is_causal") is False:
-        raise UnsupportedModelError(
+        raise UnsupportedError(
             f"{name} asks for attention in both directions (is_causal=False). Expected causal attention; use a causal "
             "model, or on_unsupported='dense'."
         )
     if keywords.get("dropout"):
-        raise UnsupportedModelError(
+        raise UnsupportedError(
             f"{name} asks for attention dropout of {keywords['dropout']}: shared tokens would share one dropout mask. "
             "Expected 0; set the rate to 0 in the model config before the model is loaded, or on_unsupported='dense'."
         )
@@ -56,7 +56,7 @@ def check_keywords(module: nn.Module, keywords: dict[str, Any]) -> None:
 def _check_window(module: nn.Module, window: int | None) -> None:
     """The mask that the dense path would get goes by the config; the tree goes by what the attention function is told.
 
-    Raises UnsupportedModelError where they differ.
+    Raises UnsupportedError where they differ.
     """
     config = cast(Any, module).config
     layer = cast(int, module.layer_idx)
@@ -64,7 +64,7 @@ def _check_window(module: nn.Module, window: int | None) -> None:
     kind = kinds[layer] if layer < len(kinds) else None
     stated = one_size(config, "sliding_window") if kind == "sliding_attention" else None
     if kind in ("full_attention", "sliding_attention") and window != stated:
-        raise UnsupportedModelError(
+        raise UnsupportedError(
             f"{type(module).__name__} tells its attention function of {_named(window)} in layer {layer}, and its "
             f"config says {_named(stated)} there ({kind}). Expected both to agree; set sliding_window=None in the "
             "config if no sequence is longer than the window, or use on_unsupported='dense'."

@@ -28,7 +28,8 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from dta_plugin.attention.api import tree_attention
 from dta_plugin.attention.mask import TreeMask
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.dtypes import compute_dtype
+from dta_plugin.errors import UnsupportedError
 from dta_plugin.models.attention_keywords import check_keywords
 from dta_plugin.models.layers import indexed_modules
 
@@ -43,7 +44,7 @@ def install(model: PreTrainedModel) -> None:
     """Route the language model's attention through `tree_attention` whenever a call carries a tree. Idempotent."""
     places = list(_places(model))
     if not places:
-        raise UnsupportedModelError(
+        raise UnsupportedError(
             f"No attention layer of {type(model).__name__} looks its implementation "
             f"{model.config.get_text_config()._attn_implementation!r} up in transformers' AttentionInterface. Expected "
             "all to; use a current transformers implementation of the model, or on_unsupported='dense'."
@@ -143,7 +144,7 @@ def _tree_call(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     if attention_mask is not None and attention_mask.numel() > 1:
-        raise UnsupportedModelError(
+        raise UnsupportedError(
             f"{type(module).__name__} adds a mask or bias of its own to attention, of shape "
             f"{tuple(attention_mask.shape)}. Expected the causal mask alone, which the tree replaces; use another "
             "model, or on_unsupported='dense'."
@@ -167,9 +168,7 @@ def _tree_call(
 
 def _autocast(*inputs: torch.Tensor) -> Iterator[torch.Tensor]:
     """Under autocast, one dtype, as torch's own attention has it: rotary positions leave query and key in float32."""
-    kind = inputs[0].device.type
-    enabled = torch.is_autocast_enabled(kind)
-    return (x.to(torch.get_autocast_dtype(kind)) if enabled else x for x in inputs)
+    return (x.to(compute_dtype(x.device.type, x.dtype)) for x in inputs)
 
 
 def _places(model: PreTrainedModel) -> Iterator[tuple[Entries, str]]:

@@ -19,7 +19,8 @@ import torch
 from transformers import PreTrainedModel
 
 from dta_plugin.attention.self_check import Kind
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.dtypes import compute_dtype
+from dta_plugin.errors import UnsupportedError
 from dta_plugin.models.layers import attention_sizes, forward_has
 from dta_plugin.models.lm_head import LMHead
 from dta_plugin.models.sizes import counted_cost
@@ -43,7 +44,7 @@ def causal_lm(model: torch.nn.Module) -> PreTrainedModel:
     """The Hugging Face model inside all wrappers."""
     *_, found = wrappings(model)
     if not isinstance(found, PreTrainedModel):
-        raise UnsupportedModelError(
+        raise UnsupportedError(
             f"Got a {type(model).__name__}. Expected a Hugging Face causal LM (PreTrainedModel), possibly inside "
             "PEFT, DDP or FSDP; load it with AutoModelForCausalLM."
         )
@@ -68,7 +69,7 @@ def lm_head(model: PreTrainedModel, dtype: torch.dtype | None = None) -> LMHead:
     """The output embedding with the model's logit scale and soft-cap. dtype: projection dtype, None for the model's."""
     module = model.get_output_embeddings()
     if module is None:
-        raise UnsupportedModelError(
+        raise UnsupportedError(
             f"{type(model).__name__} has no output embedding. Expected a causal LM; load it with AutoModelForCausalLM."
         )
     return LMHead(module, _logit_scale(model), _applied(model, "final_logit_softcapping"), dtype)
@@ -106,6 +107,11 @@ def tree_forward(model: torch.nn.Module, forward: Callable[..., Any]) -> Iterato
             model.forward = own
 
 
+def is_checkpointed(model: torch.nn.Module) -> bool:
+    """Whether any layer of the model has gradient checkpointing switched on."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     """Within the context, no module of the model is in training mode."""
@@ -121,7 +127,7 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 def attention_kinds(model: PreTrainedModel, device: torch.device) -> set[Kind]:
     """The kinds of attention that the model's layers ask for on `device`, as far as modules and config say."""
     config = model.config.get_text_config()
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
+    dtype = compute_dtype(device.type, model.dtype)
     has_softcap = getattr(config, "attn_logit_softcapping", None) is not None
     has_sinks = any(isinstance(getattr(module, "sinks", None), torch.Tensor) for module in model.modules())
     return {

@@ -49,12 +49,12 @@ _EXACT = {
 _REMEDY = "use LoRA or full fine-tuning"
 
 
-def adapter_reason(model: nn.Module) -> str | None:
+def adapter_obstacle(model: nn.Module) -> str | None:
     """Why the active adapters of a model, wrapped or not, cannot run as a tree; None if they can."""
-    return next((reason for config in _active(model) if (reason := _reason(config))), None)
+    return next((reason for config in _active(model) if (reason := _method_obstacle(config))), None)
 
 
-def _reason(config: Any) -> str | None:
+def _method_obstacle(config: Any) -> str | None:
     kind = config.peft_type
     name = str(getattr(kind, "value", kind))
     if config.is_prompt_learning:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 _FIXED = {"default", "linear", "yarn", "llama3", "proportional", "axial", "mrope"}
 
 
-def rotary_reason(model: PreTrainedModel) -> str | None:
+def rotary_obstacle(model: PreTrainedModel) -> str | None:
     """Why no batch can be exact: a rotary type of which it is not known what it depends on."""
     unknown = sorted({kind for kind, _ in _types(model)} - _FIXED - {"longrope", "dynamic"})
     if unknown:
@@ -31,7 +31,7 @@ def rotary_reason(model: PreTrainedModel) -> str | None:
     return None
 
 
-def length_reason(model: PreTrainedModel, lengths: Sequence[int]) -> str | None:
+def length_obstacle(model: PreTrainedModel, lengths: Sequence[int]) -> str | None:
     """Why this batch cannot be exact: rows of these lengths would get different frequencies, or any call might."""
     if not lengths:
         return None
@@ -49,7 +49,7 @@ def length_reason(model: PreTrainedModel, lengths: Sequence[int]) -> str | None:
     return None
 
 
-def padded_length_reason(model: PreTrainedModel, width: int) -> str | None:
+def padded_length_obstacle(model: PreTrainedModel, width: int) -> str | None:
     """Why a call of this padded width cannot be a tree: the padding decides about frequencies, too."""
     limit = min((limit for _, limit in length_limits(model)), default=width)
     if width > limit:

@@ -1,6 +1,6 @@
 """Where prefix-tree execution would not be exact, and why.
 
-`unsupported_reason` looks at the model alone; what only a framework knows (image inputs, fused losses) is checked by
+`tree_obstacle` looks at the model alone; what only a framework knows (image inputs, fused losses) is checked by
 its adapter.
 """
 
@@ -12,12 +12,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.errors import UnsupportedError
 from dta_plugin.models.attention_registry import is_installable
 from dta_plugin.models.introspection import causal_lm
 from dta_plugin.models.layers import attention_modules, forward_has, layer_types, one_size
-from dta_plugin.models.peft_methods import adapter_reason
-from dta_plugin.models.rotary import rotary_reason
+from dta_plugin.models.peft_methods import adapter_obstacle
+from dta_plugin.models.rotary import rotary_obstacle
 
 # Kinds of layers that a tree runs; the last two have no attention.
 _TREE_LAYERS = {"full_attention", "sliding_attention", "mlp", "moe"}
@@ -44,23 +44,23 @@ _ROTARY = ("rope_parameters", "rope_theta", "rotary_dim")
 _DROPOUTS = ("attention_dropout", "attn_dropout", "attn_pdrop", "attn_dropout_p")
 
 
-def unsupported_reason(model: nn.Module) -> str | None:
+def tree_obstacle(model: nn.Module) -> str | None:
     """Why this model cannot run as a tree ("what; remedy"), or None if it can."""
     try:
         base = causal_lm(model)
-    except UnsupportedModelError as error:
+    except UnsupportedError as error:
         return str(error)
     config = base.config.get_text_config()
     return (
-        _attention_reason(base, config)
-        or _position_reason(base, config)
-        or rotary_reason(base)
-        or dropout_reason(base)
-        or adapter_reason(model)
+        _attention_obstacle(base, config)
+        or _position_obstacle(base, config)
+        or rotary_obstacle(base)
+        or dropout_obstacle(base)
+        or adapter_obstacle(model)
     )
 
 
-def _attention_reason(model: PreTrainedModel, config: Any) -> str | None:
+def _attention_obstacle(model: PreTrainedModel, config: Any) -> str | None:
     name = type(model).__name__
     family = next((_FAMILIES[c.model_type] for c in (model.config, config) if c.model_type in _FAMILIES), None)
     if family is not None:
@@ -75,15 +75,15 @@ def _attention_reason(model: PreTrainedModel, config: Any) -> str | None:
     is_bidirectional = getattr(config, "use_bidirectional_attention", False) not in (False, None, "vision")
     if is_bidirectional or getattr(config, "is_causal", None) is False:
         return f"{name} attends in both directions; use a causal model"
-    reason = _layer_reason(name, config) or _mixer_reason(model)
+    reason = _layer_obstacle(name, config) or _mixer_obstacle(model)
     if reason is None and not is_installable(model):
         reason = (
             f"{name} does not call attention through transformers' AttentionInterface; use a model family that does"
         )
-    return reason or _window_reason(model, config)
+    return reason or _window_obstacle(model, config)
 
 
-def _layer_reason(name: str, config: Any) -> str | None:
+def _layer_obstacle(name: str, config: Any) -> str | None:
     kinds: dict[str, list[str]] = {}
     unstated = {"indexed_attention"} if getattr(config, "index_topk", None) else set()
     for kind in sorted(set(layer_types(config)) - _TREE_LAYERS or unstated):
@@ -98,7 +98,7 @@ def _layer_reason(name: str, config: Any) -> str | None:
     return f"{name} has {', and '.join(causes)}; {remedy}"
 
 
-def _mixer_reason(model: PreTrainedModel) -> str | None:
+def _mixer_obstacle(model: PreTrainedModel) -> str | None:
     """Recurrent layers of configs that do not state them: all of those convolve neighbouring tokens first."""
     for module in model.modules():
         if "layer_idx" in vars(module) and any(isinstance(child, nn.Conv1d) for child in module.children()):
@@ -109,7 +109,7 @@ def _mixer_reason(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _window_reason(model: PreTrainedModel, config: Any) -> str | None:
+def _window_obstacle(model: PreTrainedModel, config: Any) -> str | None:
     """The mask that the dense path gets goes by the config; the tree goes by what attention functions are told."""
     window = one_size(config, "sliding_window")
     modules = attention_modules(model)
@@ -130,7 +130,7 @@ def _tells_window(module: nn.Module) -> bool:
     return forward_has(module, "sliding_window") and getattr(module, "sliding_window", True) is not None
 
 
-def _position_reason(model: PreTrainedModel, config: Any) -> str | None:
+def _position_obstacle(model: PreTrainedModel, config: Any) -> str | None:
     if all(getattr(config, name, None) is None for name in _ROTARY):
         return (
             f"{type(model).__name__} has no rotary positions: padding shifts absolute ones, so that a padded batch and "
@@ -139,8 +139,8 @@ def _position_reason(model: PreTrainedModel, config: Any) -> str | None:
     return None
 
 
-def dropout_reason(model: PreTrainedModel) -> str | None:
-    """The part of `unsupported_reason` that may change from call to call."""
+def dropout_obstacle(model: PreTrainedModel) -> str | None:
+    """The part of `tree_obstacle` that may change from call to call."""
     if not model.training:
         return None
     for where, rate in _dropout_rates(model):

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
 
+from dta_plugin.dtypes import accumulation_dtype
 from dta_plugin.tree.trie import PrefixTree
 
 # Arguments of a decoder that say nothing about single tokens, whatever their type.
@@ -40,12 +41,12 @@ class PaddedBatch:
     spans: list[tuple[int, int]]
 
     @classmethod
-    def from_call(cls, call: Mapping[str, Any]) -> PaddedBatch | str:
-        """call: arguments of a decoder by name. Returns why it has to run as it is, where it cannot run as a tree."""
-        reason = _obstacle(call)
-        if reason is not None:
-            return reason
-        ids, mask = call["input_ids"].cpu().numpy(), call.get("attention_mask")
+    def from_arguments(cls, arguments: Mapping[str, Any]) -> PaddedBatch | str:
+        """arguments: of a decoder's call, by name. Returns what keeps it from running as a tree, if anything does."""
+        obstacle = _merge_obstacle(arguments)
+        if obstacle is not None:
+            return obstacle
+        ids, mask = arguments["input_ids"].cpu().numpy(), arguments.get("attention_mask")
         real = np.ones(ids.shape, dtype=bool) if mask is None else mask.bool().cpu().numpy()
         counts = real.sum(axis=1)
         starts = real.argmax(axis=1)
@@ -54,30 +55,30 @@ class PaddedBatch:
             return "every token of it is masked"
         if not all(real[row, start:stop].all() for row, (start, stop) in enumerate(spans)):
             return "its attention mask has holes"
-        if not _counts_up(call.get("position_ids"), real):
+        if not _counts_up(arguments.get("position_ids"), real):
             return "its position ids do not count up along the rows: packed sequences"
         tree = PrefixTree.from_sequences([ids[row, a:b] for row, (a, b) in enumerate(spans) if b > a])
         index = np.full(ids.shape, -1, dtype=np.int64)
         index[real] = tree.paths  # both go row by row
-        return cls(tree, torch.from_numpy(index).to(call["input_ids"].device), spans)
+        return cls(tree, torch.from_numpy(index).to(arguments["input_ids"].device), spans)
 
 
-def _obstacle(call: Mapping[str, Any]) -> str | None:
-    for name, reason in _OWN_PATH.items():
-        if call.get(name) is not None and call[name] is not False:
-            return reason
-    ids, mask = call.get("input_ids"), call.get("attention_mask")
+def _merge_obstacle(arguments: Mapping[str, Any]) -> str | None:
+    for name, obstacle in _OWN_PATH.items():
+        if arguments.get(name) is not None and arguments[name] is not False:
+            return obstacle
+    ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.shape[0] < 2 or ids.shape[1] == 0:
         return "it has no second row of token ids to share anything with"
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != ids.shape):
         return "its attention mask is not one of padding, a value per token"
-    if call.get("use_cache"):
+    if arguments.get("use_cache"):
         return "it asks for a cache of keys and values"
-    if call.get("return_dict") is False:
+    if arguments.get("return_dict") is False:
         return "it asks for a tuple"
-    if call.get("is_causal") is False:
+    if arguments.get("is_causal") is False:
         return "it attends in both directions"
-    for name, value in call.items():
+    for name, value in arguments.items():
         if name not in _ROWS | _OF_THE_CALL and isinstance(value, torch.Tensor) and value.ndim:
             return f"it has an argument that may differ by row or token, {name}"
     return None
@@ -110,7 +111,7 @@ class _Spread(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient):
         (index,) = ctx.saved_tensors
-        wide = torch.promote_types(gradient.dtype, torch.float32)
+        wide = accumulation_dtype(gradient.dtype)
         total = gradient.new_zeros(ctx.tokens, *gradient.shape[2:], dtype=wide)
         for row, (start, stop) in enumerate(ctx.spans):  # a row has no token twice
             total.index_add_(0, index[row, start:stop], gradient[row, start:stop].to(wide))

@@ -33,6 +33,15 @@ class TreeLayout:
 
     @classmethod
     def from_tree(cls, tree: PrefixTree, device: torch.device | str = "cpu") -> TreeLayout:
+        """The tree's arrays as tensors.
+
+        Args:
+            tree: a forest of T tokens.
+            device: where the model computes; the copy is not waited for.
+
+        Returns:
+            The layout, all of it int64 [T].
+        """
         arrays = (tree.tokens, tree.parent, tree.depth, tree.exit, tree.multiplicity)
         return cls(tree, *upload(arrays, device))
 

@@ -13,12 +13,16 @@ from dta_plugin.tree.trie import PrefixTree
 class TreeReport:
     """What one call shared and how it ran. ``print(report)`` is one line.
 
-    tree: the prefix tree of the batch. chunks: model calls.
-    executor: "packed", "streamed" or "dense". backend: attention backend that ran. reason: why tree or dense.
-    ceiling: largest possible speed-up over dense by FLOP count (see tree/cost.py).
-    peak_tokens: streamed only, most tokens whose activations are alive at once.
-    recomputed_tokens: streamed only, tokens that a backward pass runs forward once more.
-    pruned_tokens: tokens of the batch that no loss reads, left out before the tree was made (not in flat_tokens).
+    Attributes:
+        tree: the prefix tree of the batch.
+        chunks: model calls.
+        executor: "packed", "streamed" or "dense".
+        backend: attention backend that ran; several are joined by "+".
+        reason: why tree or dense, and what keeps a tree above the token budget from being streamed.
+        ceiling: largest possible speed-up over dense by FLOP count, 1 or more (see tree/cost.py).
+        peak_tokens: streamed only, most tokens whose activations are alive at once.
+        recomputed_tokens: streamed only, tokens that a backward pass runs forward once more.
+        pruned_tokens: tokens of the batch that no loss reads, left out before the tree was made (not in flat_tokens).
     """
 
     tree: PrefixTree
@@ -49,11 +53,26 @@ class TreeReport:
         return self.pruned_tokens > 0 and self.flat_tokens == self.tree.num_sequences
 
     def forks(self, limit: int = 5, tokenizer: Decoder | None = None) -> list[Fork]:
-        """Where siblings part, the forks that cost most sharing first; with a tokenizer, the text around them."""
+        """Where siblings part, the forks that cost most sharing first.
+
+        Args:
+            limit: the most forks to return.
+            tokenizer: anything with ``decode(token_ids)``, for the text around the forks; None: without.
+
+        Returns:
+            The forks, with what their branches repeat, in tokens.
+        """
         return find_forks(self.tree, tokenizer, limit)
 
     def picture(self, max_lines: int = 40) -> str:
-        """The tree drawn in text."""
+        """The tree drawn in text.
+
+        Args:
+            max_lines: larger trees are summed up to as many lines.
+
+        Returns:
+            The lines, joined.
+        """
         return draw_text(self.tree, max_lines)
 
     def __str__(self) -> str:

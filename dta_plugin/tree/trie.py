@@ -27,15 +27,16 @@ class PrefixTree:
 
     Shapes: T = tree tokens, N = flat tokens, S = sequences, M = nodes. All arrays are int64.
 
-    tokens: [T] token ids in layout order.
-    parent: [T] layout index of the token before t on its path, -1 at a root.
-    depth: [T] position of t in its sequence (its RoPE position id).
-    exit: [T] exclusive end of t's subtree; token i sees token j iff ``j <= i < exit[j]``.
-    multiplicity: [T] number of sequences that contain t.
-    node_start: [M + 1] first token of each node, then T; a node is a maximal run of tokens without a fork.
-    paths: [N] layout index of every token of every sequence, in the caller's order of sequences.
-    offsets: [S + 1] sequence s owns ``paths[offsets[s]:offsets[s + 1]]``.
-    order: [S] sequence indices in lexicographic, that is depth-first, order.
+    Attributes:
+        tokens: [T] token ids in layout order.
+        parent: [T] layout index of the token before t on its path, -1 at a root.
+        depth: [T] position of t in its sequence (its RoPE position id).
+        exit: [T] exclusive end of t's subtree; token i sees token j iff ``j <= i < exit[j]``.
+        multiplicity: [T] number of sequences that contain t.
+        node_start: [M + 1] first token of each node, then T; a node is a maximal run of tokens without a fork.
+        paths: [N] layout index of every token of every sequence, in the caller's order of sequences.
+        offsets: [S + 1] sequence s owns ``paths[offsets[s]:offsets[s + 1]]``.
+        order: [S] sequence indices in lexicographic, that is depth-first, order.
     """
 
     tokens: np.ndarray
@@ -52,11 +53,16 @@ class PrefixTree:
     def from_sequences(cls, sequences: Iterable[TokenSequence]) -> PrefixTree:
         """Merge sequences into a prefix tree (a forest where they share nothing).
 
-        sequences: lists of ints, or 1-D integer tensors or arrays, without padding. Duplicates and sequences that
-            are a prefix of another are fine.
+        Args:
+            sequences: lists of ints, or 1-D integer tensors or arrays [len], without padding. Duplicates and sequences
+                that are a prefix of another are fine.
 
-        Raises InvalidInputError for an empty batch, an empty sequence, and anything that is not a 1-D row of token
-        ids in [0, 2**32).
+        Returns:
+            The tree, in the CPU's memory.
+
+        Raises:
+            InvalidInputError: an empty batch, an empty sequence, or anything that is not a 1-D row of token ids in
+                [0, 2**32).
         """
         rows = token_rows(sequences)
         if not rows:

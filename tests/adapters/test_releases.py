@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from dta_plugin.adapters.releases import TRANSFORMERS, TRL, VERL, Releases, say_if_untested, supported_release
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.errors import UnsupportedError
 
 ROOT = Path(__file__).parents[2]
 REFUSED, SUPPORTED, UNTESTED = "refused", "supported", "untested"
@@ -59,7 +59,7 @@ def test_refused_versions_raise(releases: Releases, monkeypatch: pytest.MonkeyPa
             if kind != REFUSED:
                 assert supported_release(releases) == version
                 continue
-            with pytest.raises(UnsupportedModelError, match=re.escape(f"{releases.name} {version} is installed")):
+            with pytest.raises(UnsupportedError, match=re.escape(f"{releases.name} {version} is installed")):
                 supported_release(releases)
 
 

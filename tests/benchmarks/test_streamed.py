@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dta_plugin.execution.streaming.chunk_plan import Plan
 
 from benchmarks.streamed.one_path import one_path_plan
 from dta_plugin import PrefixTree
-from dta_plugin.execution.streaming.plan import Plan
 from tests.benchmarks.running import smoke
 from tests.support.trees import SHAPES
 

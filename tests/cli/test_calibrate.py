@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dta_plugin.cli import calibrate
-from dta_plugin.execution.calibration import Calibration
+from dta_plugin.cli import calibrate_command
+from dta_plugin.execution.calibration_store import Calibration
 from tests.cli.support import run_dta, save_config, save_model
 
 
@@ -44,6 +44,6 @@ def test_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     assert code == 2 and "seconds=0.1. Expected at least 1" in err
     code, _, err = run_dta(capsys, "calibrate", "--model", folder, "--output", tmp_path / "no" / "speeds.json")
     assert code == 2 and "there is no folder" in err
-    monkeypatch.setattr(calibrate, "find_spec", lambda name: None)
+    monkeypatch.setattr(calibrate_command, "find_spec", lambda name: None)
     code, _, err = run_dta(capsys, "calibrate", "--model", folder, "--dense", "trl")
     assert code == 2 and "TRL is not installed" in err

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dta_plugin.cli import doctor
+from dta_plugin.cli import doctor_command
 from tests.cli.support import run_dta, save_config, save_unsupported_config
 
 
@@ -29,8 +29,8 @@ def test_trl_versions(installed: str | None, ok: bool, monkeypatch: pytest.Monke
             return installed
         raise metadata.PackageNotFoundError(package)
 
-    monkeypatch.setattr(doctor.metadata, "version", version)
-    (trl,) = (finding for finding in doctor.versions() if finding.name == "trl")
+    monkeypatch.setattr(doctor_command.metadata, "version", version)
+    (trl,) = (finding for finding in doctor_command.versions() if finding.name == "trl")
     assert trl.ok == ok
     assert (">=1.0,<2" if installed else "pip install") in trl.note
 
@@ -48,15 +48,15 @@ def test_trl_versions(installed: str | None, ok: bool, monkeypatch: pytest.Monke
 )
 def test_newer_versions(package: str, installed: str, note: str, ok: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     own = metadata.version
-    monkeypatch.setattr(doctor.metadata, "version", lambda name: installed if name == package else own(name))
-    (found,) = (finding for finding in doctor.versions() if finding.name == package)
+    monkeypatch.setattr(doctor_command.metadata, "version", lambda name: installed if name == package else own(name))
+    (found,) = (finding for finding in doctor_command.versions() if finding.name == package)
     assert found.note.startswith(note) and found.ok == ok
 
 
 def test_an_unsupported_version_is_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor.metadata, "version", lambda package: "0.1")
+    monkeypatch.setattr(doctor_command.metadata, "version", lambda package: "0.1")
     code, out, _ = run_dta(capsys, "doctor")
     assert code == 1 and "! trl" in out and "Not supported: torch, triton, transformers, trl" in out
 
@@ -74,9 +74,9 @@ def test_something_has_to_train(
             return {"trl": "1.16.0", "verl": "0.9.1"}[package]
         raise metadata.PackageNotFoundError(package)
 
-    monkeypatch.setattr(doctor.metadata, "version", version)
-    monkeypatch.setattr(doctor, "devices", lambda: [])
-    found = [finding for finding in doctor.versions() if finding.name == "trainer"]
+    monkeypatch.setattr(doctor_command.metadata, "version", version)
+    monkeypatch.setattr(doctor_command, "devices", lambda: [])
+    found = [finding for finding in doctor_command.versions() if finding.name == "trainer"]
     code, out, _ = run_dta(capsys, "doctor")
     if here:
         assert not found and "nothing that trains" not in out
@@ -101,7 +101,7 @@ def test_supported_models(family: str, lines: list[str], tmp_path: Path, capsys:
         _, out, _ = run_dta(capsys, "doctor", "--model", path)
         assert "--use_dta" in out and "works" in out
         assert all(line in out for line in lines)
-    assert all(finding.ok for finding in doctor.model_findings(str(tmp_path)))
+    assert all(finding.ok for finding in doctor_command.model_findings(str(tmp_path)))
 
 
 def test_a_model_that_cannot_run_as_a_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,12 +111,12 @@ def test_a_model_that_cannot_run_as_a_tree(tmp_path: Path, capsys: pytest.Captur
 
 def test_training_mode_is_what_counts(tmp_path: Path) -> None:
     save_config(tmp_path, "qwen3", attention_dropout=0.1)
-    assert "attention_dropout" in doctor.model_findings(str(tmp_path))[-1].note
+    assert "attention_dropout" in doctor_command.model_findings(str(tmp_path))[-1].note
 
 
 def test_a_model_that_is_no_causal_lm(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
-    finding = doctor.model_findings(str(tmp_path))[-1]
+    finding = doctor_command.model_findings(str(tmp_path))[-1]
     assert not finding.ok and "'t5'" in finding.note
 
 

@@ -14,7 +14,7 @@ import pytest
 from dta_plugin import __version__
 from dta_plugin.cli.encoding import ByteEncoder, load_encoder, render
 from dta_plugin.cli.messages import read_messages
-from dta_plugin.cli.models import Geometry, cost_of, skeleton
+from dta_plugin.cli.model_loading import Geometry, cost_of, skeleton
 from dta_plugin.cli.rollouts import load_rollouts, per_turn_sequences, trajectory_sequences
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.models.introspection import model_cost

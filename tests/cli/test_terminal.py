@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dta_plugin.cli import inspect, main, terminal
+from dta_plugin.cli import inspect_command, main, terminal
 from tests.cli.support import refusal, run_dta, save_model, write_rollouts
 
 
@@ -45,7 +45,7 @@ def test_the_last_resort(
     def run(args: object) -> int:
         raise error
 
-    monkeypatch.setattr(inspect, "run", run)
+    monkeypatch.setattr(inspect_command, "run", run)
     monkeypatch.setattr("os.dup2", lambda *_: None)
     assert main(["inspect", "x"]) == code
     captured = capfd.readouterr()

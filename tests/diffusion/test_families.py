@@ -10,7 +10,7 @@ from transformers import AutoConfig, LlamaConfig, Qwen3Config
 from dta_plugin.diffusion.families import family_of
 from dta_plugin.diffusion.formats import native_config
 from dta_plugin.diffusion.native import bidirectional
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from dta_plugin.errors import InvalidInputError, UnsupportedError
 from tests.support.diffusion_checkpoints import released_config
 
 LLADA_8B: dict[str, Any] = {
@@ -106,7 +106,7 @@ def test_decoders_made_bidirectional_say_themselves_what_they_are() -> None:
 
 
 def test_an_unknown_family_is_an_error_that_lists_the_known_ones_and_the_way_by_hand() -> None:
-    with pytest.raises(UnsupportedModelError) as error:
+    with pytest.raises(UnsupportedError) as error:
         family_of(LlamaConfig())
     for word in ("'llama'", "llada", "dream", "sdar", "a2d-qwen3", "mask_token_id", "is_shifted", "block_length"):
         assert word in str(error.value)
@@ -115,7 +115,7 @@ def test_an_unknown_family_is_an_error_that_lists_the_known_ones_and_the_way_by_
 def test_an_unknown_family_is_described_by_hand_with_mask_and_shift() -> None:
     family = family_of(LlamaConfig(vocab_size=64), mask_token_id=63, is_shifted=False, block_length=8)
     assert (family.name, family.mask_token_id, family.is_shifted, family.block_length) == ("llama", 63, False, 8)
-    with pytest.raises(UnsupportedModelError):
+    with pytest.raises(UnsupportedError):
         family_of(LlamaConfig(vocab_size=64), mask_token_id=63)
 
 
@@ -129,16 +129,14 @@ def test_an_unknown_family_is_described_by_hand_with_mask_and_shift() -> None:
     ids=["llada-moe", "llada2", "sdar-moe"],
 )
 def test_mixtures_of_experts_are_not_taken_for_the_dense_family(config: dict[str, Any]) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"4\.57\.1"):
+    with pytest.raises(UnsupportedError, match=r"4\.57\.1"):
         family_of(config)
     assert family_of(config, mask_token_id=7, is_shifted=False).mask_token_id == 7
 
 
 def test_diffusion_gemma_is_refused_with_the_reasons_even_by_hand() -> None:
     for arguments in ({}, {"mask_token_id": 4, "is_shifted": False}):
-        with pytest.raises(
-            UnsupportedModelError, match=r"random tokens.*causal encoder.*conditioned.*Supported: llada"
-        ):
+        with pytest.raises(UnsupportedError, match=r"random tokens.*causal encoder.*conditioned.*Supported: llada"):
             family_of(AutoConfig.for_model("diffusion_gemma"), **arguments)
 
 

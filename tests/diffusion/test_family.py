@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dta_plugin.diffusion import DiffusionFamily, predictions
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from dta_plugin.errors import InvalidInputError, UnsupportedError
 from tests.support.models import tiny_model
 from tests.support.tiny_diffusion import FAMILY, MASK, SHIFTED, diffusion_model, padded, shifted_twin
 
@@ -105,7 +105,7 @@ def test_a_model_that_stays_causal_is_refused() -> None:
     model = tiny_model("qwen3", vocab_size=32)
     decoder, run = model.model, model.model.forward
     decoder.forward = lambda *args, is_causal=None, **kwargs: run(*args, **kwargs)
-    with pytest.raises(UnsupportedModelError, match="attends causally"):
+    with pytest.raises(UnsupportedError, match="attends causally"):
         predictions(model, FAMILY, IDS)
 
 
@@ -118,7 +118,7 @@ def test_a_model_that_is_causal_with_padding_only_is_refused() -> None:
         return run(*args, attention_mask=attention_mask, is_causal=False if attention_mask is None else None, **kwargs)
 
     model.model.forward = forward
-    with pytest.raises(UnsupportedModelError, match="attends causally"):
+    with pytest.raises(UnsupportedError, match="attends causally"):
         predictions(model, FAMILY, IDS)
 
 
@@ -126,7 +126,7 @@ def test_dropout_does_not_hide_causality() -> None:
     model = tiny_model("qwen3", vocab_size=32, attention_dropout=0.5, attention="eager").train()
     run = model.model.forward
     model.model.forward = lambda *args, is_causal=None, **kwargs: run(*args, **kwargs)
-    with pytest.raises(UnsupportedModelError, match="attends causally"):
+    with pytest.raises(UnsupportedError, match="attends causally"):
         predictions(model, FAMILY, IDS)
 
 
@@ -134,17 +134,17 @@ def test_a_model_that_ignores_block_masks_is_refused() -> None:
     model = diffusion_model()
     run = model.model.forward
     model.model.forward = lambda *args, attention_mask=None, **kwargs: run(*args, **kwargs)
-    with pytest.raises(UnsupportedModelError, match="later blocks"):
+    with pytest.raises(UnsupportedError, match="later blocks"):
         predictions(model, dataclasses.replace(FAMILY, block_length=2), IDS)
 
 
 def test_block_attention_needs_full_attention_and_a_mask() -> None:
     family = dataclasses.replace(FAMILY, block_length=2)
     sliding = diffusion_model("mistral")
-    with pytest.raises(UnsupportedModelError, match="sliding_attention layers"):
+    with pytest.raises(UnsupportedError, match="sliding_attention layers"):
         predictions(sliding, family, IDS)
     flex = diffusion_model(attention="flex_attention")
-    with pytest.raises(UnsupportedModelError, match="attn_implementation='flex_attention'"):
+    with pytest.raises(UnsupportedError, match="attn_implementation='flex_attention'"):
         predictions(flex, family, IDS)
 
 

@@ -17,7 +17,7 @@ from dta_plugin.diffusion.families import family_of
 from dta_plugin.diffusion.formats import native_config
 from dta_plugin.diffusion.loading import load_diffusion_lm, save_diffusion_lm
 from dta_plugin.diffusion.native import bidirectional
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from dta_plugin.errors import InvalidInputError, UnsupportedError
 from tests.support.diffusion_checkpoints import (
     FAMILIES,
     State,
@@ -328,13 +328,13 @@ def test_tied_weights_with_a_head_of_their_own_are_an_error(tmp_path: Path) -> N
 def test_a_llada_that_is_not_a_llama_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = released_config("llada")
     state = released_state(config)
-    with pytest.raises(UnsupportedModelError, match=rf"{next(iter(changes))}=.*4\.57\.1"):
+    with pytest.raises(UnsupportedError, match=rf"{next(iter(changes))}=.*4\.57\.1"):
         loaded(tmp_path, config | changes, state)
 
 
 def test_scaled_rotary_embeddings_are_refused(tmp_path: Path) -> None:
     config = released_config("dream", rope_scaling={"rope_type": "yarn", "factor": 4.0})
-    with pytest.raises(UnsupportedModelError, match="rope_scaling"):
+    with pytest.raises(UnsupportedError, match="rope_scaling"):
         loaded(tmp_path, config, released_state(config))
 
 
@@ -351,7 +351,7 @@ def test_scaled_rotary_embeddings_are_refused(tmp_path: Path) -> None:
 def test_other_checkpoints_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = released_config("sdar", **changes)
     write_checkpoint(tmp_path, config, released_state(released_config("sdar")))
-    with pytest.raises(UnsupportedModelError, match=changes["architectures"][0]):
+    with pytest.raises(UnsupportedError, match=changes["architectures"][0]):
         load_diffusion_lm(tmp_path)
 
 

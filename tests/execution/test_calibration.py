@@ -15,10 +15,10 @@ import torch
 from transformers import PreTrainedModel
 
 from dta_plugin import InvalidInputError, TreeConfig
-from dta_plugin.calibrate import Rows, calibrate, cases, padded_logprobs
-from dta_plugin.execution import calibration
-from dta_plugin.execution.batch import Batch, hopeless, prepare
-from dta_plugin.execution.calibration import Calibration, calibration_of, describe, find, tree_cost
+from dta_plugin.calibrate import DenseBatch, calibrate, cases, padded_logprobs
+from dta_plugin.execution import calibration_store
+from dta_plugin.execution.calibration_store import Calibration, calibration_of, describe, find, tree_cost
+from dta_plugin.execution.prepared_batch import PreparedBatch, prepare_batch, saving_obstacle
 from dta_plugin.models.introspection import model_cost
 from dta_plugin.tree.cost import Padded
 from dta_plugin.tree.speed import Speed
@@ -32,10 +32,10 @@ def made_up(model: PreTrainedModel, tree: Speed, dense: Speed) -> Calibration:
     return Calibration(tree, dense, "padded", 0.05, describe(model))
 
 
-def prepared(model: PreTrainedModel, config: TreeConfig, sequences: list[list[int]] | None = None) -> Batch:
+def prepared(model: PreTrainedModel, config: TreeConfig, sequences: list[list[int]] | None = None) -> PreparedBatch:
     sequences = sequences or star(1)
     width = max(map(len, sequences))
-    return prepare(model, sequences, None, config, [Padded(len(sequences), width, width - 1, False)])
+    return prepare_batch(model, sequences, None, config, [Padded(len(sequences), width, width - 1, False)])
 
 
 def test_measured_speeds_predict_something(calibrations: Path) -> None:
@@ -55,7 +55,7 @@ def test_measured_speeds_predict_something(calibrations: Path) -> None:
 def test_padded_logprobs_are_the_models_own() -> None:
     model = tiny_model("qwen3")
     case = list(cases(50, 256))[5]
-    rows = Rows.of(case, torch.device("cpu"))
+    rows = DenseBatch.from_case(case, torch.device("cpu"))
     values = padded_logprobs(model, rows)
     for row, (sequence, first) in enumerate(zip(case.sequences, case.first_scored, strict=True)):
         ids = torch.from_numpy(sequence)
@@ -66,7 +66,7 @@ def test_padded_logprobs_are_the_models_own() -> None:
 
 def test_batches_are_as_large_as_asked() -> None:
     for tokens in (256, 4096):
-        largest = max(Rows.of(case, torch.device("cpu")).input_ids.numel() for case in cases(50, tokens))
+        largest = max(DenseBatch.from_case(case, torch.device("cpu")).input_ids.numel() for case in cases(50, tokens))
         assert 0.8 * tokens <= largest <= 1.6 * tokens
 
 
@@ -112,7 +112,7 @@ def test_unwritable_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     def refuse(*_: object, **__: object) -> Path:
         raise PermissionError("read-only home")
 
-    monkeypatch.setattr(calibration, "cached_assets_path", refuse)
+    monkeypatch.setattr(calibration_store, "cached_assets_path", refuse)
     model = tiny_model("qwen3")
     assert find(model) is None
     with pytest.raises(InvalidInputError, match=r"read-only home\. Give a file with --output"):
@@ -128,17 +128,17 @@ def test_gate_goes_by_predicted_time() -> None:
     assert prepared(model, TreeConfig(calibration="off")).use_tree, "by FLOPs nothing speaks against the tree"
     shared = prepared(model, TreeConfig(), star(16))
     assert shared.use_tree and not shared.is_gated, "sharing outweighs a slower tree"
-    assert prepare(model, star(1), None, TreeConfig()).use_tree, "no dense path to compare with"
+    assert prepare_batch(model, star(1), None, TreeConfig()).use_tree, "no dense path to compare with"
 
 
 def test_what_no_sharing_can_save_is_seen_without_a_tree() -> None:
     model = tiny_model("qwen3")
     made_up(model, SLOW, FAST).save()
     row = [Padded(1, 40, 39, False)]
-    reason = hopeless(model, 40, 39, row, TreeConfig())
+    reason = saving_obstacle(model, 40, 39, row, TreeConfig())
     assert reason is not None and reason.endswith("what the dense path takes as calibrated")
-    assert hopeless(model, 40, 39, [Padded(16, 40, 39, False)] * 2, TreeConfig()) is None
-    assert hopeless(model, 40, 39, row, TreeConfig(calibration="off")) is None
+    assert saving_obstacle(model, 40, 39, [Padded(16, 40, 39, False)] * 2, TreeConfig()) is None
+    assert saving_obstacle(model, 40, 39, row, TreeConfig(calibration="off")) is None
 
 
 def test_min_saving_asks_for_more() -> None:
@@ -189,8 +189,8 @@ def test_what_streams_is_not_compared_by_time(calibrations: Path) -> None:
     rows = [[1 + i] * 3 + [2] * 60 for i in range(8)]
     for executor in ("auto", "streamed"):
         config = TreeConfig(executor=executor, max_tree_tokens_per_chunk=64)
-        assert prepare(model, rows, [3] * 8, config, [Padded(8, 63, 60, False)]).use_tree
-    assert not prepare(model, rows, [3] * 8, TreeConfig(), [Padded(8, 63, 60, False)]).use_tree
+        assert prepare_batch(model, rows, [3] * 8, config, [Padded(8, 63, 60, False)]).use_tree
+    assert not prepare_batch(model, rows, [3] * 8, TreeConfig(), [Padded(8, 63, 60, False)]).use_tree
 
 
 def test_fsdp_renames_classes(calibrations: Path) -> None:

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 import dta_plugin
-from dta_plugin import InvalidInputError, TreeConfig, UnsupportedModelError
+from dta_plugin import InvalidInputError, TreeConfig, UnsupportedError
 from tests.support.models import random_model, tiny_config, tiny_model
 from tests.support.oracle import dense
 from tests.support.trees import SHAPES, star
@@ -125,7 +125,7 @@ UNSUPPORTED: dict[Callable[[], torch.nn.Module], str] = {
 @pytest.mark.parametrize("build", UNSUPPORTED, ids=lambda build: build.__name__)
 def test_unsupported_models(build: Callable[[], torch.nn.Module]) -> None:
     message = rf"Prefix-tree execution is not exact here: .*{UNSUPPORTED[build]}.*on_unsupported='dense'"
-    with pytest.raises(UnsupportedModelError, match=message):
+    with pytest.raises(UnsupportedError, match=message):
         dta_plugin.sequence_logprobs(build(), SEQUENCES)
 
 
@@ -137,7 +137,7 @@ FOUND_BY_RUNNING = {
 @pytest.mark.parametrize("build", FOUND_BY_RUNNING, ids=lambda build: build.__name__)
 def test_models_that_differ_when_they_run(build: Callable[[], torch.nn.Module]) -> None:
     model = build()
-    with pytest.raises(UnsupportedModelError, match=FOUND_BY_RUNNING[build]):
+    with pytest.raises(UnsupportedError, match=FOUND_BY_RUNNING[build]):
         dta_plugin.sequence_logprobs(model, SEQUENCES)
     out = dta_plugin.sequence_logprobs(model, SEQUENCES, TreeConfig(on_unsupported="dense"))
     assert out.report.executor == "dense"
@@ -155,7 +155,7 @@ def test_lora_is_no_prompt_learning() -> None:
 
 def test_an_encoder_is_refused() -> None:
     config = BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, is_decoder=True)
-    with pytest.raises(UnsupportedModelError, match=r"BertLMHeadModel has no rotary positions"):
+    with pytest.raises(UnsupportedError, match=r"BertLMHeadModel has no rotary positions"):
         dta_plugin.sequence_logprobs(random_model(config), SEQUENCES)
 
 
@@ -174,7 +174,7 @@ def test_on_unsupported_dense_gives_the_dense_result() -> None:
 
 def test_a_layer_that_bypasses_the_tree_falls_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
-    with pytest.raises(UnsupportedModelError, match=r"layer\(s\) \[1\] of LlamaForCausalLM did not use the tree"):
+    with pytest.raises(UnsupportedError, match=r"layer\(s\) \[1\] of LlamaForCausalLM did not use the tree"):
         bypass(model, monkeypatch)
         dta_plugin.sequence_logprobs(model, SEQUENCES)
     out = dta_plugin.sequence_logprobs(model, SEQUENCES, TreeConfig(on_unsupported="dense"))
@@ -197,9 +197,7 @@ def test_a_soft_cap_that_the_dense_path_would_leave_out() -> None:
     model = tiny_model("gemma2", attention="eager")
     dta_plugin.sequence_logprobs(model, SEQUENCES)
     model.config._attn_implementation = "sdpa"
-    with pytest.raises(
-        UnsupportedModelError, match=r"soft-cap of 5\.0.*load the model with attn_implementation='eager'"
-    ):
+    with pytest.raises(UnsupportedError, match=r"soft-cap of 5\.0.*load the model with attn_implementation='eager'"):
         dta_plugin.sequence_logprobs(model, SEQUENCES)
 
 
@@ -221,8 +219,8 @@ def test_gate_lets_good_batches_pass_and_is_off_by_default() -> None:
 
 def test_chunks_are_reported() -> None:
     sequences = star(4, prefix=5, branch=2)
-    out = dta_plugin.sequence_logprobs(MODEL, sequences, TreeConfig(executor="packed", max_tree_tokens_per_chunk=9))
-    assert (out.report.executor, out.report.chunks) == ("packed", 2)
+    out = dta_plugin.sequence_logprobs(MODEL, sequences, TreeConfig(executor="packed"))
+    assert (out.report.executor, out.report.chunks) == ("packed", 1)
     out = dta_plugin.sequence_logprobs(MODEL, sequences, TreeConfig(max_tree_tokens_per_chunk=9))
     assert (out.report.executor, out.report.chunks, out.report.peak_tokens) == ("streamed", 3, 8)
     assert "streamed on cpu in 3 chunks of up to 8 tokens (38% recomputed)" in str(out.report)

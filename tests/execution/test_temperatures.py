@@ -1,4 +1,4 @@
-"""A temperature per sequence: shared hidden states, log-probs of their own; packed, split, streamed and dense."""
+"""A temperature per sequence: shared hidden states, log-probs of their own; packed, streamed and dense."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from tests.support.trees import SHAPES
 
 CONFIGS = {
     "packed": TreeConfig(executor="packed"),
-    "split": TreeConfig(executor="packed", max_tree_tokens_per_chunk=12),
     "streamed": TreeConfig(executor="streamed", max_tree_tokens_per_chunk=12),
 }
 

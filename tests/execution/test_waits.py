@@ -13,7 +13,7 @@ import dta_plugin
 from dta_plugin import TreeConfig
 from dta_plugin.attention import api, self_check, triton_backend
 from dta_plugin.attention.triton_table import Launch, Launches
-from dta_plugin.models import lm_head as logprobs
+from dta_plugin.models import tiled_logprobs as logprobs
 from tests.support.interpreter import ON_GPU
 from tests.support.models import tiny_model
 from tests.support.trees import Sequences, branching_comb, star
@@ -23,7 +23,6 @@ pytestmark = pytest.mark.skipif(ON_GPU, reason="tests/gpu/test_waits.py asks CUD
 
 CONFIGS = {
     "packed": TreeConfig(backend="triton"),
-    "split": TreeConfig(backend="triton", executor="packed", max_tree_tokens_per_chunk=24),
     "streamed": TreeConfig(backend="triton", executor="streamed", max_tree_tokens_per_chunk=16),
 }
 SEQUENCES = star(4, prefix=20, branch=6)

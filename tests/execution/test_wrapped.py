@@ -18,8 +18,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from dta_plugin import InvalidInputError, TreeConfig, sequence_logprobs
-from dta_plugin.execution.streaming.passes import Passes
-from dta_plugin.execution.streaming.runner import Graph, Runner
+from dta_plugin.execution.streaming.chunk_runner import ChunkGraph, ChunkRunner
+from dta_plugin.execution.streaming.streamed_run import StreamedRun
 from dta_plugin.verify import compare
 from tests.support.models import softmax_in_own_dtype, tiny_model
 from tests.support.oracle import Result, dense, difference, gradient_error, rms
@@ -114,15 +114,15 @@ def test_fsdp2(process_group: None, tied: bool, chunk: int | None) -> None:
 
 
 def out_of_memory_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
-    run, calls = Runner.run, []
+    run, calls = ChunkRunner.run, []
 
-    def failing(*arguments: Any, **options: Any) -> Graph:
+    def failing(*arguments: Any, **options: Any) -> ChunkGraph:
         calls.append(1)
         if len(calls) == call:
             raise torch.OutOfMemoryError("simulated")
         return run(*arguments, **options)
 
-    monkeypatch.setattr(Runner, "run", failing)
+    monkeypatch.setattr(ChunkRunner, "run", failing)
 
 
 @pytest.mark.usefixtures("unprobed")
@@ -195,13 +195,13 @@ def test_tensor_parallel_parameters_do_not_stream(process_group: None) -> None:
 @pytest.mark.parametrize("wrap", [DistributedDataParallel, lambda model: model], ids=["ddp", "plain"])
 def test_what_never_goes_backward_is_freed(process_group: None, wrap: Any) -> None:
     model, alive = wrap(tiny_model("llama").train()), []
-    own = Passes.__init__
+    own = StreamedRun.__init__
 
-    def watched(self: Passes, *arguments: Any) -> None:
+    def watched(self: StreamedRun, *arguments: Any) -> None:
         alive.append(weakref.ref(self))
         own(self, *arguments)
 
-    with patch.object(Passes, "__init__", watched):
+    with patch.object(StreamedRun, "__init__", watched):
         out = sequence_logprobs(model, SEQUENCES, TreeConfig(executor="streamed", max_tree_tokens_per_chunk=6))
     assert alive[0]() is not None
     del out

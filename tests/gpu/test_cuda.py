@@ -90,8 +90,8 @@ def test_long_rows_are_exact_and_bitwise_repeatable(head_dim: int) -> None:
 
 def test_loads_are_measured_without_synchronising() -> None:
     """CUDA events: nothing waits for the device until the seconds are read."""
-    load = pytest.importorskip("dta_plugin.adapters.trl.load")
-    loads = load.Loads()
+    load_balance = pytest.importorskip("dta_plugin.adapters.trl.load_balance")
+    loads = load_balance.LoadBalance()
     loads._plan, loads._device = [(1.0, 0.0)], torch.device("cuda")
     weight = torch.randn(4096, 4096, device="cuda", requires_grad=True)
     torch.cuda.set_sync_debug_mode("error")

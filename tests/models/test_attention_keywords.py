@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 import dta_plugin
-from dta_plugin import TreeConfig, UnsupportedModelError
+from dta_plugin import TreeConfig, UnsupportedError
 from tests.support.models import WINDOW, random_model, tiny_config, tiny_model
 from tests.support.oracle import dense, difference
 from tests.support.tree_run import make_siblings_visible, through_tree
@@ -67,13 +67,13 @@ def test_two_calls_in_a_layer_cannot_be_recomputed_in_chunks() -> None:
     expected, model = dense(model_of("diffllama"), SEQUENCES), model_of("diffllama").train()
     model.gradient_checkpointing_enable()
     assert difference(through_tree(model, SEQUENCES), expected).worst <= 4e-5
-    with pytest.raises(UnsupportedModelError, match=r"Layer\(s\) \[0, 1\] of DiffLlama.* more than once.*packed"):
+    with pytest.raises(UnsupportedError, match=r"Layer\(s\) \[0, 1\] of DiffLlama.* more than once.*packed"):
         through_tree(model, SEQUENCES, config=STREAMED)
 
 
 def test_a_window_that_only_the_mask_knows() -> None:
     model = model_of("qwen2_moe", use_sliding_window=True, max_window_layers=1, sliding_window=WINDOW, **_EXPERTS)
-    with pytest.raises(UnsupportedModelError, match=r"does not tell its attention .* window of 5; set layer_types"):
+    with pytest.raises(UnsupportedError, match=r"does not tell its attention .* window of 5; set layer_types"):
         dta_plugin.sequence_logprobs(model, SEQUENCES)
     exact = model_of("qwen2_moe", **_EXPERTS)
     expected = dense(model_of("qwen2_moe", **_EXPERTS), SEQUENCES)
@@ -92,7 +92,7 @@ def window_in_a_full_layer(model: PreTrainedModel) -> None:
 def test_a_window_against_the_config(spoil: Callable[[PreTrainedModel], None]) -> None:
     model = tiny_model("gemma3")
     spoil(model)
-    with pytest.raises(UnsupportedModelError, match=r"a window of [56] in layer [01], and its config says"):
+    with pytest.raises(UnsupportedError, match=r"a window of [56] in layer [01], and its config says"):
         dta_plugin.sequence_logprobs(model, SEQUENCES)
 
 
@@ -107,7 +107,7 @@ def told(model: PreTrainedModel, **keywords: object) -> PreTrainedModel:
 def test_keywords_of_unknown_meaning_are_refused_by_name() -> None:
     for name in ("position_bias", "block_indices", "cu_seq_lens_q", "something_new"):
         model = told(tiny_model("llama"), **{name: torch.ones(1)})
-        with pytest.raises(UnsupportedModelError, match=rf"LlamaAttention gives its attention function {name}, which"):
+        with pytest.raises(UnsupportedError, match=rf"LlamaAttention gives its attention function {name}, which"):
             dta_plugin.sequence_logprobs(model, SEQUENCES)
         out = dta_plugin.sequence_logprobs(tiny_model("llama"), SEQUENCES)
         assert out.report.executor == "packed"
@@ -119,7 +119,7 @@ def test_keywords_without_effect_change_nothing() -> None:
 
 
 def test_attention_in_both_directions_is_refused_where_it_acts() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"both directions \(is_causal=False\)"):
+    with pytest.raises(UnsupportedError, match=r"both directions \(is_causal=False\)"):
         dta_plugin.sequence_logprobs(told(tiny_model("llama"), is_causal=False), SEQUENCES)
 
 
@@ -127,7 +127,7 @@ def test_dropout_is_read_where_it_acts() -> None:
     """A layer keeps the rate that it was made with, whatever the config says later."""
     model = tiny_model("llama", attention_dropout=0.1).train()
     model.config.attention_dropout = 0.0
-    with pytest.raises(UnsupportedModelError, match=r"attention_dropout is 0.1 in layer 0"):
+    with pytest.raises(UnsupportedError, match=r"attention_dropout is 0.1 in layer 0"):
         dta_plugin.sequence_logprobs(model, SEQUENCES)
     model = tiny_model("llama").train()
     model.config.attention_dropout = 0.1

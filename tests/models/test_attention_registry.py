@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 import dta_plugin
-from dta_plugin import InvalidInputError, PrefixTree, TreeLayout, TreeMask, UnsupportedModelError
+from dta_plugin import InvalidInputError, PrefixTree, TreeLayout, TreeMask, UnsupportedError
 from dta_plugin.models.attention_registry import install, is_installed
 from tests.support.models import tiny_model
 from tests.support.oracle import dense, difference, gradients
@@ -135,7 +135,7 @@ def test_a_replaced_attention_forward_is_reported() -> None:
 
     for layer in model.model.layers:
         layer.self_attn.forward = MethodType(own, layer.self_attn)
-    with pytest.raises(UnsupportedModelError, match=r"layer\(s\) \[0, 1\].*switch off whatever patches attention"):
+    with pytest.raises(UnsupportedError, match=r"layer\(s\) \[0, 1\].*switch off whatever patches attention"):
         dta_plugin.sequence_logprobs(model, SHAPES["forest"])
 
 
@@ -150,7 +150,7 @@ def test_an_attention_bias_of_the_layer_is_reported() -> None:
         return forward(hidden_states, **(kwargs | {"attention_mask": torch.zeros(1, 1, tokens, tokens)}))
 
     attention.forward = biased
-    with pytest.raises(UnsupportedModelError, match=r"LlamaAttention adds a mask or bias of its own.*shape \(1, 1"):
+    with pytest.raises(UnsupportedError, match=r"LlamaAttention adds a mask or bias of its own.*shape \(1, 1"):
         dta_plugin.sequence_logprobs(model, SHAPES["forest"])
 
 

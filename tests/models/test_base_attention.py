@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 import dta_plugin
-from dta_plugin import TreeConfig, TreeMask, UnsupportedModelError, share_prefixes
+from dta_plugin import TreeConfig, TreeMask, UnsupportedError, share_prefixes
 from dta_plugin.models.attention_registry import Dispatcher, install, is_installed, uninstall
 from tests.support.flash import IMPLEMENTATIONS, flash_attention
 from tests.support.models import tiny_model
@@ -336,7 +336,7 @@ def test_attention_that_is_not_looked_up() -> None:
     model = tiny_model("llama")
     for layer in model.model.layers:
         del layer.self_attn.layer_idx
-    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM looks its implementation 'sdpa' up"):
+    with pytest.raises(UnsupportedError, match=r"LlamaForCausalLM looks its implementation 'sdpa' up"):
         install(model)
 
 

@@ -11,9 +11,9 @@ import torch
 from packaging.version import Version
 
 from dta_plugin.cli import miniature
-from dta_plugin.execution import batch
+from dta_plugin.execution import prepared_batch
 from dta_plugin.execution.probing.probe import probe
-from dta_plugin.models.support import unsupported_reason
+from dta_plugin.models.support import tree_obstacle
 from tests.support import sweep as support_sweep
 from tests.support.family_table import table
 from tests.support.oracle import dense, difference
@@ -68,7 +68,7 @@ def test_a_few_families(family: str) -> None:
 
 @pytest.mark.parametrize("family", REASONS)
 def test_reasons(family: str) -> None:
-    reason = unsupported_reason(random_causal_lm(config_of(family)))
+    reason = tree_obstacle(random_causal_lm(config_of(family)))
     assert reason is not None and re.search(REASONS[family], reason), reason
 
 
@@ -77,7 +77,7 @@ def test_reasons_of_models_whose_config_states_no_kinds_of_layers(family: str, w
     """As those of older transformers do not."""
     model = random_causal_lm(config_of(family))
     model.config.layer_types = ["full_attention"] * len(model.config.layer_types)
-    assert what in str(unsupported_reason(model))
+    assert what in str(tree_obstacle(model))
 
 
 def test_chunks_longer_than_every_sequence_are_full_attention() -> None:
@@ -93,7 +93,7 @@ def test_chunks_longer_than_every_sequence_are_full_attention() -> None:
 def test_what_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reason that is not given, and siblings that see each other."""
     with monkeypatch.context() as patch:
-        patch.setattr(batch, "unsupported_reason", lambda _: None)
+        patch.setattr(prepared_batch, "tree_obstacle", lambda _: None)
         hybrid = outcome_of(config_of("lfm2"))
     make_siblings_visible(monkeypatch)
     llama = outcome_of(config_of("llama"))
@@ -124,7 +124,7 @@ def test_the_probe_raises_no_false_alarm(dtype: torch.dtype) -> None:
     alarms, probed = [], 0
     for family in exact:
         model = miniature.random_causal_lm(config_of(family)).to(dtype).eval()
-        if unsupported_reason(model) is None:
+        if tree_obstacle(model) is None:
             probed += 1
             alarms += [
                 f"{family}: {reason}" for reason in probe(model, ["packed", "streamed"], "auto").values() if reason

@@ -15,9 +15,9 @@ from transformers import (
     SmolLM3Config,
 )
 
-from dta_plugin import TreeConfig, UnsupportedModelError
+from dta_plugin import TreeConfig, UnsupportedError
 from dta_plugin.execution.auto import run_tree
-from dta_plugin.execution.batch import prepare
+from dta_plugin.execution.prepared_batch import prepare_batch
 from dta_plugin.models.introspection import causal_lm, lm_head, model_cost, tree_forward
 from tests.support.models import random_model, tiny_config, tiny_model
 from tests.support.oracle import dense, difference, gradients
@@ -70,12 +70,12 @@ def test_causal_lm_looks_into_wrappers() -> None:
     wrapped.module = torch.nn.Module()
     wrapped.module._orig_mod = model
     assert causal_lm(wrapped) is model
-    with pytest.raises(UnsupportedModelError, match=r"Got a Sequential. Expected a Hugging Face causal LM"):
+    with pytest.raises(UnsupportedError, match=r"Got a Sequential. Expected a Hugging Face causal LM"):
         causal_lm(torch.nn.Sequential(model))
 
 
 def test_a_model_without_a_head_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"LlamaModel has no output embedding.*AutoModelForCausalLM"):
+    with pytest.raises(UnsupportedError, match=r"LlamaModel has no output embedding.*AutoModelForCausalLM"):
         lm_head(tiny_model("llama").model)
 
 
@@ -126,7 +126,7 @@ def test_router_loss_is_that_of_the_flat_batch(family: str) -> None:
     chosen = torch.nn.functional.one_hot(probabilities.topk(2).indices, 4).float()
     expected = 4 * (chosen.mean(dim=0) * probabilities.mean(dim=0)).sum()
 
-    batch = prepare(model, SEQUENCES, None, TreeConfig())
+    batch = prepare_batch(model, SEQUENCES, None, TreeConfig())
     result = run_tree(model, batch, TreeConfig(), return_router_loss=True)
     assert result.router_loss is not None
     torch.testing.assert_close(result.router_loss, expected, rtol=1e-5, atol=0)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dta_plugin.models import lm_head as logprobs
+from dta_plugin.models import tiled_logprobs as logprobs
 from dta_plugin.models.lm_head import LMHead, edge_logprobs
 
 HIDDEN, VOCABULARY = 16, 53

@@ -26,8 +26,8 @@ from peft import (
 )
 
 import dta_plugin
-from dta_plugin import TreeConfig, UnsupportedModelError
-from dta_plugin.models.peft_methods import _EXACT, adapter_reason
+from dta_plugin import TreeConfig, UnsupportedError
+from dta_plugin.models.peft_methods import _EXACT, adapter_obstacle
 from tests.support.models import tiny_model
 from tests.support.oracle import dense, difference
 from tests.support.tree_run import make_siblings_visible, through_tree
@@ -98,24 +98,24 @@ def test_refused_methods(name: str) -> None:
     config, message = REFUSED[name]
     model = get_peft_model(tiny_model("llama"), config)
     for outer in (model, wrapped(model, "module"), wrapped(wrapped(model, "_orig_mod"), "module")):
-        with pytest.raises(UnsupportedModelError, match=message):
+        with pytest.raises(UnsupportedError, match=message):
             dta_plugin.sequence_logprobs(outer, SEQUENCES)
 
 
 def test_adapters_without_a_wrapper() -> None:
     model = tiny_model("llama")
     inject_adapter_in_model(LoraConfig(**_TARGETS), model, "plain")
-    assert adapter_reason(model) is None
+    assert adapter_obstacle(model) is None
     model.peft_config["plain"].alora_invocation_tokens = [5]
-    assert "activated LoRA" in str(adapter_reason(model))
+    assert "activated LoRA" in str(adapter_obstacle(model))
 
 
 def test_an_adapter_that_is_not_active_does_not_count() -> None:
     model = get_peft_model(tiny_model("llama"), LoraConfig(**_TARGETS), "one")
     model.add_adapter("two", LoraConfig(**_TARGETS, alora_invocation_tokens=[5, 6]))
-    assert adapter_reason(model) is None
+    assert adapter_obstacle(model) is None
     model.set_adapter("two")
-    assert "activated LoRA" in str(adapter_reason(model))
+    assert "activated LoRA" in str(adapter_obstacle(model))
 
 
 def test_a_method_that_routes_by_whole_rows_is_not_on_the_list() -> None:

@@ -10,8 +10,8 @@ import torch
 from transformers import PhimoeConfig, PreTrainedModel
 
 import dta_plugin
-from dta_plugin import TreeConfig, UnsupportedModelError
-from dta_plugin.execution.streaming import runner as chunks
+from dta_plugin import TreeConfig, UnsupportedError
+from dta_plugin.execution.streaming import chunk_runner as chunks
 from tests.support.models import random_model, tiny_config, tiny_model
 from tests.support.oracle import dense, difference
 from tests.support.tree_run import through_tree
@@ -77,7 +77,7 @@ def test_hooks_are_gone_afterwards() -> None:
 @pytest.mark.parametrize("build", MODELS)
 def test_rows_on_both_sides_are_refused(build: Any) -> None:
     for config in (None, STREAMED):
-        with pytest.raises(UnsupportedModelError, match=r"12 to 20 tokens.*'longrope'.*more than 16.*one side"):
+        with pytest.raises(UnsupportedError, match=r"12 to 20 tokens.*'longrope'.*more than 16.*one side"):
             dta_plugin.sequence_logprobs(build(), rows(12, 20), config)
     out = dta_plugin.sequence_logprobs(build(), rows(12, 20), TreeConfig(on_unsupported="dense"))
     assert out.report.executor == "dense"
@@ -90,14 +90,12 @@ def test_dynamic_frequencies_below_their_length() -> None:
     model(input_ids=torch.tensor([list(range(3, 43))]))  # a long call before leaves longer frequencies behind
     for config, executor in ((None, "packed"), (STREAMED, "streamed")):
         assert difference(through_tree(model, rows(12, 15), config=config, executor=executor), expected).worst <= 1e-5
-    with pytest.raises(
-        UnsupportedModelError, match=r"row has 20 tokens, and from 16 on.*'dynamic' depend on the calls"
-    ):
+    with pytest.raises(UnsupportedError, match=r"row has 20 tokens, and from 16 on.*'dynamic' depend on the calls"):
         dta_plugin.sequence_logprobs(dynamic(), rows(17, 20))
 
 
 def test_an_unknown_type_is_refused() -> None:
     model = tiny_model("llama")
     model.config.rope_parameters["rope_type"] = "spiral"
-    with pytest.raises(UnsupportedModelError, match=r"rotary type 'spiral' of LlamaForCausalLM is not known"):
+    with pytest.raises(UnsupportedError, match=r"rotary type 'spiral' of LlamaForCausalLM is not known"):
         dta_plugin.sequence_logprobs(model, rows(12, 14))

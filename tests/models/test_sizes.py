@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 import dta_plugin
 from dta_plugin import TreeConfig
 from dta_plugin.execution import auto, memory
-from dta_plugin.execution.calibration import describe
+from dta_plugin.execution.calibration_store import describe
 from dta_plugin.models.introspection import attention_kinds, model_cost
 from dta_plugin.models.layers import attention_sizes
 from tests.support.gemma import GEMMAS, gemma_model

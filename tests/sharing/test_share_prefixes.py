@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import dta_plugin
-from dta_plugin import InvalidInputError, TreeConfig, UnsupportedModelError, share_prefixes
+from dta_plugin import InvalidInputError, TreeConfig, UnsupportedError, share_prefixes
 from dta_plugin.sharing.padded import PaddedBatch, spread
 from tests.support.models import FAMILIES, norm_in_own_dtype, softmax_in_own_dtype, tiny_config, tiny_model
 from tests.support.oracle import GRADIENT_FLOOR, gradients
@@ -172,14 +172,14 @@ def test_negative_controls(monkeypatch: pytest.MonkeyPatch) -> None:
         make_siblings_visible(patch)
         assert apart(outcome(model, inputs), expected) > 1e-3
     with monkeypatch.context() as patch:
-        merge = PaddedBatch.from_call
+        merge = PaddedBatch.from_arguments
 
         def losing_a_row(call: dict[str, Any]) -> PaddedBatch:
             batch = merge(call)
             assert isinstance(batch, PaddedBatch)
             return PaddedBatch(batch.tree, batch.index, [(0, 0), *batch.spans[1:]])
 
-        patch.setattr(PaddedBatch, "from_call", losing_a_row)
+        patch.setattr(PaddedBatch, "from_arguments", losing_a_row)
         assert apart(outcome(model, inputs), expected) > 1e-3
     assert apart(outcome(model, inputs), expected) <= TOLERANCE[torch.float64]
 
@@ -190,7 +190,7 @@ def test_gradients_of_1000_copies_are_summed_wide(monkeypatch: pytest.MonkeyPatc
     if not wide:
         monkeypatch.setattr(torch, "promote_types", lambda dtype, _: dtype)
     sequences = star(1000, prefix=2, branch=1)
-    batch = PaddedBatch.from_call({"input_ids": torch.tensor(sequences)})
+    batch = PaddedBatch.from_arguments({"input_ids": torch.tensor(sequences)})
     assert isinstance(batch, PaddedBatch)
     values = torch.zeros(batch.tree.tree_tokens, 4, dtype=torch.bfloat16, requires_grad=True)
     spread(values, batch).sum().backward()
@@ -373,7 +373,7 @@ def test_refusals() -> None:
     for option in ({"executor": "streamed"}, {"verify": "first"}, {"max_tree_tokens_per_chunk": 9}):
         with pytest.raises(InvalidInputError, match="Expected backend, min_saving, on_unsupported, probe only"):
             share_prefixes(tiny_model("qwen3"), TreeConfig(**option))
-    with pytest.raises(UnsupportedModelError, match="Expected a Hugging Face"):
+    with pytest.raises(UnsupportedError, match="Expected a Hugging Face"):
         share_prefixes(torch.nn.Linear(2, 2))
 
 
@@ -396,7 +396,7 @@ UNSUPPORTED: dict[str, tuple[Callable[[], torch.nn.Module], str]] = {
 @pytest.mark.parametrize("case", UNSUPPORTED)
 def test_unsupported_models(case: str) -> None:
     build, reason = UNSUPPORTED[case]
-    with pytest.raises(UnsupportedModelError, match=reason):
+    with pytest.raises(UnsupportedError, match=reason):
         share_prefixes(build())
     model = build().eval()
     if case == "dropout":
@@ -404,7 +404,7 @@ def test_unsupported_models(case: str) -> None:
         model.train()(**padded_batch(star(3)))
         assert sharing.shared_calls == 0 and reason in sharing.reason
         share_prefixes(model.eval())
-        with pytest.raises(UnsupportedModelError, match=reason):
+        with pytest.raises(UnsupportedError, match=reason):
             model.train()(**padded_batch(star(3)))
         return
     ids = torch.tensor(star(3, prefix=2)) % 99
@@ -418,7 +418,7 @@ def test_a_layer_that_goes_around_the_tree() -> None:
     model = tiny_model("qwen3")
     share_prefixes(model)
     model.model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
-    with pytest.raises(UnsupportedModelError, match=r"layer\(s\) \[1\]"):
+    with pytest.raises(UnsupportedError, match=r"layer\(s\) \[1\]"):
         model(**padded_batch(star(3)), use_cache=False)
 
 

@@ -40,6 +40,7 @@ ORDER = (
     "tree",
     "config",
     "token_selection",
+    "dtypes",
     "upload",
     "errors",
 )

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
 from transformers.utils import get_json_schema
 
 from dta_plugin import run
-from dta_plugin.models import lm_head as logprobs
+from dta_plugin.models import tiled_logprobs as logprobs
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"

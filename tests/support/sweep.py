@@ -32,8 +32,8 @@ from transformers.utils import logging as transformers_logging
 
 import dta_plugin
 from dta_plugin import TreeConfig
-from dta_plugin.cli.doctor import model_findings
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.cli.doctor_command import model_findings
+from dta_plugin.errors import UnsupportedError
 from tests.support.oracle import Result, dense, difference
 from tests.support.tiny_families import NAMES, config_of, options_of, random_causal_lm
 from tests.support.tree_run import make_siblings_visible, through_tree
@@ -129,7 +129,7 @@ def outcome_of(config: PretrainedConfig) -> Outcome:
     name = type(model).__name__
     try:
         apart = _largest_difference(model, expected)
-    except UnsupportedModelError as error:
+    except UnsupportedError as error:
         return Outcome(REFUSED, str(error), name, doctor)
     except AssertionError as error:
         return Outcome(WRONG, str(error), name, doctor)
@@ -145,7 +145,7 @@ def _largest_difference(model: PreTrainedModel, expected: Result) -> float:
     for executor, config in (("packed", None), ("streamed", STREAMED)):
         try:
             found = difference(through_tree(model, forest(), config=config, executor=executor), expected)
-        except UnsupportedModelError:
+        except UnsupportedError:
             assert _apart(model, expected, INSTEAD) == 0, "on_unsupported='dense' is not the dense path"
             raise
         assert found.worst <= TOLERANCE, f"{executor}: {found}"

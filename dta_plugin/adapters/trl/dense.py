@@ -12,7 +12,7 @@ from trl import GRPOTrainer
 from trl.trainer import utils
 
 from dta_plugin.adapters.trl.upstream import check_scorer
-from dta_plugin.calibrate import Rows
+from dta_plugin.calibrate import DenseBatch
 
 
 class DenseScorer(GRPOTrainer):
@@ -33,7 +33,7 @@ class DenseScorer(GRPOTrainer):
         self.accelerator = SimpleNamespace(autocast=nullcontext, unwrap_model=lambda m: m, is_main_process=False)
         self.is_fsdp_enabled = self.use_liger_kernel = self._is_vlm = self._entropy_bonus_enabled = False
 
-    def __call__(self, model: PreTrainedModel, rows: Rows) -> torch.Tensor:
+    def __call__(self, model: PreTrainedModel, rows: DenseBatch) -> torch.Tensor:
         """Log-probs [B, C]; entropies are computed beside them, as in training."""
         values: Any = self._get_per_token_logps_and_entropies(
             model, rows.input_ids, rows.attention_mask, rows.columns, compute_entropy=True

@@ -18,14 +18,13 @@ import numpy as np
 import torch
 from torch import distributed
 
-from dta_plugin.adapters.trl.buffer import PADDING, Inputs, Rows, has_images
-from dta_plugin.adapters.trl.deal import to_ranks
+from dta_plugin.adapters.trl.generation_batch import PADDING, Inputs, RowTable, has_images
+from dta_plugin.adapters.trl.losses import composition_obstacle, counts_padding
+from dta_plugin.adapters.trl.micro_batch import MicroBatch, joined
 from dta_plugin.adapters.trl.origin import unknown_loss
 from dta_plugin.adapters.trl.protocols import GRPOLike
-from dta_plugin.adapters.trl.regroup import composition_reason
-from dta_plugin.adapters.trl.rows import MicroBatch, joined
-from dta_plugin.adapters.trl.version import counts_padding
 from dta_plugin.balance.costs import TOKENS, SequenceCosts, loads
+from dta_plugin.training.placement.ranks import to_ranks
 from dta_plugin.tree.cost import ModelCost
 
 Shape = tuple[torch.dtype, tuple[int, ...]]  # of one row
@@ -69,17 +68,17 @@ def exchange(
     obstacle = next((offer.obstacle for offer in offers if offer.obstacle), None) or _mismatch(offers)
     if obstacle is not None:
         return obstacle
-    rows = Rows.of(buffer)
-    bounds = np.cumsum([0, *rows.sizes])[::window].tolist()
-    destination = np.empty((len(offers), len(rows)), dtype=np.int64)
+    table = RowTable.from_batches(buffer)
+    bounds = np.cumsum([0, *table.sizes])[::window].tolist()
+    destination = np.empty((len(offers), len(table)), dtype=np.int64)
     repeated = []
     for start, stop in pairwise(bounds):
         destination[:, start:stop], tokens = _window_plan(offers, start, stop)
         repeated.append(tokens)
     rank = trainer.accelerator.process_index
     if (destination != np.arange(len(offers))[:, None]).any():
-        rows = _moved(rows, destination, rank, bounds, _common_shapes(offers), _pad_token(trainer))
-    return Exchanged(rows.batches(), repeated)
+        table = _moved(table, destination, rank, bounds, _common_shapes(offers), _pad_token(trainer))
+    return Exchanged(table.batches(), repeated)
 
 
 def _gathered(offer: _Offer) -> list[_Offer]:
@@ -94,13 +93,15 @@ def _offer(
     obstacle = _obstacle(trainer, buffer)
     if obstacle is not None:
         return _Offer(obstacle, model)
-    rows = Rows.of(buffer)
-    foreign = [key for key, value in rows.per_row.items() if not isinstance(value, torch.Tensor)]
+    table = RowTable.from_batches(buffer)
+    foreign = [key for key, value in table.per_row.items() if not isinstance(value, torch.Tensor)]
     if foreign:
         return _Offer(f"{foreign[0]} is no tensor", model)
-    sequences, first_scored = joined([MicroBatch.from_inputs(batch) for batch in prune(buffer)])
-    shapes: dict[str, Shape] = {key: (value.dtype, tuple(value.shape[1:])) for key, value in rows.per_row.items()}  # type: ignore[union-attr]
-    return _Offer(None, model, [row.astype(np.int32) for row in sequences], first_scored, rows.sizes, shapes)
+    rows = joined([MicroBatch.from_inputs(batch) for batch in prune(buffer)])
+    shapes: dict[str, Shape] = {key: (value.dtype, tuple(value.shape[1:])) for key, value in table.per_row.items()}  # type: ignore[union-attr]
+    return _Offer(
+        None, model, [row.astype(np.int32) for row in rows.sequences], rows.prompt_lengths, table.sizes, shapes
+    )
 
 
 def _obstacle(trainer: GRPOLike, buffer: list[Inputs]) -> str | None:
@@ -112,7 +113,7 @@ def _obstacle(trainer: GRPOLike, buffer: list[Inputs]) -> str | None:
         return "ranks share rows by tensor, context or sequence parallelism"
     if counts_padding(trainer):
         return "loss_type='luspo' depends on each rank's padding before TRL 1.10"
-    return unknown_loss(trainer) or composition_reason(trainer)
+    return unknown_loss(trainer) or composition_obstacle(trainer)
 
 
 def _mismatch(offers: list[_Offer]) -> str | None:
@@ -155,22 +156,22 @@ def _pad_token(trainer: GRPOLike) -> int:
 
 
 def _moved(
-    rows: Rows, destination: np.ndarray, rank: int, bounds: list[int], shapes: dict[str, Shape], pad_token: int
-) -> Rows:
+    table: RowTable, destination: np.ndarray, rank: int, bounds: list[int], shapes: dict[str, Shape], pad_token: int
+) -> RowTable:
     """This rank's rows after the exchange. destination: int [ranks, rows]. bounds: where windows begin and end."""
     padding = PADDING | {"prompt_ids": pad_token, "completion_ids": pad_token}
-    table = torch.cat([_bytes(key, rows.per_row[key], shapes[key], padding.get(key, 0)) for key in shapes], dim=1)
+    cells = torch.cat([_bytes(key, table.per_row[key], shapes[key], padding.get(key, 0)) for key in shapes], dim=1)
     ranks = range(len(destination))
     leaving = [np.flatnonzero(destination[rank] == other) if other != rank else np.empty(0, int) for other in ranks]
     arriving = [np.flatnonzero(destination[other] == rank) if other != rank else np.empty(0, int) for other in ranks]
-    sent = table[torch.as_tensor(np.concatenate(leaving), device=table.device)]
-    received = table.new_empty((sum(map(len, arriving)), table.shape[1]))
+    sent = cells[torch.as_tensor(np.concatenate(leaving), device=cells.device)]
+    received = cells.new_empty((sum(map(len, arriving)), cells.shape[1]))
     distributed.all_to_all_single(received, sent, [len(x) for x in arriving], [len(x) for x in leaving])
     stays = np.flatnonzero(destination[rank] == rank)
     place = np.concatenate([stays, *arriving])  # a row's place on the rank that it comes from tells its window
     order = np.argsort(np.searchsorted(bounds, place, side="right"), kind="stable")
-    whole = torch.cat([table[torch.as_tensor(stays, device=table.device)], received])
-    return Rows(_values(whole[torch.as_tensor(order, device=table.device)], shapes), rows.constant, rows.sizes)
+    whole = torch.cat([cells[torch.as_tensor(stays, device=cells.device)], received])
+    return RowTable(_values(whole[torch.as_tensor(order, device=cells.device)], shapes), table.constant, table.sizes)
 
 
 def _bytes(key: str, value: Any, shape: Shape, fill: int) -> torch.Tensor:

@@ -8,23 +8,24 @@ from typing import Any
 
 import torch
 
-from dta_plugin.adapters.trl.buffer import Inputs, has_images
 from dta_plugin.adapters.trl.config import tree_config
 from dta_plugin.adapters.trl.exchange import exchange
-from dta_plugin.adapters.trl.noise import noise_reason
+from dta_plugin.adapters.trl.generation_batch import Inputs, has_images
+from dta_plugin.adapters.trl.losses import composition_obstacle
+from dta_plugin.adapters.trl.noise import noise_obstacle
 from dta_plugin.adapters.trl.origin import foreign_reader, replaced_preparation, unknown_loss
 from dta_plugin.adapters.trl.protocols import GRPOLike
-from dta_plugin.adapters.trl.regroup import composition_reason, regroup
+from dta_plugin.adapters.trl.regroup import regroup
 from dta_plugin.adapters.trl.scoring import Hook, tree_log_probs
 from dta_plugin.adapters.trl.state import TreeState
-from dta_plugin.adapters.trl.subset import HandedOut, check_selection, pruned
+from dta_plugin.adapters.trl.token_weights import is_weighted
+from dta_plugin.adapters.trl.tokens import MicroStep, check_selection, draw_micro_step, pruned
 from dta_plugin.adapters.trl.upstream import check_trainer
-from dta_plugin.adapters.trl.weights import is_weighted
 from dta_plugin.adapters.trl.window import merges, window_size
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
-from dta_plugin.execution.calibration import tree_cost
-from dta_plugin.models.support import unsupported_reason
+from dta_plugin.errors import InvalidInputError, UnsupportedError
+from dta_plugin.execution.calibration_store import tree_cost
+from dta_plugin.models.support import tree_obstacle
 
 
 def log_probs(
@@ -44,7 +45,7 @@ def log_probs(
 def prepare_inputs(
     trainer: GRPOLike, own: Callable[[Any], Any], default: TreeConfig | None, generation_batch: Any
 ) -> Any:
-    """In front of `_prepare_inputs`: deal a new generation batch out anew, then hand out the step's micro-batch."""
+    """In front of `_prepare_inputs`: place the rows of a new generation batch, then hand out the step's micro-batch."""
     config = active_config(trainer, default)
     if config is None:
         return own(generation_batch)
@@ -61,22 +62,22 @@ def prepare_inputs(
         _say_what_stays(trainer, config, state)
         return inputs
     is_new = buffer is not before
-    runs_dense = unsupported_reason(trainer.model) or noise_reason(trainer)
+    runs_dense = tree_obstacle(trainer.model) or noise_obstacle(trainer)
     if is_new and runs_dense is None:  # else on what TRL made
-        buffer = trainer._buffered_inputs = _dealt_out(trainer, config, state, buffer)
+        buffer = trainer._buffered_inputs = _placed(trainer, config, state, buffer)
     slot = trainer._step % trainer.args.steps_per_generation
-    if is_new or slot == 0 or not state.handed_out:
-        state.handed_out = _drawn(trainer, config, state, buffer)
+    if is_new or slot == 0 or not state.micro_steps:
+        state.micro_steps = _drawn(trainer, config, state, buffer)
     state.loads.hands_out(slot)
-    state.log_selection(trainer, state.handed_out[slot].statistics)
-    return _for_our_hook(trainer, state.handed_out[slot].inputs)
+    state.log_selection(trainer, state.micro_steps[slot].metrics)
+    return _for_our_hook(trainer, state.micro_steps[slot].inputs)
 
 
 def _state(trainer: GRPOLike, config: TreeConfig) -> TreeState:
     """The trainer's; at its first use, the trainer is checked for what the plugin reads of it."""
     if not TreeState.exists(trainer):
         check_trainer(trainer)
-    return TreeState.of(trainer, config)
+    return TreeState.for_trainer(trainer, config)
 
 
 def _for_our_hook(trainer: GRPOLike, inputs: Inputs) -> Inputs:
@@ -89,18 +90,21 @@ def _for_our_hook(trainer: GRPOLike, inputs: Inputs) -> Inputs:
     return inputs
 
 
-def _drawn(trainer: GRPOLike, config: TreeConfig, state: TreeState, buffer: list[Inputs]) -> list[HandedOut]:
+def _drawn(trainer: GRPOLike, config: TreeConfig, state: TreeState, buffer: list[Inputs]) -> list[MicroStep]:
     """The micro-batches of one pass over the generation batch, each with a drawing of its own."""
     selection = config.selection()
     if selection is None:
-        return [HandedOut(inputs) for inputs in buffer]
+        return [MicroStep(inputs) for inputs in buffer]
     check_selection(trainer, buffer, selection)
-    first = state.micro_step(trainer) - trainer._step % len(buffer)
+    first = state.micro_step_number(trainer) - trainer._step % len(buffer)
     seed, rank = trainer.args.seed, trainer.accelerator.process_index
-    return [HandedOut.of(inputs, selection, seed, first + slot, rank) for slot, inputs in enumerate(buffer)]
+    return [
+        draw_micro_step(inputs, selection, seed=seed, step=first + slot, rank=rank)
+        for slot, inputs in enumerate(buffer)
+    ]
 
 
-def _dealt_out(trainer: GRPOLike, config: TreeConfig, state: TreeState, buffer: list[Inputs]) -> list[Inputs]:
+def _placed(trainer: GRPOLike, config: TreeConfig, state: TreeState, buffer: list[Inputs]) -> list[Inputs]:
     """A new generation batch with its rows where they cost least, and the decision whether windows are merged."""
     with trainer.accelerator.autocast():  # measured speeds are those of a precision
         cost = tree_cost(trainer.model, config)
@@ -115,15 +119,15 @@ def _dealt_out(trainer: GRPOLike, config: TreeConfig, state: TreeState, buffer: 
     if config.balance_ranks == "always" and trainer.accelerator.num_processes > 1:
         found = exchange(trainer, buffer, size, cost, prune)
         if isinstance(found, str):
-            state.say_once(trainer, f"rows stay on the ranks that generated them because {found}")
+            state.notices.say_once(f"rows stay on the ranks that generated them because {found}")
         else:
             buffer, repeated = found.buffer, found.repeated
     buffer = prune(buffer)
-    own_order = _why_not_regroup(trainer, config, buffer)
+    own_order = _regroup_obstacle(trainer, config, buffer)
     separate = regroup(buffer, trainer.args.gradient_accumulation_steps, cost) if own_order is None else buffer
     merged = state.windows.merges = merges(trainer, state, buffer, separate, cost)
     if own_order and not merged:
-        state.say_once(trainer, f"micro-batches stay as TRL shuffled them, siblings apart, because {own_order}")
+        state.notices.say_once(f"micro-batches stay as TRL shuffled them, siblings apart, because {own_order}")
     chosen = buffer if merged else separate
     state.loads.plan(trainer, chosen, size, merged, cost, repeated)
     return chosen
@@ -136,7 +140,7 @@ def active_config(trainer: GRPOLike, default: TreeConfig | None) -> TreeConfig |
     return default
 
 
-def _why_not_regroup(trainer: GRPOLike, config: TreeConfig, buffer: list[Inputs]) -> str | None:
+def _regroup_obstacle(trainer: GRPOLike, config: TreeConfig, buffer: list[Inputs]) -> str | None:
     """None: regroup. Otherwise why not, empty where there is nothing to say."""
     if config.regroup == "never" or len(buffer) == 1 or has_images(buffer):
         return ""
@@ -144,7 +148,7 @@ def _why_not_regroup(trainer: GRPOLike, config: TreeConfig, buffer: list[Inputs]
         return None
     if unknown_loss(trainer):
         return ""
-    reason = composition_reason(trainer)
+    reason = composition_obstacle(trainer)
     return reason and f"{reason}; regroup='always' regroups all the same"
 
 
@@ -156,8 +160,7 @@ def _say_what_stays(trainer: GRPOLike, config: TreeConfig, state: TreeState) -> 
     forced = ["regroup", "merge_window"] * (not replaced_preparation(trainer))
     forced += ["prune"] * (bool(forced) and foreign_reader(trainer) is None)
     ways = [f"{name}='always'" for name in forced if getattr(config, name) == "auto"]
-    state.say_once(
-        trainer,
+    state.notices.say_once(
         f"rows and tokens stay as TRL made them, because {unknown}"
         + (f"; {', '.join(ways)} would treat it as TRL's own loss" if ways else ""),
         topic="unknown loss",
@@ -176,8 +179,8 @@ def _run_fused_loss(trainer: GRPOLike, config: TreeConfig, state: TreeState) -> 
     if config.selection() is not None:
         raise InvalidInputError(f"token_selection={config.token_selection!r} cannot be followed: {reason}.")
     if config.on_unsupported == "error":
-        raise UnsupportedModelError(f"Prefix-tree execution cannot run here: {reason}; or on_unsupported='dense'.")
+        raise UnsupportedError(f"Prefix-tree execution cannot run here: {reason}; or on_unsupported='dense'.")
     state.why_dense = reason
-    state.say_once(trainer, f"dense path: {reason}", level=logging.WARNING)
+    state.notices.say_once(f"dense path: {reason}", level=logging.WARNING)
     if trainer.model.training:
-        state.log_metrics(trainer, None)
+        state.log_run(trainer, None)

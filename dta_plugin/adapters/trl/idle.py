@@ -13,12 +13,12 @@ from typing import Any
 from transformers import Trainer
 from trl import DPOTrainer, GRPOTrainer, RewardTrainer, RLOOTrainer, SFTTrainer
 
-from dta_plugin.adapters.logs import say
 from dta_plugin.adapters.trl.config import tree_config
 from dta_plugin.adapters.trl.origin import foreign_reader, has_our_hook
 from dta_plugin.adapters.trl.upstream import HOOK
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.errors import UnsupportedError
+from dta_plugin.training.notices import say
 
 _CLASSES = {
     GRPOTrainer: "TreeGRPOTrainer, or dta_plugin.enable()",
@@ -65,7 +65,7 @@ def _watched(train: Any) -> Any:
         _trainings += 1
         _refuse_what_cannot_run(trainer)
         result = train(trainer, *args, **kwargs)
-        reason = _why_idle(trainer)
+        reason = _idle_reason(trainer)
         if reason is not None and trainer.accelerator.is_main_process:
             say(f"use_dta did nothing: no call of this training ran as a tree, because {reason}", logging.WARNING)
         return result
@@ -76,13 +76,13 @@ def _watched(train: Any) -> Any:
 def _refuse_what_cannot_run(trainer: Trainer) -> None:
     config = tree_config(trainer.args)
     if config is not None and config.on_unsupported == "error" and not has_our_hook(trainer):
-        raise UnsupportedModelError(
+        raise UnsupportedError(
             f"use_dta=True in the config of {type(trainer).__name__}, which does not know it. Expected "
             f"{_remedy(trainer)}; or use_dta=False."
         )
 
 
-def _why_idle(trainer: Trainer) -> str | None:
+def _idle_reason(trainer: Trainer) -> str | None:
     """Why no call ran as a tree; None where one did, or none was asked for."""
     asked = tree_config(trainer.args) if hasattr(trainer.args, "use_dta") else _process_config
     state, sharing = trainer.__dict__.get("_dta_state"), trainer.__dict__.get("_sharing")

@@ -9,7 +9,7 @@ from dta_plugin.adapters.trl.protocols import TrainerLike
 from dta_plugin.models.introspection import causal_lm
 
 
-def noise_reason(trainer: TrainerLike) -> str | None:
+def noise_obstacle(trainer: TrainerLike) -> str | None:
     """What adds such noise in a trainer's model, with the remedy, or None. NEFTune, by config or on the model."""
     embeddings = causal_lm(trainer.model).get_input_embeddings()
     for owner in (trainer.args, trainer, embeddings):

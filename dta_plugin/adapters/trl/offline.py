@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 from trl import DPOTrainer, RewardTrainer, SFTTrainer
 
-from dta_plugin.adapters.trl.noise import noise_reason
+from dta_plugin.adapters.trl.noise import noise_obstacle
 from dta_plugin.adapters.trl.protocols import OfflineLike
 from dta_plugin.adapters.trl.state import TreeState
 from dta_plugin.adapters.trl.upstream import check_offline_trainer
@@ -29,7 +29,7 @@ from dta_plugin.balance.examples import token_columns, token_path
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.models.introspection import causal_lm, decoder_of, model_cost
-from dta_plugin.sharing.hooks import share_prefixes
+from dta_plugin.sharing.decoder_hooks import share_prefixes
 
 
 class SiblingBatchesMixin:
@@ -38,7 +38,7 @@ class SiblingBatchesMixin:
     tree_config: see `share_prefixes`; a reference model shares, too. The sampler takes the place of the random one
     alone: a `train_sampling_strategy` of another kind, or an iterable data set, keeps the trainer's own order.
 
-    Raises InvalidInputError for packing, padding-free batches, torch.compile and NEFTune, UnsupportedModelError as
+    Raises InvalidInputError for packing, padding-free batches, torch.compile and NEFTune, UnsupportedError as
     `share_prefixes` does.
     """
 
@@ -48,7 +48,7 @@ class SiblingBatchesMixin:
         super().__init__(*args, **kwargs)
         check_offline_trainer(self)
         _check_arguments(self.args)  # type: ignore[attr-defined]
-        if (noise := noise_reason(cast(OfflineLike, self))) is not None:
+        if (noise := noise_obstacle(cast(OfflineLike, self))) is not None:
             raise InvalidInputError(f"Prefixes cannot be shared: {noise}.")
         self._sharing = share_prefixes(self.model, self.tree_config)  # type: ignore[attr-defined]
         self._counted: tuple[int, ...] = (0, 0, 0, 0)
@@ -57,7 +57,7 @@ class SiblingBatchesMixin:
             share_prefixes(self.ref_model, self.tree_config)  # type: ignore[attr-defined]
 
     def get_train_dataloader(self) -> DataLoader:
-        reason = _why_own_order(self.args, self.train_dataset)  # type: ignore[attr-defined]
+        reason = _sibling_order_obstacle(self.args, self.train_dataset)  # type: ignore[attr-defined]
         if reason is not None:
             self._say(f"batches are the trainer's own, siblings may be apart, because {reason}", logging.WARNING)
         return super().get_train_dataloader()  # type: ignore[misc]
@@ -67,7 +67,7 @@ class SiblingBatchesMixin:
             self._say("batches are in the order of this trainer's own sampler, siblings may be apart", logging.WARNING)
             return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
         dataset = self.train_dataset if train_dataset is None else train_dataset  # type: ignore[attr-defined]
-        if _why_own_order(self.args, dataset) is not None:  # type: ignore[attr-defined]
+        if _sibling_order_obstacle(self.args, dataset) is not None:  # type: ignore[attr-defined]
             return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
         return sibling_sampler(cast(OfflineLike, self), dataset)
 
@@ -112,7 +112,7 @@ class SiblingBatchesMixin:
 
     def _say(self, message: str, level: int = logging.INFO, topic: str | None = None) -> None:
         trainer = cast(OfflineLike, self)
-        TreeState.of(trainer, self.tree_config).say_once(trainer, message, topic, level)
+        TreeState.for_trainer(trainer, self.tree_config).notices.say_once(message, topic, level)
 
 
 class TreeSFTTrainer(SiblingBatchesMixin, SFTTrainer):
@@ -155,7 +155,7 @@ def _next_sampler(trainer: type) -> Any:
     return next((vars(base)["_get_train_sampler"] for base in behind if "_get_train_sampler" in vars(base)), None)
 
 
-def _why_own_order(args: object, dataset: Any) -> str | None:
+def _sibling_order_obstacle(args: object, dataset: Any) -> str | None:
     if dataset is None or not isinstance(dataset, Sized) or not hasattr(dataset, "__getitem__"):
         return "an iterable data set is read in its own order; load it as a Dataset to bring siblings together"
     strategy = getattr(args, "train_sampling_strategy", "random")

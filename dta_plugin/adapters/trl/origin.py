@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+from dta_plugin.adapters.trl.losses import LEVELS, LOSS_TYPES
 from dta_plugin.adapters.trl.upstream import HOOK, LOSS, PREPARE, SCORING
 
 # The last one is what `patches/` adds to TRL.
@@ -18,9 +19,6 @@ _OURS = ("dta_plugin.adapters.trl.patch", "dta_plugin.adapters.trl.trainer", "tr
 _TRL = ("trl.trainer.", "trl.extras.", "transformers.", "accelerate.", "torch.")
 # Losses outside of TRL's own trainers in which a row's gradient does not depend on the rows beside it.
 _ROW_LOCAL = ("trl.experimental.gmpo.",)
-
-_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
-_LEVELS = ("token", "sequence")
 
 
 class _Link(NamedTuple):
@@ -88,7 +86,7 @@ def _unknown(trainer: object, known: tuple[str, ...]) -> str | None:
     foreign = next((link for link in links if link.is_foreign(known)), None)
     if foreign is not None:
         return f"{foreign}, whose use of them is not known"
-    for name, values in (("loss_type", _LOSS_TYPES), ("importance_sampling_level", _LEVELS)):
+    for name, values in (("loss_type", tuple(LOSS_TYPES)), ("importance_sampling_level", LEVELS)):
         value = getattr(trainer, name, None)
         if value is not None and value not in values:
             return f"{name}={value!r} is not among those known, {', '.join(values)}"

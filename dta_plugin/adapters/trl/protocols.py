@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from dta_plugin.adapters.trl.buffer import Inputs
+from dta_plugin.adapters.trl.generation_batch import Inputs
 
 Metrics = Mapping[str, Mapping[str, list[float]]]  # by mode, "train" or "eval"; TRL averages a list when it logs
 

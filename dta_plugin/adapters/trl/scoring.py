@@ -1,7 +1,8 @@
 """TRL's log-prob hook as a prefix tree: `_get_per_token_logps_and_entropies` of GRPOTrainer and RLOOTrainer.
 
 Old, reference and policy passes all come through this one hook, and everything after it is a function of what it
-returns, so no loss is patched.
+returns, so no loss is patched. `tree_log_probs` is four steps: the rows as sequences; why they cannot run as a tree;
+what runs, alone or with the rest of an accumulation window; running it.
 """
 
 from __future__ import annotations
@@ -9,20 +10,20 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from dta_plugin.adapters.trl.noise import noise_reason
+from dta_plugin.adapters.trl.micro_batch import MicroBatch, joined
+from dta_plugin.adapters.trl.noise import noise_obstacle
 from dta_plugin.adapters.trl.origin import replaced_scoring
 from dta_plugin.adapters.trl.protocols import GRPOLike
-from dta_plugin.adapters.trl.rows import MicroBatch, joined
 from dta_plugin.adapters.trl.state import TreeState
 from dta_plugin.adapters.trl.window import unwrapped
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.errors import UnsupportedError
 from dta_plugin.execution.auto import run_tree
-from dta_plugin.execution.batch import Batch, SequenceLogProbs, hopeless, prepare
+from dta_plugin.execution.prepared_batch import PreparedBatch, SequenceLogProbs, prepare_batch, saving_obstacle
 from dta_plugin.execution.probing.probe import latest_outcome
 from dta_plugin.verify import check_batch
 
@@ -46,104 +47,151 @@ def tree_log_probs(
 
     dense: the trainer's own bound method, which runs where the tree cannot or should not.
     input_ids, attention_mask: [B, P + C], prompts padded left and completions right. logits_to_keep: C.
-    In an update, the mask of inputs with weights (see `weights`) names the tokens to score; the values of others, the
-    balance too, are 0. The aux loss is left out of the tuple for TRL versions whose hook returns two values.
+    In an update, the mask of inputs with weights (see `token_weights`) names the tokens to score; the values of others,
+    the balance too, are 0. The aux loss is left out of the tuple for TRL versions whose hook returns two values.
     """
-    is_policy = torch.is_grad_enabled()
-    has_weights = is_policy and state.hands_out_weights(trainer)
+    has_weights = torch.is_grad_enabled() and state.hands_out_weights(trainer)
     micro_batch = MicroBatch.from_padded(input_ids, attention_mask, logits_to_keep, has_weights)
+    call = _Call(trainer, state, model, micro_batch, attention_mask, compute_entropy, compute_aux_loss)
 
-    def run_dense(reason: str, topic: str | None = None) -> tuple[torch.Tensor | None, ...]:
-        state.why_dense = reason
-        state.say_once(trainer, f"dense path: {reason}", topic, logging.WARNING)
-        if torch.is_grad_enabled():
-            state.log_metrics(trainer, None)
-            state.loads.runs_dense()
+    def run_dense(decline: _Decline) -> tuple[torch.Tensor | None, ...]:
+        call.say_dense(decline)
         kwargs = {"compute_entropy": compute_entropy, **inputs}
         if _returns_aux_loss(dense):
             kwargs["compute_aux_loss"] = compute_aux_loss
         padded = (model, *micro_batch.padded(input_ids, attention_mask))
         return tuple(map(micro_batch.only_scored, dense(*padded, *args, **kwargs)))
 
-    reason = replaced_scoring(trainer) or noise_reason(trainer) or _image_reason(inputs)
-    if reason is not None:
+    obstacle = replaced_scoring(trainer) or noise_obstacle(trainer) or _image_obstacle(inputs)
+    if obstacle is not None:
         if state.config.on_unsupported == "error":
-            raise UnsupportedModelError(
-                f"Prefix-tree execution is not exact here: {reason}; or on_unsupported='dense'."
+            message = f"Prefix-tree execution is not exact here: {obstacle}; or on_unsupported='dense'."
+            raise UnsupportedError(message)
+        return run_dense(_Decline(obstacle))
+    values = call.waiting_values()
+    if values is None:
+        plan = call.planned()
+        if isinstance(plan, _Decline):
+            return run_dense(plan)
+        try:
+            values = call.run(plan)
+        except UnsupportedError as error:  # found only while running, such as a layer that bypasses the tree
+            if state.config.on_unsupported == "error":
+                raise
+            return run_dense(_Decline(str(error)))
+    returned = call.as_columns(*values)
+    return returned if _returns_aux_loss(dense) else returned[:2]
+
+
+@dataclass(frozen=True, slots=True)
+class _Decline:
+    """Why the dense path runs. topic: what is said only once, the reason itself unless given."""
+
+    reason: str
+    topic: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Plan:
+    """What runs: micro-batches, the current one first, as one batch of sequences."""
+
+    micro_batches: list[MicroBatch]
+    batch: PreparedBatch
+
+
+Returned = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Call:
+    """One call of the hook."""
+
+    trainer: GRPOLike
+    state: TreeState
+    model: torch.nn.Module
+    micro_batch: MicroBatch
+    attention_mask: torch.Tensor
+    compute_entropy: bool
+    compute_aux_loss: bool
+
+    def waiting_values(self) -> Returned | None:
+        """Those of the current micro-batch [n], if the tree of its window has run; None if not."""
+        if not torch.is_grad_enabled():
+            return None
+        waiting = self.state.windows.take(self.trainer, self.model, self.micro_batch)
+        return None if waiting is None else (*waiting, None)
+
+    def planned(self) -> _Plan | _Decline:
+        """What to run, alone or with the rest of the window, or why a tree cannot or does not pay."""
+        state, micro_batches = self.state, [self.micro_batch]
+        if torch.is_grad_enabled() and state.micro_steps:
+            micro_batches = state.windows.begin(self.trainer, self.micro_batch, state.inputs_of_this_pass())
+        rows, shapes = joined(micro_batches), [batch.shape for batch in micro_batches]
+        with self.trainer.accelerator.autocast():  # measured speeds are those of a precision
+            longest = max(map(len, rows.sequences))
+            reason = saving_obstacle(self.model, longest, rows.most_scored, shapes, state.config)
+            if reason is not None:
+                return _Decline(reason, "min_saving")
+            batch = prepare_batch(self.model, rows.sequences, rows.scored, state.config, shapes)
+        if not batch.use_tree:  # the gate's reason has a number, different in every batch
+            return _Decline(batch.reason, "min_saving" if batch.is_gated else None)
+        return _Plan(micro_batches, batch)
+
+    def run(self, plan: _Plan) -> Returned:
+        """Values [n] of the current micro-batch's scored tokens; the window keeps those of the others."""
+        state, count = self.state, len(plan.micro_batches)
+        result = self._run_tree(plan.batch, self.model if count == 1 else unwrapped(self.model))
+        state.calls += 1
+        if torch.is_grad_enabled():
+            report = replace(result.report, pruned_tokens=state.pruned_tokens(self.trainer, count))
+            state.notices.say_once(str(report), "idle" if report.is_idle else "report")
+            state.log_run(self.trainer, report)
+        if count > 1:
+            window = f"{count} micro-batches of an accumulation window run as one tree (merge_window)"
+            state.notices.say_once(window, "window")
+            return (*state.windows.opened(self.trainer, self.model, plan.micro_batches, result), None)
+        entropies = None if result.entropies is None else self.micro_batch.scored_values(result.entropies)
+        return self.micro_batch.scored_values(result.logprobs), entropies, result.router_loss
+
+    def as_columns(
+        self, logps: torch.Tensor, entropies: torch.Tensor | None, aux_loss: torch.Tensor | None
+    ) -> Returned:
+        """Values [n] as the hook returns them, [B, C]."""
+        columns = None if entropies is None else self.micro_batch.as_columns(entropies)
+        if columns is not None and self.micro_batch.is_weighted:
+            columns = self.state.with_mean_entropy(columns, self.micro_batch, self.attention_mask)
+        return self.micro_batch.as_columns(logps), columns, aux_loss
+
+    def say_dense(self, decline: _Decline) -> None:
+        """The dense path runs: say why, and count it."""
+        self.state.why_dense = decline.reason
+        self.state.notices.say_once(f"dense path: {decline.reason}", decline.topic, logging.WARNING)
+        if torch.is_grad_enabled():
+            self.state.log_run(self.trainer, None)
+            self.state.loads.runs_dense()
+
+    def _run_tree(self, batch: PreparedBatch, model: torch.nn.Module) -> SequenceLogProbs:
+        """Verify the batch if it is its turn, then run it."""
+        state, temperature = self.state, self.trainer.temperature
+        with self.trainer.accelerator.autocast():
+            if state.config.verifies(state.calls):
+                difference = check_batch(model, batch, state.config, temperature)
+                state.notices.say(f"call {state.calls} verified against dense: {difference}")
+            result = run_tree(
+                model,
+                batch,
+                state.config,
+                temperature=temperature,
+                return_entropy=self.compute_entropy,
+                return_router_loss=self.compute_aux_loss,
+                head_dtype=torch.float32 if getattr(self.trainer.args, "cast_lm_head_to_fp32", False) else None,
             )
-        return run_dense(reason)
-
-    def hook_values(logps: torch.Tensor, entropies: torch.Tensor | None, aux_loss: torch.Tensor | None = None) -> Any:
-        columns = None if entropies is None else micro_batch.as_columns(entropies)
-        if columns is not None and micro_batch.is_weighted:
-            columns = state.with_mean_entropy(columns, micro_batch, attention_mask)
-        values = (micro_batch.as_columns(logps), columns)
-        return (*values, aux_loss) if _returns_aux_loss(dense) else values
-
-    if is_policy and (waiting := state.windows.take(trainer, model, micro_batch)) is not None:
-        return hook_values(*waiting)
-    handed_out = state.of_this_pass() if is_policy else []
-    together = state.windows.begin(trainer, micro_batch, handed_out) if handed_out else [micro_batch]
-    target = model if len(together) == 1 else unwrapped(model)
-    sequences, first_scored = joined(together)
-    instead = [batch.shape for batch in together]
-    most_scored = max(len(row) - first for row, first in zip(sequences, first_scored, strict=True))
-    with trainer.accelerator.autocast():  # measured speeds are those of a precision
-        why = hopeless(model, max(map(len, sequences)), most_scored, instead, state.config)
-        scored = [mask for batch in together for mask in batch.wanted]
-        batch = prepare(model, sequences, scored, state.config, instead) if why is None else None
-    if batch is None:
-        return run_dense(str(why), "min_saving")
-    if not batch.use_tree:  # the gate's reason has a number, different in every batch
-        return run_dense(batch.reason, "min_saving" if batch.is_gated else None)
-
-    try:
-        result = _run(trainer, state, target, batch, compute_entropy, compute_aux_loss)
-    except UnsupportedModelError as error:  # found only while running, such as a layer that bypasses the tree
-        if state.config.on_unsupported == "error":
-            raise
-        return run_dense(str(error))
-    state.calls += 1
-    if is_policy:
-        report = replace(result.report, pruned_tokens=state.pruned_tokens(trainer, len(together)))
-        state.say_once(trainer, str(report), topic="idle" if report.is_idle else "report")
-        state.log_metrics(trainer, report)
-    if len(together) > 1:
-        window = f"{len(together)} micro-batches of an accumulation window run as one tree (merge_window)"
-        state.say_once(trainer, window, topic="window")
-        return hook_values(*state.windows.opened(trainer, model, together, result))
-    entropies = None if result.entropies is None else micro_batch.scored_values(result.entropies)
-    return hook_values(micro_batch.scored_values(result.logprobs), entropies, result.router_loss)
+        if (outcome := latest_outcome(model)) is not None:
+            state.notices.say_once(str(outcome))
+        return result
 
 
-def _run(
-    trainer: GRPOLike,
-    state: TreeState,
-    model: torch.nn.Module,
-    batch: Batch,
-    compute_entropy: bool,
-    compute_aux_loss: bool,
-) -> SequenceLogProbs:
-    """Verify the batch if it is its turn, then run it."""
-    with trainer.accelerator.autocast():
-        if state.config.verifies(state.calls):
-            difference = check_batch(model, batch, state.config, trainer.temperature)
-            state.say(trainer, f"call {state.calls} verified against dense: {difference}")
-        result = run_tree(
-            model,
-            batch,
-            state.config,
-            temperature=trainer.temperature,
-            return_entropy=compute_entropy,
-            return_router_loss=compute_aux_loss,
-            head_dtype=torch.float32 if getattr(trainer.args, "cast_lm_head_to_fp32", False) else None,
-        )
-    if (outcome := latest_outcome(model)) is not None:
-        state.say_once(trainer, str(outcome))
-    return result
-
-
-def _image_reason(inputs: dict[str, Any]) -> str | None:
+def _image_obstacle(inputs: dict[str, Any]) -> str | None:
     images = sorted(name for name, value in inputs.items() if value is not None and name != "batch_size")
     if not images:
         return None

@@ -88,7 +88,7 @@ def say_what_is_untested() -> None:
 
 
 def check() -> None:
-    """Raises UnsupportedModelError for a TRL release that is not supported, and where a name is not as it was."""
+    """Raises UnsupportedError for a TRL release that is not supported, and where a name is not as it was."""
     supported_release(TRL)
     require(_NAMES)
 
@@ -105,7 +105,7 @@ def check_diffusion() -> None:
 
 
 def check_trainer(trainer: object) -> None:
-    """Raises UnsupportedModelError for a GRPO or RLOO trainer without what the plugin's hooks read of it."""
+    """Raises UnsupportedError for a GRPO or RLOO trainer without what the plugin's hooks read of it."""
     from trl import GRPOTrainer, RLOOTrainer
 
     say_what_is_untested()

@@ -18,15 +18,15 @@ from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
-from dta_plugin.adapters.trl.buffer import Inputs, has_images
+from dta_plugin.adapters.trl.generation_batch import Inputs, has_images
+from dta_plugin.adapters.trl.micro_batch import MicroBatch, joined
 from dta_plugin.adapters.trl.origin import unknown_loss
 from dta_plugin.adapters.trl.protocols import GRPOLike
-from dta_plugin.adapters.trl.rows import MicroBatch, joined
 from dta_plugin.balance.costs import TOKENS, SequenceCosts
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError
-from dta_plugin.execution.batch import SequenceLogProbs
 from dta_plugin.execution.memory import token_budget
+from dta_plugin.execution.prepared_batch import SequenceLogProbs
 from dta_plugin.execution.ranks import gathered, is_collective, is_fsdp1
 from dta_plugin.models.introspection import causal_lm, input_device, tree_forward
 from dta_plugin.tree.cost import ModelCost
@@ -55,13 +55,13 @@ def merges(trainer: GRPOLike, state: TreeState, buffer: list[Inputs], separate: 
         return False
     obstacle = _obstacle(trainer, buffer)
     if obstacle is not None and config.merge_window == "always":
-        state.say_once(trainer, f"accumulation windows are not merged because of {obstacle}", level=logging.WARNING)
-    wanted = obstacle is None and (
+        state.notices.say_once(f"accumulation windows are not merged because of {obstacle}", level=logging.WARNING)
+    is_chosen = obstacle is None and (
         config.merge_window == "always"
         or (unknown_loss(trainer) is None and _pays(trainer, config, cost, buffer[:size], separate[:size]))
     )
     model = trainer.model_wrapped
-    return all(gathered(model, wanted)) if is_collective(model) else wanted
+    return all(gathered(model, is_chosen)) if is_collective(model) else is_chosen
 
 
 def _obstacle(trainer: GRPOLike, buffer: list[Inputs]) -> str | None:
@@ -83,18 +83,18 @@ def _pays(
 ) -> bool:
     model = causal_lm(trainer.model)
 
-    def of(batches: list[MicroBatch], cost: ModelCost) -> float:
-        sequences, first_scored = joined(batches)
-        return SequenceCosts.of(sequences, cost, first_scored).total
+    def total(batches: list[MicroBatch], cost: ModelCost) -> float:
+        rows = joined(batches)
+        return SequenceCosts.of(rows.sequences, cost, rows.prompt_lengths).total
 
     together = [MicroBatch.from_inputs(batch) for batch in window]
     budget = token_budget(model, input_device(model), config.max_tree_tokens_per_chunk)
-    is_streamed = of(together, TOKENS) > budget
+    is_streamed = total(together, TOKENS) > budget
     if is_streamed and (config.executor == "packed" or config.backend not in ("auto", "cpu", "triton")):
         return False  # all of it would be held at a time
     streamed = _STREAMED if is_streamed else 1.0
-    separate = sum(of([MicroBatch.from_inputs(batch)], cost) for batch in alternative)
-    return of(together, cost) * streamed < (1 - _WORTH) * separate
+    separate = sum(total([MicroBatch.from_inputs(batch)], cost) for batch in alternative)
+    return total(together, cost) * streamed < (1 - _WORTH) * separate
 
 
 Values = tuple[torch.Tensor, torch.Tensor | None]
@@ -179,7 +179,7 @@ class _Window:
     def take(self, model: nn.Module, micro_batch: MicroBatch, is_last: bool) -> torch.Tensor:
         """[V, n] of the next micro-batch; the last one's go backward through the tree, with the gradients of all."""
         index = len(self.waiting)
-        if not micro_batch.equals(self.micro_batches[index]):
+        if not micro_batch.rows.equals(self.micro_batches[index].rows):
             raise InvalidInputError(
                 f"Micro-batch {index + 1} of {len(self.micro_batches)} of an accumulation window is not the one that "
                 "was buffered when the window began. Expected the same rows; set merge_window='never' if something "
@@ -208,7 +208,7 @@ def _through_wrapper(model: nn.Module, values: torch.Tensor) -> torch.Tensor:
 
 def _scored(micro_batches: list[MicroBatch], values: list[torch.Tensor]) -> torch.Tensor:
     rows = iter(values)
-    return torch.cat([batch.scored_values([next(rows) for _ in batch.sequences]) for batch in micro_batches])
+    return torch.cat([batch.scored_values([next(rows) for _ in batch.rows.sequences]) for batch in micro_batches])
 
 
 class _Delivery(torch.autograd.Function):

@@ -18,7 +18,7 @@ from dta_plugin.adapters.verl_cpu.sampling import Request, Sample, Sampling
 from dta_plugin.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from dta_plugin.adapters.verl.diffusion.options import DiffusionOptions
+    from dta_plugin.adapters.verl_plugin.diffusion.options import DiffusionOptions
 
 Sampler = Callable[[PreTrainedModel, list[Request], Collection[int], int], list[Sample]]
 
@@ -27,7 +27,7 @@ def canvas_sampler(rollout: Any) -> Sampler | None:
     """For the diffusion options of a rollout config; None where it has none."""
     if "diffusion" not in ((rollout.get("custom") or {}).get("dta") or {}):
         return None
-    from dta_plugin.adapters.verl.diffusion.options import DiffusionOptions
+    from dta_plugin.adapters.verl_plugin.diffusion.options import DiffusionOptions
 
     options = DiffusionOptions.of(rollout)
     assert options is not None

@@ -12,7 +12,7 @@ HAS_PLATFORMS = find_spec("verl.plugin") is not None  # verl has, since 0.9
 
 def install() -> None:
     """For this process. Again is no harm."""
-    import_module(f"{__package__}.{'platform' if HAS_PLATFORMS else 'before_platforms'}").install()
+    import_module(f"{__package__}.{'platform' if HAS_PLATFORMS else 'platform_0_8'}").install()
 
     from verl.workers.rollout.base import _ROLLOUT_REGISTRY
     from verl.workers.rollout.replica import RolloutReplicaRegistry

@@ -1,7 +1,7 @@
 """The same sequences through a model's own path and as a tree, compared at every place where they could part.
 
 - States: hidden states of the decoder, and log-probs, the model's own against the tree's, within what rounding
-  explains (noise.py).
+  explains (rounding_noise.py).
 - Head: our reading of the head, on the hidden states of the model's own path, against the model's own logits.
 - Scoring: log-probs of the tree against that head, plainly, on the hidden states of the tree.
 
@@ -19,16 +19,24 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dta_plugin.attention import TreeMask
+from dta_plugin.dtypes import accumulation_dtype
 from dta_plugin.execution.packed import check_every_layer_hit, model_inputs
-from dta_plugin.execution.probing.noise import Gap, is_routed, logprob_floor, looks, moved_embeddings, rounding_unit
+from dta_plugin.execution.probing.rounding_noise import (
+    Gap,
+    is_routed,
+    logprob_floor,
+    noise_seeds,
+    perturbed_embeddings,
+    rounding_unit,
+)
 from dta_plugin.execution.probing.traces import first_difference, in_layout_order, recorded, state_gaps, traced
-from dta_plugin.execution.ranks import is_fsdp1, is_sharded
+from dta_plugin.execution.ranks import is_fsdp
 from dta_plugin.models.attention_registry import install
 from dta_plugin.models.introspection import decoder_of, lm_head
 from dta_plugin.tree.layout import ScoredEdges, TreeLayout
 from dta_plugin.tree.trie import PrefixTree
 
-# Tokens per chunk of a streamed forest, as a share of the tree: several chunks, trunks and rebuilt paths.
+# Tokens per chunk of a streamed forest, as a share of the tree: several chunks, stems and rebuilt paths.
 _CHUNKS = 2
 # Rows that show what rounding does.
 _NOISY_ROWS = 3
@@ -58,13 +66,13 @@ class Comparison:
         self.step = self.unit + _SUMS * _EPS
         self.has_head = base.get_output_embeddings() is not None
         # The weight of a sharded head is whole within a call of the model only.
-        self.head = None if is_sharded(model) or is_fsdp1(model) or not self.has_head else lm_head(base)
+        self.head = None if is_fsdp(model) or not self.has_head else lm_head(base)
         self.head_difference: str | None = None
         self.worst = Gap(0.0, 0.0)
         self.logprobs, self.states = self._own(self.rows, looks_at_head=True)
         if not torch.isfinite(self.logprobs).all():
             raise NotComparable("the model gives random tokens log-probs that are not finite")
-        noises = [self._noise(seed) for seed in looks(base, len(self.logprobs))]
+        noises = [self._noise(seed) for seed in noise_seeds(base, len(self.logprobs))]
         self.noise, self.state_noise = (Gap.largest(each) for each in zip(*noises, strict=True))
 
     def difference(self, executor: str) -> str | None:
@@ -75,8 +83,12 @@ class Comparison:
         if self.head_difference is not None:
             return self.head_difference
         logprobs, states = self._tree(executor)
-        state_gap = Gap.of(state_gaps(states[self.paths], self.states), self.routed)
-        gap = Gap.of(self.edges.per_token(logprobs) - self.logprobs, self.routed) if self.has_head else state_gap
+        state_gap = Gap.from_differences(state_gaps(states[self.paths], self.states), self.routed)
+        gap = (
+            Gap.from_differences(self.edges.per_token(logprobs) - self.logprobs, self.routed)
+            if self.has_head
+            else state_gap
+        )
         self.worst = max(self.worst, gap, key=lambda each: each.most)
         if self.head is not None and (found := self._scoring(logprobs, states)) is not None:
             return found
@@ -90,17 +102,17 @@ class Comparison:
 
     def _noise(self, seed: int) -> tuple[Gap, Gap]:
         """Of log-probs and of hidden states."""
-        with moved_embeddings(self.base, seed):
+        with perturbed_embeddings(self.base, seed):
             logprobs, states = self._own(self.rows[:_NOISY_ROWS])
         gaps = logprobs - self.logprobs[: len(logprobs)], state_gaps(states, self.states[: len(states)])
-        return Gap.of(gaps[0], self.routed), Gap.of(gaps[1], self.routed)
+        return Gap.from_differences(gaps[0], self.routed), Gap.from_differences(gaps[1], self.routed)
 
     def _place(self, executor: str) -> str:
         def run_own() -> None:
             for row in self.rows:
                 self._run(row)
 
-        if is_sharded(self.model) or is_fsdp1(self.model):  # all ranks must call the model equally often
+        if is_fsdp(self.model):  # all ranks must call the model equally often
             return "in its decoder"
         layer = first_difference(self.base, self.tree.paths, run_own, lambda: self._traced(executor)[1])
         return "in its decoder" if layer is None else f"from layer {layer} on"
@@ -124,7 +136,7 @@ class Comparison:
             return None, self._decoder(input_ids=row[None], use_cache=False)
         with recorded([decoder_of(self.base)]) as calls:
             logits: torch.Tensor = self.model(input_ids=row[None], use_cache=False).logits[0]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)), calls[0][0]
+        return logits.to(accumulation_dtype(logits.dtype)), calls[0][0]
 
     def _head(self, own: torch.Tensor, ours: torch.Tensor) -> str | None:
         """Both in [len, V], from the same hidden states."""

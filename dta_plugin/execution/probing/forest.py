@@ -51,10 +51,10 @@ def probe_forest(model: PreTrainedModel) -> list[list[int]]:
 
 def _length(model: PreTrainedModel) -> int:
     windows = [layer.window for layer in attention_sizes(model) if layer.window is not None]
-    wanted = max(_SHORTEST, min(windows, default=0) + _BEYOND)
+    length = max(_SHORTEST, min(windows, default=0) + _BEYOND)
     limits = [limit - 1 for _, limit in length_limits(model)]
     cheap = max(_SHORTEST, _LOGITS // model.config.get_text_config().vocab_size)
-    return max(8, min(wanted, _LONGEST, cheap, *limits))
+    return max(8, min(length, _LONGEST, cheap, *limits))
 
 
 def _ordinary_tokens(config: Any, whole: Any) -> np.ndarray:

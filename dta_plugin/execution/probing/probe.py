@@ -23,12 +23,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.errors import UnsupportedError
 from dta_plugin.execution.memory import budget_kept
 from dta_plugin.execution.probing.comparison import Comparison
 from dta_plugin.execution.probing.forest import probe_forest
-from dta_plugin.execution.probing.noise import Gap, rounding_unit
-from dta_plugin.execution.ranks import gathered, has_tensor_parallel, is_fsdp1, is_sharded, is_zero3, without_reducers
+from dta_plugin.execution.probing.rounding_noise import Gap, rounding_unit
+from dta_plugin.execution.ranks import gathered, has_tensor_parallel, is_fsdp, is_zero3, without_reducers
 from dta_plugin.models.introspection import causal_lm, evaluation_mode, input_device, wrappings
 
 log = logging.getLogger("dta_plugin")
@@ -36,12 +36,12 @@ log = logging.getLogger("dta_plugin")
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a probe found. reasons: per executor, why it may not run, as a sentence, or None if it may.
+    """What a probe found. obstacles: per executor, why it may not run, as a sentence, or None if it may.
 
     gap: log-probs against the model's own, in nats, the largest of all executors. skipped: why nothing was compared.
     """
 
-    reasons: dict[str, str | None]
+    obstacles: dict[str, str | None]
     gap: Gap
     seconds: float
     skipped: str | None = None
@@ -49,10 +49,10 @@ class Outcome:
     def __str__(self) -> str:
         if self.skipped is not None:
             return f"not probed: {self.skipped}"
-        exact = " and ".join(name for name, reason in self.reasons.items() if reason is None)
-        refused = [reason for reason in self.reasons.values() if reason is not None]
+        exact = " and ".join(name for name, obstacle in self.obstacles.items() if obstacle is None)
+        refused = [obstacle for obstacle in self.obstacles.values() if obstacle is not None]
         agree = f"probed {exact}: log-probs agree to {self.gap.most:.1e} nats ({self.seconds:.2f} s, once)"
-        return " ".join([agree] * bool(exact) + [f"Not run: {reason}" for reason in refused])
+        return " ".join([agree] * bool(exact) + [f"Not run: {obstacle}" for obstacle in refused])
 
 
 # Hooks and modes of a model that is being probed are not for another thread.
@@ -74,7 +74,7 @@ def probe(
     base = causal_lm(model)
     device = device or input_device(base)
     # What FSDP says of its weights' type changes with the first call.
-    precision = None if is_sharded(model) or is_fsdp1(model) else (rounding_unit(base), base.dtype)
+    precision = None if is_fsdp(model) else (rounding_unit(base), base.dtype)
     state = backend, device, base.config._attn_implementation, precision, tuple(_adapters(model))
     with _lock:
         known = _outcomes.setdefault(base, {})
@@ -82,7 +82,7 @@ def probe(
         if missing:
             outcome = _probe(model, base, missing, backend, device)
             known |= {(executor, state): outcome for executor in missing}
-        return {executor: known[executor, state].reasons[executor] for executor in executors}
+        return {executor: known[executor, state].obstacles[executor] for executor in executors}
 
 
 def latest_outcome(model: nn.Module) -> Outcome | None:
@@ -101,21 +101,21 @@ def _probe(
 ) -> Outcome:
     start = time.perf_counter()
     inner = without_reducers(model)
-    skipped = _obstacle(inner)
+    skipped = _probe_obstacle(inner)
     if skipped is not None:
         return Outcome(dict.fromkeys(executors), Gap(0.0, 0.0), 0.0, skipped)
     try:
         with _undisturbed(inner, base, device):
             comparison = Comparison(inner, base, probe_forest(base), backend, device)
-            reasons = {executor: _reason(comparison, executor) for executor in executors}
+            obstacles = {executor: _executor_obstacle(comparison, executor) for executor in executors}
     except Exception as error:  # what a model cannot do with the forest, it may do with the user's rows
         why = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
         log.warning("dta: %s is not probed before its first tree (%s)", type(base).__name__, why)
         return Outcome(dict.fromkeys(executors), Gap(0.0, 0.0), 0.0, why)
-    if is_sharded(inner) or is_fsdp1(inner):
-        ranks = gathered(inner, reasons)
-        reasons = {name: next((found for rank in ranks if (found := rank[name])), None) for name in executors}
-    return Outcome(reasons, comparison.worst, time.perf_counter() - start)
+    if is_fsdp(inner):
+        ranks = gathered(inner, obstacles)
+        obstacles = {name: next((found for rank in ranks if (found := rank[name])), None) for name in executors}
+    return Outcome(obstacles, comparison.worst, time.perf_counter() - start)
 
 
 @contextmanager
@@ -135,17 +135,17 @@ def _undisturbed(model: nn.Module, base: PreTrainedModel, device: torch.device) 
         torch.clear_autocast_cache()
 
 
-def _obstacle(model: nn.Module) -> str | None:
+def _probe_obstacle(model: nn.Module) -> str | None:
     if is_zero3(model):
         return "DeepSpeed ZeRO-3 shards the model (FSDP, or ZeRO-1 or 2, can be probed)"
     return "the model is tensor-parallel" if has_tensor_parallel(model) else None
 
 
-def _reason(comparison: Comparison, executor: str) -> str | None:
+def _executor_obstacle(comparison: Comparison, executor: str) -> str | None:
     """Why an executor may not run, as a sentence for an error."""
     try:
         found = comparison.difference(executor)
-    except UnsupportedModelError as error:
+    except UnsupportedError as error:
         return str(error)
     if found is None:
         return None

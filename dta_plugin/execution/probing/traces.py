@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dta_plugin.execution.packed import run_packed
-from dta_plugin.execution.probing.noise import Gap, is_routed, looks, moved_embeddings, rounding_unit
+from dta_plugin.execution.probing.rounding_noise import Gap, is_routed, noise_seeds, perturbed_embeddings, rounding_unit
 from dta_plugin.execution.streaming.autograd import run_streamed
 from dta_plugin.models.introspection import decoder_of
 from dta_plugin.models.layers import attention_modules
@@ -52,7 +52,7 @@ def traced(
     Returns log-probs [E], and the layout indices [T] in the order in which the model was given the tokens.
     """
     if budget is None:
-        (output,) = run_packed(model, [(tree, edges)], backend=backend)
+        output = run_packed(model, tree, edges, backend=backend)
         return output.logprobs, np.arange(tree.tree_tokens)
     output, plan = run_streamed(model, tree, edges, budget, backend=backend)
     return output.logprobs, np.concatenate([chunk.tokens for chunk in plan.chunks])
@@ -83,8 +83,8 @@ def first_difference(
     with recorded(layers) as own:
         run_own()
     noisy = []
-    for seed in looks(model, len(paths)):
-        with recorded(layers) as moved, moved_embeddings(model, seed):
+    for seed in noise_seeds(model, len(paths)):
+        with recorded(layers) as moved, perturbed_embeddings(model, seed):
             run_own()
         noisy.append(moved)
     with recorded(layers) as tree:
@@ -95,8 +95,10 @@ def first_difference(
         return None
     for index, mine in enumerate(own):
         expected = torch.cat(mine)
-        noise = Gap.largest([Gap.of(state_gaps(torch.cat(moved[index]), expected), routed) for moved in noisy])
-        gap = Gap.of(state_gaps(in_layout_order(tree[index], order)[rows], expected), routed)
+        noise = Gap.largest(
+            [Gap.from_differences(state_gaps(torch.cat(moved[index]), expected), routed) for moved in noisy]
+        )
+        gap = Gap.from_differences(state_gaps(in_layout_order(tree[index], order)[rows], expected), routed)
         if not gap.is_within(noise, unit):
             return index
     return None

@@ -22,11 +22,11 @@ from transformers import PreTrainedModel
 from dta_plugin.execution.memory import halve
 from dta_plugin.execution.packed import EdgeOutputs, check_finite
 from dta_plugin.execution.ranks import is_sharded
+from dta_plugin.execution.streaming.chunk_plan import ChunkPlan
+from dta_plugin.execution.streaming.chunk_runner import Planner, StreamedJob
+from dta_plugin.execution.streaming.chunking import plan_chunks
 from dta_plugin.execution.streaming.gradient_sums import GradientSums
-from dta_plugin.execution.streaming.passes import Passes
-from dta_plugin.execution.streaming.plan import Plan
-from dta_plugin.execution.streaming.planner import plan_chunks
-from dta_plugin.execution.streaming.runner import Job, Planner
+from dta_plugin.execution.streaming.streamed_run import StreamedRun
 from dta_plugin.models.introspection import causal_lm, tree_forward
 from dta_plugin.tree.layout import ScoredEdges
 from dta_plugin.tree.trie import PrefixTree
@@ -43,7 +43,7 @@ def run_streamed(
     return_entropy: bool = False,
     head_dtype: torch.dtype | None = None,
     planner: Planner = plan_chunks,
-) -> tuple[EdgeOutputs, Plan]:
+) -> tuple[EdgeOutputs, ChunkPlan]:
     """Log-probs of the scored edges, differentiable in all parameters of `model` (wrapped or not), and the plan.
 
     budget: most tree tokens whose activations are alive at once; halved, and the pass begun anew, where a chunk runs
@@ -51,56 +51,56 @@ def run_streamed(
         If FSDP2 shards the model, every rank must call it, and out of memory is an error.
     """
     base = causal_lm(model)
-    job = Job(model, base, is_sharded(model), tree, edges, backend, temperature, return_entropy, head_dtype, planner)
+    job = StreamedJob(
+        model, base, is_sharded(model), tree, edges, backend, temperature, return_entropy, head_dtype, planner
+    )
     if job.is_sharded:
-        passes, logprobs, entropies = _begun(job, budget)
+        run, logprobs, entropies = _begun(job, budget)
     else:
-        runs: list[Passes] = []
+        runs: list[StreamedRun] = []
 
-        def forward(_: PreTrainedModel, dta_job: Job, **__: Any) -> dict[str, torch.Tensor]:
+        def forward(_: PreTrainedModel, dta_job: StreamedJob, **__: Any) -> dict[str, torch.Tensor]:
             run, logprobs, entropies = _begun(dta_job, budget)
             runs.append(run)
             return {"logprobs": logprobs, "entropies": entropies}
 
         with tree_forward(base, forward):  # one call, in which DDP looks for the parameters that outputs depend on
             result = model(dta_job=job)
-        (passes,), logprobs, entropies = runs, result["logprobs"], result["entropies"]
-    check_finite([logprobs], base)
-    outputs = EdgeOutputs(
-        logprobs, entropies if return_entropy else None, None, "+".join(sorted(passes.runner.backends))
-    )
-    return outputs, passes.plan
+        (run,), logprobs, entropies = runs, result["logprobs"], result["entropies"]
+    check_finite(logprobs, base)
+    outputs = EdgeOutputs(logprobs, entropies if return_entropy else None, None, "+".join(sorted(run.runner.backends)))
+    return outputs, run.plan
 
 
-def _begun(job: Job, budget: int) -> tuple[Passes, torch.Tensor, torch.Tensor]:
-    """The first pass; its log-probs and entropies [E], differentiable where gradients are wanted."""
+def _begun(job: StreamedJob, budget: int) -> tuple[StreamedRun, torch.Tensor, torch.Tensor]:
+    """The first pass; its log-probs and entropies [E], differentiable where gradients are asked for."""
     is_differentiable = torch.is_grad_enabled() and any(p.requires_grad for p in job.model.parameters())
-    passes, logprobs, entropies, handed_out = _first_pass(job, budget, is_differentiable)
+    run, logprobs, entropies, handed_out = _first_pass(job, budget, is_differentiable)
     if is_differentiable:
         # Parameters that FSDP2 has gathered get their gradients within; the caller's pass needs anything to come by.
         anchor = torch.zeros((), requires_grad=True)
-        wanted = [anchor] if job.is_sharded else [*handed_out, *passes.parameters.values()]
-        logprobs, entropies = _Streamed.apply(passes, logprobs, entropies, *wanted)
-    return passes, logprobs, entropies
+        depends_on = [anchor] if job.is_sharded else [*handed_out, *run.parameters.values()]
+        logprobs, entropies = _Streamed.apply(run, logprobs, entropies, *depends_on)
+    return run, logprobs, entropies
 
 
 def _first_pass(
-    job: Job, budget: int, is_differentiable: bool
-) -> tuple[Passes, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """The first pass within `budget`, or what memory turns out to allow; see `Passes.forward`."""
+    job: StreamedJob, budget: int, is_differentiable: bool
+) -> tuple[StreamedRun, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """The first pass within `budget`, or what memory turns out to allow; see `StreamedRun.forward`."""
     while True:
-        passes = Passes(job, budget, is_differentiable)
+        run = StreamedRun(job, budget, is_differentiable)
         try:
-            return passes, *passes.forward()
+            return run, *run.forward()
         except torch.OutOfMemoryError as error:
-            budget = _smaller(passes, error)
+            budget = _smaller(run, error)
 
 
 def _backward_pass(
-    passes: Passes, grad_logprobs: torch.Tensor, grad_entropies: torch.Tensor
+    first: StreamedRun, grad_logprobs: torch.Tensor, grad_entropies: torch.Tensor
 ) -> tuple[list[torch.Tensor], GradientSums]:
     """Gradients for the first chunk's outputs, if it was handed out, and for the parameters from all other chunks."""
-    run = passes
+    run = first
     while True:
         try:
             sums = run.backward(grad_logprobs, grad_entropies)
@@ -110,23 +110,23 @@ def _backward_pass(
                 raise
             budget = _smaller(run, error)
         run.forget()
-        with torch.no_grad(), passes.runner.autocast.entered():
-            run, *_ = _first_pass(passes.job, budget, is_differentiable=False)
-    if passes.handed_out is None:
+        with torch.no_grad(), first.runner.autocast.entered():
+            run, *_ = _first_pass(first.job, budget, is_differentiable=False)
+    if first.handed_out is None:
         return [], sums
-    if run is not passes:  # the new run has done the whole tree, that chunk included
+    if run is not first:  # the new run has done the whole tree, that chunk included
         grad_logprobs, grad_entropies = torch.zeros_like(grad_logprobs), torch.zeros_like(grad_entropies)
-    return passes.handed_out.gradients(passes.pieces.edges(0), grad_logprobs, grad_entropies), sums
+    return first.handed_out.gradients(first.inputs.edges(0), grad_logprobs, grad_entropies), sums
 
 
-def _smaller(passes: Passes, error: torch.OutOfMemoryError) -> int:
+def _smaller(run: StreamedRun, error: torch.OutOfMemoryError) -> int:
     """The budget to begin anew with. Raises `error` where that is impossible."""
-    if passes.job.is_sharded:
+    if run.job.is_sharded:
         raise torch.OutOfMemoryError(
-            f"Out of memory with {passes.budget} tokens per chunk. One rank cannot begin anew alone where FSDP2 shards "
-            f"the model: set max_tree_tokens_per_chunk below {passes.budget}."
+            f"Out of memory with {run.budget} tokens per chunk. One rank cannot begin anew alone where FSDP2 shards "
+            f"the model: set max_tree_tokens_per_chunk below {run.budget}."
         ) from error
-    smaller = halve(passes.job.base, passes.budget)
+    smaller = halve(run.job.base, run.budget)
     if smaller is None:
         raise error
     return smaller
@@ -136,14 +136,14 @@ class _Streamed(torch.autograd.Function):
     """The log-probs of all chunks, as functions of the first one's outputs, if handed out, and all parameters."""
 
     @staticmethod
-    def forward(ctx: Any, passes: Passes, logprobs, entropies, *_: torch.Tensor):
-        ctx.passes = passes
+    def forward(ctx: Any, run: StreamedRun, logprobs, entropies, *_: torch.Tensor):
+        ctx.run = run
         return logprobs.clone(), entropies.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logprobs, grad_entropies):
-        handed_out, sums = _backward_pass(ctx.passes, grad_logprobs, grad_entropies)
-        if ctx.passes.job.is_sharded:
+        handed_out, sums = _backward_pass(ctx.run, grad_logprobs, grad_entropies)
+        if ctx.run.job.is_sharded:
             return None, None, None, None
-        return None, None, None, *handed_out, *sums.of(ctx.passes.parameters)
+        return None, None, None, *handed_out, *sums.hand_out(ctx.run.parameters)

@@ -8,24 +8,26 @@ import numpy as np
 import torch
 
 from dta_plugin.attention.mask import HostArrays
-from dta_plugin.execution.streaming.plan import Plan
+from dta_plugin.execution.streaming.chunk_plan import ChunkPlan
 from dta_plugin.tree.layout import ScoredEdges
 from dta_plugin.tree.trie import PrefixTree
 from dta_plugin.upload import upload
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Piece:
-    """A chunk as tensors. edges: int64 [E'] those whose rows are in it; rows: [R'] positions in the chunk.
+class ChunkInputs:
+    """A chunk, or its cached tokens, as tensors. first: number of its ancestors.
 
-    temperature: [R'], where rows have their own. host: exit and depth, and host_row_of_edge, in the CPU's memory.
+    cached: int64 [S] positions in the chunk, see `Chunk` in chunk_plan.py. edges: int64 [E'] those whose rows are in
+    it; rows: [R'] positions in the chunk. temperature: [R'], where rows have their own. host: exit and depth, and
+    host_row_of_edge, in the CPU's memory.
     """
 
     input_ids: torch.Tensor
     depth: torch.Tensor
     exit: torch.Tensor
     first: int
-    trunk: torch.Tensor
+    cached: torch.Tensor
     edges: torch.Tensor
     targets: torch.Tensor
     rows: torch.Tensor
@@ -35,10 +37,10 @@ class Piece:
     temperature: torch.Tensor | None = None
 
 
-class Pieces:
+class PlanInputs:
     """Chunks of a plan as tensors on the edges' device, made when they are needed."""
 
-    def __init__(self, tree: PrefixTree, edges: ScoredEdges, plan: Plan) -> None:
+    def __init__(self, tree: PrefixTree, edges: ScoredEdges, plan: ChunkPlan) -> None:
         self.tree, self.plan, self.device = tree, plan, edges.target.device
         self.target, self.rows, self.row_of_edge = edges.host.target, edges.host.rows, edges.host.row_of_edge
         self.temperature = edges.temperature
@@ -53,35 +55,36 @@ class Pieces:
         """int64 [E'] the edges whose rows are in a chunk."""
         return upload([self.edges_of[index]], self.device)[0]
 
-    def whole(self, index: int) -> Piece:
+    def chunk(self, index: int) -> ChunkInputs:
+        """All of a chunk."""
         chunk, edges = self.plan.chunks[index], self.edges_of[index]
         rows, row_of_edge = np.unique(self.row_of_edge[edges], return_inverse=True)
         positions = np.searchsorted(chunk.tokens, self.rows[rows])
         temperature = None if self.temperature is None else self.temperature[upload([rows], self.device)[0]]
-        arrays = (chunk.trunk, edges, positions, row_of_edge)
-        return replace(self._piece(chunk.tokens, chunk.first_depth, *arrays), temperature=temperature)
+        arrays = (chunk.cached, edges, positions, row_of_edge)
+        return replace(self._inputs(chunk.tokens, chunk.first_depth, *arrays), temperature=temperature)
 
-    def trunk(self, index: int, start: int) -> Piece:
-        """Only the trunk of a chunk, from its token number `start` on; nothing scored."""
+    def cached_tokens(self, index: int, start: int) -> ChunkInputs:
+        """Only the cached tokens of a chunk, from number `start` on; nothing scored."""
         chunk, nothing = self.plan.chunks[index], np.empty(0, dtype=np.int64)
-        tokens = chunk.tokens[chunk.trunk[start:]]
-        return self._piece(tokens, chunk.first_depth + start, np.arange(len(tokens)), nothing, nothing, nothing)
+        tokens = chunk.tokens[chunk.cached[start:]]
+        return self._inputs(tokens, chunk.first_depth + start, np.arange(len(tokens)), nothing, nothing, nothing)
 
-    def stand_in(self) -> Piece:
-        """A piece of one token, for a rank that calls the model only because others do."""
+    def dummy(self) -> ChunkInputs:
+        """One token, for a rank that calls the model only because others do."""
         zero, nothing = (torch.zeros(size, dtype=torch.int64, device=self.device) for size in (1, 0))
         one = np.zeros(1, dtype=np.int64)
-        return Piece(zero, zero, zero + 1, 0, *(nothing,) * 5, (one + 1, one), one[:0])
+        return ChunkInputs(zero, zero, zero + 1, 0, *(nothing,) * 5, (one + 1, one), one[:0])
 
-    def _piece(
+    def _inputs(
         self,
         tokens: np.ndarray,
         first: int,
-        trunk: np.ndarray,
+        cached: np.ndarray,
         edges: np.ndarray,
         rows: np.ndarray,
         row_of_edge: np.ndarray,
-    ) -> Piece:
+    ) -> ChunkInputs:
         tree = self.tree
         exit_ = np.searchsorted(tokens, tree.exit[tokens])
         targets = tree.tokens[self.target[edges]]
@@ -90,11 +93,11 @@ class Pieces:
             "input_ids": tree.tokens[tokens],
             "depth": depth,
             "exit": exit_,
-            "trunk": trunk,
+            "cached": cached,
             "edges": edges,
             "targets": targets,
             "rows": rows,
             "row_of_edge": row_of_edge,
         }
         tensors = dict(zip(arrays, upload(list(arrays.values()), self.device), strict=True))
-        return Piece(**tensors, first=first, host=(exit_, depth), host_row_of_edge=row_of_edge)
+        return ChunkInputs(**tensors, first=first, host=(exit_, depth), host_row_of_edge=row_of_edge)

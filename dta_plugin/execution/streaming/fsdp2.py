@@ -39,11 +39,11 @@ def parameters_in_use(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
 
 
 def _collector(
-    prefix: str, wanted: Container[str], found: dict[str, nn.Parameter]
+    prefix: str, trained: Container[str], found: dict[str, nn.Parameter]
 ) -> Callable[[nn.Module, object], None]:
     def collect(module: nn.Module, _: object) -> None:
         for name, parameter in module.named_parameters():
-            if prefix + name in wanted and not isinstance(parameter, DTensor):
+            if prefix + name in trained and not isinstance(parameter, DTensor):
                 found[prefix + name] = parameter
 
     return collect

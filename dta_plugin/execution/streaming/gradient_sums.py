@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from dta_plugin.dtypes import accumulation_dtype
+
 
 class GradientSums:
     """Per parameter name, the sum of its gradients over all chunks; without those that got none."""
@@ -54,9 +56,9 @@ class GradientSums:
         if name in self._sums:
             self._sums[name] += gradient
         else:
-            self._sums[name] = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
+            self._sums[name] = gradient.to(accumulation_dtype(gradient.dtype), copy=True)
 
-    def of(self, parameters: Mapping[str, torch.Tensor]) -> Iterable[torch.Tensor | None]:
+    def hand_out(self, parameters: Mapping[str, torch.Tensor]) -> Iterable[torch.Tensor | None]:
         """The sums, in the dtype of the parameters and in their order; each is given up as it is handed out."""
         for name, parameter in parameters.items():
             total = self._sums.pop(name, None)
@@ -73,4 +75,4 @@ class _Completed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients):
-        return None, None, *gradients, *ctx.sums.of(ctx.parameters)
+        return None, None, *gradients, *ctx.sums.hand_out(ctx.parameters)

@@ -1,10 +1,10 @@
 """The keys and values of one root-to-leaf path, and the gradients that descendants leave for them, layer by layer.
 
 Streamed execution calls the model chunk by chunk. In every attention layer a chunk writes its keys and values behind
-those of its ancestors, attends to both, and leaves those of its trunk (plan.py). In the backward pass, which takes
-the chunks in reverse, it adds to the gradients of its ancestors' keys and collects what its descendants left for its
-own. All of this happens in place in buffers allocated once, one slot per depth: nothing that grows with depth is copied
-or kept per chunk. Gradients accumulate in float32 (float64 for float64 models).
+those of its ancestors, attends to both, and leaves those of its cached tokens (chunk_plan.py). In the backward pass,
+which takes the chunks in reverse, it adds to the gradients of its ancestors' keys and collects what its descendants
+left for its own. All of this happens in place in buffers allocated once, one slot per depth: nothing that grows with
+depth is copied or kept per chunk. Gradients accumulate in float32 (float64 for float64 models).
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class Arena:
         self.slots = slots
         self._layers: dict[tuple[int, int], ArenaLayer] = {}
 
-    def layer(self, index: int, call: int) -> ArenaLayer:
-        """call: a layer that attends several times has a place for each."""
-        return self._layers.setdefault((index, call), ArenaLayer(self.slots))
+    def layer(self, index: int, call_number: int) -> ArenaLayer:
+        """call_number: a layer that attends several times has a place for each."""
+        return self._layers.setdefault((index, call_number), ArenaLayer(self.slots))
 
     def clear(self) -> None:
         """Give the buffers up."""
@@ -72,15 +72,15 @@ class Arena:
 class ArenaPlace:
     """A chunk in one layer of the arena, behind its `first` ancestors; see `Place` in attention/function.py.
 
-    trunk: int64 [S] slots of the chunk's trunk (see `Chunk` in plan.py) while the whole chunk is in the arena. The
-    ancestors' slots must hold the same keys and values in the chunk's backward pass as in its forward pass.
+    cached: int64 [S] slots of the chunk's cached tokens (see `Chunk` in chunk_plan.py) while the whole chunk is in the
+    arena. The ancestors' slots must hold the same keys and values in the chunk's backward pass as in its forward pass.
     """
 
-    def __init__(self, layer: ArenaLayer, first: int, trunk: torch.Tensor) -> None:
+    def __init__(self, layer: ArenaLayer, first: int, cached: torch.Tensor) -> None:
         self.layer = layer
         self.first = first
-        self.trunk = trunk
-        self.kept = slice(first, first + len(trunk))
+        self.cached = cached
+        self.kept = slice(first, first + len(cached))
 
     def write(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.layer.allocate(k, v)
@@ -90,19 +90,19 @@ class ArenaPlace:
         return self.layer.k[:, :, :stop], self.layer.v[:, :, :stop]
 
     def keep(self) -> None:
-        """Move the trunk to the slots behind the ancestors."""
-        if len(self.trunk):
+        """Move the cached tokens to the slots behind the ancestors."""
+        if len(self.cached):
             for buffer in (self.layer.k, self.layer.v):
-                buffer[:, :, self.kept] = buffer[:, :, self.trunk]
+                buffer[:, :, self.kept] = buffer[:, :, self.cached]
 
     def gradients(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Move what descendants left for the trunk to where the trunk lies within the chunk."""
+        """Move what descendants left for the cached tokens to where these lie within the chunk."""
         self.layer.allocate_gradients()
-        if len(self.trunk):
+        if len(self.cached):
             for buffer in (self.layer.grad_k, self.layer.grad_v):
                 left = buffer[:, :, self.kept].clone()
                 buffer[:, :, self.kept] = 0
-                buffer[:, :, self.trunk] = left
+                buffer[:, :, self.cached] = left
         stop = keys.shape[2]
         return self.layer.grad_k[:, :, :stop], self.layer.grad_v[:, :, :stop]
 
@@ -119,8 +119,8 @@ class ChunkMask(TreeMask):
     """Visibility of a chunk: its ancestors, one token per depth, then its own tokens.
 
     exit, depth: int64 [C] of its own tokens, `exit` counted from the chunk's first; host: the same in the CPU's memory.
-    first: number of ancestors, which all its tokens see. trunk: int64 [S] positions within the chunk, see `Chunk` in
-    plan.py.
+    first: number of ancestors, which all its tokens see. cached: int64 [S] positions within the chunk, see `Chunk` in
+    chunk_plan.py.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class ChunkMask(TreeMask):
         backend: str,
         arena: Arena,
         first: int,
-        trunk: torch.Tensor,
+        cached: torch.Tensor,
         host: HostArrays,
     ) -> None:
         ancestors = torch.arange(first, device=exit.device)
@@ -144,15 +144,15 @@ class ChunkMask(TreeMask):
             backend,
             (behind, np.concatenate([above, own_depth])),
         )
-        self._arena, self._first, self._trunk = arena, first, first + trunk
+        self._arena, self._first, self._cached = arena, first, first + cached
         self._calls_of_pass: dict[int, int] = {}
 
     def at_layer(self, index: int) -> TreeMask:
         """The same mask, with this chunk's place in that layer of the arena."""
         mask = copy.copy(self)
         seen = self.calls[index]
-        call = seen % self._calls_of_pass[index] if index in self._calls_of_pass else seen
-        mask.place = ArenaPlace(self._arena.layer(index, call), self._first, self._trunk)
+        call_number = seen % self._calls_of_pass[index] if index in self._calls_of_pass else seen
+        mask.place = ArenaPlace(self._arena.layer(index, call_number), self._first, self._cached)
         return mask
 
     def close(self) -> None:

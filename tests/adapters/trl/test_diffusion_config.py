@@ -11,7 +11,7 @@ from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 from dta_plugin.adapters.trl import DiffusionGRPOConfig, DiffusionGRPOTrainer, TreeGRPOConfig
 from dta_plugin.adapters.trl.diffusion.unused import _OPTIONS
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from dta_plugin.errors import InvalidInputError, UnsupportedError
 from tests.adapters.trl import diffusion as tiny
 from tests.adapters.trl.support import enabled
 
@@ -146,7 +146,7 @@ def test_a_router_loss_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_of_no_known_family_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="mask_token_id="):
+    with pytest.raises(UnsupportedError, match="mask_token_id="):
         tiny.trainer(tmp_path, mask_token_id=None)
 
 
@@ -157,5 +157,5 @@ def test_blocks_other_than_the_models_are_refused(tmp_path: Path) -> None:
 
 def test_a_release_without_the_hooks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(GRPOTrainer, "_generate_single_turn")
-    with pytest.raises(UnsupportedModelError, match=r"_generate_single_turn is missing. Expected what TRL 1\.0"):
+    with pytest.raises(UnsupportedError, match=r"_generate_single_turn is missing. Expected what TRL 1\.0"):
         tiny.trainer(tmp_path)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dta_plugin.adapters.trl import exchange, version
+from dta_plugin.adapters.trl import exchange, losses
 from dta_plugin.balance.costs import TYPICAL
 from tests.adapters.trl.exchange_script import CASES
 from tests.adapters.trl.support import Run, assert_equal, difference
@@ -61,7 +61,7 @@ def test_obstacles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "images" in str(obstacle(batch={"pixel_values": None}))
     assert "tensor, context or sequence parallelism" in str(obstacle(parallel=2))
     assert "each micro-batch" in str(obstacle(top_entropy_quantile=0.5))
-    monkeypatch.setattr(version, "version", lambda _: "1.9.2")
+    monkeypatch.setattr(losses, "version", lambda _: "1.9.2")
     assert "padding before TRL 1.10" in str(obstacle(loss_type="luspo"))
     assert obstacle(loss_type="grpo") is None
 

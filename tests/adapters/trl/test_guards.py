@@ -66,7 +66,7 @@ def said(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
 def test_unsupported_models(model: str, tmp_path: Path, said: Callable[[], list[str]], name: str) -> None:
     config, options, what, remedy = UNSUPPORTED[name]
     chosen = model if config is None else save_model(tmp_path / name, config=config)
-    with pytest.raises(dta_plugin.UnsupportedModelError) as error:
+    with pytest.raises(dta_plugin.UnsupportedError) as error:
         train(chosen, tmp_path, TreeGRPOTrainer, TreeGRPOConfig, **options)
     for part in ("Prefix-tree execution is not exact here", what, remedy, "or on_unsupported='dense'"):
         assert part in str(error.value)
@@ -99,7 +99,7 @@ class TreeLigerTrainer(TreeTrainerMixin, LigerTrainer):
 
 @pytest.mark.usefixtures("unprobed")
 def test_fused_loss(model: str, tmp_path: Path, said: Callable[[], list[str]]) -> None:
-    with pytest.raises(dta_plugin.UnsupportedModelError, match=r"Liger loss bypasses.*use_liger_kernel=False.*dense"):
+    with pytest.raises(dta_plugin.UnsupportedError, match=r"Liger loss bypasses.*use_liger_kernel=False.*dense"):
         train(model, tmp_path, TreeLigerTrainer, TreeGRPOConfig)
     stock = train(model, tmp_path, LigerTrainer, GRPOConfig, **SPREAD)
     run = train(model, tmp_path, TreeLigerTrainer, TreeGRPOConfig, dta_on_unsupported="dense", **SPREAD)
@@ -121,7 +121,7 @@ def score(trainer: Any, trainer_class: type = TreeGRPOTrainer, empty_prompt: boo
 def test_image_inputs(model: str, tmp_path: Path, said: Callable[[], list[str]]) -> None:
     images = {"pixel_values": torch.ones(4, 3, 8, 8), "num_images": [1, 1, 1, 1]}
     trainer = build(model, tmp_path, TreeGRPOTrainer, TreeGRPOConfig)
-    with pytest.raises(dta_plugin.UnsupportedModelError, match=r"num_images, pixel_values: .*; train on text; or on"):
+    with pytest.raises(dta_plugin.UnsupportedError, match=r"num_images, pixel_values: .*; train on text; or on"):
         score(trainer, **images)
     trainer = build(model, tmp_path, TreeGRPOTrainer, TreeGRPOConfig, dta_on_unsupported="dense")
     types = {"token_type_ids": torch.zeros(4, 7, dtype=torch.int64)}  # what Qwen3 takes without an image tower

@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from dta_plugin.adapters.trl import TreeGRPOConfig, TreeGRPOTrainer, TreeSFTTrainer
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.errors import UnsupportedError
 from tests.adapters.trl.support import enabled, train
 from tests.adapters.trl.test_own_losses import OwnLogProbs
 
@@ -67,7 +67,7 @@ def test_silent_where_trees_ran_or_none_was_asked_for(
 
 
 def test_a_config_whose_flag_nobody_reads(model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"use_dta=True in the config of GRPOTrainer.*TreeGRPOTrainer, or"):
+    with pytest.raises(UnsupportedError, match=r"use_dta=True in the config of GRPOTrainer.*TreeGRPOTrainer, or"):
         train(model, tmp_path, GRPOTrainer, TreeGRPOConfig, **ONE)
     train(model, tmp_path, GRPOTrainer, TreeGRPOConfig, dta_on_unsupported="dense", **ONE)
     assert len(said(caplog)) == 1 and "use TreeGRPOTrainer" in said(caplog)[0]

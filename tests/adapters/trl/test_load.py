@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dta_plugin.adapters.trl import TreeGRPOConfig, TreeGRPOTrainer, load
+from dta_plugin.adapters.trl import TreeGRPOConfig, TreeGRPOTrainer, load_balance
 from tests.adapters.trl.support import Run, build, prompts, train
 from tests.adapters.trl.test_regroup import SEPARATE
 
@@ -62,23 +62,23 @@ def test_evaluation_leaves_no_load(model: str, tmp_path: Path) -> None:
 
 def test_measured_follows_the_work(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A forward pass that is slow in every second micro-step."""
-    scored, calls = load.Loads.scored, 0
+    scored, calls = load_balance.LoadBalance.scored, 0
 
-    def slow(self: load.Loads, logprobs: torch.Tensor) -> None:
+    def slow(self: load_balance.LoadBalance, logprobs: torch.Tensor) -> None:
         nonlocal calls
         if logprobs.requires_grad:
             calls += 1
             time.sleep(0.6 * (calls % 2))
         scored(self, logprobs)
 
-    monkeypatch.setattr(load.Loads, "scored", slow)
+    monkeypatch.setattr(load_balance.LoadBalance, "scored", slow)
     run = tree_run(model, tmp_path, max_steps=1, **SEPARATE)
     assert run.dta[0][MEASURED] > 1.6 and run.dta[0][PREDICTED] < 1.5
 
 
 def test_waiting_is_not_measured() -> None:
     """What an autograd callback queued later does, as DDP's wait for other ranks, is no work of this rank."""
-    loads = load.Loads()
+    loads = load_balance.LoadBalance()
     loads._plan, loads._device = [(1.0, 0.0)], torch.device("cpu")
     weight = torch.ones(3, requires_grad=True)
     loads.hands_out(0)

@@ -188,14 +188,14 @@ def test_kto_in_its_own_order(model: str, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("unprobed")
 def test_a_wrong_tree_is_noticed(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = run(stock(SFTTrainer), model, tmp_path)
-    merge = PaddedBatch.from_call
+    merge = PaddedBatch.from_arguments
 
     def losing_a_row(call: dict[str, Any]) -> PaddedBatch:
         batch = merge(call)
         assert isinstance(batch, PaddedBatch)
         return PaddedBatch(batch.tree, batch.index, [(0, 0), *batch.spans[1:]])
 
-    monkeypatch.setattr(PaddedBatch, "from_call", losing_a_row)
+    monkeypatch.setattr(PaddedBatch, "from_arguments", losing_a_row)
     assert difference(dense, run(TreeSFTTrainer, model, tmp_path)) > 100 * TOLERANCE
 
 

@@ -16,9 +16,9 @@ import torch
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from dta_plugin.adapters.trl import TreeGRPOConfig, TreeGRPOTrainer, TreeTrainerMixin, hooks, subset
+from dta_plugin.adapters.trl import TreeGRPOConfig, TreeGRPOTrainer, TreeTrainerMixin, hooks, tokens
 from dta_plugin.adapters.trl.origin import foreign_reader, unknown_loss, unknown_terms
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from dta_plugin.errors import InvalidInputError, UnsupportedError
 from tests.adapters.trl.support import HOOK, TOLERANCE, build, enabled, identical, moved, train, weight_difference
 from tests.adapters.trl.test_pruning import flat_for_some
 
@@ -119,7 +119,7 @@ def test_default_options_leave_it_alone(
         if kind.trainer is OwnLogProbs:  # nothing prunes for somebody else's method, so the check itself has to go
             untouched = train(model, tmp_path, kind.trainer, GRPOConfig, **SHORT)
             assert identical(untouched, stock) and not any(untouched.dta), "no metric of trees that never ran"
-            for module in (subset, hooks):
+            for module in (tokens, hooks):
                 monkeypatch.setattr(module, "foreign_reader", lambda trainer: None)
         forced = train(model, tmp_path, kind.trainer, GRPOConfig, **SHORT)
     print(
@@ -142,7 +142,7 @@ def test_a_micro_batch_changed_behind_the_mixin(model: str, tmp_path: Path) -> N
 
 def test_log_probs_behind_the_mixin_are_not_replaced(model: str, tmp_path: Path) -> None:
     tree = type("TreeOwnLogProbs", (TreeTrainerMixin, OwnLogProbs), {})
-    with pytest.raises(UnsupportedModelError, match=r"OwnLogProbs\._get_per.*from tests.*on_unsupported='dense'"):
+    with pytest.raises(UnsupportedError, match=r"OwnLogProbs\._get_per.*from tests.*on_unsupported='dense'"):
         train(model, tmp_path, tree, TreeGRPOConfig, **SHORT)
     stock = train(model, tmp_path, OwnLogProbs, GRPOConfig, **SHORT)
     assert identical(train(model, tmp_path, tree, TreeGRPOConfig, dta_on_unsupported="dense", **SHORT), stock)

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from dta_plugin.adapters.trl import TreeGRPOConfig, TreeGRPOTrainer, TreeRLOOConfig, TreeRLOOTrainer, regroup
-from dta_plugin.adapters.trl.buffer import Rows
+from dta_plugin.adapters.trl.generation_batch import RowTable
 from tests.adapters.trl.support import VOCABULARY, build
 from tests.adapters.trl.test_regroup import COMPOSITION
 
@@ -113,7 +113,7 @@ def test_negative_control_unequal_counts(
     """Why counts stay: means over rows change with them. Only what divides by all tokens of the generation does not."""
 
     def uneven(batches: list[Any], _: Any) -> list[Any]:
-        return replace(Rows.of(batches), sizes=[2, 6]).batches()
+        return replace(RowTable.from_batches(batches), sizes=[2, 6]).batches()
 
     stock = gradients(model, tmp_path, GRPO[0], loss_type=loss)
     monkeypatch.setattr(regroup, "_regrouped", uneven)

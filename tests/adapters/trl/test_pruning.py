@@ -10,8 +10,8 @@ import torch
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from dta_plugin.adapters.trl import TreeGRPOConfig, TreeGRPOTrainer, TreeRLOOConfig, TreeRLOOTrainer
-from dta_plugin.adapters.trl.subset import pruned
-from dta_plugin.adapters.trl.weights import reweighted
+from dta_plugin.adapters.trl.token_weights import reweighted
+from dta_plugin.adapters.trl.tokens import pruned
 from tests.adapters.trl.support import TOLERANCE, dense_and_tree, difference, reward, train, weight_difference
 from tests.adapters.trl.test_selection import apart, one_step, rows, trainer_of
 

@@ -13,7 +13,7 @@ from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 
 from dta_plugin import PrefixTree, TreeConfig
 from dta_plugin.adapters.trl import TreeGRPOConfig, TreeGRPOTrainer, TreeRLOOConfig, TreeRLOOTrainer, hooks
-from dta_plugin.adapters.trl.buffer import Inputs
+from dta_plugin.adapters.trl.generation_batch import Inputs
 from dta_plugin.adapters.trl.regroup import regroup
 from dta_plugin.balance.costs import TYPICAL
 from tests.adapters.trl.support import TOLERANCE, Run, assert_equal, dense_and_tree, difference, train

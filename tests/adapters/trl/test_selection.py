@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from dta_plugin.adapters.trl import TreeGRPOConfig, TreeGRPOTrainer, TreeRLOOConfig, TreeRLOOTrainer, subset
+from dta_plugin.adapters.trl import TreeGRPOConfig, TreeGRPOTrainer, TreeRLOOConfig, TreeRLOOTrainer
 from dta_plugin.adapters.trl.config import tree_config
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.token_selection.select import Drawn
+from dta_plugin.training import tokens
 from tests.adapters.trl.support import build, identical, train
 from tests.support.nat import drawings
 
@@ -80,7 +81,7 @@ def one_step(trainer: Any, inputs: dict[str, Any], drawn: Drawn | None = None) -
     trainer.model.zero_grad()
     with pytest.MonkeyPatch.context() as patch:
         if drawn is not None:
-            patch.setattr(subset, "draw", lambda *_, **__: drawn)
+            patch.setattr(tokens, "draw", lambda *_, **__: drawn)
         loss = trainer._compute_loss(trainer.model, trainer._prepare_inputs([]))
     loss.backward()
     gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).clone()

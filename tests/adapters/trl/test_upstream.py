@@ -20,7 +20,7 @@ from dta_plugin.adapters.contract import Name, require
 from dta_plugin.adapters.releases import say_if_untested
 from dta_plugin.adapters.trl import TreeGRPOConfig, TreeGRPOTrainer, upstream
 from dta_plugin.adapters.trl.upstream import HOOK, PREPARE
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.errors import UnsupportedError
 from tests.adapters.trl.support import build, enabled
 
 RELEASES = r"Expected what TRL 1\.0\.0 to 1\.16 have; pip install 'trl==1\.16\.\*'"
@@ -74,7 +74,7 @@ def test_the_installed_release_passes(group: str) -> None:
 @pytest.mark.parametrize(("check", "name"), REQUIRED, ids=[f"{c.__name__} {n.path}" for c, n in REQUIRED])
 def test_what_is_missing_is_named(check: Callable[[], None], name: Name, monkeypatch: pytest.MonkeyPatch) -> None:
     remove(name, monkeypatch)
-    with pytest.raises(UnsupportedModelError) as error:
+    with pytest.raises(UnsupportedError) as error:
         check()
     message = str(error.value)
     assert f"{name.path} is missing" in message
@@ -118,7 +118,7 @@ def test_other_parameters_are_named(
 ) -> None:
     monkeypatch.setattr(RLOOTrainer, HOOK, of_trl(function))
     before = vars(GRPOTrainer)[HOOK]
-    with pytest.raises(UnsupportedModelError, match=f"trl:RLOOTrainer.{HOOK} {objection}. {RELEASES}"):
+    with pytest.raises(UnsupportedError, match=f"trl:RLOOTrainer.{HOOK} {objection}. {RELEASES}"):
         dta_plugin.enable()
     assert vars(GRPOTrainer)[HOOK] is before, "nothing is patched"
 
@@ -127,7 +127,7 @@ def test_a_method_of_a_base_is_not_the_trainers(monkeypatch: pytest.MonkeyPatch)
     """transformers' Trainer has a method of the same name, which has no generation buffer."""
     monkeypatch.delattr(GRPOTrainer, PREPARE)
     assert hasattr(GRPOTrainer, PREPARE)
-    with pytest.raises(UnsupportedModelError, match=f"trl:GRPOTrainer.{PREPARE} is missing. {RELEASES}"):
+    with pytest.raises(UnsupportedError, match=f"trl:GRPOTrainer.{PREPARE} is missing. {RELEASES}"):
         dta_plugin.enable()
 
 
@@ -142,7 +142,7 @@ def test_what_a_framework_needs_is_not_its_own_name(tmp_path: Path, monkeypatch:
     (tmp_path / "dta_framework.py").write_text("import dta_not_installed\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     require([Name("trl.no_such_module:name", is_optional=True)])
-    with pytest.raises(UnsupportedModelError, match=r"trl\.no_such_module:name is missing"):
+    with pytest.raises(UnsupportedError, match=r"trl\.no_such_module:name is missing"):
         require([Name("trl.no_such_module:name")])
     with pytest.raises(ModuleNotFoundError, match="dta_not_installed"):
         require([Name("dta_framework:name", is_optional=True)])
@@ -160,7 +160,7 @@ def test_an_attribute_that_is_gone_is_named(
     attribute: str, trainers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(trainers["grpo"], attribute)
-    with pytest.raises(UnsupportedModelError, match=f"TreeGRPOTrainer has no {attribute}. {RELEASES}"):
+    with pytest.raises(UnsupportedError, match=f"TreeGRPOTrainer has no {attribute}. {RELEASES}"):
         upstream.check_trainer(trainers["grpo"])
 
 
@@ -173,7 +173,7 @@ def test_attributes_that_came_later_are_not_asked_for(
     monkeypatch.setattr(metadata, "version", lambda name: "1.6.0" if name == "trl" else own(name))
     upstream.check_trainer(trainers["grpo"])
     monkeypatch.setattr(metadata, "version", lambda name: "1.7.0" if name == "trl" else own(name))
-    with pytest.raises(UnsupportedModelError, match=r"TRL 1\.7\.0 .* TreeGRPOTrainer has no aux_loss_enabled"):
+    with pytest.raises(UnsupportedError, match=r"TRL 1\.7\.0 .* TreeGRPOTrainer has no aux_loss_enabled"):
         upstream.check_trainer(trainers["grpo"])
 
 
@@ -181,7 +181,7 @@ def test_a_trainer_is_checked_at_its_first_use(trainers: dict[str, Any], monkeyp
     trainer = trainers["grpo"]
     monkeypatch.delitem(vars(trainer), "_dta_state", raising=False)
     monkeypatch.delattr(trainer, "_step")
-    with pytest.raises(UnsupportedModelError, match="has no _step"):
+    with pytest.raises(UnsupportedError, match="has no _step"):
         trainer._prepare_inputs([])
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import dta_plugin
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.errors import UnsupportedError
 from tests.adapters.trl.launch import install
 from tests.adapters.trl.support import TOLERANCE
 
@@ -83,7 +83,7 @@ def test_offline_trainers_of_the_oldest_release(tmp_path: Path) -> None:
 def test_refuses_other_releases(release: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: release)
     forget_adapter(monkeypatch)
-    with pytest.raises(UnsupportedModelError, match=rf"TRL {release} is installed. Expected 1\.0\.0 <= trl < 2; pip"):
+    with pytest.raises(UnsupportedError, match=rf"TRL {release} is installed. Expected 1\.0\.0 <= trl < 2; pip"):
         dta_plugin.enable()
 
 
@@ -93,7 +93,7 @@ def test_refuses_trl_without_version(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(importlib.metadata, "version", unknown)
     forget_adapter(monkeypatch)
-    with pytest.raises(UnsupportedModelError, match="pip install -e CHECKOUT"):
+    with pytest.raises(UnsupportedError, match="pip install -e CHECKOUT"):
         dta_plugin.enable()
 
 

@@ -13,8 +13,8 @@ from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 
 from dta_plugin import InvalidInputError
 from dta_plugin.adapters.trl import TreeGRPOConfig, TreeGRPOTrainer, TreeRLOOConfig, TreeRLOOTrainer, window
-from dta_plugin.adapters.trl.rows import MicroBatch
-from dta_plugin.execution import calibration
+from dta_plugin.adapters.trl.micro_batch import MicroBatch
+from dta_plugin.execution import calibration_store
 from tests.adapters.trl.support import (
     LORA,
     TOLERANCE,
@@ -91,7 +91,7 @@ def test_auto_leaves_alone_what_would_not_pay(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call_tokens: int
 ) -> None:
     """Whole groups in every micro-batch: one tree for all of them saves a call, and nothing else."""
-    monkeypatch.setattr(calibration, "_CALL_TOKENS", call_tokens)
+    monkeypatch.setattr(calibration_store, "_CALL_TOKENS", call_tokens)
     whole = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "max_steps": 2}
     runs = {
         option: train(model, tmp_path, TreeGRPOTrainer, TreeGRPOConfig, dta_merge_window=option, **whole)

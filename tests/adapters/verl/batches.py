@@ -16,7 +16,7 @@ from verl.protocol import DataProto
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.utils.transferqueue_utils import KVBatchMeta
 
-from dta_plugin.adapters.verl import balance
+from dta_plugin.adapters.verl_plugin import balance
 
 EOS = 2
 

@@ -10,9 +10,9 @@ from tensordict import TensorDict
 from transformers import AutoModelForCausalLM, Qwen3Config
 from verl.utils import tensordict_utils as tu
 
-from dta_plugin.adapters.verl.diffusion.canvas import TERMS, Canvas
-from dta_plugin.adapters.verl.diffusion.options import DiffusionOptions
-from dta_plugin.adapters.verl.diffusion.updates import Settings
+from dta_plugin.adapters.verl_plugin.diffusion.canvas import TERMS, Canvas
+from dta_plugin.adapters.verl_plugin.diffusion.options import DiffusionOptions
+from dta_plugin.adapters.verl_plugin.diffusion.updates import Settings
 from dta_plugin.diffusion import bidirectional, draw_masks
 from tests.adapters.verl.support import SHAPES, Setup, build, nested, save_model
 

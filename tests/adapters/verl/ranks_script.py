@@ -16,7 +16,7 @@ from torch import distributed
 from verl.utils import tensordict_utils as tu
 
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from dta_plugin.errors import InvalidInputError, UnsupportedError
 from tests.adapters.verl.steps import DYNAMIC, SMALL_BUDGET, STATIC, STREAMED, TEMPERATURES
 from tests.adapters.verl.support import (
     Setup,
@@ -55,7 +55,7 @@ def disagreeing(folder: Path) -> dict[str, Any]:
     try:
         log_probs(engine, data.copy())
         error = ""
-    except UnsupportedModelError as found:
+    except UnsupportedError as found:
         error = str(found)
     ran = []
     for min_saving in (0.1, 0.9):

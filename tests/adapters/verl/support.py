@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dta_plugin.adapters import verl as plugin
 from dta_plugin.adapters import verl_cpu  # first: verl's modules ask for the platform as they are imported
 
 # isort: split
@@ -25,13 +26,14 @@ from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.utils.losses import ppo_loss
 
-from dta_plugin.adapters.verl.engine import TreeEngine  # turns the plugin on
-from dta_plugin.adapters.verl.micro_batches import ADDITIVE
+from dta_plugin.adapters.verl_plugin.engine import TreeEngine
+from dta_plugin.adapters.verl_plugin.losses import POLICY_LOSSES
 from dta_plugin.config import TreeConfig
 
-assert verl_cpu
+assert verl_cpu and plugin
 VOCABULARY = 64
 # verl 0.8 has neither the loss "dro" nor "token-sum".
+ADDITIVE = {name for name, traits in POLICY_LOSSES.items() if traits.allows_moves}
 ADDITIVE_LOSSES = sorted(ADDITIVE & POLICY_LOSS_REGISTRY.keys())
 AGGREGATIONS = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
 AGGREGATIONS += ["token-sum"] if "dro" in ADDITIVE_LOSSES else []

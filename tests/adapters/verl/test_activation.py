@@ -16,11 +16,11 @@ pytest.importorskip("verl", reason="verl is not installed: pip install 'dta-plug
 from omegaconf import OmegaConf
 
 from dta_plugin.adapters.imports import when_imported
-from dta_plugin.adapters.verl import version
-from dta_plugin.adapters.verl.config import tree_config
-from dta_plugin.adapters.verl.workers import passing_options_on
+from dta_plugin.adapters.verl_plugin import reach
+from dta_plugin.adapters.verl_plugin.config import tree_config
+from dta_plugin.adapters.verl_plugin.workers import passing_options_on
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from dta_plugin.errors import InvalidInputError, UnsupportedError
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -40,7 +40,7 @@ def test_one_line_and_everything_in_its_place() -> None:
         "from verl.utils.import_utils import import_external_libs\n"
         "for _ in range(2):\n"
         "    import_external_libs(['dta_plugin.adapters.verl'])\n"
-        "import dta_plugin.adapters.verl.install as install\n"
+        "import dta_plugin.adapters.verl_plugin.install as install\n"
         "install.install()\n"
         "assert 'verl.workers.engine' not in sys.modules and 'verl.workers.engine_workers' not in sys.modules\n"
         "from verl.workers.engine_workers import ActorRolloutRefWorker\n"
@@ -59,8 +59,8 @@ def test_one_line_and_everything_in_its_place() -> None:
 @pytest.mark.parametrize("found", ["0.7.1", "0.10.0"])
 def test_unsupported_versions_raise(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda _: found)
-    with pytest.raises(UnsupportedModelError, match=f"verl {found} is installed. Expected 0.8.0 <= verl < 0.10"):
-        version.checked_version()
+    with pytest.raises(UnsupportedError, match=f"verl {found} is installed. Expected 0.8.0 <= verl < 0.10"):
+        reach.checked_version()
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_a_trainer_out_of_reach(
 ) -> None:
     monkeypatch.setenv("VERL_USE_EXTERNAL_MODULES", modules)
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", f"verl.trainer.{command}"])
-    said = version.unreached_trainer(found)
+    said = reach.unreached_trainer(found)
     assert said is None if reason is None else reason in said
 
 
@@ -122,7 +122,7 @@ def _worker(options: Any, engine: Any) -> Any:
 
 def test_options_reach_the_engines() -> None:
     from tests.adapters.verl import support  # noqa: F401, I001 (the CPU platform comes first)
-    from dta_plugin.adapters.verl.engine import TreeEngine
+    from dta_plugin.adapters.verl_plugin.engine import TreeEngine
 
     class Engine(TreeEngine):
         def __init__(self) -> None:
@@ -142,12 +142,12 @@ def test_options_reach_the_engines() -> None:
 
 def test_other_strategies_are_no_silent_no_op(caplog: pytest.LogCaptureFixture) -> None:
     set_dispatch_collect = passing_options_on(lambda worker: None)
-    with pytest.raises(UnsupportedModelError, match="strategy 'megatron' runs in _Engine"):
+    with pytest.raises(UnsupportedError, match="strategy 'megatron' runs in _Engine"):
         set_dispatch_collect(_worker({}, _Engine()))
     with caplog.at_level("INFO", logger="dta_plugin"):
         set_dispatch_collect(_worker({"on_unsupported": "dense"}, _Engine()))
     assert "verl's own path: strategy 'megatron'" in caplog.text
-    with pytest.raises(UnsupportedModelError, match="strategy 'megatron'"):  # which would train on all tokens
+    with pytest.raises(UnsupportedError, match="strategy 'megatron'"):  # which would train on all tokens
         set_dispatch_collect(_worker({"on_unsupported": "dense", "token_selection": "rpc"}, _Engine()))
     set_dispatch_collect(_worker({"use_dta": False}, _Engine()))
 

@@ -17,8 +17,8 @@ from verl.trainer.ppo import padding_utils
 from verl.utils import transferqueue_utils
 
 from dta_plugin import InvalidInputError, PrefixTree
-from dta_plugin.adapters.verl import balance, sampled
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.adapters.verl_plugin import balance, groups
+from dta_plugin.errors import UnsupportedError
 from tests.adapters.verl.batches import (
     Queue,
     Row,
@@ -163,7 +163,7 @@ def test_tags_say_enough_where_every_session_has_one_row(monkeypatch: pytest.Mon
     queue = queue_with(rows, monkeypatch)
     found = balanced("v1", rows, metrics := {}, trainer("v1", 2, mini_batch=8, n=4))
     assert not queue.read
-    monkeypatch.setattr(sampled, "_rows_beyond_tags", lambda batch, groups: list(range(len(groups))))
+    monkeypatch.setattr(groups, "_rows_beyond_tags", lambda batch, numbers: list(range(len(numbers))))
     again = balanced("v1", rows, read := {}, trainer("v1", 2, mini_batch=8, n=4))
     assert len(queue.read) == len(rows)
     assert places_of(shares_of(again, 2, 2)) == places_of(shares_of(found, 2, 2)) and read == pytest.approx(metrics)
@@ -260,7 +260,7 @@ def unusable() -> list[tuple[str, Any, str]]:
 @pytest.mark.parametrize("case", range(3))
 def test_a_batch_whose_groups_cannot_be_told(case: int, caplog: pytest.LogCaptureFixture) -> None:
     version, batch, reason = unusable()[case]
-    with pytest.raises(UnsupportedModelError, match=reason):
+    with pytest.raises(UnsupportedError, match=reason):
         trainer(version, 2, mini_batch=4, n=2)._balance_batch(batch, metrics={})
     one = trainer(version, 2, mini_batch=4, n=2, on_unsupported="dense")
     with caplog.at_level(logging.INFO, "dta_plugin"):

@@ -14,8 +14,8 @@ pytest.importorskip("verl", reason="verl is not installed: pip install 'dta-plug
 
 from verl.utils import tensordict_utils as tu
 
-from dta_plugin.adapters.verl.diffusion.canvas import TERMS, Canvas
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.adapters.verl_plugin.diffusion.canvas import TERMS, Canvas
+from dta_plugin.errors import UnsupportedError
 from tests.adapters.verl.diffusion_support import (
     SAMPLES,
     advantages_of,
@@ -112,7 +112,7 @@ def test_no_terms_where_one_step_uses_every_row(diffusion_folder: Path) -> None:
         outputs = engine.infer_batch(mini_batch(), loss_function=None)["model_output"]
     assert TERMS not in outputs and outputs["log_probs"].values().isnan().all()
     engine_gradient(engine, mini_batch())
-    with pytest.raises(UnsupportedModelError, match=r"second optimizer step.*dta_elbo_terms"):
+    with pytest.raises(UnsupportedError, match=r"second optimizer step.*dta_elbo_terms"):
         engine_gradient(engine, mini_batch())
     engine.lr_scheduler_step()  # the next batch of rollouts
     engine_gradient(engine, mini_batch())

@@ -13,13 +13,13 @@ pytest.importorskip("verl", reason="verl is not installed: pip install 'dta-plug
 from omegaconf import OmegaConf
 from verl.utils import tensordict_utils as tu
 
-from dta_plugin.adapters.verl.config import tree_config
-from dta_plugin.adapters.verl.diffusion.guards import check_model
-from dta_plugin.adapters.verl.diffusion.options import DiffusionOptions
-from dta_plugin.adapters.verl.diffusion.updates import DiffusionUpdates
-from dta_plugin.adapters.verl.diffusion.worker import diffusion_settings
+from dta_plugin.adapters.verl_plugin.config import tree_config
+from dta_plugin.adapters.verl_plugin.diffusion.guards import check_model
+from dta_plugin.adapters.verl_plugin.diffusion.options import DiffusionOptions
+from dta_plugin.adapters.verl_plugin.diffusion.updates import DiffusionUpdates
+from dta_plugin.adapters.verl_plugin.diffusion.worker import diffusion_settings
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from dta_plugin.errors import InvalidInputError, UnsupportedError
 from tests.adapters.verl.diffusion_support import (
     engine_gradient,
     engine_of,
@@ -114,22 +114,22 @@ def test_wrong_options_raise(options: Any, message: str) -> None:
     ],
 )
 def test_settings_of_verl_that_do_not_fit(name: str, value: Any) -> None:
-    with pytest.raises(UnsupportedModelError, match="Expected") as error:
+    with pytest.raises(UnsupportedError, match="Expected") as error:
         diffusion_settings(config({"diffusion": {}}, **{name: value}))
     assert f"actor_rollout_ref.{name.replace('__', '.')}={value!r}" in str(error.value)
     diffusion_settings(config({"executor": "packed"}, **{name: value}))  # not the tree's concern
 
 
 def test_verl_08(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dta_plugin.adapters.verl.diffusion.guards.version", lambda _: "0.8.0")
-    with pytest.raises(UnsupportedModelError, match=r"verl 0\.8\.0 is installed. Expected 0\.9 or newer"):
+    monkeypatch.setattr("dta_plugin.adapters.verl_plugin.diffusion.guards.version", lambda _: "0.8.0")
+    with pytest.raises(UnsupportedError, match=r"verl 0\.8\.0 is installed. Expected 0\.9 or newer"):
         diffusion_settings(config({"diffusion": {}}))
 
 
 @pytest.mark.parametrize("options", [TreeConfig(), TreeConfig(on_unsupported="dense"), None])
 def test_a_diffusion_lm_is_never_taken_for_causal(options: TreeConfig | None, diffusion_folder: Path) -> None:
     engine = build(Setup(), diffusion_folder, tree=True)
-    with pytest.raises(UnsupportedModelError, match=r"is a diffusion LM.*custom\.dta\.diffusion"):
+    with pytest.raises(UnsupportedError, match=r"is a diffusion LM.*custom\.dta\.diffusion"):
         engine.configure(options)
 
 
@@ -140,17 +140,17 @@ def test_other_models_are_judged_elsewhere(folder: Path) -> None:
 
 
 def test_nor_by_an_engine_that_was_told_nothing(diffusion_folder: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="attends in both directions"):
+    with pytest.raises(UnsupportedError, match="attends in both directions"):
         log_probs(build(Setup(), diffusion_folder, tree=True), causal_batch(Step()))
 
 
 def test_a_causal_model_with_diffusion_options(folder: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="not a diffusion family"):
+    with pytest.raises(UnsupportedError, match="not a diffusion family"):
         engine_of(folder, settings())
 
 
 def test_a_reference_policy(diffusion_folder: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"use_kl_loss=False and algorithm\.use_kl_in_reward=False"):
+    with pytest.raises(UnsupportedError, match=r"use_kl_loss=False and algorithm\.use_kl_in_reward=False"):
         engine_of(diffusion_folder, settings(), forward_only=True)
 
 
@@ -188,7 +188,7 @@ def _two_samples(data: Any) -> None:
 def test_batches_that_do_not_fit(change: Any, message: str, diffusion_folder: Path) -> None:
     engine, data = engine_of(diffusion_folder, settings()), mini_batch(rows=16)
     change(data)
-    with pytest.raises((UnsupportedModelError, InvalidInputError), match=message):
+    with pytest.raises((UnsupportedError, InvalidInputError), match=message):
         engine_gradient(engine, data)
 
 

@@ -14,9 +14,9 @@ pytest.importorskip("verl", reason="verl is not installed: pip install 'dta-plug
 from tensordict import NonTensorStack, TensorDict
 from verl.utils import tensordict_utils as tu
 
-from dta_plugin.adapters.verl.engine import TreeEngine
+from dta_plugin.adapters.verl_plugin.engine import TreeEngine
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import InvalidInputError, UnsupportedModelError
+from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.models.attention_registry import is_installed
 from dta_plugin.models.introspection import causal_lm
 from dta_plugin.models.layers import attention_modules
@@ -88,7 +88,7 @@ def test_batches_raise(name: str, engine: TreeEngine) -> None:
     engine.configure(TreeConfig())
     data = mini_batch(Step())
     change(data)
-    with pytest.raises(UnsupportedModelError, match=message) as error:
+    with pytest.raises(UnsupportedError, match=message) as error:
         log_probs(engine, data)
     assert "custom.dta.on_unsupported=dense" in str(error.value)
 
@@ -98,7 +98,7 @@ def test_engines_raise(name: str, folder: Path) -> None:
     change, message = ENGINES[name]
     engine = build(Setup(), folder, tree=True)
     change(engine)
-    with pytest.raises(UnsupportedModelError, match=message), engine.train_mode():
+    with pytest.raises(UnsupportedError, match=message), engine.train_mode():
         engine.forward_backward_batch(mini_batch(Step()), None, forward_only=True)
 
 
@@ -137,7 +137,7 @@ def test_a_layer_that_bypasses_the_tree(
         return type(layer).forward(layer, *args, **kwargs)
 
     monkeypatch.setattr(layer, "forward", bypassing)
-    with pytest.raises(UnsupportedModelError, match="did not use the tree"):
+    with pytest.raises(UnsupportedError, match="did not use the tree"):
         train(engine, [Step()])
     with caplog.at_level("INFO", logger="dta_plugin"):
         found = train(engine, [Step(config=DENSE)])

@@ -17,11 +17,12 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.utils.losses import ppo_loss, sft_loss
 
 from dta_plugin import PrefixTree
-from dta_plugin.adapters.verl.micro_batches import ADDITIVE, Planner, as_planned, clear_plan, may_regroup, set_plan
-from dta_plugin.adapters.verl.rows import Rows, token_rows
+from dta_plugin.adapters.verl_plugin.jagged import JaggedRows, token_rows
+from dta_plugin.adapters.verl_plugin.micro_batches import as_planned, clear_plan, may_regroup, planner, set_plan
 from dta_plugin.balance.costs import TYPICAL
 from dta_plugin.config import TreeConfig
 from tests.adapters.verl.support import (
+    ADDITIVE,
     ADDITIVE_LOSSES,
     AGGREGATIONS,
     Setup,
@@ -48,21 +49,21 @@ def _group(rank: None) -> None:
 def test_budget_counts_tree_tokens(shape: str, budget: int) -> None:
     data = mini_batch(Step(shape=shape, budget=budget))
     sequences = token_rows(data)
-    planner = Planner(data, sequences, TYPICAL)
-    plan = planner.plan(planner.count)
+    plans = planner(data, sequences, TYPICAL)
+    plan = plans.plan(plans.count)
     assert plan is not None
     assert sorted(chain.from_iterable(plan)) == list(range(len(sequences)))
     for indices in plan:
         tokens = PrefixTree.from_sequences([sequences[i] for i in indices]).tree_tokens
         assert tokens <= budget or len(indices) == 1
-    assert planner.count <= -(-sum(map(len, sequences)) // budget) or budget < 90
+    assert plans.count <= -(-sum(map(len, sequences)) // budget) or budget < 90
 
 
 def test_whole_groups_together() -> None:
     """Four prompts, interleaved; a budget that holds two groups."""
     data = mini_batch(Step(budget=96))
-    planner = Planner(data, token_rows(data), TYPICAL)
-    plan = planner.plan(planner.count)
+    plans = planner(data, token_rows(data), TYPICAL)
+    plan = plans.plan(plans.count)
     assert plan is not None
     prompts = [{index % 4 for index in indices} for indices in plan]
     assert sum(map(len, prompts)) == 4
@@ -70,17 +71,17 @@ def test_whole_groups_together() -> None:
 
 def test_as_many_as_other_ranks_make() -> None:
     data = mini_batch(Step(budget=10_000))
-    planner = Planner(data, token_rows(data), TYPICAL)
-    assert planner.count == 1
-    plan = planner.plan(5)
+    plans = planner(data, token_rows(data), TYPICAL)
+    assert plans.count == 1
+    plan = plans.plan(5)
     assert plan is not None and len(plan) == 5 and all(plan)
-    assert planner.plan(len(data) + 1) is None
+    assert plans.plan(len(data) + 1) is None
 
 
 def test_static_sizes_stay_verls() -> None:
     data = mini_batch(Step(dynamic=False, rows=4))
-    planner = Planner(data, token_rows(data), TYPICAL)
-    plan = planner.plan(planner.count)
+    plans = planner(data, token_rows(data), TYPICAL)
+    plan = plans.plan(plans.count)
     assert plan is not None
     assert [len(indices) for indices in plan] == [4] * 4
     assert all(len({index % 4 for index in indices}) == 1 for indices in plan)
@@ -162,11 +163,11 @@ def _gradient(step: Step, cut: list[list[int]]) -> torch.Tensor:
 
 def test_rows_and_back(folder: Path) -> None:
     data = mini_batch(Step(shape="turns", temperature=None))
-    rows = Rows.of(data)
-    assert [row.tolist() for row in rows.sequences] == [row.tolist() for row in data["input_ids"].unbind()]
-    assert rows.scored == data["prompts"].offsets().diff().tolist()
+    rows = JaggedRows.from_data(data)
+    assert [row.tolist() for row in rows.runs.sequences] == [row.tolist() for row in data["input_ids"].unbind()]
+    assert rows.runs.scored == data["prompts"].offsets().diff().tolist()
     assert set(rows.temperature) == {torch.tensor(x).item() for x in (0.7, 1.0, 1.3)}
-    values = [torch.arange(1.0, len(row)) for row in rows.sequences]
+    values = [torch.arange(1.0, len(row)) for row in rows.runs.sequences]
     back = rows.nested(values)
     assert torch.equal(back.offsets(), data["input_ids"].offsets())
     assert all((row[:-1] == value).all() and row[-1] == 0 for row, value in zip(back.unbind(), values, strict=True))
@@ -175,13 +176,13 @@ def test_rows_and_back(folder: Path) -> None:
 def test_padded_prompts_of_the_older_trainer() -> None:
     """trainer.use_v1=False: prompts padded left, and kept so."""
     data = mini_batch(Step())
-    expected = Rows.of(data).scored
+    expected = JaggedRows.from_data(data).runs.scored
     prompts = data["prompts"].unbind()
     width = max(map(len, prompts))
     padded = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0)) for row in prompts])
     data["prompts"] = padded
     data["attention_mask"] = torch.cat([(padded > 0).long(), torch.ones(len(data), 9, dtype=torch.long)], dim=1)
-    assert Rows.of(data).scored == expected
+    assert JaggedRows.from_data(data).runs.scored == expected
 
 
 def test_sft_batches_are_scored_by_their_mask() -> None:
@@ -189,7 +190,7 @@ def test_sft_batches_are_scored_by_their_mask() -> None:
     del data["prompts"]
     masks = [torch.arange(len(row)) % 3 == 1 for row in data["input_ids"].unbind()]
     data["loss_mask"] = nested([mask.long() for mask in masks])
-    scored = Rows.of(data).scored
+    scored = JaggedRows.from_data(data).runs.scored
     assert scored is not None
     assert all((row == mask.numpy()).all() for row, mask in zip(scored, masks, strict=True))
 

@@ -15,8 +15,8 @@ from tensordict import TensorDict
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, register_policy_loss
 from verl.utils import tensordict_utils as tu
 
-from dta_plugin.adapters.verl import micro_batches, selection
-from dta_plugin.adapters.verl.engine import TreeEngine
+from dta_plugin.adapters.verl_plugin import losses, tokens
+from dta_plugin.adapters.verl_plugin.engine import TreeEngine
 from dta_plugin.config import TreeConfig
 from tests.adapters.verl import updates
 from tests.adapters.verl.support import Setup, Step, actor_config, build, nested
@@ -69,7 +69,8 @@ def test_negative_control(loss: str, engine: TreeEngine, monkeypatch: pytest.Mon
     """These do read tokens without an advantage, some of which are in every row."""
     if loss not in POLICY_LOSS_REGISTRY:
         pytest.skip("not in this verl")
-    monkeypatch.setattr(selection, "_NEED_ADVANTAGE", {loss})
+    wrong = replace(losses.POLICY_LOSSES[loss], without_advantage="tokens")
+    monkeypatch.setitem(losses.POLICY_LOSSES, loss, wrong)
     full, pruned = _both(engine, _batch(engine), without_regularisers(actor_config(Step(loss_mode=loss))))
     assert relative(pruned.gradient, full.gradient) > 100 * TOLERANCE
 
@@ -117,7 +118,7 @@ def test_nothing_to_learn(executor: str, strategy: str, folder: Path) -> None:
 
 
 def test_selection_draws_from_what_is_left(engine: TreeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection.Passes, "next", lambda *_: 3)
+    monkeypatch.setattr(tokens.OptimizerPasses, "next", lambda *_: 3)
     data, actor = _batch(engine), without_regularisers(actor_config(Step()))
     everything = TreeConfig(token_selection="rpc", token_budget=1.0)
     full, pruned = _both(engine, data, actor, everything)
@@ -148,7 +149,7 @@ def test_log_probs_of_what_did_not_run(engine: TreeEngine, monkeypatch: pytest.M
         seen.append((model_output, data))
         return ppo_loss(config, model_output, data, dp_group)
 
-    for module in (updates, micro_batches):
+    for module in (updates, losses):
         monkeypatch.setattr(module, "ppo_loss", watched)
     updated(engine, data, TreeConfig(token_selection="rpc"))
     left_out = 0

@@ -18,16 +18,20 @@ from tensordict import TensorDict
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 from verl.utils import tensordict_utils as tu
 
-from dta_plugin.adapters.verl import selection
-from dta_plugin.adapters.verl.engine import TreeEngine
+from dta_plugin.adapters.verl_plugin import tokens
+from dta_plugin.adapters.verl_plugin.engine import TreeEngine
+from dta_plugin.adapters.verl_plugin.losses import POLICY_LOSSES
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.token_selection.select import Drawn, TokenSelection
+from dta_plugin.training import tokens as drawing
+from dta_plugin.training.notices import Notices
 from tests.adapters.verl.support import AGGREGATIONS, Setup, Step, actor_config, build
 from tests.adapters.verl.updates import Update, relative, sampled, updated
 
 TOLERANCE = 1e-5
-LOSSES = sorted(selection.TOKEN_LOCAL & POLICY_LOSS_REGISTRY.keys())
+TOKEN_SUMS = {name for name, traits in POLICY_LOSSES.items() if traits.is_token_sum}
+LOSSES = sorted(TOKEN_SUMS & POLICY_LOSS_REGISTRY.keys())
 ALL_AGGREGATIONS = [*AGGREGATIONS, "seq-mean-token-sum-norm"]
 Draws = list[tuple[float, np.ndarray]]
 
@@ -79,7 +83,7 @@ def _every_draw_of_row(options: TokenSelection, carries: np.ndarray) -> Draws:
 
 
 def _fixed(monkeypatch: pytest.MonkeyPatch, weights: np.ndarray) -> None:
-    monkeypatch.setattr(selection, "draw", lambda options, carries, *_, **__: Drawn(weights, carries, (0, 0, 0)))
+    monkeypatch.setattr(drawing, "draw", lambda options, carries, *_, **__: Drawn(weights, carries, (0, 0, 0)))
 
 
 def _mean(updates: Iterator[tuple[float, Update]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -194,7 +198,7 @@ def test_what_is_cut_is_not_computed(engine: TreeEngine) -> None:
 
 def test_static_micro_batches_and_padded_rows(engine: TreeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """verl's own micro-batches, and the layout of the older trainer, take the weights along."""
-    monkeypatch.setattr(selection.Passes, "next", lambda *_: 3)
+    monkeypatch.setattr(tokens.OptimizerPasses, "next", lambda *_: 3)
     step = Step(dynamic=False, rows=3, shape="turns")
     data = sampled(engine, step)
     expected = updated(engine, data, _chosen("rpc"))
@@ -227,8 +231,8 @@ def test_verls_own_path_weighs_too(
     options: dict[str, Any], engine: TreeEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It computes everything, and says so once; the loss is that of the same drawing."""
-    monkeypatch.setattr(selection.Passes, "next", lambda *_: 3)
-    monkeypatch.setattr(engine, "_dta_said", set())
+    monkeypatch.setattr(tokens.OptimizerPasses, "next", lambda *_: 3)
+    monkeypatch.setattr(engine, "_dta_notices", Notices())
     data = sampled(engine, Step(shape="turns", budget=10_000))  # verl averages some metrics over micro-batches
     expected = updated(engine, data, _chosen("rpc"))
     if "on_unsupported" in options:
@@ -254,7 +258,7 @@ def test_cost_of_the_gate_counts_what_is_cut(engine: TreeEngine) -> None:
 
 
 def test_streamed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection.Passes, "next", lambda *_: 3)
+    monkeypatch.setattr(tokens.OptimizerPasses, "next", lambda *_: 3)
     engine = build(Setup(), folder, tree=True)
     data = sampled(engine, Step(shape="turns"))
     packed = updated(engine, data, _chosen("rpc"))
@@ -266,7 +270,7 @@ def test_streamed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_passes_are_numbered_alike_after_a_resume() -> None:
     steps = [0, 0, 0, 1, 1, 2]
-    whole, resumed = selection.Passes(), selection.Passes()
+    whole, resumed = tokens.OptimizerPasses(), tokens.OptimizerPasses()
     numbers = [whole.next(scheduled) for scheduled in steps]
     assert len(set(numbers)) == len(steps)
     assert [resumed.next(scheduled) for scheduled in steps[3:]] == numbers[3:]
@@ -274,14 +278,14 @@ def test_passes_are_numbered_alike_after_a_resume() -> None:
 
 def test_drawn_by_seed_pass_and_rank(engine: TreeEngine, data: TensorDict, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Any, ...]] = []
-    draw = selection.draw
+    draw = drawing.draw
 
     def watched(options: Any, carries: Any, groups: Any, **numbers: int) -> Drawn:
         seen.append((list(groups), numbers))
         return draw(options, carries, groups, **numbers)
 
-    monkeypatch.setattr(selection, "draw", watched)
-    monkeypatch.setattr(engine, "_dta_passes", selection.Passes())
+    monkeypatch.setattr(drawing, "draw", watched)
+    monkeypatch.setattr(engine, "_dta_passes", tokens.OptimizerPasses())
     actor = replace(actor_config(Step()), data_loader_seed=5)
     for _ in range(2):
         updated(engine, data, _chosen("rpc"), actor)
@@ -293,7 +297,7 @@ def test_drawn_by_seed_pass_and_rank(engine: TreeEngine, data: TensorDict, monke
     assert seen[0][0] == [0, 1, 2, 3] * 4
 
 
-REFUSED = sorted(POLICY_LOSS_REGISTRY.keys() - selection.TOKEN_LOCAL)
+REFUSED = sorted(POLICY_LOSS_REGISTRY.keys() - TOKEN_SUMS)
 
 
 @pytest.mark.parametrize("loss", REFUSED)

@@ -22,8 +22,8 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from dta_plugin.adapters.contract import Name
 from dta_plugin.adapters.releases import say_if_untested
-from dta_plugin.adapters.verl import upstream, version
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.adapters.verl_plugin import reach, upstream
+from dta_plugin.errors import UnsupportedError
 from tests.adapters.verl.batches import trainer
 from tests.adapters.verl.support import Setup, build
 
@@ -70,7 +70,7 @@ def test_the_newer_trainer_passes() -> None:
 def test_what_is_missing_is_named(check: Callable[[], None], name: Name, monkeypatch: pytest.MonkeyPatch) -> None:
     for holder, attribute in holders(name):
         monkeypatch.delattr(holder, attribute)
-    with pytest.raises(UnsupportedModelError, match=f"{name.path} is missing. {RELEASES}"):
+    with pytest.raises(UnsupportedError, match=f"{name.path} is missing. {RELEASES}"):
         check()
 
 
@@ -93,7 +93,7 @@ def test_other_parameters_are_named(
 ) -> None:
     """The first parameter of `agg_loss` is what is weighted."""
     monkeypatch.setattr(core_algos, "agg_loss", types.FunctionType(function.__code__, vars(core_algos)))
-    with pytest.raises(UnsupportedModelError, match=f"core_algos:agg_loss {objection}. {RELEASES}"):
+    with pytest.raises(UnsupportedError, match=f"core_algos:agg_loss {objection}. {RELEASES}"):
         upstream.check_engine_module()
     monkeypatch.setattr(core_algos, "agg_loss", function)  # somebody else's
     upstream.check_engine_module()
@@ -104,13 +104,13 @@ def test_trainer_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"{upstream.V0}:RayPPOTrainer._balance_batch"
     with monkeypatch.context() as patch:
         patch.setattr(ray_trainer, "RayPPOTrainer", type("RayPPOTrainer", (), {}))
-        with pytest.raises(UnsupportedModelError, match=f"{name} is missing. {RELEASES}"):
+        with pytest.raises(UnsupportedError, match=f"{name} is missing. {RELEASES}"):
             upstream.check_trainer_module(ray_trainer)
     monkeypatch.delattr(ray_trainer, "RayPPOTrainer")
     upstream.check_trainer_module(ray_trainer)
     v1 = types.ModuleType(upstream.V1)
     monkeypatch.setitem(sys.modules, upstream.V1, v1)
-    with pytest.raises(UnsupportedModelError, match=r"PPOTrainer\._balance_batch is missing"):
+    with pytest.raises(UnsupportedError, match=r"PPOTrainer\._balance_batch is missing"):
         upstream.check_trainer_module(v1)
 
 
@@ -121,11 +121,11 @@ def test_engines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for attribute in upstream._ENGINE:
         with monkeypatch.context() as patch:
             patch.delattr(engine, attribute)
-            with pytest.raises(UnsupportedModelError, match=f"TreeEngine has no {attribute}. {RELEASES}"):
+            with pytest.raises(UnsupportedError, match=f"TreeEngine has no {attribute}. {RELEASES}"):
                 upstream.check_engine(engine)
     upstream.check_diffusion_engine(engine)
     monkeypatch.delattr(engine, "_autocast_dtype")
-    with pytest.raises(UnsupportedModelError, match="TreeEngine has no _autocast_dtype"):
+    with pytest.raises(UnsupportedError, match="TreeEngine has no _autocast_dtype"):
         upstream.check_diffusion_engine(engine)
     own = FSDPEngineWithLMHead.initialize
 
@@ -134,16 +134,16 @@ def test_engines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         del self._qat_enabled
 
     monkeypatch.setattr(FSDPEngineWithLMHead, "initialize", initialize)
-    with pytest.raises(UnsupportedModelError, match="TreeEngine has no _qat_enabled"):
+    with pytest.raises(UnsupportedError, match="TreeEngine has no _qat_enabled"):
         build(Setup(), folder, tree=True)
 
 
 def test_workers() -> None:
     part = SimpleNamespace(engine=object(), engine_config=object())
     upstream.check_worker(SimpleNamespace(config=object(), actor=part, ref=None))
-    with pytest.raises(UnsupportedModelError, match="has no engine_config"):
+    with pytest.raises(UnsupportedError, match="has no engine_config"):
         upstream.check_worker(SimpleNamespace(config=object(), actor=SimpleNamespace(engine=object()), ref=None))
-    with pytest.raises(UnsupportedModelError, match="has no ref"):
+    with pytest.raises(UnsupportedError, match="has no ref"):
         upstream.check_worker(SimpleNamespace(config=object(), actor=part))
     assert hasattr(engine_workers.ActorRolloutRefWorker, "set_dispatch_collect")
 
@@ -152,24 +152,24 @@ def test_trainers() -> None:
     one = trainer("v0", ranks=2, mini_batch=4, n=2)
     upstream.check_trainer(one)
     one.actor_rollout_wg = SimpleNamespace()
-    with pytest.raises(UnsupportedModelError, match="has no _dispatch_info"):
+    with pytest.raises(UnsupportedError, match="has no _dispatch_info"):
         upstream.check_trainer(one)
     del one.actor_rollout_wg
-    with pytest.raises(UnsupportedModelError, match="has no actor_rollout_wg"):
+    with pytest.raises(UnsupportedError, match="has no actor_rollout_wg"):
         upstream.check_trainer(one)
 
 
 @pytest.mark.parametrize("found", ["0.10.0.dev0", "0.10.0rc1", "0.7.1"])
 def test_versions_that_are_refused(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "version", lambda _: found)
-    with pytest.raises(UnsupportedModelError, match=f"verl {found} is installed. Expected 0.8.0 <= verl < 0.10"):
-        version.checked_version()
+    with pytest.raises(UnsupportedError, match=f"verl {found} is installed. Expected 0.8.0 <= verl < 0.10"):
+        reach.checked_version()
 
 
 @pytest.mark.usefixtures("nothing_said")
 def test_a_newer_release_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(metadata, "version", lambda _: "0.9.2")
-    assert [version.checked_version() for _ in range(2)] == ["0.9.2"] * 2
+    assert [reach.checked_version() for _ in range(2)] == ["0.9.2"] * 2
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "verl 0.9.2, newer than what was tested, up to verl 0.9.1" in record.message

@@ -45,7 +45,7 @@ def alone(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], int]:
 
 
 def canvas_options() -> Any:
-    from dta_plugin.adapters.verl.diffusion.options import DiffusionOptions
+    from dta_plugin.adapters.verl_plugin.diffusion.options import DiffusionOptions
 
     found = DiffusionOptions.of(rollout())
     assert found is not None

@@ -16,8 +16,8 @@ from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 from verl.utils.import_utils import load_module
 
-from dta_plugin.adapters.verl.config import tree_config
-from dta_plugin.adapters.verl.diffusion.worker import diffusion_settings
+from dta_plugin.adapters.verl_plugin.config import tree_config
+from dta_plugin.adapters.verl_plugin.diffusion.worker import diffusion_settings
 from recipes import stories
 
 RECIPES = Path(__file__).parents[3] / "recipes"

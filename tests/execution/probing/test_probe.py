@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dta_plugin
-from dta_plugin import TreeConfig, UnsupportedModelError
+from dta_plugin import TreeConfig, UnsupportedError
 from dta_plugin.execution.probing import probe as probe_module
 from dta_plugin.execution.probing.comparison import Comparison
 from dta_plugin.execution.probing.forest import probe_forest
@@ -40,7 +40,7 @@ def test_siblings_seen_in_one_layer(
     config: TreeConfig, dtype: torch.dtype, layer: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     siblings_seen_in_layer(monkeypatch, layer)
-    with pytest.raises(UnsupportedModelError, match=f"differs from the model's own forward from layer {layer} on"):
+    with pytest.raises(UnsupportedError, match=f"differs from the model's own forward from layer {layer} on"):
         run(tiny_model("qwen3", dtype, num_hidden_layers=LAYERS), config)
 
 
@@ -48,7 +48,7 @@ def test_siblings_seen_in_one_layer(
 @executors
 def test_a_head_that_is_read_wrongly(config: TreeConfig, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     head_read_with_scale(monkeypatch, 1.02)
-    with pytest.raises(UnsupportedModelError, match=r"in its head, logits by .* on average, from the same hidden"):
+    with pytest.raises(UnsupportedError, match=r"in its head, logits by .* on average, from the same hidden"):
         run(tiny_model("qwen3", dtype), config)
 
 
@@ -56,7 +56,7 @@ def test_a_head_that_is_read_wrongly(config: TreeConfig, dtype: torch.dtype, mon
 @executors
 def test_one_token_off(config: TreeConfig, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     one_token_off(monkeypatch, 0.02)
-    with pytest.raises(UnsupportedModelError, match=r"in its head, log-probs by up to 2\.\de-02 nats"):
+    with pytest.raises(UnsupportedError, match=r"in its head, log-probs by up to 2\.\de-02 nats"):
         run(tiny_model("qwen3", dtype), config)
 
 
@@ -79,7 +79,7 @@ def test_no_false_alarm(family: str, dtype: torch.dtype) -> None:
     model = tiny_model(family, dtype)
     run(model, TreeConfig(verify="first"))
     outcome = latest_outcome(model)
-    assert outcome is not None and outcome.reasons == {"packed": None, "streamed": None}
+    assert outcome is not None and outcome.obstacles == {"packed": None, "streamed": None}
     assert "log-probs agree to" in str(outcome) and "once" in str(outcome)
 
 
@@ -93,7 +93,7 @@ def test_where_only_streaming_differs_auto_runs_packed(monkeypatch: pytest.Monke
     monkeypatch.setattr(Comparison, "difference", streamed_differs)
     out = dta_plugin.sequence_logprobs(model, SEQUENCES, TreeConfig(max_tree_tokens_per_chunk=20))
     assert out.report.executor == "packed"
-    with pytest.raises(UnsupportedModelError, match="streamed, differs"):
+    with pytest.raises(UnsupportedError, match="streamed, differs"):
         run(model, EXECUTORS["streamed"])
 
 
@@ -134,7 +134,7 @@ def test_decoders_that_share_prefixes(seen: bool, monkeypatch: pytest.MonkeyPatc
     sharing = dta_plugin.share_prefixes(model)
     if seen:
         siblings_seen_in_layer(monkeypatch, 1)
-        with pytest.raises(UnsupportedModelError, match=r"decoder, differs .* from layer 1 on, hidden states by"):
+        with pytest.raises(UnsupportedError, match=r"decoder, differs .* from layer 1 on, hidden states by"):
             model(input_ids=ids, use_cache=False)
         sharing = dta_plugin.share_prefixes(model, TreeConfig(on_unsupported="dense"))
     model(input_ids=ids, use_cache=False)

@@ -27,8 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dta_plugin
 from dta_plugin import TreeConfig
-from dta_plugin.execution.streaming.passes import Passes
-from dta_plugin.execution.streaming.runner import Graph
+from dta_plugin.execution.streaming.chunk_runner import ChunkGraph
+from dta_plugin.execution.streaming.streamed_run import StreamedRun
 from tests.support.models import softmax_in_own_dtype, tiny_model
 from tests.support.oracle import functional
 from tests.support.trees import Sequences, binary, branching_comb, run, star
@@ -213,16 +213,16 @@ def killed_rank(name: str) -> dict[str, Any]:
 def broken_off(name: str, action: Callable[[], None]) -> tuple[nn.Module, dict[str, Any]]:
     """The model, the error's message, and the parameters with a gradient after `action` in the second chunk."""
     build, wrap = WRAPPINGS[name]
-    model, rank, graph_of = wrap(build()), distributed.get_rank(), Passes._graph_of
+    model, rank, graph_of = wrap(build()), distributed.get_rank(), StreamedRun._graph_of
     _, loss = logprobs_and_loss(model, SPLITS["both"][rank], 4 * rank, STREAMED)
 
-    def acting(self: Passes, index: int) -> Graph:
+    def acting(self: StreamedRun, index: int) -> ChunkGraph:
         if index == 1:
             action()
         return graph_of(self, index)
 
     message = "no error"
-    with patch.object(Passes, "_graph_of", acting):
+    with patch.object(StreamedRun, "_graph_of", acting):
         try:
             loss.backward()
         except Exception as error:

@@ -16,7 +16,7 @@ def test_many_small_gradients_do_not_stall_in_bfloat16() -> None:
     sums = GradientSums()
     for _ in range(1000):
         sums.add([weight.sum()], [torch.ones((), dtype=torch.bfloat16)], {"w": weight})
-    (total,) = sums.of({"w": weight})
+    (total,) = sums.hand_out({"w": weight})
     assert total is not None and total.dtype == torch.bfloat16
     torch.testing.assert_close(total, torch.full_like(total, 1000))
 
@@ -42,7 +42,7 @@ def test_a_gradient_that_no_hook_took_is_not_lost() -> None:
     handle = weight.register_hook(lambda g: g)
     with patch.object(torch.Tensor, "register_hook", lambda self, hook: handle):
         sums.add([(3 * weight).sum()], [torch.ones(())], {"w": weight})
-    (total,) = sums.of({"w": weight})
+    (total,) = sums.hand_out({"w": weight})
     assert total is not None
     torch.testing.assert_close(total, torch.full((4,), 3.0))
 
@@ -51,9 +51,9 @@ def test_unused_parameters_get_none_and_sums_are_handed_out_once() -> None:
     used, unused = (torch.ones(2, requires_grad=True) for _ in range(2))
     sums = GradientSums()
     sums.add([used.sum()], [torch.ones(())], {"used": used, "unused": unused})
-    totals = list(sums.of({"used": used, "unused": unused}))
+    totals = list(sums.hand_out({"used": used, "unused": unused}))
     assert totals[0] is not None and totals[1] is None
-    assert list(sums.of({"used": used})) == [None]
+    assert list(sums.hand_out({"used": used})) == [None]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

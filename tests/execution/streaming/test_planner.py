@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dta_plugin import InvalidInputError, PrefixTree
-from dta_plugin.execution.streaming.plan import Path, Plan
-from dta_plugin.execution.streaming.planner import plan_chunks
+from dta_plugin.execution.streaming.chunk_plan import CachedPath, ChunkPlan
+from dta_plugin.execution.streaming.chunking import plan_chunks
 from dta_plugin.tree.cost import ModelCost
 from tests.support.trees import SHAPES, WIDE, Sequences, binary, branching_comb, run, sequence_batches, star
 
 
-def chunk_of_token(tree: PrefixTree, plan: Plan) -> np.ndarray:
+def chunk_of_token(tree: PrefixTree, plan: ChunkPlan) -> np.ndarray:
     tokens = np.concatenate([chunk.tokens for chunk in plan.chunks])
     assert np.array_equal(np.sort(tokens), np.arange(tree.tree_tokens))
     found = np.empty(tree.tree_tokens, dtype=np.int64)
@@ -23,20 +23,20 @@ def chunk_of_token(tree: PrefixTree, plan: Plan) -> np.ndarray:
     return found
 
 
-def check_plan(tree: PrefixTree, budget: int) -> Plan:
+def check_plan(tree: PrefixTree, budget: int) -> ChunkPlan:
     plan = plan_chunks(tree, budget)
     chunk_of = chunk_of_token(tree, plan)
-    path = Path(plan)
+    path = CachedPath(plan)
     for index, chunk in enumerate(plan.chunks):
         assert 0 < len(chunk) <= budget and (np.diff(chunk.tokens) > 0).all()
-        assert np.array_equal(tree.depth[chunk.tokens[chunk.trunk]], chunk.first_depth + np.arange(len(chunk.trunk)))
+        assert np.array_equal(tree.depth[chunk.tokens[chunk.cached]], chunk.first_depth + np.arange(len(chunk.cached)))
         above = tree.parent[chunk.tokens]
         (hangs_off,) = set(above[(above < 0) | (chunk_of[above] != index)].tolist())  # all of it off one token
         if hangs_off < 0:
             assert (chunk.parent, chunk.first_depth) == (-1, 0)
         else:
             parent = plan.chunks[chunk.parent]
-            assert chunk.parent < index and hangs_off in parent.tokens[parent.trunk]
+            assert chunk.parent < index and hangs_off in parent.tokens[parent.cached]
             assert tree.depth[hangs_off] + 1 == chunk.first_depth
         assert list(path.restore(index)) == [], "the first pass needs nothing twice"
         path.run(index)
@@ -79,7 +79,7 @@ def test_a_single_path_is_never_rebuilt() -> None:
 
 
 def test_the_longest_trunk_comes_last() -> None:
-    """Two large branches: only the shorter one's trunk runs again."""
+    """Two large branches: only the shorter one's stem runs again."""
     short = [[1, 2, 3, *sequence] for sequence in star(4, prefix=20, branch=30)]
     long = [[1, 2, 4, *sequence] for sequence in star(4, prefix=40, branch=30)]
     for sequences in (short + long, [[*s[:2], 7 - s[2], *s[3:]] for s in short + long]):
@@ -97,7 +97,7 @@ def test_keys_in_memory_are_bounded_by_the_longest_path() -> None:
     [
         ([run(1000)], 64, 64),  # a long path: its last tokens
         (star(16, prefix=100, branch=20), 210, 200),  # siblings: as many whole ones as fit
-        (star(5, prefix=30, branch=7), 62, 35),  # branches off the end of a trunk
+        (star(5, prefix=30, branch=7), 62, 35),  # branches off the end of a stem
         (star(16, prefix=100, branch=20), 215, 200),  # less than an eighth of the budget is not worth a call
     ],
 )
@@ -118,7 +118,7 @@ def test_flops_count_what_runs_again() -> None:
 
 
 def test_unkept() -> None:
-    plan = plan_chunks(PrefixTree.from_sequences(SHAPES["forest"]), 5, keep=False)
+    plan = plan_chunks(PrefixTree.from_sequences(SHAPES["forest"]), 5, keeps_graphs=False)
     assert plan.recomputed_tokens == plan.tokens and plan.first_kept == len(plan.chunks)
 
 

@@ -18,9 +18,9 @@ from torch import nn
 import dta_plugin
 from dta_plugin import InvalidInputError, TreeConfig
 from dta_plugin.execution import memory
+from dta_plugin.execution.streaming import chunk_runner as chunks
 from dta_plugin.execution.streaming import kv_arena as arena
-from dta_plugin.execution.streaming import passes
-from dta_plugin.execution.streaming import runner as chunks
+from dta_plugin.execution.streaming import streamed_run
 from tests.support.models import softmax_in_own_dtype, tiny_model
 from tests.support.oracle import Result, Rows, dense, difference, functional, gradient_norm
 from tests.support.tree_run import TOLERANCE, bfloat16_and_its_truth, model_pair, through_tree
@@ -195,15 +195,15 @@ def test_fan_out_1000_in_bfloat16_loses_no_gradient(where: str, budget: int) -> 
 
 def oom_once(monkeypatch: pytest.MonkeyPatch, at_call: int) -> list[int]:
     """The `at_call`-th model call runs out of memory. -> sizes of all calls."""
-    forward, sizes = chunks.Runner.run, []
+    forward, sizes = chunks.ChunkRunner.run, []
 
-    def failing(self: chunks.Runner, piece: Any, *arguments: Any, **options: Any) -> list[torch.Tensor]:
-        sizes.append(len(piece.depth))
+    def failing(self: chunks.ChunkRunner, chunk: Any, *arguments: Any, **options: Any) -> list[torch.Tensor]:
+        sizes.append(len(chunk.depth))
         if len(sizes) == at_call:
             raise torch.OutOfMemoryError("simulated")
-        return forward(self, piece, *arguments, **options)
+        return forward(self, chunk, *arguments, **options)
 
-    monkeypatch.setattr(chunks.Runner, "run", failing)
+    monkeypatch.setattr(chunks.ChunkRunner, "run", failing)
     return sizes
 
 
@@ -237,7 +237,7 @@ def test_out_of_memory_at_one_token_is_an_error(monkeypatch: pytest.MonkeyPatch)
 def test_an_error_inside_a_chunk_leaves_no_gradient_behind(monkeypatch: pytest.MonkeyPatch, at_call: int) -> None:
     pristine, model = tiny_model("llama", torch.float64), tiny_model("llama", torch.float64)
     out = dta_plugin.sequence_logprobs(model, binary(3), stream(6))
-    forward, calls = chunks.Runner.run, []
+    forward, calls = chunks.ChunkRunner.run, []
 
     def failing(*arguments: Any, **options: Any) -> list[torch.Tensor]:
         calls.append(1)
@@ -246,7 +246,7 @@ def test_an_error_inside_a_chunk_leaves_no_gradient_behind(monkeypatch: pytest.M
         return forward(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(chunks.Runner, "run", failing)
+        patch.setattr(chunks.ChunkRunner, "run", failing)
         with pytest.raises(RuntimeError, match="killed"):
             torch.cat(out.logprobs).sum().backward()
     assert all(p.grad is None for p in model.parameters())
@@ -295,7 +295,10 @@ def test_refused_backends() -> None:
     with pytest.raises(InvalidInputError, match=r"'reference': streaming needs 'cpu' or 'triton'. Use executor='auto'"):
         dta_plugin.sequence_logprobs(model, BRANCHED, stream(5, backend="reference"))
     config = TreeConfig(backend="reference", max_tree_tokens_per_chunk=9)
-    assert dta_plugin.sequence_logprobs(model, BRANCHED, config).report.executor == "packed"
+    report = dta_plugin.sequence_logprobs(model, BRANCHED, config).report
+    assert report.executor == "packed" and report.reason.endswith(
+        "; in one chunk: attention through backend 'reference': streaming needs 'cpu' or 'triton'"
+    )
 
 
 def test_gradient_hooks_on_parameters_do_not_stream() -> None:
@@ -313,7 +316,7 @@ def test_debug_log_names_every_chunk(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, logger="dta_plugin"):
         through_tree(tiny_model("llama"), binary(3), config=stream(6), executor="streamed")
     runs = [message.split(":")[1].strip() for message in caplog.messages]
-    assert {"chunk 1 of 6", "chunk 6 of 6", "chunk 1 of 6, again", "chunk 1 of 6, trunk"} <= set(runs)
+    assert {"chunk 1 of 6", "chunk 6 of 6", "chunk 1 of 6, again", "chunk 1 of 6, cached tokens"} <= set(runs)
 
 
 def broken() -> float:
@@ -335,7 +338,7 @@ def test_negative_control_gradients_of_descendants_dropped(monkeypatch: pytest.M
 
 
 def test_negative_control_ancestors_of_another_branch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes.Path, "restore", lambda self, index: iter(()))
+    monkeypatch.setattr(streamed_run.CachedPath, "restore", lambda self, index: iter(()))
     assert broken() > 1e-2
 
 

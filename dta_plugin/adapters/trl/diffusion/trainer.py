@@ -42,7 +42,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
     model: what `load_diffusion_lm` reads, or returns; or a model made `bidirectional`; in PEFT or not. args: a
     DiffusionGRPOConfig. Other arguments are GRPOTrainer's; tools, rollout_func and environment_factory are refused.
 
-    Raises InvalidInputError for arguments that do not go together, UnsupportedModelError for a model that is no masked
+    Raises InvalidInputError for arguments that do not go together, UnsupportedError for a model that is no masked
     diffusion LM, and for a TRL release without the methods that are replaced.
     """
 

@@ -1,0 +1,27 @@
+"""From a worker's configuration to what its engine is told about a diffusion LM."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from dta_plugin.adapters.verl_plugin.diffusion.guards import LENGTH_NORMS, check_settings
+from dta_plugin.adapters.verl_plugin.diffusion.options import DiffusionOptions
+from dta_plugin.adapters.verl_plugin.diffusion.updates import Settings
+
+
+def diffusion_settings(config: DictConfig) -> Settings | None:
+    """config: `actor_rollout_ref`. None without diffusion options.
+
+    Raises InvalidInputError for wrong options, UnsupportedError for settings of verl that do not fit.
+    """
+    options = DiffusionOptions.of(config.rollout)
+    if options is None:
+        return None
+    check_settings(config)
+    actor, rollout = config.actor, config.rollout
+    return Settings(
+        options=options,
+        length_norm=LENGTH_NORMS[actor.loss_agg_mode],
+        max_length=rollout.response_length,
+        rows_per_step=actor.ppo_mini_batch_size * rollout.n if actor.ppo_epochs == 1 else None,
+    )

@@ -1,0 +1,79 @@
+"""What importing `dta_plugin.adapters.verl` does to a process. Each part waits until verl imports what it extends.
+
+Workers: an engine class is registered under this machine's device and vendor, where verl looks before it takes its
+own; `ActorRolloutRefWorker` tells its engines the options; the engine module's `prepare_micro_batches` takes micro-
+batches that our engine has planned. Task runner: `balance.install()`, after a trainer module has been imported.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+import dta_plugin
+from dta_plugin.adapters.imports import when_imported
+from dta_plugin.adapters.verl_plugin.reach import checked_version, unreached_trainer
+from dta_plugin.adapters.verl_plugin.upstream import (
+    ENGINE,
+    TRAINERS,
+    WORKERS,
+    check_engine_module,
+    check_trainer_module,
+    check_worker_module,
+)
+from dta_plugin.training.notices import say
+
+_BALANCE = "dta_plugin.adapters.verl_plugin.balance"
+_OUR_ENGINE = "dta_plugin.adapters.verl_plugin.engine"
+
+_installed = False
+
+
+def install() -> None:
+    """Turn the plugin on in this process. Idempotent. Raises UnsupportedError for a verl that is not supported."""
+    global _installed
+    if _installed:
+        return
+    found = checked_version()
+    when_imported(_OUR_ENGINE, _register_engine)
+    when_imported(ENGINE, _import_our_engine)
+    when_imported(WORKERS, _pass_options_on)
+    balances = find_spec(_BALANCE) is not None
+    if balances:
+        for trainer in TRAINERS:
+            when_imported(trainer, _balance)
+    _installed = True
+    extended = ["FSDP engine for language models", "options of ActorRolloutRefWorker"]
+    unreached = unreached_trainer(found)
+    if balances and unreached is None:
+        extended.append("balancing of PPO trainers")
+    line = f"dta-plugin {dta_plugin.__version__} for verl {found}, process {os.getpid()}: extends {', '.join(extended)}"
+    if unreached is None:
+        say(line)
+    else:
+        say(f"{line}; ranks get the rows that verl deals out: {unreached}", logging.WARNING)
+
+
+def _import_our_engine(_: ModuleType) -> None:
+    check_engine_module()
+    import_module(_OUR_ENGINE)  # it may have begun this import, and goes on after it
+
+
+def _register_engine(module: ModuleType) -> None:
+    import_module("dta_plugin.adapters.verl_plugin.registry").register(module.TreeEngine)
+
+
+def _pass_options_on(module: ModuleType) -> None:
+    from dta_plugin.adapters.verl_plugin.workers import passing_options_on
+
+    check_worker_module()
+    worker = module.ActorRolloutRefWorker
+    worker.set_dispatch_collect = passing_options_on(worker.set_dispatch_collect)
+
+
+def _balance(module: ModuleType) -> None:
+    check_trainer_module(module)
+    import_module(_BALANCE).install()

@@ -1,0 +1,126 @@
+"""How one mini-batch runs: what each rank finds in its rows, what all of them make of it, and what ran in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from tensordict import TensorDict
+from verl.utils import tensordict_utils as tu
+from verl.utils.metric import AggregationType, Metric
+
+from dta_plugin.adapters.verl_plugin.jagged import JaggedRows
+from dta_plugin.adapters.verl_plugin.micro_batches import may_regroup, planner
+from dta_plugin.adapters.verl_plugin.obstacles import batch_obstacle, engine_obstacle
+from dta_plugin.adapters.verl_plugin.protocols import Engine
+from dta_plugin.adapters.verl_plugin.tokens import selection_obstacle
+from dta_plugin.config import TreeConfig
+from dta_plugin.errors import InvalidInputError
+from dta_plugin.execution.prepared_batch import prepare_batch
+from dta_plugin.models.introspection import causal_lm, model_cost
+from dta_plugin.models.support import tree_obstacle
+from dta_plugin.training.metrics import RunCounts, reduction_of
+from dta_plugin.training.placement.micro_batches import BudgetPlanner, SizePlanner
+from dta_plugin.training.tokens import DrawnTokens
+from dta_plugin.tree.cost import CostEstimate
+
+_AGGREGATIONS = {"sum": AggregationType.SUM, "mean": AggregationType.MEAN, "max": AggregationType.MAX}
+# Of a drawing; of all tokens on a rank that has none to draw from: verl's gathering needs the same names everywhere.
+_OF_ALL_TOKENS = dict.fromkeys(
+    ("dta/kept_fraction", "dta/mean_weight", "dta/effective_sample_size", "dta/max_weight"), 1.0
+)
+
+
+@dataclass(slots=True)
+class MiniBatchRun:
+    """One mini-batch on one rank. config: as it applies to its micro-batches, None where it takes verl's own path.
+
+    drawn: its token selection, if there is one.
+    """
+
+    config: TreeConfig | None
+    is_update: bool
+    drawn: DrawnTokens | None = None
+    counts: RunCounts = field(default_factory=RunCounts)
+
+    def metrics(self) -> dict[str, Metric]:
+        """For verl's logger; the same names on every rank."""
+        values: dict[str, float] = {} if self.drawn is None else _OF_ALL_TOKENS | self.drawn.metrics
+        values |= self.counts.metrics() | {"dta/micro_batches": self.counts.micro_batches}
+        return {name: Metric(_AGGREGATIONS[reduction_of(name)], value) for name, value in values.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What one rank finds in its part of a mini-batch, for all to decide on.
+
+    selection: why tokens cannot be drawn, which ends the run. obstacle: why a tree would not be exact. cost: in FLOPs,
+    where the gate asks for it. micro_batches: how many it would make, where rows may move. rows: how many it has.
+    """
+
+    selection: str | None
+    obstacle: str | None
+    cost: CostEstimate | None
+    micro_batches: int | None
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The same on all ranks. obstacle: why verl's own path runs. cost: of all of them. micro_batches: how many each."""
+
+    obstacle: str | None
+    cost: CostEstimate | None
+    micro_batches: int | None
+
+
+def find(
+    engine: Engine, data: TensorDict, config: TreeConfig, loss_function: Any, forward_only: bool
+) -> tuple[Findings, BudgetPlanner | SizePlanner | None]:
+    """Look at a mini-batch whose tokens have been chosen; with what plans its micro-batches, if anything may."""
+    selection = None if forward_only else selection_obstacle(data, loss_function, config)
+    obstacle = engine_obstacle(engine) or tree_obstacle(engine.module) or batch_obstacle(data)
+    plans, cost = None, None
+    if obstacle is None:
+        rows = JaggedRows.from_data(data)
+        if may_regroup(data, config.regroup, loss_function, forward_only):
+            plans = planner(data, rows.runs.sequences, model_cost(causal_lm(engine.module)))
+        if config.min_saving:
+            cost = _cost(engine, data, rows)
+    return Findings(selection, obstacle, cost, None if plans is None else plans.count, len(data)), plans
+
+
+def decide(ranks: Sequence[Findings]) -> Decision:
+    """What the findings of all ranks come to. Raises InvalidInputError where tokens cannot be drawn on any of them."""
+    refused = next((rank.selection for rank in ranks if rank.selection is not None), None)
+    if refused is not None:
+        raise InvalidInputError(refused)
+    obstacle = next((rank.obstacle for rank in ranks if rank.obstacle is not None), None)
+    if obstacle is not None:
+        return Decision(obstacle, None, None)
+    costs = [rank.cost for rank in ranks if rank.cost is not None]
+    cost = CostEstimate(sum(cost.dense for cost in costs), sum(cost.tree for cost in costs)) if costs else None
+    counts = [rank.micro_batches for rank in ranks if rank.micro_batches is not None]
+    is_possible = len(counts) == len(ranks) and max(counts) <= min(rank.rows for rank in ranks)
+    return Decision(None, cost, max(counts) if is_possible else None)
+
+
+def config_of_micro_batches(data: TensorDict, config: TreeConfig, strategy: str) -> TreeConfig:
+    """The gate has been passed; a sequence beyond the token budget runs in chunks where the strategy can."""
+    config = replace(config, min_saving=0.0)
+    if tu.get_non_tensor_data(data, "use_dynamic_bsz", True) and strategy == "fsdp2" and config.executor != "packed":
+        budget = config.max_tree_tokens_per_chunk or int(tu.get_non_tensor_data(data, "max_token_len_per_gpu", 0))
+        return replace(config, max_tree_tokens_per_chunk=budget)
+    return config
+
+
+def _cost(engine: Engine, data: TensorDict, rows: JaggedRows) -> CostEstimate:
+    """Of verl's own path, which computes all tokens, and of a tree of those that are to run."""
+
+    def cost_of(some: JaggedRows) -> CostEstimate:
+        runs = some.runs
+        return prepare_batch(engine.module, runs.sequences, runs.scored, TreeConfig(), device=some.offsets.device).cost
+
+    cost = cost_of(rows)
+    return cost if rows.read is None else CostEstimate(cost_of(JaggedRows.whole(data)).dense, cost.tree)

@@ -1,0 +1,73 @@
+"""Where verl asks for something that a tree cannot give exactly: a reason that names the setting and the remedy.
+
+`batch_obstacle` looks at one rank's mini-batch; the engine lets all ranks agree. What the model itself rules out
+(linear attention, dropout, prompt tuning) is `models.support`'s to say.
+"""
+
+from __future__ import annotations
+
+import torch
+from tensordict import NonTensorData, TensorDict
+from verl.utils import tensordict_utils as tu
+
+from dta_plugin.adapters.verl_plugin.protocols import Engine
+
+_NEEDS_LOGITS = {
+    "calculate_sum_pi_squared": (
+        "calculate_sum_pi_squared needs all logits; set actor_rollout_ref.actor.calculate_sum_pi_squared=False"
+    ),
+    "distillation_use_topk": "top-k distillation needs all logits; use a distillation loss without top-k",
+    "distillation_only": "distillation without a policy loss needs all logits; use the policy's log-probs too",
+}
+
+
+def engine_obstacle(engine: Engine) -> str | None:
+    """What in an engine's own configuration a tree cannot follow, or None."""
+    if engine.use_ulysses_sp:
+        size = engine.ulysses_sequence_parallel_size
+        return (
+            f"ulysses_sequence_parallel_size={size} cuts rows across ranks; set "
+            "actor_rollout_ref.actor.ulysses_sequence_parallel_size=1 (a tree needs far fewer tokens per rank)"
+        )
+    if engine._qat_enabled:
+        return "quantisation-aware training scales by what is in a batch; set actor_rollout_ref.actor.qat.enable=False"
+    if getattr(engine.model_config.mtp, "enable_train", False):
+        return "multi-token prediction trains further heads; set actor_rollout_ref.model.mtp.enable_train=False"
+    if engine.model_config.enable_activation_offload:
+        return (
+            "activation offloading expects one forward pass per micro-batch through verl's own path; set "
+            "actor_rollout_ref.model.enable_activation_offload=False, gradient checkpointing works"
+        )
+    return None
+
+
+def batch_obstacle(data: TensorDict) -> str | None:
+    """What in a mini-batch a tree cannot follow, or None."""
+    for key, reason in _NEEDS_LOGITS.items():
+        if tu.get_non_tensor_data(data, key, False):
+            return reason
+    if _is_multimodal(data):
+        return "the batch has images or other multimodal inputs, which token ids do not tell apart; train on text"
+    if "routed_experts" in data.keys():  # noqa: SIM118 (a TensorDict)
+        return "the batch has routed_experts (router replay), which are per row; switch the replay off"
+    return _position_obstacle(data)
+
+
+def _is_multimodal(data: TensorDict) -> bool:
+    """Whether a row has more than tokens. Entries are TensorDict-like, whose truth value is an error."""
+    for found in data.get("multi_modal_inputs", []):
+        inputs = found.data if isinstance(found, NonTensorData) else found
+        if inputs is not None and any(value is not None for value in inputs.values()):
+            return True
+    return False
+
+
+def _position_obstacle(data: TensorDict) -> str | None:
+    positions, offsets = data["position_ids"], data["input_ids"].offsets()
+    if positions.dim() != 2:
+        return "position ids have several dimensions (multimodal rotary positions); train a text model"
+    lengths = offsets.diff()
+    expected = torch.arange(int(offsets[-1]), device=offsets.device) - offsets[:-1].repeat_interleave(lengths)
+    if not torch.equal(positions.values().to(expected), expected):
+        return "position ids are not 0, 1, 2, ..., a token's depth in the tree; leave them as verl sets them"
+    return None

@@ -1,0 +1,34 @@
+"""Puts an engine class where verl looks for one, or before it takes its own: under this machine's device and vendor."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from verl.utils.device import get_device_name
+from verl.workers.engine.base import EngineRegistry
+from verl.workers.engine.fsdp import transformer_impl
+
+from dta_plugin.adapters.verl_plugin import weighted_loss
+from dta_plugin.adapters.verl_plugin.micro_batches import as_planned
+
+try:
+    from verl.utils.device import get_vendor
+except ImportError:  # verl 0.8, whose registry has no vendors: an entry for a device takes the place of verl's own
+    get_vendor = None
+
+
+def register(engine: type) -> None:
+    """Put it in the place of verl's FSDP engine for language models; micro-batches follow plans, and losses weights."""
+    strategies = ["fsdp", "fsdp2"]
+    if get_vendor is None:
+        for strategy in strategies:
+            EngineRegistry._engines["language_model"][strategy][get_device_name()] = engine
+    else:
+        # As EngineRegistry.get_engine_cls does; the two variables are verl's own.
+        device = os.getenv("VERL_ENGINE_DEVICE") or get_device_name()
+        vendor = os.getenv("VERL_ENGINE_VENDOR") or get_vendor()
+        EngineRegistry.register("language_model", strategies, device=device, vendor=vendor)(engine)
+    module: Any = transformer_impl
+    module.prepare_micro_batches = as_planned(module.prepare_micro_batches)
+    weighted_loss.install()

@@ -1,0 +1,46 @@
+"""How a worker's engines get at the plugin's options, which verl keeps in the rollout's configuration."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from dta_plugin.adapters.verl_plugin.config import DIFFUSION, tree_config
+from dta_plugin.adapters.verl_plugin.protocols import Worker
+from dta_plugin.adapters.verl_plugin.upstream import check_worker
+from dta_plugin.errors import UnsupportedError
+from dta_plugin.training.notices import say
+
+
+def passing_options_on(set_dispatch_collect: Callable[..., None]) -> Callable[..., None]:
+    """`ActorRolloutRefWorker.set_dispatch_collect`, which a worker calls for each engine that it has built.
+
+    The engines then know their options. Raises InvalidInputError for wrong ones, and UnsupportedError for a
+    strategy that the plugin has no engine for, unless ``on_unsupported="dense"`` and all tokens are to be trained on.
+    """
+
+    @functools.wraps(set_dispatch_collect)
+    def wrapped(worker: Worker, *args: Any, **kwargs: Any) -> None:
+        set_dispatch_collect(worker, *args, **kwargs)
+        from dta_plugin.adapters.verl_plugin.diffusion.worker import diffusion_settings
+        from dta_plugin.adapters.verl_plugin.engine import TreeEngine
+
+        check_worker(worker)
+        config, diffusion = tree_config(worker.config.rollout), diffusion_settings(worker.config)
+        for part in (part for part in (worker.actor, worker.ref) if part is not None):
+            engine = part.engine
+            if isinstance(engine, TreeEngine):
+                engine.configure(config, diffusion)
+            elif config is not None or diffusion is not None:
+                reason = (
+                    f"strategy {part.engine_config.strategy!r} runs in {type(engine).__name__}. Expected fsdp or fsdp2 "
+                    "on this machine's own kind of device (actor_rollout_ref.actor.strategy, .ref.strategy)"
+                )
+                if config is None:
+                    raise UnsupportedError(f"{DIFFUSION} is not available: {reason}.")
+                if config.on_unsupported == "error" or config.selection():
+                    raise UnsupportedError(f"Prefix-tree execution is not available: {reason}.")
+                say(f"verl's own path: {reason}")
+
+    return wrapped

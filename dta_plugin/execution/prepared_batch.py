@@ -1,0 +1,177 @@
+"""A batch made ready to run, and what comes back: the tree, what is scored, and whether the tree pays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dta_plugin.config import TreeConfig
+from dta_plugin.errors import InvalidInputError, UnsupportedError
+from dta_plugin.execution.calibration_store import Calibration, calibration_of
+from dta_plugin.execution.memory import token_budget
+from dta_plugin.execution.ranks import gathered, is_collective
+from dta_plugin.models.introspection import causal_lm, input_device, model_cost
+from dta_plugin.models.rotary import length_obstacle
+from dta_plugin.models.support import tree_obstacle
+from dta_plugin.tree.cost import CostEstimate, ModelCost, Padded, estimate
+from dta_plugin.tree.layout import Scored, ScoredEdges
+from dta_plugin.tree.report import TreeReport
+from dta_plugin.tree.trie import PrefixTree, TokenSequence
+
+# What runs on a rank that has no sequences, or fewer than others.
+DUMMY_SEQUENCE = [0, 0]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SequenceLogProbs:
+    """Result of `sequence_logprobs`, one tensor of length len - 1 per sequence; entry i belongs to token i + 1.
+
+    Attributes:
+        logprobs: log p(token i + 1 | tokens ..i) in nats, float32 or float64 [len - 1], differentiable, 0 where
+            unscored.
+        entropies: of the distribution that token i + 1 was drawn from, in nats, alike; or None.
+        router_loss: MoE load-balancing loss of the flat batch, a scalar, or None.
+        report: what was shared and how it ran.
+        anchor: 0, differentiable in all parameters: the loss of a DDP or FSDP2 rank that has no sequences.
+    """
+
+    logprobs: list[torch.Tensor]
+    entropies: list[torch.Tensor] | None
+    router_loss: torch.Tensor | None
+    report: TreeReport
+    anchor: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedBatch:
+    """A batch that is ready to run: its tree, what is scored, and the decision with its reason.
+
+    sequences: without any, the tree is of a stand-in that takes part in what the other ranks do. cost: in FLOPs.
+    is_gated: the tree would be exact, but does not save enough. temperatures: per sequence, where they differ; these
+    count then, not the one that `run_tree` is given.
+    """
+
+    sequences: list[TokenSequence]
+    scored: Scored | None
+    tree: PrefixTree
+    edges: ScoredEdges
+    cost: CostEstimate
+    use_tree: bool
+    reason: str
+    is_gated: bool = False
+    temperatures: Sequence[float] | None = None
+
+    def unscored(self) -> tuple[torch.Tensor, ...]:
+        """bool [len - 1] per sequence: which of its tokens 1.. are not scored."""
+        return (self.edges.edge_of_token == len(self.edges.target)).split(self.edges.lengths)
+
+    def temperatures_or(self, common: float) -> list[float]:
+        """One per sequence: its own, or the common one."""
+        return [common] * len(self.sequences) if self.temperatures is None else list(self.temperatures)
+
+
+def prepare_batch(
+    model: nn.Module,
+    sequences: Sequence[TokenSequence],
+    scored: Scored | None,
+    config: TreeConfig,
+    dense_batches: Sequence[Padded] = (),
+    *,
+    temperatures: Sequence[float] | None = None,
+    device: torch.device | None = None,
+) -> PreparedBatch:
+    """Build the tree and decide between tree and dense.
+
+    dense_batches: the dense micro-batches that would run in place of the tree. With them and a calibration, the gate
+    goes by predicted time, else by FLOPs. temperatures: per sequence, where they differ. device: where the model
+    computes, None for where its input embedding is (which an offloaded one is not).
+
+    Raises InvalidInputError for unusable sequences, UnsupportedError where the tree would not be exact and
+    ``config.on_unsupported == "error"``.
+    """
+    is_dummy = not len(sequences) and is_collective(model)
+    tree = PrefixTree.from_sequences([DUMMY_SEQUENCE] if is_dummy else sequences)
+    reason = tree_obstacle(model) or length_obstacle(causal_lm(model), [len(sequence) for sequence in sequences])
+    if reason is not None and config.on_unsupported == "error":
+        raise UnsupportedError(f"Prefix-tree execution is not exact here: {reason}; or on_unsupported='dense'.")
+    base = causal_lm(model)
+    _check_vocabulary(tree, base)
+    if is_dummy:
+        scored = temperatures = None
+    edges = ScoredEdges.from_tree(tree, scored, device or input_device(base), temperatures)
+    weights = model_cost(base)
+    cost = estimate(tree, weights, edges.host.scored_tokens, len(edges.rows))
+    if reason is not None:
+        return PreparedBatch(list(sequences), scored, tree, edges, cost, False, reason, temperatures=temperatures)
+    speeds = calibration_of(model, config) if dense_batches else None
+    if speeds is not None and _streams_anywhere(model, tree.tree_tokens, config):
+        speeds = None  # what memory asks for is not compared by time
+    seconds = None if speeds is None else _predicted(speeds, weights, tree, edges, dense_batches)
+    use_tree, reason = _gate(model, cost, seconds, config.min_saving)
+    return PreparedBatch(list(sequences), scored, tree, edges, cost, use_tree, reason, not use_tree, temperatures)
+
+
+def saving_obstacle(
+    model: nn.Module, longest: int, scored: int, dense_batches: Sequence[Padded], config: TreeConfig
+) -> str | None:
+    """Why no tree can pay, whatever is shared: that of the longest row alone is predicted to take longer than dense.
+
+    longest, scored: the most tokens, and scored tokens, of any row. dense_batches: as for `prepare_batch`. Spares small
+    batches the making of the tree.
+    """
+    speeds = None if is_collective(model) else calibration_of(model, config)  # ranks decide by all of their batches
+    if speeds is None:
+        return None
+    weights = model_cost(causal_lm(model))
+    dense = _dense_seconds(speeds, weights, dense_batches)
+    tree = speeds.tree.seconds(weights.parts(longest, np.arange(longest), scored))
+    if tree <= (1 - config.min_saving) * dense or _streams_anywhere(model, longest, config):
+        return None
+    return f"no tree is faster than {dense * 1e3:.0f} ms, what the dense path takes as calibrated"
+
+
+def _streams_anywhere(model: nn.Module, tree_tokens: int, config: TreeConfig) -> bool:
+    """Whether the tree of this rank, or of one that is tied to it, is larger than memory allows at once."""
+    base = causal_lm(model)
+    budget = token_budget(base, input_device(base), config.max_tree_tokens_per_chunk)
+    streams = config.executor == "streamed" or (config.executor == "auto" and tree_tokens > budget)
+    return any(gathered(model, streams)) if is_collective(model) else streams
+
+
+def _dense_seconds(speeds: Calibration, weights: ModelCost, dense_batches: Sequence[Padded]) -> float:
+    return sum(speeds.dense.seconds(weights.padded_parts(batch)) for batch in dense_batches)
+
+
+def _predicted(
+    speeds: Calibration, weights: ModelCost, tree: PrefixTree, edges: ScoredEdges, dense_batches: Sequence[Padded]
+) -> CostEstimate:
+    """Seconds of both ways."""
+    as_tree = weights.parts(tree.tree_tokens, tree.depth, len(edges.rows))
+    return CostEstimate(_dense_seconds(speeds, weights, dense_batches), speeds.tree.seconds(as_tree))
+
+
+def _gate(model: nn.Module, flops: CostEstimate, seconds: CostEstimate | None, min_saving: float) -> tuple[bool, str]:
+    """Whether the tree saves enough, and the reason. Ranks that are tied together decide by what all of them save."""
+    cost, where = seconds or flops, ""
+    if (min_saving or seconds) and is_collective(model):
+        costs = gathered(model, cost)
+        cost = CostEstimate(sum(c.dense for c in costs), sum(c.tree for c in costs))
+        where = " on all ranks" if len(costs) > 1 else ""
+    what = "FLOPs" if seconds is None else "time"
+    gate = f", min_saving {min_saving:.0%}" if min_saving else ""
+    saved = f"{cost.saving:.0%} of dense {what} saved{where}{gate}" + (", as calibrated" if seconds else "")
+    return (True, saved) if cost.saving >= min_saving else (False, f"only {saved}")
+
+
+def _check_vocabulary(tree: PrefixTree, model: PreTrainedModel) -> None:
+    size = model.config.get_text_config().vocab_size
+    if tree.tokens.max() >= size:
+        raise InvalidInputError(
+            f"The batch has token id {tree.tokens.max()}. Expected ids below the model's vocab_size {size}; check that "
+            "the tokenizer belongs to the model."
+        )
