@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dta_plugin.execution.streaming.chunk_plan import Plan
 
 from benchmarks.streamed.one_path import one_path_plan
 from dta_plugin import PrefixTree
+from dta_plugin.execution.streaming.chunk_plan import ChunkPlan
 from tests.benchmarks.running import smoke
 from tests.support.trees import SHAPES
 
@@ -59,7 +59,7 @@ def test_one_path_plans_are_single_paths_that_cover_the_tree(name: str, budget: 
     assert plan.peak_tokens <= budget
 
 
-def last_ancestor(plan: Plan, index: int) -> int:
+def last_ancestor(plan: ChunkPlan, index: int) -> int:
     """Layout index of the token that a chunk hangs off, read from its parent's trunk; -1 at the top."""
     chunk = plan.chunks[index]
     if chunk.parent < 0:
