@@ -64,6 +64,12 @@ def has_our_hook(trainer: object) -> bool:
     return any(link.is_ours for link in _links(trainer, HOOK))
 
 
+def foreign_method(trainer: object, names: Iterable[str], known: tuple[str, ...] = ()) -> str | None:
+    """The first of these methods that is neither TRL's own nor of the `known` modules, in words, or None."""
+    links = (link for name in names for link in _links(trainer, name))
+    return next((str(link) for link in links if link.is_foreign(_TRL + known)), None)
+
+
 def replaced_scoring(trainer: object) -> str | None:
     """Whose way to compute log-probs a tree would run in place of, where it is not TRL's; with the remedy."""
     behind = [link for name in SCORING for link in _behind_us(_links(trainer, name), everywhere=name != HOOK)]
