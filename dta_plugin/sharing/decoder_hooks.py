@@ -85,7 +85,8 @@ class PrefixSharing:
     """Handle of a model that shares prefixes.
 
     report: what the last call shared, None if it took the model's own path. reason: why it did, else "".
-    calls, shared_calls, flat_tokens, tree_tokens: counted since the handle was made; tokens of shared calls only.
+    calls, shared_calls, flat_tokens, tree_tokens: counted since the handle was made; calls without those for a cache,
+    which generate, and tokens of shared calls only.
     padding_reader: who may read the hidden states of padding, in words; then padded rows take the model's own path.
     reads_caches: whether callers in evaluation mode may want a cache that they did not ask for.
     """
@@ -137,7 +138,7 @@ class PrefixSharing:
         arguments = named_arguments(decoder, args, kwargs)
         if "dta_tree" in arguments:  # merged already, by an executor
             return None
-        self.calls += 1
+        self.calls += not (arguments.get("use_cache") or arguments.get("past_key_values") is not None)
         asked = arguments.pop("dta_own_path", None)
         batch = asked or self._call_obstacle(decoder, arguments) or PaddedBatch.from_arguments(arguments)
         if isinstance(batch, PaddedBatch) and self.padding_reader is not None and bool((batch.index < 0).any()):

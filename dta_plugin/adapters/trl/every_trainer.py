@@ -30,7 +30,7 @@ from dta_plugin.sharing.decoder_hooks import OPTIONS
 from dta_plugin.training.notices import say
 
 _OF_SIBLINGS = (SFTTrainer, DPOTrainer, RewardTrainer)
-# Losses and metrics that read no padding, and callers that want no cache, beside those of `trl.trainer`.
+# Losses and metrics that read no padding, beside those of `trl.trainer`. None of TRL's wants a cache it did not ask for.
 _MASKED = tuple(
     f"trl.experimental.{name}."
     for name in (
@@ -38,7 +38,6 @@ _MASKED = tuple(
         "gkd",
         "gold",
         "iw_opd",
-        "online_dpo",
         "sdft",
         "sdpo",
         "server_distillation",
@@ -72,7 +71,7 @@ def sharing_while_it_trains(trainer: Trainer, config: TreeConfig) -> Iterator[No
         "__qualname__": own.__qualname__,
         "tree_config": _applicable(trainer, config),
         "padding_reader": _padding_reader(trainer, foreign),
-        "reads_caches": foreign is not None,
+        "reads_caches": foreign_method(trainer, _METHODS, ("trl.",)) is not None,
     }
     trainer.__class__ = type(own.__name__, (mixin, own), settings)
     shared = cast(SharedPrefixesMixin, trainer)
