@@ -30,7 +30,7 @@ from dta_plugin.sharing.decoder_hooks import OPTIONS
 from dta_plugin.training.notices import say
 
 _OF_SIBLINGS = (SFTTrainer, DPOTrainer, RewardTrainer)
-# Losses and metrics that read no padding, beside those of `trl.trainer`. None of TRL's wants a cache it did not ask for.
+# Losses and metrics that read no padding, beside those of `trl.trainer`.
 _MASKED = tuple(
     f"trl.experimental.{name}."
     for name in (
@@ -71,12 +71,13 @@ def sharing_while_it_trains(trainer: Trainer, config: TreeConfig) -> Iterator[No
         "__qualname__": own.__qualname__,
         "tree_config": _applicable(trainer, config),
         "padding_reader": _padding_reader(trainer, foreign),
+        # None of TRL's own wants a cache that it did not ask for.
         "reads_caches": foreign_method(trainer, _METHODS, ("trl.",)) is not None,
     }
     trainer.__class__ = type(own.__name__, (mixin, own), settings)
     shared = cast(SharedPrefixesMixin, trainer)
-    shared._begin_sharing()
     try:
+        shared._begin_sharing()
         yield
     finally:
         shared._end_sharing()

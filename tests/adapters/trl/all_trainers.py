@@ -15,9 +15,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-import trl
 from datasets import Dataset
-from tokenizers import decoders
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback
 
@@ -45,12 +43,6 @@ def trainers_of_trl() -> dict[str, type[Trainer]]:
     return found
 
 
-def short_name(name: str) -> str:
-    """ "dpo.DPOTrainer" of "trl.trainer.dpo_trainer.DPOTrainer", "experimental.cpo.CPOTrainer"."""
-    parts = name.removeprefix("trl.").removeprefix("trainer.").split(".")
-    return ".".join(part for part in parts if not part.endswith("_trainer"))
-
-
 def words(count: int, seed: int) -> str:
     generator = torch.Generator().manual_seed(seed)
     return " ".join(f"w{i}" for i in torch.randint(11, VOCABULARY, (count,), generator=generator).tolist())
@@ -64,10 +56,10 @@ def texts() -> Dataset:
     return Dataset.from_list([{"text": f"{words(8, i // 4)} {words(2 + i % 3, 50 + i)}"} for i in range(16)])
 
 
-def pairs(margin: bool = False) -> Dataset:
-    """Four pairs of each prompt, of unequal lengths."""
+def pairs(margin: bool = False, longer: int = 3) -> Dataset:
+    """Four pairs of each prompt. longer: lengths of the chosen ones differ by less."""
     rows = [
-        {"prompt": words(8, i // 4), "chosen": f" {words(3 + i % 3, 50 + i)}", "rejected": f" {words(4, 80 + i)}"}
+        {"prompt": words(8, i // 4), "chosen": f" {words(4 + i % longer, 50 + i)}", "rejected": f" {words(4, 80 + i)}"}
         | ({"margin": 0.1 * i} if margin else {})
         for i in range(16)
     ]
@@ -144,9 +136,13 @@ def _args(trainer_class: type, options: dict[str, Any]) -> Any:
 
 
 def _common(folder: str, data: Dataset) -> dict[str, Any]:
-    words_of = AutoTokenizer.from_pretrained(folder)
-    words_of.backend_tokenizer.decoder = decoders.ByteLevel()  # GOLD takes no other
-    return {"train_dataset": data, "processing_class": words_of}
+    return {"train_dataset": data, "processing_class": AutoTokenizer.from_pretrained(folder)}
+
+
+def _of_bytes(trainer_class: type, model: str, args: dict[str, Any]) -> Trainer:
+    """GOLD asks for a tokenizer of bytes, by the name of its parts."""
+    with patch("trl.experimental.utils.is_byte_level_tokenizer", return_value=True):
+        return _taught(chats, lmbda=0.5, max_completion_length=6, use_uld_loss=False)(trainer_class, model, args)
 
 
 def _scored(trainer_class: type, model: str, args: dict[str, Any]) -> Trainer:
@@ -166,7 +162,11 @@ class _TeacherServer:
     ) -> dict[str, list[list[list[float]]]]:
         completions = [row[start:] for row, start in zip(sequences, prompt_lengths, strict=True)]
         own = [[[-1 - token % 7 / 2] for token in row] for row in completions]
-        return {"actual_logprobs": own, "logprobs": own, "logprob_token_ids": [[[t] for t in row] for row in completions]}
+        return {
+            "actual_logprobs": own,
+            "logprobs": own,
+            "logprob_token_ids": [[[t] for t in row] for row in completions],
+        }
 
 
 def _served(trainer_class: type, model: str, args: dict[str, Any]) -> Trainer:
@@ -221,11 +221,11 @@ RECIPES: dict[str, Recipe] = {
     "DPOTrainer": _offline(pairs),
     "RewardTrainer": _scored,
     "KTOTrainer": _offline(labelled),
-    "CPOTrainer": _offline(pairs),
-    "ORPOTrainer": _offline(pairs),
+    "CPOTrainer": _offline(lambda: pairs(longer=1)),
+    "ORPOTrainer": _offline(lambda: pairs(longer=1)),
     "TPOTrainer": _offline(triples, tpo_alpha=1.0),
     "GKDTrainer": _taught(chats, lmbda=0.5, max_new_tokens=6),
-    "GOLDTrainer": _taught(chats, lmbda=0.5, max_completion_length=6, use_uld_loss=False),
+    "GOLDTrainer": _of_bytes,
     "IWOPDTrainer": _taught(chats, lmbda=1.0, max_completion_length=6),
     "ServerDistillationTrainer": _served,
     "AsyncDistillationTrainer": _asynchronous,
@@ -235,7 +235,9 @@ RECIPES: dict[str, Recipe] = {
     "GRPOTrainer": _rewarded(prompts, **GENERATION),
     "RLOOTrainer": _rewarded(prompts, **GENERATION),
     "GMPOTrainer": _rewarded(prompts, **GENERATION),
-    "SDFTTrainer": _offline(lambda: prompts().map(lambda row: {"privileged_context": words(3, 7)}), distillation_topk=10, **GENERATION),
+    "SDFTTrainer": _offline(
+        lambda: prompts().map(lambda row: {"privileged_context": words(3, 7)}), distillation_topk=10, **GENERATION
+    ),
     "SDPOTrainer": _rewarded(prompts, success_reward_threshold=0.3, **GENERATION),
 }
 
