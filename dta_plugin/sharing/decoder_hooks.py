@@ -85,8 +85,8 @@ class PrefixSharing:
     """Handle of a model that shares prefixes.
 
     report: what the last call shared, None if it took the model's own path. reason: why it did, else "".
-    calls, shared_calls, flat_tokens, tree_tokens: counted since the handle was made; calls without those for a cache,
-    which generate, and tokens of shared calls only.
+    calls, shared_calls, flat_tokens, tree_tokens: counted since the handle was made; tokens of shared calls only.
+    cached_calls: those that read a cache or ask for one, as generation does.
     padding_reader: who may read the hidden states of padding, in words; then padded rows take the model's own path.
     reads_caches: whether callers in evaluation mode may want a cache that they did not ask for.
     """
@@ -97,7 +97,7 @@ class PrefixSharing:
         self.reason = ""
         self.padding_reader: str | None = None
         self.reads_caches = True
-        self.calls = self.shared_calls = self.flat_tokens = self.tree_tokens = 0
+        self.calls = self.cached_calls = self.shared_calls = self.flat_tokens = self.tree_tokens = 0
         self._decoder: PreTrainedModel | None = None
         self._hooks: list[RemovableHandle] = []
         self._watched: list[PreTrainedModel] = []
@@ -138,7 +138,8 @@ class PrefixSharing:
         arguments = named_arguments(decoder, args, kwargs)
         if "dta_tree" in arguments:  # merged already, by an executor
             return None
-        self.calls += not (arguments.get("use_cache") or arguments.get("past_key_values") is not None)
+        self.calls += 1
+        self.cached_calls += bool(arguments.get("use_cache")) or arguments.get("past_key_values") is not None
         asked = arguments.pop("dta_own_path", None)
         batch = asked or self._call_obstacle(decoder, arguments) or PaddedBatch.from_arguments(arguments)
         if isinstance(batch, PaddedBatch) and self.padding_reader is not None and bool((batch.index < 0).any()):

@@ -92,7 +92,8 @@ class SharedPrefixesMixin:
     def _count(self, prefix: str) -> None:
         """What the model was called with since the last count belongs to training, or to an evaluation."""
         sharing = self._sharing
-        counts = (sharing.calls, sharing.shared_calls, sharing.flat_tokens, sharing.tree_tokens)
+        calls = sharing.calls - sharing.cached_calls
+        counts = (calls, sharing.shared_calls, sharing.flat_tokens, sharing.tree_tokens)
         sums = zip(self._since[prefix], counts, self._counted, strict=True)
         self._since[prefix] = tuple(total + now - before for total, now, before in sums)
         self._counted = counts

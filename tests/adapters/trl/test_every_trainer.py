@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Trainer
+from transformers import Trainer, set_seed
 from trl import KTOTrainer, RewardTrainer, SFTConfig, SFTTrainer
 
-import dta_plugin
-from dta_plugin.adapters.trl.every_trainer import sharing_obstacle
+from dta_plugin.adapters.trl import every_trainer
 from dta_plugin.sharing.padded import PaddedBatch
-from tests.adapters.trl.all_trainers import RECIPES, build, texts, trainers_of_trl
-from tests.adapters.trl.support import TOLERANCE, enabled, moved
+from tests.adapters.trl.all_trainers import RECIPES, STEPS, build, texts, trainers_of_trl
+from tests.adapters.trl.support import TOLERANCE, enabled, moved, tokenizer
 from tests.adapters.trl.trainer_table import HOOK, NOT_RUN, REFUSED, SIBLINGS, Outcome, compare, row, run
 
 PAGE = Path(__file__).parents[3] / "docs" / "trainers.md"
@@ -87,7 +86,7 @@ def test_a_wrong_tree_is_noticed(model: str, tmp_path: Path, monkeypatch: pytest
     assert compare(KTOTrainer, model, tmp_path).worst > 100 * TOLERANCE
 
 
-class OwnLoss(SFTTrainer):
+class OwnLossTrainer(SFTTrainer):
     """Reads the logits of padding: their mean is in the loss."""
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -97,11 +96,13 @@ class OwnLoss(SFTTrainer):
 def test_an_unknown_loss_may_read_padding(
     model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(RECIPES, "OwnLoss", RECIPES["SFTTrainer"])
+    monkeypatch.setitem(RECIPES, "OwnLossTrainer", RECIPES["SFTTrainer"])
     caplog.set_level("INFO", logger="dta_plugin")
-    outcome = compare(OwnLoss, model, tmp_path)
+    outcome = compare(OwnLossTrainer, model, tmp_path)
     assert outcome.worst <= TOLERANCE and outcome.how != SIBLINGS
-    assert any("OwnLoss.compute_loss comes from tests" in line for line in caplog.messages)
+    assert any("OwnLossTrainer.compute_loss comes from tests" in line for line in caplog.messages)
+    monkeypatch.setattr(every_trainer, "_MASKED", ("tests.",))
+    assert compare(OwnLossTrainer, model, tmp_path).worst > 100 * TOLERANCE, "padding has no hidden states in a tree"
 
 
 @pytest.mark.parametrize("option", ["packing", "padding_free"])
@@ -157,41 +158,29 @@ UNSORTED: dict[str, Any] = {
 }
 
 
+def unsorted(kind: str, model: str, output: Path) -> Any:
+    options = STEPS | {"remove_unused_columns": False, "output_dir": str(output)}
+    if kind != "iterable":
+        options["dataset_kwargs"] = {"skip_prepare_dataset": True}
+    set_seed(11)
+    data = UNSORTED[kind](texts(), tokenizer())
+    return SFTTrainer(model, SFTConfig(**options), processing_class=tokenizer(), **data)
+
+
 @pytest.mark.parametrize("kind", UNSORTED)
 def test_data_that_cannot_be_sorted_keeps_its_order(
     kind: str, model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from tests.adapters.trl.support import tokenizer
-
     caplog.set_level("INFO", logger="dta_plugin")
-    runs = []
-    for flag in (False, True):
-        tokens = tokenizer()
-        prepare = {} if kind == "iterable" else {"dataset_kwargs": {"skip_prepare_dataset": True}}
-        args = SFTConfig(
-            str(tmp_path),
-            max_steps=2,
-            logging_steps=1,
-            per_device_train_batch_size=4,
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            save_strategy="no",
-            remove_unused_columns=False,
-            **prepare,
-        )
-        trainer = SFTTrainer(model, args, processing_class=tokens, **UNSORTED[kind](texts(), tokens))
-        if flag:
-            dta_plugin.enable()
-        try:
-            runs.append(run(trainer))
-        finally:
-            dta_plugin.disable()
-    assert Outcome(SIBLINGS, "", [], *runs).worst <= TOLERANCE
+    stock = run(unsorted(kind, model, tmp_path))
+    trainer = unsorted(kind, model, tmp_path)
+    with enabled():
+        flagged = run(trainer)
+    assert Outcome(SIBLINGS, "", [], stock, flagged).worst <= TOLERANCE
     assert trainer._sharing.shared_calls == 2
     assert len([line for line in caplog.messages if "batches are the trainer's own" in line]) == 1
 
 
 def test_a_model_of_no_kind_is_left_alone(tmp_path: Path) -> None:
     trainer = Trainer(torch.nn.Linear(2, 2), train_dataset=texts())
-    assert "is none of transformers" in str(sharing_obstacle(trainer))
+    assert "is none of transformers" in str(every_trainer.sharing_obstacle(trainer))
