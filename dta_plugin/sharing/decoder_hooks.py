@@ -28,8 +28,8 @@ from dta_plugin.execution.ranks import is_fsdp
 from dta_plugin.models.attention_registry import install, uninstall
 from dta_plugin.models.introspection import causal_lm, decoder_of, model_cost
 from dta_plugin.models.rotary import padded_length_obstacle
-from dta_plugin.models.support import dropout_obstacle, tree_obstacle
-from dta_plugin.sharing.obstacles import decoder_obstacle, named_arguments, padding_obstacle
+from dta_plugin.models.support import dropout_obstacle
+from dta_plugin.sharing.obstacles import model_obstacle, named_arguments, padding_obstacle
 from dta_plugin.sharing.padded import OF_THE_LOSS, PaddedBatch, spread
 from dta_plugin.tree.cost import estimate
 from dta_plugin.tree.layout import TreeLayout
@@ -69,7 +69,7 @@ def share_prefixes(model: nn.Module, config: TreeConfig | None = None) -> Prefix
     _check_options(config)
     base = causal_lm(model)
     decoder = decoder_of(base)
-    obstacle = tree_obstacle(model) or decoder_obstacle(decoder)
+    obstacle = model_obstacle(model)
     if obstacle is not None and config.on_unsupported == "error":
         raise UnsupportedError(f"Prefixes cannot be shared exactly here: {obstacle}; or on_unsupported='dense'.")
     sharing = handle_of(decoder) or PrefixSharing()

@@ -27,6 +27,7 @@ from dta_plugin.adapters.trl.protocols import TrainerLike
 from dta_plugin.adapters.trl.shared_prefixes import SharedPrefixesMixin, models_of, settings_obstacle
 from dta_plugin.config import TreeConfig
 from dta_plugin.sharing.decoder_hooks import OPTIONS
+from dta_plugin.sharing.obstacles import model_obstacle
 from dta_plugin.training.notices import say
 
 _OF_SIBLINGS = (SFTTrainer, DPOTrainer, RewardTrainer)
@@ -56,7 +57,7 @@ def sharing_obstacle(trainer: Trainer) -> str | None:
     """Why a trainer cannot share prefixes, or None."""
     if not any(model is trainer.model for model in models_of(trainer)):
         return f"its model, a {type(trainer.model).__name__}, is none of transformers"
-    return settings_obstacle(cast(TrainerLike, trainer))
+    return model_obstacle(trainer.model) or settings_obstacle(cast(TrainerLike, trainer))
 
 
 @contextmanager

@@ -5,6 +5,7 @@ The whole of docs/trainers.md is `long`; three trainers of it run by default.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,17 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Trainer, set_seed
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+    set_seed,
+)
 from trl import KTOTrainer, RewardTrainer, SFTConfig, SFTTrainer
 
 from dta_plugin.adapters.trl import every_trainer
@@ -25,6 +36,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "trainers.md"
 ALL = trainers_of_trl()
 SHORT = [f"trl.trainer.{name}_trainer.{name.upper()}Trainer" for name in ("sft", "dpo", "kto")]
 OWN_TRAIN = Trainer.train
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
 
 def check(outcome: Outcome) -> None:
@@ -181,6 +193,16 @@ def test_data_that_cannot_be_sorted_keeps_its_order(
     assert len([line for line in caplog.messages if "batches are the trainer's own" in line]) == 1
 
 
-def test_a_model_of_no_kind_is_left_alone(tmp_path: Path) -> None:
-    trainer = Trainer(torch.nn.Linear(2, 2), train_dataset=texts())
-    assert "is none of transformers" in str(every_trainer.sharing_obstacle(trainer))
+OTHER_MODELS: dict[str, tuple[Callable[[], torch.nn.Module], str]] = {
+    "no model of transformers": (lambda: torch.nn.Linear(2, 2), "its model, a Linear, is none of transformers"),
+    "an encoder": (lambda: BertForSequenceClassification(BertConfig(**SIZES, vocab_size=40)), "no rotary positions"),
+    "images": (lambda: ViTForImageClassification(ViTConfig(**SIZES, image_size=8, patch_size=4)), "ViTForImage"),
+    "sounds": (lambda: Wav2Vec2ForCTC(Wav2Vec2Config(**SIZES, num_conv_pos_embedding_groups=2)), "Wav2Vec2ForCTC"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_MODELS)
+def test_other_models_are_left_alone(kind: str, tmp_path: Path) -> None:
+    make, reason = OTHER_MODELS[kind]
+    trainer = Trainer(make(), TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]), train_dataset=texts())
+    assert reason in str(every_trainer.sharing_obstacle(trainer))
