@@ -26,6 +26,7 @@ from dta_plugin.adapters.trl.origin import foreign_method
 from dta_plugin.adapters.trl.protocols import TrainerLike
 from dta_plugin.adapters.trl.shared_prefixes import SharedPrefixesMixin, models_of, settings_obstacle
 from dta_plugin.config import TreeConfig
+from dta_plugin.models.introspection import causal_lm
 from dta_plugin.sharing.decoder_hooks import OPTIONS
 from dta_plugin.sharing.obstacles import model_obstacle
 from dta_plugin.training.notices import say
@@ -64,8 +65,10 @@ def sharing_obstacle(trainer: Trainer) -> str | None:
 def sharing_while_it_trains(trainer: Trainer, config: TreeConfig) -> Iterator[None]:
     """Within the context the trainer's models share prefixes."""
     own = type(trainer)
-    foreign = foreign_method(trainer, _METHODS, _MASKED)
-    is_of_siblings = isinstance(trainer, _OF_SIBLINGS) and foreign_method(trainer, _METHODS) is None
+    head = foreign_method(causal_lm(trainer.model), ("forward",), ("trl.",))
+    foreign = head or foreign_method(trainer, _METHODS, _MASKED)
+    is_known = head is None and foreign_method(trainer, _METHODS) is None
+    is_of_siblings = isinstance(trainer, _OF_SIBLINGS) and is_known
     mixin = SiblingBatchesMixin if is_of_siblings else SharedPrefixesMixin
     settings = {
         "__module__": own.__module__,
@@ -87,15 +90,15 @@ def sharing_while_it_trains(trainer: Trainer, config: TreeConfig) -> Iterator[No
 
 def _padding_reader(trainer: Trainer, foreign: str | None) -> str | None:
     """Who may read what a model returns at padding, in words, or None."""
-    if foreign is not None:
-        return (
-            f"{foreign}, which may read what the model computes there; where it does not, put SiblingBatchesMixin "
-            "(dta_plugin.adapters.trl) before the trainer in the bases of a class"
-        )
-    for name in ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func"):
-        if callable(getattr(trainer, name, None)):
-            return f"{name} may read what the model computes there"
-    return None
+    functions = ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func")
+    given = (f"the trainer has {name}" for name in functions if callable(getattr(trainer, name, None)))
+    reader = foreign or next(given, None)
+    if reader is None:
+        return None
+    return (
+        f"{reader}, which may read what the model computes there; where it does not, put SiblingBatchesMixin "
+        "(dta_plugin.adapters.trl) before the trainer in the bases of a class"
+    )
 
 
 def _applicable(trainer: Trainer, config: TreeConfig) -> TreeConfig:

@@ -6,6 +6,7 @@ The whole of docs/trainers.md is `long`; three trainers of it run by default.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from datasets import Dataset
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    DataCollatorWithPadding,
+    Qwen3ForCausalLM,
     Trainer,
     TrainingArguments,
     ViTConfig,
@@ -29,7 +32,7 @@ from trl import KTOTrainer, RewardTrainer, SFTConfig, SFTTrainer
 from dta_plugin.adapters.trl import every_trainer
 from dta_plugin.sharing.padded import PaddedBatch
 from tests.adapters.trl.all_trainers import RECIPES, STEPS, build, texts, trainers_of_trl
-from tests.adapters.trl.support import TOLERANCE, enabled, moved, tokenizer
+from tests.adapters.trl.support import TOLERANCE, Run, difference, enabled, moved, tokenizer
 from tests.adapters.trl.trainer_table import HOOK, NOT_RUN, REFUSED, SIBLINGS, Outcome, compare, row, run
 
 PAGE = Path(__file__).parents[3] / "docs" / "trainers.md"
@@ -115,6 +118,33 @@ def test_an_unknown_loss_may_read_padding(
     assert any("OwnLossTrainer.compute_loss comes from tests" in line for line in caplog.messages)
     monkeypatch.setattr(every_trainer, "_MASKED", ("tests.",))
     assert compare(OwnLossTrainer, model, tmp_path).worst > 100 * TOLERANCE, "padding has no hidden states in a tree"
+
+
+class MeanOverPadding(Qwen3ForCausalLM):
+    """A head of its own, whose loss is the mean over all positions."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        return {"loss": hidden.square().mean()}
+
+
+def test_an_unknown_head_may_read_padding(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = tokenizer()
+    rows = [{"input_ids": tokens(text)["input_ids"]} for text in texts()["text"]]
+
+    def trained(flag: bool) -> Run:
+        set_seed(11)
+        args = TrainingArguments(**STEPS | {"output_dir": str(tmp_path)})
+        collator = DataCollatorWithPadding(tokens)
+        head = MeanOverPadding.from_pretrained(model, dtype=torch.float32)
+        trainer = Trainer(head, args, collator, train_dataset=rows)
+        with enabled() if flag else nullcontext():
+            return run(trainer)
+
+    stock = trained(flag=False)
+    assert difference(stock, trained(flag=True)) <= TOLERANCE
+    monkeypatch.setattr(every_trainer, "_padding_reader", lambda *_: None)
+    assert difference(stock, trained(flag=True)) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("option", ["packing", "padding_free"])
