@@ -33,6 +33,7 @@ class SharedPrefixesMixin:
     tree_config = TreeConfig()
     padding_reader: str | None = None
     reads_caches = True
+    _counted: tuple[int, ...] = _NOTHING
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         self._count("eval_")
@@ -70,7 +71,7 @@ class SharedPrefixesMixin:
         """All models of the trainer share from now on: the one that is trained, references, teachers, rewards."""
         self._begun: list[PrefixSharing] = []
         self._sharing = self._share(self.model, self.tree_config)  # type: ignore[attr-defined]
-        self._counted: tuple[int, ...] = _NOTHING
+        self._counted = _NOTHING
         self._since: dict[str, tuple[int, ...]] = {"": _NOTHING, "eval_": _NOTHING}  # since the last entry
         for model in models_of(self):
             if causal_lm(model) is not causal_lm(self.model):  # type: ignore[attr-defined]
