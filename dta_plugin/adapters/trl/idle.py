@@ -26,7 +26,7 @@ from dta_plugin.training.notices import say
 
 _process_config: TreeConfig | None = None
 _trainings = 0
-_own_train: Any = None  # Trainer.train, while it is watched
+_front: Any = None  # what stands in front of Trainer.train
 _is_sticky = False  # asked for by the config of a trainer, which `disable` does not take back
 
 
@@ -39,12 +39,12 @@ def watch() -> None:
 
 def expect_trees(config: TreeConfig | None) -> None:
     """What the process was enabled with, for trainers without the flag; None: they are stock again."""
-    global _process_config, _own_train
+    global _process_config, _front
     _process_config = config
     if config is not None:
         _begin()
-    elif _own_train is not None and not _is_sticky:
-        Trainer.train, _own_train = _own_train, None  # type: ignore[method-assign]
+    elif Trainer.train is _front and not _is_sticky:  # else somebody else's patch calls it, and it does nothing
+        Trainer.train, _front = _front.__wrapped__, None  # type: ignore[method-assign]
 
 
 def say_if_nothing_trained() -> None:
@@ -58,10 +58,9 @@ def say_if_nothing_trained() -> None:
 
 
 def _begin() -> None:
-    global _own_train
-    if _own_train is None:
-        _own_train = Trainer.train
-        Trainer.train = _watched(Trainer.train)  # type: ignore[method-assign]
+    global _front
+    if _front is None:
+        _front = Trainer.train = _watched(Trainer.train)  # type: ignore[method-assign]
 
 
 def _watched(train: Any) -> Any:

@@ -27,9 +27,10 @@ from transformers import (
     Wav2Vec2ForCTC,
     set_seed,
 )
-from trl import KTOTrainer, RewardTrainer, SFTConfig, SFTTrainer
+from trl import RewardTrainer, SFTConfig, SFTTrainer
 
-from dta_plugin.adapters.trl import every_trainer
+import dta_plugin
+from dta_plugin.adapters.trl import every_trainer, idle
 from dta_plugin.sharing.padded import PaddedBatch
 from tests.adapters.trl.all_trainers import RECIPES, STEPS, build, texts, trainers_of_trl
 from tests.adapters.trl.support import TOLERANCE, Run, difference, enabled, moved, tokenizer
@@ -38,14 +39,15 @@ from tests.adapters.trl.trainer_table import HOOK, NOT_RUN, REFUSED, SIBLINGS, O
 PAGE = Path(__file__).parents[3] / "docs" / "trainers.md"
 ALL = trainers_of_trl()
 SHORT = [f"trl.trainer.{name}_trainer.{name.upper()}Trainer" for name in ("sft", "dpo", "kto")]
-OWN_TRAIN = Trainer.train
+BY_HOOK = ("GRPOTrainer", "RLOOTrainer", "GMPOTrainer")
+PACKED = ("AsyncDistillationTrainer", "AsyncGRPOTrainer")
+SHARING = [name for name in RECIPES if name not in BY_HOOK + PACKED]
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 
 
 def check(outcome: Outcome) -> None:
     assert outcome.worst <= TOLERANCE
     assert moved(outcome.stock) > 100 * TOLERANCE and not any(outcome.stock.dta)
-    assert Trainer.train is OWN_TRAIN
     if outcome.how == HOOK:
         assert all(entry["dta/dense_fallback"] == 0 for entry in outcome.flagged.dta)
     elif outcome.how == REFUSED:
@@ -88,7 +90,8 @@ def test_every_trainer_has_a_recipe_and_a_line() -> None:
 
 
 @pytest.mark.usefixtures("unprobed")
-def test_a_wrong_tree_is_noticed(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("names", [["KTOTrainer"], pytest.param(SHARING, marks=pytest.mark.long)], ids=["short", "all"])
+def test_a_wrong_tree_is_noticed(names: list[str], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     merge = PaddedBatch.from_arguments
 
     def losing_a_row(call: dict[str, Any]) -> PaddedBatch | str:
@@ -98,7 +101,19 @@ def test_a_wrong_tree_is_noticed(model: str, tmp_path: Path, monkeypatch: pytest
         return PaddedBatch(batch.tree, batch.index, [(0, 0), *batch.spans[1:]])
 
     monkeypatch.setattr(PaddedBatch, "from_arguments", losing_a_row)
-    assert compare(KTOTrainer, model, tmp_path).worst > 100 * TOLERANCE
+    for trainer_class in {value.__name__: value for value in ALL.values() if value.__name__ in names}.values():
+        assert compare(trainer_class, model, tmp_path).worst > 100 * TOLERANCE, trainer_class
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["CPOTrainer", "ORPOTrainer"])
+def test_metrics_over_padding(name: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer_class = next(value for value in ALL.values() if value.__name__ == name)
+    monkeypatch.setitem(RECIPES, name, RECIPES["DPOTrainer"])  # rows of unequal lengths
+    outcome = compare(trainer_class, model, tmp_path)
+    assert outcome.worst <= TOLERANCE and "which may read what the model computes there" in outcome.reason
+    monkeypatch.setattr(every_trainer, "_MASKED", ("trl.experimental.",))
+    assert compare(trainer_class, model, tmp_path).worst > 100 * TOLERANCE
 
 
 class OwnLossTrainer(SFTTrainer):
@@ -170,11 +185,16 @@ def test_options_that_say_nothing_here(model: str, tmp_path: Path, caplog: pytes
     assert any("use_dta did nothing" in line and "min_saving 90%" in line for line in caplog.messages)
 
 
-def test_nothing_is_left_after_disable(model: str, tmp_path: Path) -> None:
+def test_nothing_is_left_after_disable(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(idle, "_is_sticky", False)  # a config of another test may have asked
+    dta_plugin.disable()
+    own = Trainer.train
     with enabled():
-        trainer = build(RewardTrainer, model, tmp_path)
+        trainer: Any = build(RewardTrainer, model, tmp_path)
+        assert Trainer.train is not own
         trainer.train()
-    assert type(trainer) is RewardTrainer and Trainer.train is OWN_TRAIN
+    assert "margin" in trainer.train_dataset.column_names and trainer._sharing.shared_calls == 2
+    assert type(trainer) is RewardTrainer and Trainer.train is own
     assert not any(module._forward_pre_hooks for module in trainer.model.modules())
 
 
