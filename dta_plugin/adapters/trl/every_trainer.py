@@ -16,11 +16,13 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from importlib import metadata
 from typing import Any, cast
 
 from transformers import Trainer
 from trl import DPOTrainer, GRPOTrainer, RewardTrainer, RLOOTrainer, SFTTrainer
 
+from dta_plugin.adapters.releases import TRL
 from dta_plugin.adapters.trl.offline import SiblingBatchesMixin
 from dta_plugin.adapters.trl.origin import foreign_method
 from dta_plugin.adapters.trl.protocols import TrainerLike
@@ -32,20 +34,17 @@ from dta_plugin.sharing.obstacles import model_obstacle
 from dta_plugin.training.notices import say
 
 _OF_SIBLINGS = (SFTTrainer, DPOTrainer, RewardTrainer)
-# Losses and metrics that read no padding, beside those of `trl.trainer`.
-_MASKED = tuple(
-    f"trl.experimental.{name}."
-    for name in (
-        "a2po",
-        "gkd",
-        "gold",
-        "iw_opd",
-        "sdft",
-        "sdpo",
-        "server_distillation",
-        "tpo",
-    )
+_LIBRARIES = ("transformers.", "accelerate.", "torch.", "trl.extras.profiling")
+# Losses and metrics that read no padding: in every release, and in the newest one that was tested. In others, some do.
+_MASKED = (*_LIBRARIES, *(f"trl.trainer.{name}" for name in ("base_trainer", "sft_", "dpo_", "reward_", "utils")))
+_MASKED_NOW = (
+    "trl.trainer.",
+    *(
+        f"trl.experimental.{name}."
+        for name in ("a2po", "gkd", "gold", "iw_opd", "sdft", "sdpo", "server_distillation", "tpo")
+    ),
 )
+_OF_ANY_RELEASE = (*_LIBRARIES, "trl.")
 _METHODS = ("training_step", "compute_loss", "_compute_loss", "get_batch_loss_metrics", "prediction_step")
 
 
@@ -66,9 +65,9 @@ def sharing_obstacle(trainer: Trainer) -> str | None:
 def sharing_while_it_trains(trainer: Trainer, config: TreeConfig) -> Iterator[None]:
     """Within the context the trainer's models share prefixes."""
     own = type(trainer)
-    head = foreign_method(causal_lm(cast(TrainerLike, trainer).model), ("forward",), ("trl.",))
-    foreign = head or foreign_method(trainer, _METHODS, _MASKED)
-    is_known = head is None and foreign_method(trainer, _METHODS) is None
+    head = foreign_method(causal_lm(cast(TrainerLike, trainer).model), ("forward",), _OF_ANY_RELEASE)
+    foreign = head or foreign_method(trainer, _METHODS, _masked())
+    is_known = head is None and foreign_method(trainer, _METHODS, _MASKED) is None
     is_of_siblings = isinstance(trainer, _OF_SIBLINGS) and is_known
     mixin = SiblingBatchesMixin if is_of_siblings else SharedPrefixesMixin
     settings = {
@@ -77,7 +76,7 @@ def sharing_while_it_trains(trainer: Trainer, config: TreeConfig) -> Iterator[No
         "tree_config": _applicable(trainer, config),
         "padding_reader": _padding_reader(trainer, foreign),
         # None of TRL's own wants a cache that it did not ask for.
-        "reads_caches": foreign_method(trainer, _METHODS, ("trl.",)) is not None,
+        "reads_caches": foreign_method(trainer, _METHODS, _OF_ANY_RELEASE) is not None,
     }
     trainer.__class__ = type(own.__name__, (mixin, own), settings)
     shared = cast(SharedPrefixesMixin, trainer)
@@ -87,6 +86,12 @@ def sharing_while_it_trains(trainer: Trainer, config: TreeConfig) -> Iterator[No
     finally:
         shared._end_sharing()
         trainer.__class__ = own
+
+
+def _masked() -> tuple[str, ...]:
+    """Modules whose losses and metrics read no padding, in the installed TRL."""
+    is_newest_tested = metadata.version("trl").startswith(f"{TRL.newest_tested}.")
+    return _MASKED + _MASKED_NOW if is_newest_tested else _MASKED
 
 
 def _padding_reader(trainer: Trainer, foreign: str | None) -> str | None:

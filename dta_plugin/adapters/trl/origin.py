@@ -64,10 +64,10 @@ def has_our_hook(trainer: object) -> bool:
     return any(link.is_ours for link in _links(trainer, HOOK))
 
 
-def foreign_method(trainer: object, names: Iterable[str], known: tuple[str, ...] = ()) -> str | None:
-    """The first of these methods that is neither TRL's own nor of the `known` modules, in words, or None."""
-    links = (link for name in names for link in _links(trainer, name))
-    return next((str(link) for link in links if link.is_foreign(_TRL + known)), None)
+def foreign_method(owner: object, names: Iterable[str], known: tuple[str, ...]) -> str | None:
+    """The first of these methods whose module begins like none of the `known` ones, in words, or None."""
+    links = (link for name in names for link in _links(owner, name))
+    return next((str(link) for link in links if link.is_foreign(known)), None)
 
 
 def replaced_scoring(trainer: object) -> str | None:
