@@ -45,7 +45,15 @@ _MASKED_NOW = (
     ),
 )
 _OF_ANY_RELEASE = (*_LIBRARIES, "trl.")
-_METHODS = ("training_step", "compute_loss", "_compute_loss", "get_batch_loss_metrics", "prediction_step")
+_METHODS = (
+    "training_step",
+    "_prepare_inputs",
+    "compute_loss",
+    "_compute_loss",
+    "concatenated_forward",
+    "get_batch_loss_metrics",
+    "prediction_step",
+)
 
 
 def by_hook(trainer: object) -> bool:
