@@ -125,7 +125,7 @@ def _placed(trainer: GRPOLike, config: TreeConfig, state: TreeState, buffer: lis
     buffer = prune(buffer)
     own_order = _regroup_obstacle(trainer, config, buffer)
     separate = regroup(buffer, trainer.args.gradient_accumulation_steps, cost) if own_order is None else buffer
-    merged = state.windows.merges = merges(trainer, state, buffer, separate, cost)
+    merged = state.windows.merges = merges(trainer, config, state.notices, buffer, separate, cost)
     if own_order and not merged:
         state.notices.say_once(f"micro-batches stay as TRL shuffled them, siblings apart, because {own_order}")
     chosen = buffer if merged else separate
