@@ -23,8 +23,9 @@ from dta_plugin.execution.auto import run_tree
 from dta_plugin.execution.calibration_store import Calibration, describe
 from dta_plugin.execution.prepared_batch import PreparedBatch, prepare_batch
 from dta_plugin.models.introspection import input_device, model_cost
+from dta_plugin.training.padding import side_by_side
 from dta_plugin.tree.cost import Padded
-from dta_plugin.tree.speed import Parts, Speed
+from dta_plugin.tree.time_model import SecondsPerFlop, Work
 
 _CONFIG = TreeConfig(calibration="off")
 _ROUNDS = 3
@@ -44,14 +45,8 @@ class DenseBatch:
 
     @classmethod
     def from_case(cls, case: Case, device: torch.device) -> DenseBatch:
-        prompt = max(case.first_scored)
-        columns = max(len(s) - first for s, first in zip(case.sequences, case.first_scored, strict=True))
-        ids = np.zeros((len(case.sequences), prompt + columns), dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for row, (sequence, first) in enumerate(zip(case.sequences, case.first_scored, strict=True)):
-            place = slice(prompt - first, prompt - first + len(sequence))
-            ids[row, place], mask[row, place] = sequence, 1
-        return cls(torch.as_tensor(ids, device=device), torch.as_tensor(mask, device=device), columns)
+        ids, mask = side_by_side(case.sequences, case.first_scored, pad=0)
+        return cls(ids.to(device), mask.to(device), ids.shape[1] - max(case.first_scored))
 
     @property
     def shape(self) -> Padded:
@@ -73,8 +68,8 @@ class Sample:
     """What a case took, forward and backward."""
 
     name: str
-    tree_parts: Parts
-    dense_parts: Parts
+    tree_work: Work
+    dense_work: Work
     tree_seconds: float
     dense_seconds: float
 
@@ -142,8 +137,8 @@ def calibrate(
         taken = _once(benches)
         progress(f"round {number} of {_ROUNDS}, up to {tokens} dense tokens: {taken:.1f} s")
     found = [bench.sample() for bench in benches]
-    tree, tree_error = _fitted([s.tree_parts for s in found], [s.tree_seconds for s in found])
-    flat, flat_error = _fitted([s.dense_parts for s in found], [s.dense_seconds for s in found])
+    tree, tree_error = _fitted([s.tree_work for s in found], [s.tree_seconds for s in found])
+    flat, flat_error = _fitted([s.dense_work for s in found], [s.dense_seconds for s in found])
     with forward():
         about = describe(model)
     return Calibration(tree, flat, dense_path, max(tree_error, flat_error), about), found
@@ -213,8 +208,8 @@ class Bench:
         """The fastest run of each: what else the machine does only ever adds."""
         tree_seconds, dense_seconds = (min(times) for times in zip(*self.taken, strict=True))
         cost, batch = model_cost(self.model), self._prepared()
-        tree_parts = cost.parts(batch.tree.tree_tokens, batch.tree.depth, len(batch.edges.rows))
-        return Sample(self.case.name, tree_parts, cost.padded_parts(self.rows.shape), tree_seconds, dense_seconds)
+        tree_work = cost.work(batch.tree.tree_tokens, batch.tree.depth, len(batch.edges.rows))
+        return Sample(self.case.name, tree_work, cost.padded_work(self.rows.shape), tree_seconds, dense_seconds)
 
     def _prepared(self) -> PreparedBatch:
         return prepare_batch(self.model, self.case.sequences, self.case.first_scored, _CONFIG)
@@ -246,7 +241,7 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _fitted(parts: list[Parts], seconds: list[float]) -> tuple[Speed, float]:
-    """(speed, largest relative error)."""
-    speed = Speed.fit(parts, seconds)
-    return speed, max(abs(speed.seconds(p) / s - 1) for p, s in zip(parts, seconds, strict=True))
+def _fitted(work: list[Work], seconds: list[float]) -> tuple[SecondsPerFlop, float]:
+    """(rates, largest relative error)."""
+    rates = SecondsPerFlop.fit(work, seconds)
+    return rates, max(abs(rates.seconds(w) / s - 1) for w, s in zip(work, seconds, strict=True))

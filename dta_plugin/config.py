@@ -52,7 +52,7 @@ class TreeConfig:
     max_tree_tokens_per_chunk: int | None = _option(
         None,
         "Most tree tokens whose activations are alive at once: the memory knob. None: from free memory. Larger trees "
-        "are streamed; with executor=packed it is an error.",
+        "are streamed; where they cannot be, as with executor=packed, they run in one call, and the report says so.",
     )
     min_saving: float = _option(
         0.0,
@@ -100,7 +100,7 @@ class TreeConfig:
         "all",
         "Update on a random subset of completion tokens, weighted to have all tokens' loss and gradient on average "
         "(NAT): all (no subset), rpc (a prefix of every row; what is cut off is not computed), rpc-uniform or "
-        "rpc-two-point (other laws of cuts), urs (single tokens; saves only the LM head), urs-fixed (a fixed number).",
+        "rpc-two-point (other laws of cuts), or urs (single tokens; saves only the LM head).",
     )
     token_budget: float | None = _option(
         None, "Share of completion tokens that token_selection keeps on average, in (0, 1]. None: 0.5."
@@ -114,8 +114,8 @@ class TreeConfig:
     )
     token_sharing: str | None = _option(
         None,
-        "How rpc draws its cuts: row (each by itself), group (spread evenly over siblings, so that a group's gradient "
-        "varies less), or batch (one place for the micro-batch). None: group.",
+        "How rpc draws its cuts: row (each by itself), or group (spread evenly over siblings, so that a group's "
+        "gradient varies less). None: group.",
     )
     on_unsupported: str = _option(
         "error", "What to do where the tree would not be exact: error, or dense (run the dense path, say so once)."
@@ -135,11 +135,6 @@ class TreeConfig:
         if self.max_tree_tokens_per_chunk is not None and self.max_tree_tokens_per_chunk < 1:
             raise InvalidInputError(
                 f"max_tree_tokens_per_chunk={self.max_tree_tokens_per_chunk}. Expected None or at least 1."
-            )
-        if self.max_tree_tokens_per_chunk is not None and self.executor == "packed":
-            raise InvalidInputError(
-                f"max_tree_tokens_per_chunk={self.max_tree_tokens_per_chunk} with executor='packed', which runs every "
-                "tree in one call. Expected executor='auto' or 'streamed' with it."
             )
         if not isinstance(self.min_saving, (int, float)) or not 0.0 <= self.min_saving < 1.0:
             raise InvalidInputError(f"min_saving={self.min_saving!r}. Expected a share in [0, 1).")
@@ -180,7 +175,7 @@ class TreeConfig:
         names = ("budget", "min_prefix", "floor", "sharing")
         given = {name: value for name in names if (value := getattr(self, f"token_{name}")) is not None}
         scheme = self.token_selection
-        without_effect = {"all": names, "urs": ("sharing",), "urs-fixed": ("sharing",), "rpc-uniform": ("floor",)}
+        without_effect = {"all": names, "urs": ("sharing",), "rpc-uniform": ("floor",)}
         for name in without_effect.get(scheme, ()):
             if name in given:
                 raise InvalidInputError(

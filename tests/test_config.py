@@ -16,7 +16,7 @@ INVALID: dict[str, tuple[dict[str, object], str]] = {
     "balance_ranks": ({"balance_ranks": "auto"}, r"balance_ranks='auto'. Expected one of never, always"),
     "prune": ({"prune": "some"}, r"prune='some'. Expected one of auto, always, never"),
     "prune in YAML": ({"prune": False}, r"prune=False. Expected one of auto, always, never"),
-    "selection": ({"token_selection": "nat"}, r"token_selection='nat'. Expected all or one of urs, urs-fixed, rpc"),
+    "selection": ({"token_selection": "nat"}, r"token_selection='nat'. Expected all or one of urs, rpc"),
     "selection off": ({"token_selection": False}, r"token_selection=False. Expected all or one of urs"),
     "budget of all": (
         {"token_budget": 0.5},
@@ -28,10 +28,6 @@ INVALID: dict[str, tuple[dict[str, object], str]] = {
     "sharing of urs": (
         {"token_selection": "urs", "token_sharing": "row"},
         r"token_sharing='row' does nothing with token_selection='urs'. Leave it out, or choose .* \(rpc uses all",
-    ),
-    "sharing of urs-fixed": (
-        {"token_selection": "urs-fixed", "token_sharing": "group"},
-        r"token_sharing='group' does nothing with token_selection='urs-fixed'",
     ),
     "floor of uniform": (
         {"token_selection": "rpc-uniform", "token_floor": 0.1},
@@ -51,10 +47,6 @@ INVALID: dict[str, tuple[dict[str, object], str]] = {
     "sharing": ({"token_selection": "rpc", "token_sharing": "all"}, r"token_sharing='all'. Expected one of row, group"),
     "no tokens": ({"max_tree_tokens_per_chunk": 0}, r"max_tree_tokens_per_chunk=0. Expected None or at least 1"),
     "negative tokens": ({"max_tree_tokens_per_chunk": -5}, r"max_tree_tokens_per_chunk=-5"),
-    "tokens of packed": (
-        {"max_tree_tokens_per_chunk": 9, "executor": "packed"},
-        r"max_tree_tokens_per_chunk=9 with executor='packed'.*Expected executor='auto' or 'streamed'",
-    ),
     "saving 1": ({"min_saving": 1.0}, r"min_saving=1.0. Expected a share in \[0, 1\)"),
     "saving < 0": ({"min_saving": -0.1}, r"min_saving=-0.1"),
     "saving NaN": ({"min_saving": float("nan")}, r"min_saving=nan"),
@@ -109,12 +101,8 @@ def test_all_tokens_are_selected_unless_asked() -> None:
         ({"token_selection": "urs"}, TokenSelection(scheme="urs")),
         (
             {"token_selection": "rpc", "token_budget": 0.4, "token_min_prefix": 64, "token_floor": 0.2}
-            | {"token_sharing": "batch"},
-            TokenSelection(scheme="rpc", budget=0.4, min_prefix=64, floor=0.2, sharing="batch"),
-        ),
-        (
-            {"token_selection": "rpc-uniform", "token_sharing": "row"},
-            TokenSelection(scheme="rpc-uniform", sharing="row"),
+            | {"token_sharing": "row"},
+            TokenSelection(scheme="rpc", budget=0.4, min_prefix=64, floor=0.2, sharing="row"),
         ),
     ],
 )

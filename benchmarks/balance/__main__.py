@@ -29,14 +29,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.balance.contenders import Bins, contenders, loads
+from benchmarks.balance.contenders import Bins, contenders
 from benchmarks.balance.report import checks, draw, result_table, shown
 from benchmarks.balance.workloads import VOCAB, Batch, all_tasks, one_task, synthetic
 from benchmarks.common.harness import CLOCKS, environment, interleaved, write_json
 from benchmarks.common.workloads import ROLLOUTS
 from dta_plugin.balance import partition
 from dta_plugin.balance.bound import lower_bound
-from dta_plugin.balance.costs import TOKENS, TYPICAL, SequenceCosts
+from dta_plugin.balance.costs import TOKENS, TYPICAL, SequenceCosts, loads
 
 BINS, SMOKE_BINS = (2, 4, 8, 16, 32, 64), (2, 4)
 # Sequences, tokens of each, sequences per group, bins.
@@ -104,13 +104,13 @@ def _batches(args: argparse.Namespace) -> dict[str, Callable[[], Batch]]:
 
 def _measure(batch: Batch, counts: list[int]) -> list[dict[str, Any]]:
     """A row for every number of bins."""
-    costs = SequenceCosts.of(batch.sequences)
+    costs = SequenceCosts.from_sequences(batch.sequences)
     described = {
         "name": batch.name,
         "sequences": len(batch.sequences),
         "groups": batch.groups,
         "flat_tokens": sum(map(len, batch.sequences)),
-        "tree_tokens": int(SequenceCosts.of(batch.sequences, TOKENS).total),
+        "tree_tokens": int(SequenceCosts.from_sequences(batch.sequences, TOKENS).total),
         "cost": costs.total,
     }
     return [described | _dealt(batch, costs, bins) for bins in counts]

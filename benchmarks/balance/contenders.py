@@ -40,7 +40,7 @@ def contenders(rows: Rows, bins: int) -> dict[str, Callable[[], Bins]]:
 
 
 def contiguous(rows: Rows, bins: int) -> Bins:
-    costs = SequenceCosts.of(rows, TOKENS)
+    costs = SequenceCosts.from_sequences(rows, TOKENS)
     before = np.concatenate([[0.0], np.cumsum(costs.path - costs.shared)])
     is_leaf = np.append(costs.shared[1:] < costs.path[:-1], True)
     ends = np.concatenate([[0], np.flatnonzero(is_leaf) + 1])
@@ -82,10 +82,3 @@ def longest_first(rows: Rows, bins: int) -> Bins:
 def shuffled(rows: Rows, bins: int, seed: int) -> Bins:
     order = np.random.default_rng(seed).permutation(len(rows))
     return [part.tolist() for part in np.array_split(order, bins)]
-
-
-def loads(costs: SequenceCosts, bins: Bins) -> list[float]:
-    """What every bin's prefix tree costs; tests compare it with trees that are built."""
-    rank = np.empty(len(costs), dtype=np.int64)
-    rank[costs.order] = np.arange(len(costs))
-    return [costs.of_ranks(np.sort(rank[members])) for members in bins]

@@ -132,8 +132,8 @@ class Subject:
         speeds = self.calibration
         return {
             "name": case.name,
-            "tree": {"measured": tree, "predicted": speeds.tree.seconds(sample.tree_parts)},
-            "dense": {"measured": dense, "predicted": speeds.dense.seconds(sample.dense_parts)},
+            "tree": {"measured": tree, "predicted": speeds.tree.seconds(sample.tree_work)},
+            "dense": {"measured": dense, "predicted": speeds.dense.seconds(sample.dense_work)},
         }
 
     def gate(self, case: Case) -> dict[str, Any]:

@@ -25,8 +25,8 @@ def resolve_backend(backend: str, device: torch.device, dtype: torch.dtype, head
     if backend == "auto":
         if device.type == "cpu":
             return "cpu"
-        return "flex" if why_not_triton(device, dtype, head_dims) else "triton"
-    if backend == "triton" and (reason := why_not_triton(device, dtype, head_dims)):
+        return "flex" if triton_obstacle(device, dtype, head_dims) else "triton"
+    if backend == "triton" and (reason := triton_obstacle(device, dtype, head_dims)):
         raise InvalidInputError(f"backend='triton', but {reason}. Use backend='auto' there.")
     if backend == "cpu" and device.type != "cpu":
         raise InvalidInputError(f"backend='cpu' with tensors on {device}. Use backend='auto' there.")
@@ -43,7 +43,7 @@ def serving_backend(backend: str, kind: Kind) -> str:
     return trusted_backend(backend, kind) if resolved == "triton" else resolved
 
 
-def why_not_triton(device: torch.device, dtype: torch.dtype, head_dims: tuple[int, ...]) -> str | None:
+def triton_obstacle(device: torch.device, dtype: torch.dtype, head_dims: tuple[int, ...]) -> str | None:
     """What keeps the Triton kernels from serving such inputs, or None."""
     if device.type != "cuda" or torch.version.hip:
         return f"the tensors are on {device} and the kernels need an NVIDIA GPU"
@@ -97,7 +97,7 @@ def tree_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     _check_shapes(q, k, v, mask, sinks)
     _check_values(q, k, v, mask, scale, window, softcap, sinks)
-    kind = Kind.of(q, k, v, window, softcap, sinks)
+    kind = Kind.from_call(q, k, v, window, softcap, sinks)
     backend = mask.cached(("backend", mask.backend, kind), lambda: serving_backend(mask.backend, kind))
     if mask.place.first and backend not in ("cpu", "triton"):
         raise InvalidInputError(

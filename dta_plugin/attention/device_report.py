@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dta_plugin.attention.api import tree_attention, why_not_triton
+from dta_plugin.attention.api import tree_attention, triton_obstacle
 from dta_plugin.attention.mask import TreeMask
 from dta_plugin.attention.self_check import Kind, Outcome, device_name, self_check
 from dta_plugin.tree.layout import TreeLayout
@@ -73,13 +73,13 @@ def device_report(device: torch.device, seconds: float = 5.0) -> dict[str, Any]:
 
 def obstacle(device: torch.device) -> str | None:
     """Why the kernels cannot serve the device, or None."""
-    return why_not_triton(device, _DTYPES[0], (_HEAD_DIM, _HEAD_DIM))
+    return triton_obstacle(device, _DTYPES[0], (_HEAD_DIM, _HEAD_DIM))
 
 
 def checks(device: torch.device) -> list[Outcome]:
     """Of the kernels, for every dtype that they serve; none where they do not serve the device."""
     dims = (_HEAD_DIM, _HEAD_DIM)
-    served = [dtype for dtype in _DTYPES if why_not_triton(device, dtype, dims) is None]
+    served = [dtype for dtype in _DTYPES if triton_obstacle(device, dtype, dims) is None]
     return [self_check(Kind(device, dtype, dims, _GROUPS)) for dtype in served]
 
 

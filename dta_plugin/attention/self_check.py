@@ -57,7 +57,7 @@ class Kind:
     sinks: bool = False
 
     @classmethod
-    def of(
+    def from_call(
         cls,
         q: torch.Tensor,
         k: torch.Tensor,

@@ -19,7 +19,8 @@ from dta_plugin.attention.mask import TreeMask
 from dta_plugin.attention.precision import allows_tf32
 from dta_plugin.attention.tiles import KeyWork, Visits, key_work, on_device, tile_pairs, visits
 from dta_plugin.attention.triton_bwd import delta_kernel, key_gradient_kernel, query_gradient_kernel, reduce_kernel
-from dta_plugin.attention.triton_fwd import WIDEST, forward_kernel
+from dta_plugin.attention.triton_fwd import forward_kernel
+from dta_plugin.attention.triton_parts import WIDEST, Matrix, block
 from dta_plugin.attention.triton_table import Launch, Launches, launches
 
 _DELTA_TILE = 32
@@ -59,10 +60,8 @@ class TritonKernels:
         visits = self._by_query(launch, q.shape[2])
         with _on(q.device):
             forward_kernel[(q.shape[1], len(visits.order), _shares(v))](
-                q, k, v, out, lse, sinks, *self._tree(), visits.order, visits.start, visits.masked, visits.column,
-                *_strides(q, k, v, out), *self._scalars(q, k),
-                HAS_SINKS=sinks is not None, **self._constants(q, k, v), **_options(launch),
-            )  # fmt: skip
+                *_matrices(q, k, v, out), lse, sinks, **self._arguments(launch, q, k), **_by_row(visits)
+            )
         return out, lse
 
     def backward(
@@ -80,9 +79,8 @@ class TritonKernels:
         delta = torch.empty_like(lse)
         with _on(q.device):
             delta_kernel[(q.shape[1], _tiles(q.shape[2], _DELTA_TILE))](
-                out, grad, delta, *_strides(out, grad), q.shape[2],
-                DV=v.shape[3], BLOCK_DV=_block(v), TILE=_DELTA_TILE,
-            )  # fmt: skip
+                *_matrices(out, grad), delta, q.shape[2], TILE=_DELTA_TILE
+            )
             for launch, keys, values in self._launches(q, v).key_passes():
                 self._add_key_gradients(launch, grad, q, k, v, lse, delta, grad_k, grad_v, keys=keys, values=values)
             return self._query_gradient(grad, q, k, v, lse, delta)
@@ -101,10 +99,8 @@ class TritonKernels:
         visits = self._by_query(launch, q.shape[2])
         tiles = _described(k, v, launch.key_tile) if launch.described and _can_describe(k, v) else (None, None)
         query_gradient_kernel[(q.shape[1], len(visits.order), _shares(q))](
-            q, k, v, *tiles, grad, grad_q, lse, delta, *self._tree(),
-            visits.order, visits.start, visits.masked, visits.column,
-            *_strides(q, k, v, grad, grad_q), *self._scalars(q, k), **self._constants(q, k, v), **_options(launch),
-        )  # fmt: skip
+            *_matrices(q, k, v, grad, grad_q), *tiles, lse, delta, **self._arguments(launch, q, k), **_by_row(visits)
+        )
         return grad_q
 
     def _add_key_gradients(
@@ -126,20 +122,19 @@ class TritonKernels:
         heads = k.shape[1]
         visits, work = self._by_key(launch, q, k)
         part_k, part_v = (
-            x.new_empty(work.slots * is_wanted, heads, launch.key_tile, x.shape[3], dtype=torch.float32)
+            x.new_empty(1, work.slots * heads * is_wanted, launch.key_tile, x.shape[3], dtype=torch.float32)
             for x, is_wanted in ((k, keys), (v, values))
         )
         key_gradient_kernel[(heads, len(work.tile), _shares(k if keys else v))](
-            q, k, v, grad, grad_k, grad_v, part_k, part_v, lse, delta, *self._tree(),
+            *_matrices(q, k, v, grad, grad_k, grad_v), Matrix.from_tiles(part_k), Matrix.from_tiles(part_v), lse, delta,
             work.tile, work.begin, work.end, work.slot, visits.start, visits.masked, visits.column,
-            *_strides(q, k, v, grad, grad_k, grad_v), *self._scalars(q, k),
-            KEYS=keys, VALUES=values, **self._constants(q, k, v), **_options(launch),
+            KEYS=keys, VALUES=values, **self._arguments(launch, q, k),
         )  # fmt: skip
         if work.slots:
             for part, total in ((part_k, grad_k),) * keys + ((part_v, grad_v),) * values:
-                reduce_kernel[(heads, len(work.split_tile))](
-                    part, total, work.split_tile, work.split_start, *_strides(total), k.shape[2],
-                    WIDTH=total.shape[3], BLOCK=_block(total), KEY_TILE=launch.key_tile, num_warps=8,
+                reduce_kernel[(heads, len(work.split_tile), _shares(total))](
+                    Matrix.from_tiles(part), Matrix.from_tensor(total), work.split_tile, work.split_start, k.shape[2],
+                    KEY_TILE=launch.key_tile, num_warps=8,
                 )  # fmt: skip
 
     def _launches(self, q: torch.Tensor, v: torch.Tensor) -> Launches:
@@ -175,20 +170,24 @@ class TritonKernels:
 
         return self.mask.cached(("triton by key", self.window, q.shape[2], heads, groups, *tiles), build)
 
-    def _scalars(self, q: torch.Tensor, k: torch.Tensor) -> tuple[int, int, int, float, float, int]:
-        first_query = k.shape[2] - q.shape[2]
-        return q.shape[2], k.shape[2], first_query, float(self.scale), float(self.softcap or 1), self.window or 0
-
-    def _constants(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, object]:
+    def _arguments(self, launch: Launch, q: torch.Tensor, k: torch.Tensor) -> dict[str, object]:
+        """What all kernels that compute scores take."""
+        exit, depth = self._tree()
         return {
+            "Exit": exit,
+            "Depth": depth,
+            "queries": q.shape[2],
+            "keys": k.shape[2],
+            "first_query": k.shape[2] - q.shape[2],
+            "scale": float(self.scale),
+            "softcap": None if self.softcap is None else float(self.softcap),
+            "window": self.window,
             "GROUPS": q.shape[1] // k.shape[1],
-            "D": q.shape[3],
-            "BLOCK_D": _block(q),
-            "DV": v.shape[3],
-            "BLOCK_DV": _block(v),
-            "HAS_SOFTCAP": self.softcap is not None,
-            "HAS_WINDOW": self.window is not None,
+            "QUERY_TILE": launch.query_tile,
+            "KEY_TILE": launch.key_tile,
             "PRECISION": "tf32" if q.dtype == torch.float32 and allows_tf32() else "ieee",
+            "num_warps": launch.warps,
+            "num_stages": launch.stages,
         }
 
 
@@ -208,18 +207,13 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-def _block(x: torch.Tensor) -> int:
-    """Columns that a tile of x has: matrix units want a power of 2, at least 16."""
-    return max(16, 1 << (x.shape[3] - 1).bit_length())
-
-
 def _tiles(rows: int, tile: int) -> int:
     return -(-rows // tile)
 
 
 def _shares(x: torch.Tensor) -> int:
     """Programs among which the columns of an output like x are shared out."""
-    return max(1, _block(x) // WIDEST.value)
+    return max(1, block(x) // WIDEST)
 
 
 def _can_describe(*inputs: torch.Tensor) -> bool:
@@ -229,7 +223,7 @@ def _can_describe(*inputs: torch.Tensor) -> bool:
 
 def _described(k: torch.Tensor, v: torch.Tensor, key_tile: int) -> tuple[TensorDescriptor, ...]:
     """k and v as descriptors [H, T, D] that are read in tiles of `key_tile` keys."""
-    return tuple(TensorDescriptor.from_tensor(x[0], [1, key_tile, _block(x)]) for x in (k, v))
+    return tuple(TensorDescriptor.from_tensor(x[0], [1, key_tile, block(x)]) for x in (k, v))
 
 
 def _token_major(x: torch.Tensor, width: int) -> torch.Tensor:
@@ -237,15 +231,9 @@ def _token_major(x: torch.Tensor, width: int) -> torch.Tensor:
     return x.new_empty(1, x.shape[2], x.shape[1], width).transpose(1, 2)
 
 
-def _strides(*tensors: torch.Tensor) -> tuple[int, ...]:
-    """Of each [1, H, T, D] the strides of heads and tokens."""
-    return tuple(stride for x in tensors for stride in (x.stride(1), x.stride(2)))
+def _matrices(*tensors: torch.Tensor) -> tuple[Matrix, ...]:
+    return tuple(map(Matrix.from_tensor, tensors))
 
 
-def _options(launch: Launch) -> dict[str, int]:
-    return {
-        "QUERY_TILE": launch.query_tile,
-        "KEY_TILE": launch.key_tile,
-        "num_warps": launch.warps,
-        "num_stages": launch.stages,
-    }
+def _by_row(visits: Visits) -> dict[str, torch.Tensor]:
+    return {"Order": visits.order, "Start": visits.start, "Masked": visits.masked, "Column": visits.column}

@@ -17,9 +17,9 @@ _PRECISION, _ROUNDING = 1e-4, 1e-9
 
 def lower_bound(costs: SequenceCosts, bins: int) -> float:
     """No partition into `bins` bins has a costliest bin below it."""
-    own = costs.without_every_bin()
-    begin, end, below = own.nodes()
-    below[below <= _ROUNDING * own.total] = 0.0
+    variable = costs.without_fixed_cost()
+    begin, end, below = variable.nodes()
+    below[below <= _ROUNDING * variable.total] = 0.0
 
     def suffices(load: float) -> bool:
         held = np.ones(len(end))
@@ -28,10 +28,10 @@ def lower_bound(costs: SequenceCosts, bins: int) -> float:
         together = float(((end - begin) * at_least).sum())
         return at_least.max() <= bins and together <= bins * load * (1 + _ROUNDING)
 
-    low, high = max(own.total / bins, float(own.path.max())), own.total
+    low, high = max(variable.total / bins, float(variable.path.max())), variable.total
     if suffices(low):
-        return costs.every_bin + low
+        return costs.fixed_cost + low
     while high > low * (1 + _PRECISION):
         middle = (low + high) / 2
         low, high = (low, middle) if suffices(middle) else (middle, high)
-    return costs.every_bin + low
+    return costs.fixed_cost + low

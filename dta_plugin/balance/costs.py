@@ -25,7 +25,7 @@ TOKENS = ModelCost(per_token=1.0, per_pair=0.0, per_scored=0.0)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Run:
-    """Neighbours in depth-first order: ranks [start, stop)."""
+    """Neighbours in depth-first order: places [start, stop)."""
 
     start: int
     stop: int
@@ -36,17 +36,17 @@ class Run:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SequenceCosts:
-    """Costs of sequences by rank, their place in depth-first order. S = sequences; costs are float64.
+    """Costs of sequences by their place in depth-first order. S = sequences; costs are float64.
 
-    order: int64 [S] sequence of each rank. path: [S] cost of each sequence alone. shared: [S] what it shares with the
-    rank before, 0 where a new tree begins. per_call: cost of a bin that is not empty, whatever it holds.
+    order: int64 [S] sequence of each place. path: [S] cost of each sequence alone. shared: [S] what it shares with the
+    place before, 0 where a new tree begins. per_call: cost of a bin that is not empty, whatever it holds.
     """
 
     order: np.ndarray
     path: np.ndarray
     shared: np.ndarray
     per_call: float = 0.0
-    _before: np.ndarray = field(init=False)  # [S + 1] cost of the ranks before, each without what it shares
+    _before: np.ndarray = field(init=False)  # [S + 1] cost of the places before, each without what it shares
     _least: np.ndarray = field(init=False)  # [levels, S] least of the 2 ** level entries of `shared` that begin there
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ class SequenceCosts:
         object.__setattr__(self, "_least", np.stack(levels))
 
     @classmethod
-    def of(
+    def from_sequences(
         cls, sequences: Sequence[TokenSequence], model: ModelCost = TYPICAL, first_scored: Sequence[int] | None = None
     ) -> SequenceCosts:
         """model: FLOPs, or seconds, of a model's parts. first_scored: per sequence, where its completion begins.
@@ -85,25 +85,25 @@ class SequenceCosts:
         return len(self.order)
 
     @property
-    def trunk(self) -> float:
+    def common_prefix(self) -> float:
         """Cost of what all sequences share: a system prompt, a chat template's first tokens."""
         return float(self.shared[1:].min()) if len(self) > 1 else 0.0
 
     @property
-    def every_bin(self) -> float:
-        """What every bin pays that is not empty, whatever it gets: a model call and the trunk."""
-        return self.per_call + self.trunk
+    def fixed_cost(self) -> float:
+        """What every bin pays that is not empty, whatever it gets: a model call and the common prefix."""
+        return self.per_call + self.common_prefix
 
-    def without_every_bin(self) -> SequenceCosts:
+    def without_fixed_cost(self) -> SequenceCosts:
         """The same sequences without that: what balancing can change."""
-        shared = self.shared - self.trunk
+        shared = self.shared - self.common_prefix
         shared[0] = 0.0
-        return SequenceCosts(self.order, self.path - self.trunk, shared)
+        return SequenceCosts(self.order, self.path - self.common_prefix, shared)
 
-    def subset(self, ranks: np.ndarray) -> SequenceCosts:
-        """Some of the sequences. ranks: int64 [R], ascending, at least one."""
-        shared = np.append(0.0, self.overlap(ranks[:-1] + 1, ranks[1:]))
-        return SequenceCosts(self.order[ranks], self.path[ranks], shared, self.per_call)
+    def subset(self, places: np.ndarray) -> SequenceCosts:
+        """Some of the sequences. places: int64 [R], ascending, at least one."""
+        shared = np.append(0.0, self.overlap(places[:-1] + 1, places[1:]))
+        return SequenceCosts(self.order[places], self.path[places], shared, self.per_call)
 
     @property
     def total(self) -> float:
@@ -133,11 +133,11 @@ class SequenceCosts:
     def of_run(self, run: Run) -> float:
         return self.per_call + float(self._before[run.stop] - self._before[run.start] + self.shared[run.start])
 
-    def of_ranks(self, ranks: np.ndarray) -> float:
-        """Cost of a bin with these sequences; of none: 0. ranks: int64 [R], ascending."""
-        if not len(ranks):
+    def of_places(self, places: np.ndarray) -> float:
+        """Cost of a bin with these sequences; of none: 0. places: int64 [R], ascending."""
+        if not len(places):
             return 0.0
-        return self.per_call + float(self.path[ranks].sum() - self.overlap(ranks[:-1] + 1, ranks[1:]).sum())
+        return self.per_call + float(self.path[places].sum() - self.overlap(places[:-1] + 1, places[1:]).sum())
 
     def longest_within(self, run: Run, budget: float) -> Run:
         """The run's first part that costs at most `budget`, cut where little is shared; empty if one is too much."""
@@ -155,9 +155,9 @@ class SequenceCosts:
 
 def loads(costs: SequenceCosts, bins: Iterable[Sequence[int]]) -> list[float]:
     """Cost of each bin of sequences as one tree."""
-    rank = np.empty(len(costs), dtype=np.int64)
-    rank[costs.order] = np.arange(len(costs))
-    return [costs.of_ranks(np.sort(rank[list(rows)])) for rows in bins]
+    place = np.empty(len(costs), dtype=np.int64)
+    place[costs.order] = np.arange(len(costs))
+    return [costs.of_places(np.sort(place[list(rows)])) for rows in bins]
 
 
 def subtrees(shared: list[float], count: int) -> set[tuple[int, int]]:

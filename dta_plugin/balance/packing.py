@@ -8,7 +8,7 @@ import numpy as np
 
 from dta_plugin.balance.costs import TOKENS, Run, SequenceCosts
 from dta_plugin.balance.partition import Partition, check_enough
-from dta_plugin.balance.starts import Bins, packed, ranks_of, without_empty
+from dta_plugin.balance.starts import BinRuns, packed, places_of, without_empty
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.tree.cost import ModelCost
 from dta_plugin.tree.trie import TokenSequence
@@ -35,22 +35,22 @@ def pack(
     if capacity <= 0:
         raise InvalidInputError(f"Got capacity={capacity}. Expected a positive cost, in tree tokens by default.")
     check_enough(len(sequences), at_least)
-    costs = SequenceCosts.of(sequences, model, first_scored)
-    own = costs.without_every_bin()
-    room = capacity - costs.every_bin
-    fits = own.path <= room
+    costs = SequenceCosts.from_sequences(sequences, model, first_scored)
+    variable = costs.without_fixed_cost()
+    room = capacity - costs.fixed_cost
+    fits = variable.path <= room
     large, small = np.flatnonzero(~fits), np.flatnonzero(fits)
     filled = [large[i : i + 1] for i in range(len(large))]
     if len(small):
-        filled += [small[places] for places in ranks_of(_in_few(own.subset(small), room))]
+        filled += [small[places] for places in places_of(_in_few(variable.subset(small), room))]
     empty = [large[:0]] * (at_least - len(filled))
-    return Partition.of(costs, without_empty(own, filled + empty))
+    return Partition.from_assignment(costs, without_empty(variable, filled + empty))
 
 
-def _in_few(costs: SequenceCosts, capacity: float) -> Bins:
+def _in_few(costs: SequenceCosts, capacity: float) -> BinRuns:
     """In as few bins as `packed` manages with, by bisection."""
     low, high = 0, len(costs)
-    best: Bins = [[Run(rank, rank + 1)] for rank in range(len(costs))]
+    best: BinRuns = [[Run(place, place + 1)] for place in range(len(costs))]
     while high - low > 1:
         middle = (low + high) // 2
         found = packed(costs, middle, capacity)

@@ -13,15 +13,11 @@ from typing import Any, Literal
 
 from dta_plugin.balance.bound import lower_bound
 from dta_plugin.balance.costs import TYPICAL, SequenceCosts
-from dta_plugin.balance.search import searched
-from dta_plugin.balance.starts import Ranks, free_starts, sized_starts, whole_starts, without_empty
+from dta_plugin.balance.search import local_search
+from dta_plugin.balance.starts import Assignment, free_starts, sized_starts, whole_starts, without_empty
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.tree.cost import ModelCost
 from dta_plugin.tree.trie import TokenSequence
-
-Effort = Literal["fast", "thorough"]
-# Times that the search is shaken; see `searched`.
-_SHAKES: dict[Effort, int] = {"fast": 10, "thorough": 100}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,11 +34,12 @@ class Partition:
     repeated: float
 
     @classmethod
-    def of(cls, costs: SequenceCosts, filled: Ranks) -> Partition:
-        loads = [costs.of_ranks(ranks) for ranks in filled]
-        calls = sum(costs.per_call for ranks in filled if len(ranks))
+    def from_assignment(cls, costs: SequenceCosts, filled: Assignment) -> Partition:
+        loads = [costs.of_places(places) for places in filled]
+        calls = sum(costs.per_call for places in filled if len(places))
         repeated = sum(loads) - calls - (costs.total - costs.per_call)
-        return cls([costs.order[ranks].tolist() for ranks in filled], loads, lower_bound(costs, len(filled)), repeated)
+        bins = [costs.order[places].tolist() for places in filled]
+        return cls(bins, loads, lower_bound(costs, len(filled)), repeated)
 
     @property
     def imbalance(self) -> float:
@@ -81,7 +78,6 @@ def partition(
     sizes: Sequence[int] | Literal["equal"] | None = None,
     allow_empty: bool = False,
     whole_trees: bool = False,
-    effort: Effort = "fast",
 ) -> Partition:
     """Deal `sequences` out to `bins` bins.
 
@@ -90,10 +86,9 @@ def partition(
         "equal", for frameworks that need equal counts; None: whatever balances, see `Partition.weights`.
     allow_empty: with sizes=None, bins stay empty where using them would lower nothing. whole_trees: with sizes given,
         trees are cut where counts need it, not where it pays; a tree is what shares more than all sequences do.
-    effort: "thorough" searches ten times as long, for up to 2 % where bins hold few trees or parts of one.
 
     Raises InvalidInputError for no sequences, fewer than one bin, fewer sequences than bins unless allow_empty, and
-    sizes, first_scored, whole_trees or effort that do not fit.
+    sizes, first_scored or whole_trees that do not fit.
     """
     if not len(sequences):
         raise InvalidInputError(
@@ -101,24 +96,21 @@ def partition(
         )
     if bins < 1:
         raise InvalidInputError(f"Got bins={bins}. Expected at least 1.")
-    if effort not in _SHAKES:
-        raise InvalidInputError(f"Got effort={effort!r}. Expected one of {', '.join(map(repr, _SHAKES))}.")
     counts = _counts(len(sequences), bins, sizes)
     if whole_trees and counts is None:
         raise InvalidInputError("Got whole_trees=True with sizes=None. Expected sizes, such as 'equal'.")
     if counts is None and not allow_empty:
         check_enough(len(sequences), bins)
-    costs = SequenceCosts.of(sequences, model, first_scored)
-    own = costs.without_every_bin()
+    costs = SequenceCosts.from_sequences(sequences, model, first_scored)
+    variable = costs.without_fixed_cost()
     if counts is not None:
-        starts = whole_starts(own, counts) if whole_trees else sized_starts(own, counts)
+        starts = whole_starts(variable, counts) if whole_trees else sized_starts(variable, counts)
     elif allow_empty:
-        starts = free_starts(own, bins)
+        starts = free_starts(variable, bins)
     else:
-        starts = [without_empty(own, filled) for filled in free_starts(own, bins)]
-    enough = lower_bound(own, bins)
-    filled = searched(own, starts, counts is not None, _SHAKES[effort], enough, whole=whole_trees)
-    return Partition.of(costs, filled)
+        starts = [without_empty(variable, filled) for filled in free_starts(variable, bins)]
+    found = local_search(variable, starts, swaps_only=counts is not None, whole=whole_trees)
+    return Partition.from_assignment(costs, found)
 
 
 def partition_each(

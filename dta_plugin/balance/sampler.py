@@ -61,8 +61,8 @@ class SiblingSampler(Sampler[int]):
         self.batch_size, self.world_size = batch_size, world_size
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
         self.epoch = 0
-        self._costs = SequenceCosts.of(sequences, model)
-        self._families = _families(self._costs.without_every_bin(), batch_size, least_shared)
+        self._costs = SequenceCosts.from_sequences(sequences, model)
+        self._families = _sibling_runs(self._costs.without_fixed_cost(), batch_size, least_shared)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the next iteration."""
@@ -78,14 +78,14 @@ class SiblingSampler(Sampler[int]):
                 yield from self._costs.order[run.start : run.stop].tolist()
 
     def batches(self) -> list[list[Run]]:
-        """The epoch's batches, in order, as runs of depth-first ranks."""
+        """The epoch's batches, in order, as runs of depth-first order."""
         generator = np.random.default_rng((self.seed, self.epoch)) if self.shuffle else None
-        batches = _dealt(self._families, self.batch_size, generator)
+        batches = _dealt_to_batches(self._families, self.batch_size, generator)
         last = [] if sum(map(len, batches[-1])) == self.batch_size else [batches.pop()]
         return self._in_turns(batches, generator) + ([] if self.drop_last else last)
 
     def _cost_of(self, batch: list[Run]) -> float:
-        return self._costs.of_ranks(np.concatenate([np.arange(run.start, run.stop) for run in batch]))
+        return self._costs.of_places(np.concatenate([np.arange(run.start, run.stop) for run in batch]))
 
     def _in_turns(self, batches: list[list[Run]], generator: np.random.Generator | None) -> list[list[Run]]:
         """Full batches such that each turn of `world_size` ones costs alike; turns in random order, short one last."""
@@ -101,7 +101,7 @@ class SiblingSampler(Sampler[int]):
         return [batch for turn in [*(turns[i] for i in order), *short] for batch in turn]
 
 
-def _families(costs: SequenceCosts, most: int, least_shared: float) -> list[Run]:
+def _sibling_runs(costs: SequenceCosts, most: int, least_shared: float) -> list[Run]:
     """Runs of siblings, of at most `most` sequences each."""
     cheaper = np.minimum(costs.path[1:], costs.path[:-1])
     parts = (costs.shared[1:] < least_shared * cheaper) | (costs.shared[1:] <= 0)
@@ -117,7 +117,7 @@ def _families(costs: SequenceCosts, most: int, least_shared: float) -> list[Run]
     return families
 
 
-def _dealt(families: list[Run], batch_size: int, generator: np.random.Generator | None) -> list[list[Run]]:
+def _dealt_to_batches(families: list[Run], batch_size: int, generator: np.random.Generator | None) -> list[list[Run]]:
     """Families in batches of exactly `batch_size`, the last one perhaps smaller; each takes the largest that fits."""
     order = range(len(families)) if generator is None else generator.permutation(len(families))
     waiting: list[list[Run]] = [[] for _ in range(batch_size + 1)]  # by size

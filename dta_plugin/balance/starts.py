@@ -1,15 +1,13 @@
 """Ways to deal sequences out at one go; `search` improves on them.
 
-With free sizes the smallest capacity at which everything fits is found by bisection (MULTIFIT; Coffman, Garey and
-Johnson 1978, doi:10.1137/0207001), for two ways to fill bins up to a capacity: whole trees first and what does not fit
-cut to fill the gaps, and depth-first order cut where a bin is full. A third way, also with given sizes: largest tree
-first into the cheapest bin with room (LPT; Graham 1969, doi:10.1137/0117039). With given sizes also depth-first order,
-cut by count.
+Depth-first order cut by count. Largest tree first into the cheapest bin with room (LPT; Graham 1969,
+doi:10.1137/0117039). With free sizes also the smallest capacity, found by bisection (MULTIFIT; Coffman, Garey and
+Johnson 1978, doi:10.1137/0207001), within which whole trees go first and others are cut to fill the gaps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -19,24 +17,25 @@ from dta_plugin.balance.costs import Run, SequenceCosts
 # Bisection ends where the capacity is known this well.
 _PRECISION = 1e-3
 
-Bins = list[list[Run]]
-Ranks = list[np.ndarray]  # per bin int64 [R], ascending
+BinRuns = list[list[Run]]  # per bin
+Assignment = list[np.ndarray]  # per bin int64 [R], ascending
 
 
-def free_starts(costs: SequenceCosts, bins: int) -> list[Ranks]:
+def free_starts(costs: SequenceCosts, bins: int) -> list[Assignment]:
     """Several ways, all with any number of sequences per bin."""
-    within_capacity = [_least_capacity(costs, bins, fill) for fill in (packed, _contiguous)]
     any_count = [len(costs)] * bins
-    return [ranks_of(filled) for filled in (*within_capacity, _largest_first(costs, any_count))]
+    in_order = np.array_split(np.arange(len(costs)), bins)
+    return [places_of(_least_capacity(costs, bins)), places_of(_largest_first(costs, any_count)), in_order]
 
 
-def sized_starts(costs: SequenceCosts, sizes: Sequence[int]) -> list[Ranks]:
+def sized_starts(costs: SequenceCosts, sizes: Sequence[int]) -> list[Assignment]:
     """Several ways, all with `sizes` sequences in the bins."""
-    in_order = np.split(np.arange(len(costs)), np.cumsum(sizes)[:-1])
-    return [ranks_of(_largest_first(costs, sizes)), in_order]
+    smallest_first = np.argsort(sizes, kind="stable")
+    orders = (smallest_first, smallest_first[::-1]) if min(sizes) < max(sizes) else (smallest_first,)
+    return [places_of(_largest_first(costs, sizes)), *(_in_order(costs, sizes, order) for order in orders)]
 
 
-def whole_starts(costs: SequenceCosts, sizes: Sequence[int]) -> list[Ranks]:
+def whole_starts(costs: SequenceCosts, sizes: Sequence[int]) -> list[Assignment]:
     """With `sizes` sequences in the bins and as few trees cut as any way here needs."""
     trees = costs.trees
     exact = [
@@ -45,7 +44,7 @@ def whole_starts(costs: SequenceCosts, sizes: Sequence[int]) -> list[Ranks]:
     ]
     ways = [_largest_first(costs, sizes), _largest_first(costs, sizes, by_count=True), exact]
     pieces = [sum(map(len, filled)) for filled in ways]
-    return [ranks_of(filled) for filled, count in zip(ways, pieces, strict=True) if count == min(pieces)]
+    return [places_of(filled) for filled, count in zip(ways, pieces, strict=True) if count == min(pieces)]
 
 
 def filled_in_order(counts: Sequence[int], sizes: Sequence[int]) -> list[list[tuple[int, int, int]]]:
@@ -84,16 +83,16 @@ def _first_that_fill(counts: Sequence[int], size: int) -> list[int]:
     return chosen
 
 
-def _least_capacity(costs: SequenceCosts, bins: int, fill: Callable[[SequenceCosts, int, float], Bins | None]) -> Bins:
-    """What `fill` does at the smallest capacity that suffices it."""
+def _least_capacity(costs: SequenceCosts, bins: int) -> BinRuns:
+    """What `packed` does at the smallest capacity that suffices it."""
     low = high = lower_bound(costs, bins)
-    best = fill(costs, bins, low)
+    best = packed(costs, bins, low)
     while best is None:
         low, high = high, 2 * high
-        best = fill(costs, bins, high)
+        best = packed(costs, bins, high)
     while high > low * (1 + _PRECISION):
         middle = (low + high) / 2
-        found = fill(costs, bins, middle)
+        found = packed(costs, bins, middle)
         if found is None:
             low = middle
         else:
@@ -101,9 +100,9 @@ def _least_capacity(costs: SequenceCosts, bins: int, fill: Callable[[SequenceCos
     return best
 
 
-def packed(costs: SequenceCosts, bins: int, capacity: float) -> Bins | None:
+def packed(costs: SequenceCosts, bins: int, capacity: float) -> BinRuns | None:
     """Everything within `capacity` per bin, or None if this way of packing does not manage."""
-    filled: Bins = [[] for _ in range(bins)]
+    filled: BinRuns = [[] for _ in range(bins)]
     room = np.full(bins, capacity)
 
     def put(run: Run, into: int) -> None:
@@ -129,20 +128,15 @@ def packed(costs: SequenceCosts, bins: int, capacity: float) -> Bins | None:
     return filled
 
 
-def _contiguous(costs: SequenceCosts, bins: int, capacity: float) -> Bins | None:
-    """Depth-first order in pieces of at most `capacity`."""
-    filled: Bins = [[] for _ in range(bins)]
-    rest = Run(0, len(costs))
-    for runs in filled:
-        part = costs.longest_within(rest, capacity) if len(rest) else rest
-        runs.append(part)
-        rest = Run(part.stop, rest.stop)
-    return None if len(rest) else filled
+def _in_order(costs: SequenceCosts, sizes: Sequence[int], order: np.ndarray) -> Assignment:
+    """Depth-first order cut into `sizes`, for the bins in `order`."""
+    parts = np.split(np.arange(len(costs)), np.asarray(sizes)[order].cumsum()[:-1])
+    return [parts[place] for place in order.argsort()]
 
 
-def _largest_first(costs: SequenceCosts, sizes: Sequence[int], by_count: bool = False) -> Bins:
+def _largest_first(costs: SequenceCosts, sizes: Sequence[int], by_count: bool = False) -> BinRuns:
     """The costliest tree first, or the one of most sequences, into the cheapest bin with room."""
-    filled: Bins = [[] for _ in sizes]
+    filled: BinRuns = [[] for _ in sizes]
     room, loads = np.array(sizes), np.zeros(len(sizes))
     largest = max(sizes)
     cuts = [(start, tree.stop) for tree in costs.trees for start in range(tree.start, tree.stop, largest)]
@@ -164,15 +158,15 @@ def _largest_first(costs: SequenceCosts, sizes: Sequence[int], by_count: bool = 
     return filled
 
 
-def ranks_of(bins: Bins) -> Ranks:
+def places_of(bins: BinRuns) -> Assignment:
     none = np.empty(0, dtype=np.int64)
     return [np.sort(np.concatenate([none, *(np.arange(run.start, run.stop) for run in runs)])) for runs in bins]
 
 
-def without_empty(costs: SequenceCosts, filled: Ranks) -> Ranks:
+def without_empty(costs: SequenceCosts, filled: Assignment) -> Assignment:
     """As many bins, none of them empty: others are cut where that repeats least. Needs as many sequences as bins."""
-    whole = [ranks for ranks in filled if len(ranks)]
-    before = [np.append(np.inf, costs.overlap(ranks[:-1] + 1, ranks[1:])) for ranks in whole]
+    whole = [places for places in filled if len(places)]
+    before = [np.append(np.inf, costs.overlap(places[:-1] + 1, places[1:])) for places in whole]
     repeated = np.concatenate(before)  # by a cut before each sequence; inf where a bin begins
     cuts = repeated.argsort(kind="stable")[: len(filled) - len(whole)]
     starts = np.concatenate([np.flatnonzero(np.isinf(repeated)), cuts])

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dta_plugin.calibrate import DensePath, Sample
     from dta_plugin.execution.calibration_store import Calibration
     from dta_plugin.tree.cost import ModelCost
-    from dta_plugin.tree.speed import Speed
+    from dta_plugin.tree.time_model import SecondsPerFlop
 
 _EPILOG = """\
 examples:
@@ -106,7 +106,7 @@ def _report(found: Calibration, samples: list[Sample], cost: ModelCost) -> Itera
     yield ""
     yield f"{'batch':<32}{'dense':>9}{'tree':>10}{'':>8}{'predicted':>20}"
     for s in samples:
-        dense, tree = found.dense.seconds(s.dense_parts), found.tree.seconds(s.tree_parts)
+        dense, tree = found.dense.seconds(s.dense_work), found.tree.seconds(s.tree_work)
         yield (
             f"{s.name:<32}{_ms(s.dense_seconds)}{_ms(s.tree_seconds)}{s.dense_seconds / s.tree_seconds:>7.2f}x"
             f"{_ms(dense)}{_ms(tree)}"
@@ -117,8 +117,8 @@ def _report(found: Calibration, samples: list[Sample], cost: ModelCost) -> Itera
     yield f"predictions are within {found.error:.0%} of what was measured"
 
 
-def _in_words(speed: Speed, cost: ModelCost) -> str:
-    seconds = cost.at(speed)
+def _in_words(rates: SecondsPerFlop, cost: ModelCost) -> str:
+    seconds = cost.in_seconds(rates)
     return (
         f"{seconds.per_call * 1e3:.2f} ms per call, {seconds.per_token * 1e6:.1f} us per token, "
         f"{seconds.per_pair * 1e9:.2f} ns per pair of tokens, {seconds.per_scored * 1e6:.1f} us per scored token"

@@ -27,7 +27,7 @@ _BY_HAND = "To describe a model by hand, pass mask_token_id=..., is_shifted=... 
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Known:
+class _KnownFamily:
     """What is known of a family beside its config; None: only the config or the caller can say it."""
 
     models: str
@@ -39,28 +39,30 @@ class _Known:
 
 
 # By model type, in lower case: Dream's is "Dream".
-_KNOWN: dict[str, _Known] = {
-    "llada": _Known(models="LLaDA-8B, LLaDA-1.5", mask_token_id=126336, pad_token_id=126081, end_of_turn_id=126348),
-    "illada": _Known(models="iLLaDA-8B", mask_token_id=5, pad_token_id=1),
-    "dream": _Known(
+_KNOWN: dict[str, _KnownFamily] = {
+    "llada": _KnownFamily(
+        models="LLaDA-8B, LLaDA-1.5", mask_token_id=126336, pad_token_id=126081, end_of_turn_id=126348
+    ),
+    "illada": _KnownFamily(models="iLLaDA-8B", mask_token_id=5, pad_token_id=1),
+    "dream": _KnownFamily(
         models="Dream-7B, Dream-Coder-7B, DiffuCoder-7B",
         mask_token_id=151666,
         pad_token_id=151643,
         end_of_turn_id=151645,
         is_shifted=True,
     ),
-    "sdar": _Known(
+    "sdar": _KnownFamily(
         models="SDAR 1.7B to 8B, TraDo",
         mask_token_id=151669,
         pad_token_id=151643,
         end_of_turn_id=151645,
         is_block_causal=True,
     ),
-    "a2d-qwen3": _Known(
+    "a2d-qwen3": _KnownFamily(
         models="dllm-hub/Qwen3-*-diffusion-*", mask_token_id=151669, pad_token_id=151643, end_of_turn_id=151645
     ),
-    "a2d-qwen2": _Known(models="Qwen2.5 converted by dllm", pad_token_id=151643, end_of_turn_id=151645),
-    "a2d-llama": _Known(models="Llama converted by dllm"),
+    "a2d-qwen2": _KnownFamily(models="Qwen2.5 converted by dllm", pad_token_id=151643, end_of_turn_id=151645),
+    "a2d-llama": _KnownFamily(models="Llama converted by dllm"),
 }
 
 
@@ -85,13 +87,13 @@ def family_of(
     if "diffusion" in entries:
         return _native_family(config, mask_token_id, is_shifted, block_length)
     kind = str(entries.get("model_type") or "").lower()
-    _refuse_other_canvas(kind)
+    _refuse_diffusion_gemma(kind)
     known = _KNOWN.get(kind)
     if known is None or is_mixture(entries):
         if mask_token_id is None or is_shifted is None:
-            raise _unknown(entries)
-        known = _Known(models="described by hand", is_shifted=is_shifted)
-    mask = _first(mask_token_id, entries.get("mask_token_id"), known.mask_token_id)
+            raise _unknown_family(entries)
+        known = _KnownFamily(models="described by hand", is_shifted=is_shifted)
+    mask = _first_given(mask_token_id, entries.get("mask_token_id"), known.mask_token_id)
     rows = vocabulary(entries)
     if mask is None or (rows is not None and mask >= rows):
         raise InvalidInputError(
@@ -101,8 +103,8 @@ def family_of(
     return DiffusionFamily(
         name=kind or "by hand",
         mask_token_id=mask,
-        pad_token_id=_first(entries.get("pad_token_id"), _inside(known.pad_token_id, rows)),
-        eos_token_ids=_ends(entries, known, rows),
+        pad_token_id=_first_given(entries.get("pad_token_id"), _if_in_vocabulary(known.pad_token_id, rows)),
+        eos_token_ids=_end_token_ids(entries, known, rows),
         is_shifted=known.is_shifted if is_shifted is None else is_shifted,
         block_length=_block_length(entries, known, block_length),
     )
@@ -138,14 +140,14 @@ def _native_family(
     family = family_from_config(AutoConfig.for_model(**config) if isinstance(config, Mapping) else config)
     return replace(
         family,
-        mask_token_id=_first(mask_token_id, family.mask_token_id),
-        is_shifted=_first(is_shifted, family.is_shifted),
-        block_length=_first(block_length, family.block_length),
+        mask_token_id=_first_given(mask_token_id, family.mask_token_id),
+        is_shifted=_first_given(is_shifted, family.is_shifted),
+        block_length=_first_given(block_length, family.block_length),
     )
 
 
-def _block_length(entries: Mapping[str, Any], known: _Known, given: int | None) -> int | None:
-    block_length = _first(given, entries.get("block_size") if known.is_block_causal else None)
+def _block_length(entries: Mapping[str, Any], known: _KnownFamily, given: int | None) -> int | None:
+    block_length = _first_given(given, entries.get("block_size") if known.is_block_causal else None)
     needs_one = known.is_block_causal or "bd3lm" in str(entries.get("_name_or_path")).lower()
     if block_length is None and needs_one:
         raise InvalidInputError(
@@ -156,19 +158,19 @@ def _block_length(entries: Mapping[str, Any], known: _Known, given: int | None) 
     return block_length
 
 
-def _ends(entries: Mapping[str, Any], known: _Known, rows: int | None) -> tuple[int, ...]:
+def _end_token_ids(entries: Mapping[str, Any], known: _KnownFamily, rows: int | None) -> tuple[int, ...]:
     eos = entries.get("eos_token_id")
     ends = list(eos) if isinstance(eos, list | tuple) else [eos]
-    ends.append(_inside(known.end_of_turn_id, rows))
+    ends.append(_if_in_vocabulary(known.end_of_turn_id, rows))
     return tuple(dict.fromkeys(end for end in ends if end is not None))
 
 
-def _inside(token: int | None, rows: int | None) -> int | None:
+def _if_in_vocabulary(token: int | None, rows: int | None) -> int | None:
     """A special token that is known of a family, where the vocabulary has it (tiny models have not)."""
     return token if token is None or rows is None or token < rows else None
 
 
-def _first(*values: Any) -> Any:
+def _first_given(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
@@ -176,7 +178,7 @@ def _label(entries: Mapping[str, Any]) -> str:
     return str(entries.get("_name_or_path") or f"model type {entries.get('model_type')!r}")
 
 
-def _refuse_other_canvas(kind: str) -> None:
+def _refuse_diffusion_gemma(kind: str) -> None:
     if kind.startswith("diffusion_gemma"):
         raise UnsupportedError(
             "DiffusionGemma is not a masked diffusion LM: its canvas starts from random tokens instead of masks, its "
@@ -185,7 +187,7 @@ def _refuse_other_canvas(kind: str) -> None:
         )
 
 
-def _unknown(entries: Mapping[str, Any]) -> UnsupportedError:
+def _unknown_family(entries: Mapping[str, Any]) -> UnsupportedError:
     kind, architectures = entries.get("model_type"), entries.get("architectures")
     return UnsupportedError(
         f"Model type {kind!r} (architectures {architectures}) is not a diffusion family that is known here. Known: "

@@ -185,13 +185,13 @@ def check_attention(model: nn.Module, family: DiffusionFamily, device: torch.dev
     length = 2 if family.block_length is None else family.block_length + 1
     ids = torch.arange(length, device=device)[None] % base.config.vocab_size
     padded = torch.cat([ids[:, :1], ids], dim=1)
-    if not (_notices(model, family, ids, 1) and _notices(model, family, padded, 2, padding=1)):
+    if not (_depends_on(model, family, ids, 1) and _depends_on(model, family, padded, 2, padding=1)):
         raise UnsupportedError(
             f"{type(base).__name__} attends causally: a position does not see the next one, though is_causal=False was "
             "asked for. Expected a model that attends in both directions; update transformers (5.5 or newer), or use "
             "a model class of its family (dta_plugin.diffusion)."
         )
-    if family.block_length is not None and _notices(model, family, ids, length - 1):
+    if family.block_length is not None and _depends_on(model, family, ids, length - 1):
         raise UnsupportedError(
             f"{type(base).__name__} sees tokens of later blocks, though a mask of block attention was given. Expected "
             f"a model that takes 4-D attention masks; use one, or block_length=None (given {family.block_length})."
@@ -200,7 +200,7 @@ def check_attention(model: nn.Module, family: DiffusionFamily, device: torch.dev
 
 
 @torch.no_grad()
-def _notices(model: nn.Module, family: DiffusionFamily, ids: torch.Tensor, changed: int, padding: int = 0) -> bool:
+def _depends_on(model: nn.Module, family: DiffusionFamily, ids: torch.Tensor, changed: int, padding: int = 0) -> bool:
     """Whether the logits at the first real position, behind the padding, depend on the token at `changed`."""
     other = ids.clone()
     other[0, changed] = (ids[0, changed] + 1) % causal_lm(model).config.vocab_size

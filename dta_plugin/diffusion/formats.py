@@ -86,14 +86,14 @@ def native_config(original: Mapping[str, Any]) -> PretrainedConfig:
     kind = str(original.get("model_type") or "").lower()
     config: PretrainedConfig
     if kind == "llada" and not is_mixture(original):
-        config = LlamaConfig(**_llada(original))
+        config = LlamaConfig(**_llama_entries(original))
     elif kind == "illada":
         _expect(original, "layer_norm_eps", None, None)
-        config = LlamaConfig(**_decoder(original, "attention_bias", "mlp_bias"))
+        config = LlamaConfig(**_decoder_entries(original, "attention_bias", "mlp_bias"))
     elif kind == "dream":
-        config = Qwen2Config(**_decoder(original))
+        config = Qwen2Config(**_decoder_entries(original))
     elif kind == "sdar":
-        config = Qwen3Config(**_decoder(original, "attention_bias", "head_dim"))
+        config = Qwen3Config(**_decoder_entries(original, "attention_bias", "head_dim"))
     elif kind in ("a2d-llama", "a2d-qwen2", "a2d-qwen3"):
         native = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[kind.removeprefix("a2d-")]
         config = native(**{name: value for name, value in original.items() if name not in _NOT_ARCHITECTURE})
@@ -137,7 +137,7 @@ def _renamed(
     return top.get(name, name)
 
 
-def _llada(original: Mapping[str, Any]) -> dict[str, Any]:
+def _llama_entries(original: Mapping[str, Any]) -> dict[str, Any]:
     for name, (expected, default) in _LLAMA_LIKE.items():
         _expect(original, name, expected, default)
     if original.get("bias_for_layer_norm"):
@@ -164,7 +164,7 @@ def _llada(original: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _decoder(original: Mapping[str, Any], *more: str) -> dict[str, Any]:
+def _decoder_entries(original: Mapping[str, Any], *more: str) -> dict[str, Any]:
     """The entries that a config with the names of transformers shares with the native one."""
     scaling = original.get("rope_scaling") or {}
     if scaling.get("rope_type", scaling.get("type", "default")) != "default" or scaling.get("factor", 1.0) != 1.0:

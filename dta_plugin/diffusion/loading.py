@@ -116,7 +116,7 @@ def _read_weights(directory: Path) -> dict[str, torch.Tensor]:
     lost = [name for name, shard in weight_map.items() if name not in shards[shard]]
     if lost:
         raise InvalidInputError(
-            f"{index} lists {_some(lost)}, but the shards it names do not have them. Expected the files of one "
+            f"{index} lists {_listed(lost)}, but the shards it names do not have them. Expected the files of one "
             "release; download them again."
         )
     return {name: shards[shard][name] for name, shard in weight_map.items()}
@@ -141,7 +141,7 @@ def _check_parameters(config: PretrainedConfig, state: dict[str, torch.Tensor]) 
     if any(wrong.values()):
         original = getattr(config, ORIGINAL_CONFIG)
         found = [
-            f"{what}: {_some(original_name(original, n) for n in names)}" for what, names in wrong.items() if names
+            f"{what}: {_listed(original_name(original, n) for n in names)}" for what, names in wrong.items() if names
         ]
         raise InvalidInputError(
             f"The weights are not those of this {original['model_type']} model. Parameters {'; '.join(found)}. "
@@ -159,7 +159,7 @@ def _drop_head(state: dict[str, torch.Tensor]) -> None:
         )
 
 
-def _some(names: Iterable[str], most: int = 6) -> str:
+def _listed(names: Iterable[str], most: int = 6) -> str:
     listed = list(names)
     more = "" if len(listed) <= most else f" and {len(listed) - most} more"
     return ", ".join(listed[:most]) + more

@@ -92,7 +92,7 @@ def sample(
     real = torch.ones_like(prompt_ids) if prompt_mask is None else prompt_mask.to(prompt_ids.dtype)
     canvas = torch.nn.functional.pad(prompt_ids, (0, config.gen_length), value=family.mask_token_id)
     attention = torch.nn.functional.pad(real, (0, config.gen_length), value=1)
-    block_of = _blocks(family, config, real)
+    block_of = _block_of_columns(family, config, real)
     ends = torch.tensor(family.eos_token_ids, dtype=canvas.dtype, device=canvas.device)
     active = torch.arange(len(canvas), device=canvas.device)
     calls = 0
@@ -103,17 +103,17 @@ def sample(
         visible = prompt_length + (last if family.block_length else config.gen_length)  # later blocks are not seen
         rows, mask = canvas[active, :visible], attention[active, :visible]
         window = slice(prompt_length + first, prompt_length + last)
-        quotas = _quotas(here.sum(dim=1), config.steps // config.blocks)
+        quotas = _tokens_per_step(here.sum(dim=1), config.steps // config.blocks)
         for quota in quotas:
-            logits = _guided(model, family, config, rows, mask, prompt_length, window)
+            logits = _guided_logits(model, family, config, rows, mask, prompt_length, window)
             waiting = here[:, first:last] & (rows[:, window] == family.mask_token_id)
-            _commit(rows[:, window], waiting, logits, quota, family, config, generator)
+            _commit_most_confident(rows[:, window], waiting, logits, quota, family, config, generator)
             calls += 1
         canvas[active, :visible] = rows
         active = active[~torch.isin(rows[:, prompt_length:], ends).any(dim=1)]
         if not len(active):
             break
-    completion, lengths = _ended(canvas[:, prompt_length:], ends)
+    completion, lengths = _filled_after_end(canvas[:, prompt_length:], ends)
     return SampledCompletions(completion, lengths, calls)
 
 
@@ -126,20 +126,20 @@ def check_blocks(family: DiffusionFamily, config: SamplerConfig) -> None:
         )
 
 
-def _blocks(family: DiffusionFamily, config: SamplerConfig, real: torch.Tensor) -> torch.Tensor:
+def _block_of_columns(family: DiffusionFamily, config: SamplerConfig, real: torch.Tensor) -> torch.Tensor:
     """int64 [B, gen_length]: the block of each column, counted from the first that has completion tokens."""
     column = torch.arange(config.gen_length, device=real.device)[None].expand(len(real), -1)
     started = 0 if family.block_length is None else real.sum(dim=1, keepdim=True) % config.block_length
     return (column + started) // config.block_length
 
 
-def _quotas(masked: torch.Tensor, steps: int) -> list[torch.Tensor]:
+def _tokens_per_step(masked: torch.Tensor, steps: int) -> list[torch.Tensor]:
     """Per step: how many of a row's masked tokens [b] it commits; the remainder goes first. Steps without any drop."""
     quotas = [masked // steps + (step < masked % steps) for step in range(steps)]
     return [quota for quota in quotas if bool(quota.any())]
 
 
-def _guided(
+def _guided_logits(
     model: nn.Module,
     family: DiffusionFamily,
     config: SamplerConfig,
@@ -158,7 +158,7 @@ def _guided(
     return unconditional + (1.0 + config.guidance_scale) * (conditional - unconditional)
 
 
-def _commit(
+def _commit_most_confident(
     tokens: torch.Tensor,
     waiting: torch.Tensor,
     logits: torch.Tensor,
@@ -194,7 +194,7 @@ def _proposals(scores: torch.Tensor, temperature: float, generator: torch.Genera
     return (scores.double() - temperature * (-uniform.log()).log()).argmax(dim=1)
 
 
-def _ended(completion: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _filled_after_end(completion: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Completions [B, G] with nothing but end tokens after their first one, and their lengths [B]."""
     is_end = torch.isin(completion, ends)
     before = (is_end.cumsum(dim=1) == 0).sum(dim=1)

@@ -28,7 +28,7 @@ from dta_plugin.execution.ranks import gathered, is_collective
 from dta_plugin.models.introspection import causal_lm, input_device, is_checkpointed, model_cost
 from dta_plugin.models.layers import one_size
 from dta_plugin.tree.cost import ModelCost
-from dta_plugin.tree.speed import Speed
+from dta_plugin.tree.time_model import SecondsPerFlop
 
 logger = logging.getLogger("dta_plugin")
 
@@ -52,8 +52,8 @@ class Calibration:
     about: the machine and model, see `describe`.
     """
 
-    tree: Speed
-    dense: Speed
+    tree: SecondsPerFlop
+    dense: SecondsPerFlop
     dense_path: str
     error: float
     about: dict[str, Any]
@@ -76,7 +76,9 @@ class Calibration:
         """Raises InvalidInputError for a file that is missing or not a calibration."""
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**fields | {"tree": Speed(**fields["tree"]), "dense": Speed(**fields["dense"])})
+            return cls(
+                **fields | {"tree": SecondsPerFlop(**fields["tree"]), "dense": SecondsPerFlop(**fields["dense"])}
+            )
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise InvalidInputError(
                 f"calibration={str(path)!r} cannot be read: {error}. Expected auto, off, or a file that `dta calibrate "
@@ -106,7 +108,7 @@ def tree_cost(model: nn.Module, config: TreeConfig) -> ModelCost:
     """What to weigh trees by: measured seconds, or FLOPs."""
     cost = model_cost(causal_lm(model))
     found = calibration_of(model, config)
-    return cost.at(found.tree) if found is not None else replace(cost, per_call=_CALL_TOKENS * cost.per_token)
+    return cost.in_seconds(found.tree) if found is not None else replace(cost, per_call=_CALL_TOKENS * cost.per_token)
 
 
 def find(model: PreTrainedModel) -> Calibration | None:

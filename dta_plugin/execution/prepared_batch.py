@@ -129,7 +129,7 @@ def saving_obstacle(
         return None
     weights = model_cost(causal_lm(model))
     dense = _dense_seconds(speeds, weights, dense_batches)
-    tree = speeds.tree.seconds(weights.parts(longest, np.arange(longest), scored))
+    tree = speeds.tree.seconds(weights.work(longest, np.arange(longest), scored))
     if tree <= (1 - config.min_saving) * dense or _streams_anywhere(model, longest, config):
         return None
     return f"no tree is faster than {dense * 1e3:.0f} ms, what the dense path takes as calibrated"
@@ -144,14 +144,14 @@ def _streams_anywhere(model: nn.Module, tree_tokens: int, config: TreeConfig) ->
 
 
 def _dense_seconds(speeds: Calibration, weights: ModelCost, dense_batches: Sequence[Padded]) -> float:
-    return sum(speeds.dense.seconds(weights.padded_parts(batch)) for batch in dense_batches)
+    return sum(speeds.dense.seconds(weights.padded_work(batch)) for batch in dense_batches)
 
 
 def _predicted(
     speeds: Calibration, weights: ModelCost, tree: PrefixTree, edges: ScoredEdges, dense_batches: Sequence[Padded]
 ) -> CostEstimate:
     """Seconds of both ways."""
-    as_tree = weights.parts(tree.tree_tokens, tree.depth, len(edges.rows))
+    as_tree = weights.work(tree.tree_tokens, tree.depth, len(edges.rows))
     return CostEstimate(_dense_seconds(speeds, weights, dense_batches), speeds.tree.seconds(as_tree))
 
 

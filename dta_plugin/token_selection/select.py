@@ -5,9 +5,9 @@ Not All Tokens are Needed (arXiv 2603.06619). A loss that sums over tokens, (1 /
 all tokens. Mean and gradient are exact whatever l_t is (clipped ratios, KL, entropy), as long as l_t reads no other
 token's log-prob and m is drawn independently of the model.
 
-`TokenSelection` is the choice of a design, `draw` the drawing for a batch. `urs` and `urs-fixed` keep single tokens:
-the model runs on all of them, the LM head only where tokens are kept. The `rpc` designs keep a prefix: nothing behind
-the cut is computed at all. See `designs` for what is the paper's and what is ours.
+`TokenSelection` is the choice of a design, `draw` the drawing for a batch. `urs` keeps single tokens: the model runs on
+all of them, the LM head only where tokens are kept. The `rpc` designs keep a prefix: nothing behind the cut is computed
+at all. See `designs` for what is the paper's and what is ours.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ from dta_plugin.token_selection.designs import Design, PrefixCut
 
 _DESIGNS: dict[str, Callable[[int, float, int, float], Design]] = {
     "urs": designs.bernoulli,
-    "urs-fixed": designs.fixed_size,
     "rpc": designs.floored_cut,
     "rpc-uniform": designs.uniform_cut,
     "rpc-two-point": designs.two_point_cut,
 }
 SCHEMES = tuple(_DESIGNS)
-SHARINGS = ("row", "group", "batch")
+SHARINGS = ("row", "group")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +38,7 @@ class TokenSelection:
 
     scheme: one of SCHEMES. budget: share of the tokens to keep on average, in (0, 1]. min_prefix: first tokens of
     every row that are always kept. floor: smallest probability of a token; 1 / floor is the largest weight. sharing,
-    for cuts: drawn for every row by itself, spread evenly over a group's rows, or at one place for the whole batch.
+    for cuts: drawn for every row by itself, or spread evenly over a group's rows.
     """
 
     scheme: str
@@ -135,19 +134,16 @@ def draw(
     if len(groups) != len(carries_loss):
         raise InvalidInputError(f"Got {len(groups)} groups for {len(carries_loss)} rows. Expected one number per row.")
     entropy = (seed, step, rank)
-    uniforms = _uniforms(selection.sharing, groups, entropy) if selection.cuts else None
+    uniforms = _uniforms(selection.sharing, groups, entropy) if selection.cuts else np.empty(0)
     weights = np.zeros(carries_loss.shape)
     for row, carries in enumerate(carries_loss):
         candidates = np.flatnonzero(carries)
         if not len(candidates):
             continue
-        if uniforms is not None:
+        if selection.cuts:
             candidates = np.arange(candidates[-1] + 1)
         design = selection.design(len(candidates))
-        if uniforms is not None and isinstance(design, PrefixCut):
-            kept = design.cut(uniforms[row])
-        else:
-            kept = design.kept(_generator(entropy, row))
+        kept = design.cut(uniforms[row]) if isinstance(design, PrefixCut) else design.kept(_generator(entropy, row))
         weights[row, candidates] = kept / design.probabilities
     weights[~carries_loss] = 0.0
     return Drawn(weights, carries_loss, entropy)
@@ -159,8 +155,6 @@ def _uniforms(sharing: str, groups: Sequence[int], entropy: tuple[int, int, int]
     Siblings get numbers that are evenly spaced around the circle, in random order, so that a group's kept lengths vary
     far less together than one by one.
     """
-    if sharing == "batch":
-        return np.full(len(groups), _generator(entropy, 0).random())
     if sharing == "row":
         return np.array([_generator(entropy, row).random() for row in range(len(groups))])
     uniforms = np.empty(len(groups))

@@ -1,4 +1,4 @@
-"""Every `dta/*` metric: name, unit, and how it is put together; `python -m dta_plugin.training.metrics` prints them.
+"""Every metric: its name, unit, and how it is put together. `python -m dta_plugin.training.metrics` prints the table.
 
 Adapters log these names and no others. What a framework does with the values of several optimizer steps, such as their
 mean in a log entry, is its own.
@@ -7,8 +7,6 @@ mean in a log entry, is its own.
 from __future__ import annotations
 
 from typing import Literal, NamedTuple
-
-from dta_plugin.tree.report import TreeReport
 
 Reduction = Literal["sum", "mean", "max"]
 
@@ -47,6 +45,22 @@ METRICS = (
     MetricInfo("dta/groups_split", "count", "sum", "over several ranks or optimizer steps"),
     MetricInfo("dta/token_reduction_ideal", "ratio", "mean", "flat over tree tokens, if all siblings met"),
     MetricInfo("dta/token_reduction_of_shares", "ratio", "mean", "the same, of each rank's rows of a step"),
+    MetricInfo("diffusion/elbo", "nats per token", "mean", "estimate of the likelihood's lower bound"),
+    MetricInfo("diffusion/log_prob", "nats per token", "mean", "log-probs in one fully masked forward (diffu-grpo)"),
+    MetricInfo("diffusion/bound_gap", "advantage per row", "mean", "what the bound gives away on the samples (bgpo)"),
+    MetricInfo("diffusion/mean_abs_d", "nats, scaled by length_norm", "mean", "how far the policy is from the old one"),
+    MetricInfo("diffusion/max_abs_d", "nats, scaled by length_norm", "max", "the largest of these differences"),
+    MetricInfo("diffusion/clip_fraction", "share of differences", "mean", "those whose gradient a clip takes away"),
+    MetricInfo("diffusion/kl", "nats, scaled by length_norm", "mean", "penalised divergence from a reference"),
+    *(
+        MetricInfo(f"diffusion/masked_{low}_to_{low + 25}", "share of samples", "mean", "hiding so many % of tokens")
+        for low in (0, 25, 50, 75)
+    ),
+    MetricInfo("diffusion/rows_kept", "rows", "sum", "rows that count in the loss, on all ranks"),
+    MetricInfo("diffusion/rows_skipped", "rows", "sum", "rows without advantage, which do not"),
+    MetricInfo("diffusion/scored_tokens", "tokens", "sum", "completion tokens of rows that count"),
+    MetricInfo("diffusion/peak_memory_gib", "GiB", "max", "most memory of a GPU in use so far"),
+    MetricInfo("diffusion/model_calls", "calls", "mean", "of a sampled batch, where the trainer samples itself"),
 )
 _BY_NAME = {metric.name: metric for metric in METRICS}
 
@@ -54,46 +68,6 @@ _BY_NAME = {metric.name: metric for metric in METRICS}
 def reduction_of(name: str) -> Reduction:
     """How values of several micro-batches or ranks become one. Raises KeyError for a name that is not in the table."""
     return _BY_NAME[name].reduction
-
-
-class RunCounts:
-    """What ran: one micro-batch, or those of an optimizer step on one rank."""
-
-    def __init__(self) -> None:
-        self.reports: list[TreeReport] = []
-        self.dense_tokens = self.dense_calls = 0
-
-    def add_tree(self, report: TreeReport) -> None:
-        """A micro-batch that ran as a tree."""
-        self.reports.append(report)
-
-    def add_dense(self, tokens: int) -> None:
-        """A micro-batch of so many tokens took the framework's own path."""
-        self.dense_tokens += tokens
-        self.dense_calls += 1
-
-    @property
-    def micro_batches(self) -> int:
-        return len(self.reports) + self.dense_calls
-
-    def metrics(self) -> dict[str, float]:
-        """Always the same names; there is at least one micro-batch. A dense one counts as one without sharing."""
-        reports, calls = self.reports, self.micro_batches
-        read = [report for report in reports if not report.is_idle]
-        flat = self.dense_tokens + sum(report.flat_tokens for report in read)
-        tree = self.dense_tokens + sum(report.tree_tokens for report in read)
-        ceilings = [report.ceiling for report in read] + [1.0] * self.dense_calls
-        return {
-            "dta/flat_tokens": self.dense_tokens + sum(report.flat_tokens for report in reports),
-            "dta/tree_tokens": self.dense_tokens + sum(report.tree_tokens for report in reports),
-            "dta/pruned_tokens": sum(report.pruned_tokens for report in reports),
-            "dta/compression_ratio": flat / tree if tree else 1.0,
-            "dta/flops_ceiling": sum(ceilings) / len(ceilings) if ceilings else 1.0,
-            "dta/chunks": sum(report.chunks for report in reports),
-            "dta/recomputed_tokens": sum(report.recomputed_tokens for report in reports),
-            "dta/dense_fallback": self.dense_calls / calls,
-            "dta/streamed": sum(report.executor == "streamed" for report in reports) / calls,
-        }
 
 
 def markdown() -> str:

@@ -2,7 +2,7 @@
 
 Linear layers count on tokens, attention on visible query-key pairs, the LM head on scored tokens, and every call of the
 model costs something by itself. The same counts drive the gate (`min_saving`), balancing, `dta inspect`'s prediction
-and the ceiling column of the benchmarks. Seconds come from a measured `Speed` (see `dta calibrate`).
+and the ceiling column of the benchmarks. Seconds come from a measured `SecondsPerFlop` (see `dta calibrate`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dta_plugin.tree.speed import Parts, Speed
+from dta_plugin.tree.time_model import SecondsPerFlop, Work
 from dta_plugin.tree.trie import PrefixTree
 
 
@@ -30,7 +30,7 @@ class Padded:
 
 @dataclass(frozen=True, slots=True)
 class ModelCost:
-    """Forward FLOPs of a model's parts; or, after `at`, their seconds forward and backward.
+    """Forward FLOPs of a model's parts; or, after `in_seconds`, their seconds forward and backward.
 
     per_token: linear layers of all decoder layers, per token.
     per_pair: attention scores and weighted values, per visible pair, summed over full-attention layers.
@@ -45,36 +45,36 @@ class ModelCost:
     per_window_pair: tuple[tuple[int, float], ...] = ()
     per_call: float = 0.0
 
-    def at(self, speed: Speed) -> ModelCost:
+    def in_seconds(self, rates: SecondsPerFlop) -> ModelCost:
         """The same in seconds."""
         return ModelCost(
-            per_token=self.per_token * speed.linear,
-            per_pair=self.per_pair * speed.attention,
-            per_scored=self.per_scored * speed.head,
-            per_window_pair=tuple((window, cost * speed.attention) for window, cost in self.per_window_pair),
-            per_call=speed.call,
+            per_token=self.per_token * rates.linear,
+            per_pair=self.per_pair * rates.attention,
+            per_scored=self.per_scored * rates.head,
+            per_window_pair=tuple((window, cost * rates.attention) for window, cost in self.per_window_pair),
+            per_call=rates.call,
         )
 
-    def parts(self, tokens: int, depths: np.ndarray, scored: int) -> Parts:
+    def work(self, tokens: int, depths: np.ndarray, scored: int) -> Work:
         """One call with `tokens` tokens at `depths` (int [tokens], 0-based) and `scored` LM-head rows."""
         visible = depths + 1
         attention = self.per_pair * float(visible.sum())
         for window, cost in self.per_window_pair:
             attention += cost * float(np.minimum(visible, window).sum())
-        return Parts(1.0, self.per_token * tokens, attention, self.per_scored * scored)
+        return Work(1.0, self.per_token * tokens, attention, self.per_scored * scored)
 
-    def padded_parts(self, batch: Padded) -> Parts:
+    def padded_work(self, batch: Padded) -> Work:
         """One dense call; masked attention computes every pair of a square, windows or not."""
         keys = batch.width if batch.has_padding else (batch.width + 1) / 2
         per_pair = self.per_pair + sum(cost for _, cost in self.per_window_pair)
         tokens = batch.rows * batch.width
-        return Parts(
+        return Work(
             1.0, self.per_token * tokens, per_pair * tokens * keys, self.per_scored * batch.rows * batch.columns
         )
 
     def flops(self, tokens: int, depths: np.ndarray, scored: int) -> float:
-        """Cost of `parts` without that of the call."""
-        return self.parts(tokens, depths, scored).flops
+        """Cost of `work` without that of the call."""
+        return self.work(tokens, depths, scored).flops
 
     def path_flops(self, lengths: np.ndarray) -> np.ndarray:
         """Cost of the first `lengths` tokens of a sequence, without LM head and call. lengths: int [...]."""

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from dta_plugin.errors import InvalidInputError
+from dta_plugin.tree.fingerprints import Fingerprints
 from dta_plugin.tree.trie import PrefixTree
 
 _SHOWN_TOKENS = 64  # decoded on either side of a fork
@@ -81,7 +82,7 @@ class Fork:
 
 def first_fork_depth(tree: PrefixTree) -> int | None:
     """Tokens before the first place where sequences part; None if none do. Ending early is not parting."""
-    depths = [_depth(tree, fork) for fork in _children(tree)]
+    depths = [_common_tokens(tree, fork) for fork in _branches_of_forks(tree)]
     return min(depths, default=None)
 
 
@@ -95,14 +96,14 @@ def find_forks(
     """
     if limit is not None and limit < 1:
         raise InvalidInputError(f"limit={limit}. Expected None or at least 1.")
-    runs = _Runs.of(tree, run_length)
-    candidates = [_Candidate.of(tree, fork, starts) for fork, starts in _children(tree).items()]
+    fingerprints = Fingerprints.from_tree(tree, run_length)
+    candidates = [_Candidate.from_fork(tree, fork, starts) for fork, starts in _branches_of_forks(tree).items()]
     candidates.sort(key=lambda candidate: -candidate.apart)
     best: list[int] = []  # heap of the `limit` highest repeated counts so far
     for candidate in candidates:
         if limit is not None and len(best) == limit and candidate.apart < best[0]:
             break  # `apart` bounds `repeated` from above: nothing later can make the list
-        candidate.compare(tree, runs)
+        candidate.compare(tree, fingerprints)
         heapq.heappush(best, candidate.repeated)
         if limit is not None and len(best) > limit:
             heapq.heappop(best)
@@ -110,7 +111,7 @@ def find_forks(
     return [candidate.describe(tree, tokenizer, run_length) for candidate in candidates[:limit]]
 
 
-def _children(tree: PrefixTree) -> dict[int, np.ndarray]:
+def _branches_of_forks(tree: PrefixTree) -> dict[int, np.ndarray]:
     """Fork -> layout index of each branch's first token. Fork: layout index of the last common token, -1 for roots."""
     starts = tree.node_start[:-1]
     parents = tree.parent[starts]
@@ -120,43 +121,8 @@ def _children(tree: PrefixTree) -> dict[int, np.ndarray]:
     return {int(fork): rows for fork, rows in zip(forks, branches, strict=True) if len(rows) > 1}
 
 
-def _depth(tree: PrefixTree, fork: int) -> int:
+def _common_tokens(tree: PrefixTree, fork: int) -> int:
     return 0 if fork < 0 else int(tree.depth[fork]) + 1
-
-
-@dataclass(frozen=True, slots=True)
-class _Runs:
-    """For every layout token t, an id of the `length` tokens of its path that end at t (equal ids, equal tokens).
-
-    jumps: for 1, 2, 4.. below `length`, the ancestor that many tokens up, -1 above a root.
-    """
-
-    length: int
-    ids: np.ndarray
-    jumps: list[np.ndarray]
-
-    @classmethod
-    def of(cls, tree: PrefixTree, length: int) -> _Runs:
-        if length < 2 or length & (length - 1):
-            raise InvalidInputError(f"run_length={length}. Expected a power of two, at least 2.")
-        base = 0x9E3779B97F4A7C15
-        ids = (tree.tokens.astype(np.uint64) + np.uint64(1)) * np.uint64(0xD6E8FEB86659FD93)
-        ids ^= ids >> np.uint64(32)
-        jumps, up, step = [], tree.parent, 1
-        while step < length:
-            jumps.append(up)
-            ids = np.where(up >= 0, ids + np.uint64(base) * ids[up], ids)
-            up = np.where(up >= 0, up[up], -1)
-            base = base * base % 2**64
-            step *= 2
-        return cls(length, ids, jumps)
-
-    def covered(self, ends: np.ndarray, start: int) -> np.ndarray:
-        """Bool mask of a slice that begins at `start`: tokens inside a run that ends at a True of `ends`."""
-        inside = ends.copy()
-        for jump in self.jumps:
-            inside[jump[start : start + len(inside)][inside] - start] = True
-        return inside
 
 
 @dataclass(slots=True)
@@ -172,31 +138,31 @@ class _Candidate:
     covered: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
 
     @classmethod
-    def of(cls, tree: PrefixTree, fork: int, starts: np.ndarray) -> _Candidate:
+    def from_fork(cls, tree: PrefixTree, fork: int, starts: np.ndarray) -> _Candidate:
         sizes = tree.exit[starts] - starts
         order = np.argsort(-sizes, kind="stable")
-        return cls(fork, _depth(tree, fork), starts[order], sizes[order], int(sizes.sum() - sizes.max()))
+        return cls(fork, _common_tokens(tree, fork), starts[order], sizes[order], int(sizes.sum() - sizes.max()))
 
-    def compare(self, tree: PrefixTree, runs: _Runs) -> None:
+    def compare(self, tree: PrefixTree, fingerprints: Fingerprints) -> None:
         """Find the tokens of every branch that occur, in runs, in a larger one."""
-        if self.apart < runs.length:
+        if self.apart < fingerprints.length:
             return
         start = int(self.starts.min())
         below = slice(start, start + int(self.sizes.sum()))
         rank = np.empty(below.stop - start, dtype=np.int64)
         for position, (first, size) in enumerate(zip(self.starts - start, self.sizes, strict=True)):
             rank[first : first + size] = position
-        whole = tree.depth[below] >= self.depth + runs.length - 1  # the run lies behind the fork
-        _, group = np.unique(runs.ids[below][whole], return_inverse=True)
+        whole = tree.depth[below] >= self.depth + fingerprints.length - 1  # the run lies behind the fork
+        _, group = np.unique(fingerprints.ids[below][whole], return_inverse=True)
         smallest = np.full(len(group), len(self.starts), dtype=np.int64)
         np.minimum.at(smallest, group, rank[whole])
         ends = np.zeros(len(rank), dtype=bool)
         ends[whole] = smallest[group] < rank[whole]
-        self.covered = runs.covered(ends, start)
+        self.covered = fingerprints.covered(ends, start)
         self.repeated = int(self.covered.sum())
 
     def describe(self, tree: PrefixTree, tokenizer: Decoder | None, run_length: int) -> Fork:
-        branches = tuple(_branch(tree, int(start), tokenizer) for start in self.starts)
+        branches = tuple(_described_branch(tree, int(start), tokenizer) for start in self.starts)
         through = tree.num_sequences if self.fork < 0 else int(tree.multiplicity[self.fork])
         repeats = self._repeats(tree, tokenizer)
         return Fork(
@@ -208,7 +174,7 @@ class _Candidate:
             repeated=self.repeated,
             longest_repeat=max(repeats, key=lambda repeat: repeat.tokens, default=None),
             cause=_cause(branches, repeats, run_length),
-            context=_decode(tokenizer, _before(tree, self.fork)),
+            context=_decode(tokenizer, _tokens_before(tree, self.fork)),
         )
 
     def _repeats(self, tree: PrefixTree, tokenizer: Decoder | None) -> list[Repeat]:
@@ -230,7 +196,7 @@ def _decode(tokenizer: Decoder | None, tokens: np.ndarray) -> str | None:
     return None if tokenizer is None else tokenizer.decode(tokens.tolist())
 
 
-def _branch(tree: PrefixTree, start: int, tokenizer: Decoder | None) -> Branch:
+def _described_branch(tree: PrefixTree, start: int, tokenizer: Decoder | None) -> Branch:
     subtree = slice(start, int(tree.exit[start]))
     onward = slice(start + 1, start + _SHOWN_TOKENS)
     leaves = tree.parent[onward] != np.arange(start, start + len(tree.parent[onward]))
@@ -244,7 +210,7 @@ def _branch(tree: PrefixTree, start: int, tokenizer: Decoder | None) -> Branch:
     )
 
 
-def _before(tree: PrefixTree, fork: int) -> np.ndarray:
+def _tokens_before(tree: PrefixTree, fork: int) -> np.ndarray:
     """The last common tokens before a fork, in order."""
     path: list[int] = []
     while fork >= 0 and len(path) < _SHOWN_TOKENS:

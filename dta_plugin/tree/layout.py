@@ -92,26 +92,26 @@ class ScoredEdges:
 
         temperatures: one per sequence, None if all have the same.
         """
-        wanted = _scored_mask(tree, scored)
+        is_scored = _scored_mask(tree, scored)
         is_first = np.zeros(tree.flat_tokens, dtype=bool)
         is_first[tree.offsets[:-1]] = True
-        wanted &= ~is_first
+        is_scored &= ~is_first
 
-        values, kind_of_token = _kinds(tree, temperatures)
+        values, kind_of_token = _temperature_kinds(tree, temperatures)
         kinds = len(values)
         keys = tree.paths * kinds + kind_of_token  # a place in the layout and a temperature
         is_edge = np.zeros(tree.tree_tokens * kinds, dtype=bool)
-        is_edge[keys[wanted]] = True
+        is_edge[keys[is_scored]] = True
         target, kind_of_edge = np.divmod(np.flatnonzero(is_edge), kinds)
         row_keys, row_of_edge = np.unique(tree.parent[target] * kinds + kind_of_edge, return_inverse=True)
         rows, kind_of_row = np.divmod(row_keys, kinds)
         edge_of_key = np.cumsum(is_edge) - 1
-        edge_of_token = np.where(wanted, edge_of_key[keys], len(target))[~is_first]
+        edge_of_token = np.where(is_scored, edge_of_key[keys], len(target))[~is_first]
         temperature = None if temperatures is None else upload([values[kind_of_row]], device)[0]
         arrays = [x.astype(np.int64, copy=False) for x in (target, rows, row_of_edge, edge_of_token)]
         on_device = dict(zip(("target", "rows", "row_of_edge", "edge_of_token"), upload(arrays, device), strict=True))
         lengths = (np.diff(tree.offsets) - 1).tolist()
-        host = HostEdges(target, rows, row_of_edge, int(wanted.sum()))
+        host = HostEdges(target, rows, row_of_edge, int(is_scored.sum()))
         return cls(**on_device, lengths=lengths, host=host, temperature=temperature)
 
     def per_token(self, edge_values: torch.Tensor) -> torch.Tensor:
@@ -123,7 +123,7 @@ class ScoredEdges:
         return list(self.per_token(edge_values).split(self.lengths))
 
 
-def _kinds(tree: PrefixTree, temperatures: Sequence[float] | None) -> tuple[np.ndarray, np.ndarray]:
+def _temperature_kinds(tree: PrefixTree, temperatures: Sequence[float] | None) -> tuple[np.ndarray, np.ndarray]:
     """Distinct temperatures, float64, and per token of every sequence, int64 [N], which of them it has."""
     if temperatures is None:
         return np.ones(1), np.zeros(tree.flat_tokens, dtype=np.int64)

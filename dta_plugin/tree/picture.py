@@ -52,7 +52,7 @@ class _Nodes:
     roots: list[int]
 
     @classmethod
-    def of(cls, tree: PrefixTree) -> _Nodes:
+    def from_tree(cls, tree: PrefixTree) -> _Nodes:
         starts, stops = tree.node_start[:-1], tree.node_start[1:]
         above = np.searchsorted(tree.node_start, tree.parent[starts], side="right") - 1  # -1 above a root
         children: list[list[int]] = [[] for _ in starts]
@@ -78,7 +78,7 @@ def draw_text(tree: PrefixTree, max_lines: int = 40, width: int = 100, ascii_onl
     positions. A very deep tree may need more columns.
     """
     glyphs = _ASCII if ascii_only else _UNICODE
-    nodes = _Nodes.of(tree)
+    nodes = _Nodes.from_tree(tree)
     rows = list(_rows(nodes, nodes.roots, _largest(nodes, max(max_lines, 3) - 1), glyphs, "", is_root=True))
     first = max(len("tokens"), *(len(label) for label, _ in rows)) + 2
     second = max(len("sequences"), *(len(_sequences(nodes, node, glyphs)) for _, node in rows)) + 2

@@ -2,7 +2,7 @@
 # BGPO (arXiv 2510.11683) with verl: RL of a diffusion language model, two FSDP2 ranks on a CPU, in two to three minutes.
 #   python recipes/verl/diffusion.py runs/diffusion
 #   recipes/verl/diffusion.sh                                                  # from the repository root
-# critic/score/mean is the share of 7s in the responses: from about 0.1 to 0.8. actor/dta/elbo: of a response, in nats.
+# critic/score/mean is the share of 7s in the responses: from about 0.1 to 0.8. actor/diffusion/elbo: nats per token.
 # For a released model (LLaDA, Dream, SDAR), give as model.path what `load_diffusion_lm(...).save_pretrained` wrote, with
 # its tokenizer. The rollout runs on CPUs: verl has none for diffusion models on GPUs.
 set -euo pipefail
@@ -16,7 +16,7 @@ options=(
 
   # The plugin, and how responses are sampled and scored: 8 Monte-Carlo samples per response, one at a time in memory.
   actor_rollout_ref.model.external_lib=dta_plugin.adapters.verl
-  "+actor_rollout_ref.rollout.custom.dta.diffusion={samples: 8, block_length: 8, steps: 8}"
+  "+actor_rollout_ref.rollout.custom.dta.diffusion={num_elbo_samples: 8, block_length: 8, diffusion_steps: 8}"
 
   # 8 prompts x 8 completions per step, one optimizer step for each (on-policy: no old likelihoods to compute).
   trainer.n_gpus_per_node=2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +42,7 @@ def nothing_known(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if not ON_GPU:
         size = Launch(64, 64, 4, 2)  # few tiles: Triton's interpreter takes a while for each
         monkeypatch.setattr(triton_backend, "launches", lambda *_: Launches(size, size, size))
-        monkeypatch.setattr(api, "why_not_triton", lambda *_: None)
+        monkeypatch.setattr(api, "triton_obstacle", lambda *_: None)
         monkeypatch.setattr(api, "resolve_backend", lambda *_: "triton")
     yield
 
@@ -71,24 +72,22 @@ def a_partial_sum_is_dropped(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(triton_backend, "key_work", one_short)
 
 
+def arguments_are_wrong(patch: pytest.MonkeyPatch, wrong: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    right = triton_backend.TritonKernels._arguments
+
+    def changed(self: triton_backend.TritonKernels, *inputs: Any) -> dict[str, Any]:
+        arguments = right(self, *inputs)
+        return arguments | wrong(arguments)
+
+    patch.setattr(triton_backend.TritonKernels, "_arguments", changed)
+
+
 def the_scale_is_wrong(patch: pytest.MonkeyPatch) -> None:
-    scalars = triton_backend.TritonKernels._scalars
-
-    def wrong(self: triton_backend.TritonKernels, *tensors: torch.Tensor) -> tuple[float, ...]:
-        queries, keys, first, scale, *rest = scalars(self, *tensors)
-        return queries, keys, first, scale * 1.05, *rest
-
-    patch.setattr(triton_backend.TritonKernels, "_scalars", wrong)
+    arguments_are_wrong(patch, lambda right: {"scale": right["scale"] * 1.05})
 
 
 def the_window_is_one_short(patch: pytest.MonkeyPatch) -> None:
-    scalars = triton_backend.TritonKernels._scalars
-
-    def wrong(self: triton_backend.TritonKernels, *tensors: torch.Tensor) -> tuple[float, ...]:
-        *rest, window = scalars(self, *tensors)
-        return *rest, window - 1
-
-    patch.setattr(triton_backend.TritonKernels, "_scalars", wrong)
+    arguments_are_wrong(patch, lambda right: {"window": right["window"] - 1})
 
 
 def the_compiler_fails(patch: pytest.MonkeyPatch) -> None:

@@ -246,7 +246,7 @@ def test_schedules_are_made_once_for_all_layers(small_tiles: None, monkeypatch: 
 
 def test_whole_models(small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
     if not ON_GPU:
-        monkeypatch.setattr(api, "why_not_triton", lambda *_: None)
+        monkeypatch.setattr(api, "triton_obstacle", lambda *_: None)
     for family in ("qwen3", "gpt_oss"):
         sequences = forest()
         difference = compare(tiny_model(family).to(DEVICE), sequences, config=TreeConfig(backend="triton"))

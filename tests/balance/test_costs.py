@@ -10,25 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dta_plugin import InvalidInputError, PrefixTree
 from dta_plugin.balance.bound import lower_bound
-from dta_plugin.balance.costs import TYPICAL, Run, SequenceCosts
+from dta_plugin.balance.costs import TOKENS, TYPICAL, Run, SequenceCosts
 from dta_plugin.tree.cost import ModelCost
+from tests.support.dealing import CLOSE, WINDOWED, tree_cost
 from tests.support.trees import BLOCK_FORKS, SHAPES, WIDE, Sequences, comb, sequence_batches, star
 
-WINDOWED = ModelCost(per_token=10.0, per_pair=3.0, per_scored=50.0, per_window_pair=((3, 5.0), (8, 2.0)))
-MODELS = {"typical": TYPICAL, "windows": WINDOWED, "tokens": ModelCost(1.0, 0.0, 0.0)}
-CLOSE = 1e-9
-
-
-def tree_cost(sequences: Sequences, model: ModelCost, first_scored: list[int] | None = None) -> float:
-    """What the built tree costs; a token that any sequence scores is scored once. No sequences cost nothing."""
-    if not sequences:
-        return 0.0
-    tree = PrefixTree.from_sequences(sequences)
-    begins = first_scored or [len(sequence) for sequence in sequences]
-    scored = {token for s, begin in enumerate(begins) for token in tree.path(s)[begin:].tolist()}
-    return model.flops(tree.tree_tokens, tree.depth, len(scored))
+MODELS = {"typical": TYPICAL, "windows": WINDOWED, "tokens": TOKENS}
 
 
 @st.composite
@@ -39,20 +27,20 @@ def disjoint_runs(draw: st.DrawFn, count: int) -> list[Run]:
     return draw(st.permutations(runs))
 
 
-def ranks(runs: list[Run]) -> np.ndarray:
-    return np.array(sorted(rank for run in runs for rank in range(run.start, run.stop)), dtype=np.int64)
+def places(runs: list[Run]) -> np.ndarray:
+    return np.array(sorted(place for run in runs for place in range(run.start, run.stop)), dtype=np.int64)
 
 
 def members(costs: SequenceCosts, runs: list[Run]) -> list[int]:
-    return [int(costs.order[rank]) for run in runs for rank in range(run.start, run.stop)]
+    return [int(costs.order[place]) for run in runs for place in range(run.start, run.stop)]
 
 
 @given(st.data(), sequence_batches(max_sequences=10), st.sampled_from(list(MODELS)))
 def test_runs_cost_what_their_tree_costs(data: st.DataObject, sequences: Sequences, model: str) -> None:
-    costs = SequenceCosts.of(sequences, MODELS[model])
+    costs = SequenceCosts.from_sequences(sequences, MODELS[model])
     runs = data.draw(disjoint_runs(len(sequences)))
     chosen = [sequences[s] for s in members(costs, runs)]
-    assert costs.of_ranks(ranks(runs)) == pytest.approx(tree_cost(chosen, MODELS[model]), rel=CLOSE, abs=0)
+    assert costs.of_places(places(runs)) == pytest.approx(tree_cost(chosen, MODELS[model]), rel=CLOSE, abs=0)
     assert costs.total == pytest.approx(tree_cost(sequences, MODELS[model]), rel=CLOSE)
     for run in runs:
         alone = [sequences[s] for s in members(costs, [run])]
@@ -64,39 +52,39 @@ def test_scored_tokens_count_where_sequences_agree_on_them(
     data: st.DataObject, sequences: Sequences, begin: int
 ) -> None:
     """All completions begin at one position, as in a group."""
-    costs = SequenceCosts.of(sequences, WINDOWED, [begin] * len(sequences))
+    costs = SequenceCosts.from_sequences(sequences, WINDOWED, [begin] * len(sequences))
     runs = data.draw(disjoint_runs(len(sequences)))
     chosen = members(costs, runs)
     expected = tree_cost([sequences[s] for s in chosen], WINDOWED, [begin] * len(chosen))
-    assert costs.of_ranks(ranks(runs)) == pytest.approx(expected, rel=CLOSE, abs=0)
+    assert costs.of_places(places(runs)) == pytest.approx(expected, rel=CLOSE, abs=0)
 
 
 @given(st.data(), st.integers(1, 8), st.integers(1, 4))
 def test_scored_tokens_count_where_a_turn_is_the_next_ones_prompt(data: st.DataObject, turns: int, turn: int) -> None:
     sequences = comb(turns, turn)
     begins = [index * turn for index in range(turns)]
-    costs = SequenceCosts.of(sequences, WINDOWED, begins)
+    costs = SequenceCosts.from_sequences(sequences, WINDOWED, begins)
     runs = data.draw(disjoint_runs(turns))
     chosen = members(costs, runs)
     expected = tree_cost([sequences[s] for s in chosen], WINDOWED, [begins[s] for s in chosen])
-    assert costs.of_ranks(ranks(runs)) == pytest.approx(expected, rel=CLOSE, abs=0)
+    assert costs.of_places(places(runs)) == pytest.approx(expected, rel=CLOSE, abs=0)
 
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", [*SHAPES, *WIDE, *BLOCK_FORKS])
 def test_every_shape(name: str, model: str) -> None:
     sequences = (SHAPES | WIDE | BLOCK_FORKS)[name]
-    costs = SequenceCosts.of(sequences, MODELS[model])
+    costs = SequenceCosts.from_sequences(sequences, MODELS[model])
     assert len(costs) == len(sequences)
     assert costs.total == pytest.approx(tree_cost(sequences, MODELS[model]), rel=CLOSE)
-    odd = [Run(rank, rank + 1) for rank in range(1, len(costs), 2)]
+    odd = [Run(place, place + 1) for place in range(1, len(costs), 2)]
     chosen = [sequences[s] for s in members(costs, odd)]
-    assert costs.of_ranks(ranks(odd)) == pytest.approx(tree_cost(chosen, MODELS[model]), rel=CLOSE, abs=0)
+    assert costs.of_places(places(odd)) == pytest.approx(tree_cost(chosen, MODELS[model]), rel=CLOSE, abs=0)
 
 
 @given(st.data(), sequence_batches(max_sequences=12))
 def test_overlap_is_what_all_between_share(data: st.DataObject, sequences: Sequences) -> None:
-    costs = SequenceCosts.of(sequences, MODELS["tokens"])
+    costs = SequenceCosts.from_sequences(sequences, MODELS["tokens"])
     stop = data.draw(st.integers(1, len(sequences)))
     start = data.draw(st.integers(stop, len(sequences)))
     if start == len(sequences):
@@ -109,29 +97,31 @@ def test_overlap_is_what_all_between_share(data: st.DataObject, sequences: Seque
 
 @given(st.data(), sequence_batches(max_sequences=10))
 def test_a_subset_costs_what_it_costs_by_itself(data: st.DataObject, sequences: Sequences) -> None:
-    costs = SequenceCosts.of(sequences, WINDOWED)
+    costs = SequenceCosts.from_sequences(sequences, WINDOWED)
     chosen = sorted(data.draw(st.sets(st.integers(0, len(sequences) - 1), min_size=1)))
     subset = costs.subset(np.array(chosen))
-    assert subset.total == pytest.approx(costs.of_ranks(np.array(chosen)), rel=CLOSE)
+    assert subset.total == pytest.approx(costs.of_places(np.array(chosen)), rel=CLOSE)
     assert subset.order.tolist() == costs.order[chosen].tolist()
-    assert subset.of_ranks(np.arange(len(chosen))) == pytest.approx(subset.total, rel=CLOSE)
+    assert subset.of_places(np.arange(len(chosen))) == pytest.approx(subset.total, rel=CLOSE)
 
 
 @given(sequence_batches(max_sequences=10), st.integers(1, 4))
 def test_a_call_is_paid_once_per_bin(sequences: Sequences, bins: int) -> None:
-    free, paid = (SequenceCosts.of(sequences, replace(TYPICAL, per_call=per_call)) for per_call in (0.0, 100.0))
+    free, paid = (
+        SequenceCosts.from_sequences(sequences, replace(TYPICAL, per_call=per_call)) for per_call in (0.0, 100.0)
+    )
     everything = np.arange(len(sequences))
-    assert paid.of_ranks(everything) == pytest.approx(free.of_ranks(everything) + 100.0)
+    assert paid.of_places(everything) == pytest.approx(free.of_places(everything) + 100.0)
     assert paid.of_run(Run(0, 1)) == pytest.approx(free.of_run(Run(0, 1)) + 100.0)
     assert paid.total == pytest.approx(free.total + 100.0)
     assert lower_bound(paid, bins) == pytest.approx(lower_bound(free, bins) + 100.0)
-    assert paid.of_ranks(everything[:0]) == 0.0
-    assert paid.without_every_bin().total == pytest.approx(free.without_every_bin().total)
+    assert paid.of_places(everything[:0]) == 0.0
+    assert paid.without_fixed_cost().total == pytest.approx(free.without_fixed_cost().total)
 
 
 @given(sequence_batches(max_sequences=10))
 def test_trees_share_nothing_and_cover_all(sequences: Sequences) -> None:
-    costs = SequenceCosts.of(sequences)
+    costs = SequenceCosts.from_sequences(sequences)
     assert sorted(members(costs, costs.trees)) == list(range(len(sequences)))
     first_tokens = [{sequences[s][0] for s in members(costs, [run])} for run in costs.trees]
     assert all(len(tokens) == 1 for tokens in first_tokens)
@@ -142,7 +132,7 @@ def test_trees_share_nothing_and_cover_all(sequences: Sequences) -> None:
 def test_longest_within_keeps_the_budget_and_gives_up_a_quarter_at_most(
     data: st.DataObject, sequences: Sequences, budget: float
 ) -> None:
-    costs = SequenceCosts.of(sequences)
+    costs = SequenceCosts.from_sequences(sequences)
     start = data.draw(st.integers(0, len(sequences) - 1))
     run = Run(start, data.draw(st.integers(start + 1, len(sequences))))
     part = costs.longest_within(run, budget)
@@ -156,7 +146,7 @@ def test_longest_within_keeps_the_budget_and_gives_up_a_quarter_at_most(
 
 
 def test_a_whole_tree_within_the_budget_is_not_cut() -> None:
-    costs = SequenceCosts.of(star(8))
+    costs = SequenceCosts.from_sequences(star(8))
     assert costs.longest_within(Run(0, 8), costs.total).stop == 8
 
 
@@ -165,11 +155,6 @@ def test_large_costs_lose_no_precision() -> None:
     model = ModelCost(per_token=1.5e10, per_pair=1e6, per_scored=1e9)
     generator = np.random.default_rng(0)
     sequences = [generator.integers(1000, size=500) for _ in range(2000)]
-    costs = SequenceCosts.of(sequences, model)
+    costs = SequenceCosts.from_sequences(sequences, model)
     last = Run(len(costs) - 1, len(costs))
     assert costs.of_run(last) == pytest.approx(float(costs.path[-1]), rel=CLOSE)
-
-
-def test_what_is_no_sequence_is_refused() -> None:
-    with pytest.raises(InvalidInputError, match="Sequence 1 is empty"):
-        SequenceCosts.of([[1], []])

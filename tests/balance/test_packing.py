@@ -12,10 +12,8 @@ from dta_plugin import InvalidInputError
 from dta_plugin.balance import Partition, pack
 from dta_plugin.balance.costs import TOKENS, TYPICAL
 from dta_plugin.tree.cost import ModelCost
-from tests.support.dealing import CLOSE, groups, loads_are_true, tree_cost
+from tests.support.dealing import CLOSE, WINDOWED, groups, loads_are_true, tree_cost
 from tests.support.trees import Sequences, run, sequence_batches
-
-WINDOWED = ModelCost(10.0, 3.0, per_scored=50.0, per_window_pair=((3, 5.0), (8, 2.0)), per_call=90.0)
 
 
 def check(sequences: Sequences, capacity: float, model: ModelCost = TOKENS, at_least: int = 1) -> Partition:

@@ -13,12 +13,10 @@ from hypothesis import strategies as st
 
 from dta_plugin import InvalidInputError
 from dta_plugin.balance import Partition, partition, partition_each
-from dta_plugin.balance.costs import TYPICAL, SequenceCosts
+from dta_plugin.balance.costs import TYPICAL, SequenceCosts, loads
 from dta_plugin.tree.cost import ModelCost
-from tests.support.dealing import CLOSE, best_of_all, counts, groups, loads_are_true, tree_cost
+from tests.support.dealing import CLOSE, WINDOWED, best_of_all, counts, groups, loads_are_true, tree_cost
 from tests.support.trees import SHAPES, WIDE, Sequences, run, sequence_batches
-
-WINDOWED = ModelCost(10.0, 3.0, per_scored=50.0, per_window_pair=((3, 5.0), (8, 2.0)), per_call=90.0)
 
 
 def check(
@@ -69,7 +67,7 @@ def test_nothing_is_below_the_lower_bound_and_free_sizes_are_near_the_best(seque
     best = best_of_all(sequences, bins)
     found = check(sequences, bins)
     assert found.lower_bound <= best * (1 + CLOSE)
-    # Of 2,000 random batches like these all were the best, to the search's precision.
+    # Of 2,000 random batches like these 99.8 % were the best, the worst was at 1.09.
     assert best * (1 - CLOSE) <= max(found.loads) <= 1.1 * best
 
 
@@ -79,11 +77,8 @@ def test_given_sizes_are_within_a_factor_of_the_best(data: st.DataObject, sequen
     best = best_of_all(sequences, bins, sizes)
     found = check(sequences, bins, sizes)
     assert found.lower_bound <= best * (1 + CLOSE)
-    # Of 2,000 random batches with equal counts 99.9 % were the best, the worst was at 1.21.
+    # Of 2,000 random batches 99.9 % were the best, the worst was at 1.18.
     assert best * (1 - CLOSE) <= max(found.loads) <= 1.3 * best
-    thorough = check(sequences, bins, sizes, effort="thorough")
-    assert max(thorough.loads) <= 1.05 * best
-    assert max(thorough.loads) <= max(found.loads) * (1 + CLOSE)
 
 
 @given(sequence_batches(max_sequences=12), st.integers(1, 5))
@@ -112,10 +107,8 @@ def test_a_few_groups_per_bin_are_cut_where_it_pays() -> None:
     """20 groups of different costs in 16 bins, far from even without a cut."""
     sequences = groups(20, 8, seed=3)
     whole = max(tree_cost(sequences[start : start + 8]) for start in range(0, 160, 8))
-    fast, thorough = (check(sequences, 16, effort=effort) for effort in ("fast", "thorough"))
-    assert max(thorough.loads) <= max(fast.loads) * (1 + CLOSE)
-    assert max(thorough.loads) <= 1.12 * fast.lower_bound
-    assert max(fast.loads) < whole and fast.repeated > 0
+    found = check(sequences, 16)
+    assert max(found.loads) < whole and found.repeated > 0
 
 
 def test_duplicates_cost_once_in_a_bin() -> None:
@@ -203,10 +196,8 @@ def test_the_check_of_loads_notices_that_siblings_were_ignored() -> None:
     assert not loads_are_true(Partition(found.bins, flat, found.lower_bound, 0.0), sequences)
     dealt = [list(range(start, len(sequences), 3)) for start in range(3)]  # siblings apart
     assert not loads_are_true(Partition(dealt, found.loads, found.lower_bound, 0.0), sequences)
-    costs = SequenceCosts.of(sequences)
-    rank = np.argsort(costs.order)
-    true = [costs.of_ranks(np.sort(rank[members])) for members in dealt]
-    assert loads_are_true(Partition(dealt, true, found.lower_bound, 0.0), sequences)
+    costs = SequenceCosts.from_sequences(sequences)
+    assert loads_are_true(Partition(dealt, loads(costs, dealt), found.lower_bound, 0.0), sequences)
 
 
 @given(sequence_batches(max_sequences=10), st.integers(1, 4), st.integers(0, 9))
@@ -264,8 +255,6 @@ def test_errors() -> None:
     for wrong in ("equal", "even"):
         with pytest.raises(InvalidInputError, match=f"sizes='{wrong}' for 3 sequences in 2 bins"):
             partition([[1], [2], [3]], 2, sizes=wrong)
-    with pytest.raises(InvalidInputError, match=r"Got effort='most'. Expected one of 'fast', 'thorough'"):
-        partition([[1]], 1, effort="most")
     with pytest.raises(InvalidInputError, match="Sequence 0 has shape"):
         partition([np.array([0.5])], 1)
 

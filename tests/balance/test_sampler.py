@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 import torch
@@ -114,15 +112,6 @@ def test_in_a_data_loader() -> None:
     sampler = SiblingSampler(sequences, 3)
     loaded = [batch.tolist() for batch in DataLoader(range(len(sequences)), batch_size=3, sampler=sampler)]
     assert loaded == batches_of(sampler)
-
-
-def test_a_large_data_set_takes_seconds() -> None:
-    generator = np.random.default_rng(0)
-    prompts = generator.integers(3, 50000, (5000, 150))
-    sequences = [np.concatenate([prompts[i // 4], generator.integers(3, 50000, 100)]) for i in range(20000)]
-    start = time.process_time()
-    assert len(list(SiblingSampler(sequences, 8, world_size=4))) == 20000
-    assert time.process_time() - start < 5
 
 
 def test_refusals() -> None:

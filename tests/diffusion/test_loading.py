@@ -49,6 +49,15 @@ def loaded(directory: Path, config: dict[str, Any], state: State, shards: int = 
     return load_diffusion_lm(write_checkpoint(directory, config, state, shards))
 
 
+def made(
+    directory: Path, family: str, shards: int = 1, **changes: Any
+) -> tuple[PreTrainedModel, dict[str, Any], State]:
+    """A checkpoint of the family, loaded; its own config and state."""
+    config = released_config(family, **changes)
+    state = released_state(config)
+    return loaded(directory, config, state, shards), config, state
+
+
 def tensors(directory: Path) -> dict[str, tuple[torch.dtype, bytes]]:
     found = {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
     return {name: (tensor.dtype, tensor.view(torch.uint8).numpy().tobytes()) for name, tensor in found.items()}
@@ -57,18 +66,14 @@ def tensors(directory: Path) -> dict[str, tuple[torch.dtype, bytes]]:
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_released_checkpoint_gives_the_logits_of_its_own_model(tmp_path: Path, family: str, shards: int) -> None:
-    config = released_config(family)
-    state = released_state(config)
-    model = loaded(tmp_path, config, state, shards)
+    model, config, state = made(tmp_path, family, shards)
     assert gap(model, family_of(model.config), config, state) < TOLERANCE
 
 
 @pytest.mark.parametrize("left", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padded_rows_give_what_each_row_gives_alone(tmp_path: Path, family: str, left: bool) -> None:
-    config = released_config(family)
-    state = released_state(config)
-    model = loaded(tmp_path, config, state)
+    model, config, state = made(tmp_path, family)
     rows = [IDS.tolist(), IDS[:6].tolist(), IDS[3:5].tolist()]
     ids, mask = padded(rows, left)
     with torch.no_grad():
@@ -92,34 +97,20 @@ def test_padded_rows_give_what_each_row_gives_alone(tmp_path: Path, family: str,
     ],
 )
 def test_tied_heads_grouped_heads_and_other_sizes(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
-    config = released_config(family, **changes)
-    state = released_state(config)
-    model = loaded(tmp_path, config, state)
+    model, config, state = made(tmp_path, family, **changes)
     assert gap(model, family_of(model.config), config, state) < TOLERANCE
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_wrong_shift_is_noticed(tmp_path: Path, family: str) -> None:
-    config = released_config(family)
-    state = released_state(config)
-    model = loaded(tmp_path, config, state)
+def test_the_wrong_shift_and_a_causal_mask_are_noticed(tmp_path: Path, family: str) -> None:
+    model, config, state = made(tmp_path, family)
     right = family_of(model.config)
-    assert gap(model, replace(right, is_shifted=not right.is_shifted), config, state) > 1e-2
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_causal_mask_is_noticed(tmp_path: Path, family: str) -> None:
-    config = released_config(family)
-    state = released_state(config)
-    model = loaded(tmp_path, config, state)
-    causal = replace(family_of(model.config), block_length=1)
-    assert gap(model, causal, config, state) > 1e-2
+    for wrong in (replace(right, is_shifted=not right.is_shifted), replace(right, block_length=1)):
+        assert gap(model, wrong, config, state) > 1e-2
 
 
 def test_full_attention_and_other_blocks_are_not_those_of_sdar(tmp_path: Path) -> None:
-    config = released_config("sdar")
-    state = released_state(config)
-    model = loaded(tmp_path, config, state)
+    model, config, state = made(tmp_path, "sdar")
     right = family_of(model.config)
     assert right.block_length == 4
     for block_length in (None, 3, 8):

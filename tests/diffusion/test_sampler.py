@@ -127,12 +127,12 @@ def test_mask_and_forbidden_tokens_are_never_chosen() -> None:
 def one_token_model(tokens: dict[int, int], default: int):
     """A model that predicts `default`, or another token at some columns of the canvas."""
     model = diffusion_model(tie_word_embeddings=False)
-    wanted = torch.full((64,), default)
+    predicted = torch.full((64,), default)
     for column, token in tokens.items():
-        wanted[column] = token
+        predicted[column] = token
 
     def forward(input_ids, logits_to_keep, **_):
-        chosen = wanted[logits_to_keep].expand(len(input_ids), -1)
+        chosen = predicted[logits_to_keep].expand(len(input_ids), -1)
         logits = torch.nn.functional.one_hot(chosen, VOCABULARY).float() * 9
         return type("Output", (), {"logits": logits})
 
@@ -172,7 +172,7 @@ def test_guidance_moves_the_logits_away_from_those_without_prompt(monkeypatch: p
     model = diffusion_model()
     guided = dataclasses.replace(SMALL, guidance_scale=1.5)
     ids = torch.cat([PROMPTS, PROMPTS], 1)
-    logits = module._guided(model, FAMILY, guided, ids, torch.ones(3, 10), 5, slice(6, 9))
+    logits = module._guided_logits(model, FAMILY, guided, ids, torch.ones(3, 10), 5, slice(6, 9))
     blind = torch.cat([torch.full_like(PROMPTS, MASK), PROMPTS], 1)
     conditional, unconditional = (predictions(model, FAMILY, given, None, slice(6, 9)) for given in (ids, blind))
     torch.testing.assert_close(logits, 2.5 * conditional - 1.5 * unconditional, rtol=1e-4, atol=1e-4)

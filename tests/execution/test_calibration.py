@@ -21,14 +21,14 @@ from dta_plugin.execution.calibration_store import Calibration, calibration_of, 
 from dta_plugin.execution.prepared_batch import PreparedBatch, prepare_batch, saving_obstacle
 from dta_plugin.models.introspection import model_cost
 from dta_plugin.tree.cost import Padded
-from dta_plugin.tree.speed import Speed
+from dta_plugin.tree.time_model import SecondsPerFlop
 from tests.support.models import tiny_model
 from tests.support.trees import star
 
-FAST, SLOW = Speed(1e-3, 1e-9, 1e-9, 1e-9), Speed(2e-3, 2e-9, 2e-9, 2e-9)
+FAST, SLOW = SecondsPerFlop(1e-3, 1e-9, 1e-9, 1e-9), SecondsPerFlop(2e-3, 2e-9, 2e-9, 2e-9)
 
 
-def made_up(model: PreTrainedModel, tree: Speed, dense: Speed) -> Calibration:
+def made_up(model: PreTrainedModel, tree: SecondsPerFlop, dense: SecondsPerFlop) -> Calibration:
     return Calibration(tree, dense, "padded", 0.05, describe(model))
 
 
@@ -45,8 +45,8 @@ def test_measured_speeds_predict_something(calibrations: Path) -> None:
     assert len(samples) == len(list(cases(100, 256))) and len(lines) == 3
     for sample in samples:
         assert sample.tree_seconds > 0 and sample.dense_seconds > 0
-        assert sample.dense_parts.linear >= sample.tree_parts.linear
-    assert found.tree.seconds(samples[-1].tree_parts) > 0 and found.dense.seconds(samples[-1].dense_parts) > 0
+        assert sample.dense_work.linear >= sample.tree_work.linear
+    assert found.tree.seconds(samples[-1].tree_work) > 0 and found.dense.seconds(samples[-1].dense_work) > 0
     assert all(parameter.grad is None for parameter in model.parameters())
     path = found.save()
     assert path.parent == calibrations and Calibration.load(path) == found == find(model)
@@ -155,7 +155,7 @@ def test_weights_of_trees() -> None:
     flops = model_cost(model)
     assert tree_cost(model, TreeConfig(calibration="off")) == replace(flops, per_call=64 * flops.per_token)
     file = made_up(model, FAST, SLOW).save()
-    assert tree_cost(model, TreeConfig(calibration=str(file))) == flops.at(FAST)
+    assert tree_cost(model, TreeConfig(calibration=str(file))) == flops.in_seconds(FAST)
 
 
 def test_file_is_readable(tmp_path: Path) -> None:

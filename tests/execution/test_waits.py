@@ -33,7 +33,7 @@ def kernels_run_here(monkeypatch: pytest.MonkeyPatch, unprobed: None) -> None:
     """The self-check is once per process, the probe once per model: not a batch's."""
     size = Launch(16, 16, 4, 2)
     monkeypatch.setattr(triton_backend, "launches", lambda *_: Launches(size, size, size))
-    monkeypatch.setattr(api, "why_not_triton", lambda *_: None)
+    monkeypatch.setattr(api, "triton_obstacle", lambda *_: None)
     monkeypatch.setattr(api, "trusted_backend", lambda *_: "triton")
     assert self_check.trusted_backend is not api.trusted_backend
 

@@ -15,14 +15,20 @@ from dta_plugin.tree.cost import ModelCost
 from tests.support.trees import Sequences, run
 
 CLOSE = 1e-9
+WINDOWED = ModelCost(10.0, 3.0, per_scored=50.0, per_window_pair=((3, 5.0), (8, 2.0)), per_call=90.0)
 
 
-def tree_cost(sequences: Sequences, model: ModelCost = TYPICAL) -> float:
-    """What a call with the built tree costs, nothing scored; without sequences there is none."""
+def tree_cost(sequences: Sequences, model: ModelCost = TYPICAL, first_scored: list[int] | None = None) -> float:
+    """What a call with the built tree costs; without sequences there is none.
+
+    A token that any sequence scores is scored once; without first_scored nothing is.
+    """
     if not sequences:
         return 0.0
     tree = PrefixTree.from_sequences(sequences)
-    return model.per_call + model.flops(tree.tree_tokens, tree.depth, 0)
+    begins = first_scored or [len(sequence) for sequence in sequences]
+    scored = {token for s, begin in enumerate(begins) for token in tree.path(s)[begin:].tolist()}
+    return model.per_call + model.flops(tree.tree_tokens, tree.depth, len(scored))
 
 
 def loads_are_true(found: Partition, sequences: Sequences, model: ModelCost = TYPICAL) -> bool:

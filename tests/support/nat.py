@@ -11,19 +11,17 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dta_plugin.token_selection.designs import Design, FixedSize, Independent
+from dta_plugin.token_selection.designs import Design, Independent
 from dta_plugin.token_selection.select import Drawn, TokenSelection
 
 
 def outcomes(design: Design) -> Iterator[tuple[np.ndarray, float]]:
     """Yields (kept, probability), kept: bool [T], for every outcome that can happen; the probabilities sum to 1.
 
-    Up to 2^T for Independent, all subsets of one size for FixedSize, at most T cuts for PrefixCut.
+    Up to 2^T for Independent, at most T cuts for PrefixCut.
     """
     if isinstance(design, Independent):
         yield from _subsets(design.probabilities)
-    elif isinstance(design, FixedSize):
-        yield from _subsets_of_one_size(design)
     else:
         yield from _cuts(design.probabilities)
 
@@ -61,14 +59,6 @@ def _subsets(probabilities: np.ndarray) -> Iterator[tuple[np.ndarray, float]]:
     for chosen in itertools.product(*choices):
         kept = np.array(chosen, dtype=bool)
         yield kept, float(np.where(kept, probabilities, 1 - probabilities).prod())
-
-
-def _subsets_of_one_size(design: FixedSize) -> Iterator[tuple[np.ndarray, float]]:
-    probability = 1 / math.comb(design.others, design.size)
-    for drawn in itertools.combinations(range(design.others), design.size):
-        kept = np.arange(design.certain + design.others) < design.certain
-        kept[[design.certain + token for token in drawn]] = True
-        yield kept, probability
 
 
 def _cuts(probabilities: np.ndarray) -> Iterator[tuple[np.ndarray, float]]:

@@ -30,14 +30,14 @@ def kept_tokens(selection: TokenSelection, rows: int, tokens: int, groups: Seque
 
 
 def test_options() -> None:
-    assert SCHEMES == ("urs", "urs-fixed", "rpc", "rpc-uniform", "rpc-two-point")
-    assert [TokenSelection(scheme=scheme).cuts for scheme in SCHEMES] == [False, False, True, True, True]
+    assert SCHEMES == ("urs", "rpc", "rpc-uniform", "rpc-two-point")
+    assert [TokenSelection(scheme=scheme).cuts for scheme in SCHEMES] == [False, True, True, True]
     default = TokenSelection(scheme="rpc")
     assert (default.budget, default.min_prefix, default.floor, default.sharing) == (0.5, 1, 0.1, "group")
 
 
 INVALID: dict[str, tuple[dict[str, object], str]] = {
-    "scheme": ({"scheme": "random"}, r"token_selection='random'. Expected all or one of urs, urs-fixed, rpc, rpc-unif"),
+    "scheme": ({"scheme": "random"}, r"token_selection='random'. Expected all or one of urs, rpc, rpc-unif"),
     "budget 0": ({"budget": 0.0}, r"token_budget=0.0. Expected a share of the tokens in \(0, 1\]"),
     "budget in tokens": ({"budget": 512}, r"token_budget=512. Expected a share of the tokens"),
     "budget NaN": ({"budget": float("nan")}, r"token_budget=nan"),
@@ -50,7 +50,7 @@ INVALID: dict[str, tuple[dict[str, object], str]] = {
     "floor 0": ({"floor": 0.0}, r"token_floor=0.0. Expected a probability in \(0, 1\]"),
     "floor as a weight": ({"floor": 10.0}, r"token_floor=10.0. Expected a probability"),
     "floor NaN": ({"floor": float("nan")}, r"token_floor=nan"),
-    "sharing": ({"sharing": "rank"}, r"token_sharing='rank'. Expected one of row, group, batch"),
+    "sharing": ({"sharing": "rank"}, r"token_sharing='rank'. Expected one of row, group"),
 }
 
 
@@ -69,7 +69,7 @@ def test_draws_keep_each_token_with_its_probability(scheme: str, sharing: str) -
     selection = TokenSelection(scheme=scheme, budget=0.6, floor=0.2, sharing=sharing)
     kept = kept_tokens(selection, rows, tokens, [row // 4 for row in range(rows)], steps).mean((0, 1))
     design = selection.design(tokens)
-    alike = {"row": 1, "group": 4, "batch": rows}[sharing] if selection.cuts else 1
+    alike = {"row": 1, "group": 4}[sharing] if selection.cuts else 1
     p = design.probabilities[1:]
     assert kept[0] == 1
     assert np.abs((kept[1:] - p) / np.sqrt(p * (1 - p) / (rows * steps / alike))).max() < 4
@@ -148,17 +148,6 @@ def test_siblings_vary_less_together_than_by_themselves(scheme: str) -> None:
 
     by_themselves, together = variance_of_the_mean("row"), variance_of_the_mean("group")
     assert together < by_themselves / 4
-    assert variance_of_the_mean("batch") > by_themselves * 4
-
-
-def test_batches_are_cut_at_one_place() -> None:
-    """At one share of each row: rows of one length alike, others as far as theirs reach."""
-    selection = TokenSelection(scheme="rpc", sharing="batch")
-    carries_loss = np.arange(60) < np.array([60, 60, 30, 60])[:, None]
-    lengths = np.array([(drawn(selection, carries_loss, [0, 1, 1, 2], step).weights > 0).sum(1) for step in range(40)])
-    assert (lengths[:, [0]] == lengths[:, [1, 3]]).all()
-    assert np.abs(lengths[:, 0] - 2 * lengths[:, 2]).max() <= 4
-    assert len(np.unique(lengths[:, 0])) > 10
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -192,8 +181,7 @@ def test_a_row_is_drawn_whatever_the_others_carry(scheme: str, sharing: str) -> 
     fewer[2, ::2] = False
     full = drawn(selection, everything, [0] * 6).weights
     np.testing.assert_array_equal(full[3:], drawn(selection, fewer, [0] * 6).weights[3:])
-    different = len(np.unique(full, axis=0)) > 1
-    assert different == (sharing != "batch" or not selection.cuts)
+    assert len(np.unique(full, axis=0)) > 1
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -216,7 +204,7 @@ def test_cuts_count_positions_and_single_tokens_those_with_loss() -> None:
     carries_loss = np.zeros((1, 12), dtype=bool)
     carries_loss[0, [0, 1, 6, 7]] = True
     where = np.flatnonzero(carries_loss)
-    for scheme, positions in {"rpc-uniform": where, "urs-fixed": np.arange(4)}.items():
+    for scheme, positions in {"rpc-uniform": where, "urs": np.arange(4)}.items():
         selection = TokenSelection(scheme=scheme, min_prefix=2)
         p = selection.design(8 if selection.cuts else 4).probabilities[positions]
         seen = np.array([drawn(selection, carries_loss, step=step).weights[0] for step in range(100)])

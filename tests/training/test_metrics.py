@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from dta_plugin import PrefixTree
-from dta_plugin.training.metrics import METRICS, RunCounts, reduction_of
+from dta_plugin.training.metrics import METRICS, markdown, reduction_of
+from dta_plugin.training.run_counts import RunCounts
 from dta_plugin.tree.report import TreeReport
 
 ROOT = Path(__file__).parents[2]
@@ -19,9 +20,13 @@ def report(sequences: list[list[int]], **fields: object) -> TreeReport:
 
 def test_names_in_code_are_in_the_table() -> None:
     sources = [path.read_text("utf-8") for path in (ROOT / "dta_plugin").rglob("*.py")]
-    literal = {name for text in sources for name in re.findall(r'"(?:eval_|\{prefix\})?(dta/\w+)"', text)}
+    literal = {name for text in sources for name in re.findall(r'"(?:eval_|\{prefix\})?((?:dta|diffusion)/\w+)"', text)}
     names = {metric.name for metric in METRICS}
-    assert literal <= names and len(names) == len(METRICS) > 20
+    assert literal <= names and len(names) == len(METRICS) > 30
+
+
+def test_the_docs_print_the_table() -> None:
+    assert markdown() in (ROOT / "docs" / "metrics.md").read_text("utf-8")
 
 
 def test_counts_of_a_step() -> None:

@@ -38,7 +38,7 @@ def test_micro_batches_are_never_dearer_than_the_depth_first_cut(seed: int) -> N
     sizes = [len(part) for part in np.array_split(np.arange(len(sequences)), count)]
     bins = to_micro_batches(sequences, first_scored, sizes, TYPICAL)
     assert [len(rows) for rows in bins] == sizes and sorted(chain(*bins)) == list(range(len(sequences)))
-    costs = SequenceCosts.of(sequences, TYPICAL, first_scored)
+    costs = SequenceCosts.from_sequences(sequences, TYPICAL, first_scored)
     cut = loads(costs, [rows.tolist() for rows in np.split(costs.order, np.cumsum(sizes)[:-1])])
     assert sum(loads(costs, bins)) <= 1.01 * sum(cut)
 
@@ -82,7 +82,7 @@ def test_ranks_of_heavy_and_light_groups_are_evened_out() -> None:
     owner = np.empty(64, dtype=int)
     owner[order] = np.repeat(np.arange(4), 16)  # the longest rows are all on one rank
     destination = to_ranks(sequences, first_scored, owner.tolist(), TYPICAL)
-    costs = SequenceCosts.of(sequences, TYPICAL, first_scored)
+    costs = SequenceCosts.from_sequences(sequences, TYPICAL, first_scored)
     before, after = (
         loads(costs, [[row for row in range(64) if ranks[row] == rank] for rank in range(4)])
         for ranks in (owner, destination)

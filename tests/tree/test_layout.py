@@ -16,13 +16,13 @@ from tests.support.trees import SHAPES, Sequences, sequence_batches
 def check_against_definition(sequences: Sequences, scored: list[list[bool]] | None) -> None:
     tree = PrefixTree.from_sequences(sequences)
     edges = ScoredEdges.from_tree(tree, scored)
-    wanted = {
+    scored_tokens = {
         (s, i)
         for s, sequence in enumerate(sequences)
         for i in range(1, len(sequence))
         if scored is None or scored[s][i]
     }
-    targets = sorted({int(tree.path(s)[i]) for s, i in wanted})
+    targets = sorted({int(tree.path(s)[i]) for s, i in scored_tokens})
     rows = sorted({int(tree.parent[t]) for t in targets})
 
     assert edges.target.tolist() == targets
@@ -31,7 +31,9 @@ def check_against_definition(sequences: Sequences, scored: list[list[bool]] | No
     assert edges.lengths == [len(s) - 1 for s in sequences]
     values = torch.arange(1.0, len(targets) + 1)
     for s, row in enumerate(edges.per_sequence(values)):
-        expected = [targets.index(int(tree.path(s)[i])) + 1 if (s, i) in wanted else 0 for i in range(1, len(row) + 1)]
+        expected = [
+            targets.index(int(tree.path(s)[i])) + 1 if (s, i) in scored_tokens else 0 for i in range(1, len(row) + 1)
+        ]
         assert row.tolist() == expected
 
 

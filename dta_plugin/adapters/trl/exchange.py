@@ -140,7 +140,7 @@ def _window_plan(offers: list[_Offer], start: int, stop: int) -> tuple[np.ndarra
     first_scored = [first for offer in offers for first in offer.first_scored[start:stop]]
     owner = np.repeat(np.arange(len(offers)), stop - start)
     destination = np.array(to_ranks(sequences, first_scored, owner.tolist(), offers[0].model))
-    tokens = SequenceCosts.of(sequences, TOKENS)
+    tokens = SequenceCosts.from_sequences(sequences, TOKENS)
     separate = loads(tokens, [np.flatnonzero(destination == rank).tolist() for rank in range(len(offers))])
     return destination.reshape(len(offers), -1), sum(separate) - tokens.total
 

@@ -155,12 +155,12 @@ def _window_loads(batches: list[Inputs], merged: bool, model: ModelCost) -> tupl
     """Per micro-batch its cost (the first one's is the whole tree's if they are merged), and tokens repeated."""
     micro_batches = [MicroBatch.from_inputs(batch) for batch in batches]
     joint = joined(micro_batches)
-    costs = SequenceCosts.of(joint.sequences, model, joint.prompt_lengths)
+    costs = SequenceCosts.from_sequences(joint.sequences, model, joint.prompt_lengths)
     if merged:
         return [costs.total] + [0.0] * (len(batches) - 1), 0.0
     rows = iter(range(len(joint)))
     bins = [[next(rows) for _ in batch.rows.sequences] for batch in micro_batches]
-    tokens = SequenceCosts.of(joint.sequences, TOKENS)
+    tokens = SequenceCosts.from_sequences(joint.sequences, TOKENS)
     return loads(costs, bins), sum(loads(tokens, bins)) - tokens.total
 
 

@@ -94,15 +94,12 @@ class OfflineLike(TrainerLike, Protocol):
 
 
 class DiffusionLike(TrainerLike, Protocol):
-    """One that trains a diffusion LM. _defer_fsdp_gradient_reduction: not in older releases of transformers."""
+    """One that samples from a diffusion LM."""
 
     @property
     def model(self) -> PreTrainedModel: ...
     @property
     def is_fsdp_enabled(self) -> bool: ...
-    @property
-    def _metrics(self) -> Metrics: ...
-    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[Any]: ...
 
 
 class GRPOLike(TrainerLike, Protocol):

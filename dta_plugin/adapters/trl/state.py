@@ -14,8 +14,8 @@ from dta_plugin.adapters.trl.token_weights import LEFT_OUT, is_weighted
 from dta_plugin.adapters.trl.tokens import MicroStep
 from dta_plugin.adapters.trl.window import Windows
 from dta_plugin.config import TreeConfig
-from dta_plugin.training.metrics import RunCounts
 from dta_plugin.training.notices import Notices
+from dta_plugin.training.run_counts import RunCounts
 from dta_plugin.tree.report import TreeReport
 
 

@@ -85,7 +85,7 @@ def _pays(
 
     def total(batches: list[MicroBatch], cost: ModelCost) -> float:
         rows = joined(batches)
-        return SequenceCosts.of(rows.sequences, cost, rows.prompt_lengths).total
+        return SequenceCosts.from_sequences(rows.sequences, cost, rows.prompt_lengths).total
 
     together = [MicroBatch.from_inputs(batch) for batch in window]
     budget = token_budget(model, input_device(model), config.max_tree_tokens_per_chunk)

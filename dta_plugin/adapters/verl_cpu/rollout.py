@@ -5,8 +5,8 @@ together. After each update the actor's weights are sent to it, as to every othe
 from the current policy.
 
 Promises: real sampling, the sampler's own log-probs (see sampling.py), any agent loop; from a diffusion LM, canvases
-(see canvas.py). It is for the synchronous trainer and text; what it cannot do (tensor parallelism, adapters that are
-not merged) is an error.
+(see diffusion_sampling.py). It is for the synchronous trainer and text; what it cannot do (tensor parallelism, adapters
+that are not merged) is an error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from verl.workers.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica, TokenOutput
 
-from dta_plugin.adapters.verl_cpu.canvas import canvas_sampler
+from dta_plugin.adapters.verl_cpu.diffusion_sampling import diffusion_sampler
 from dta_plugin.adapters.verl_cpu.sampling import Request, Sample, sample
 from dta_plugin.errors import InvalidInputError
 
@@ -42,7 +42,7 @@ class HFServer:
         torch.manual_seed(config.get("seed", 0) + replica_rank)  # verl 0.8 has no seed
         path = copy_to_local(model_config.path)
         self.config = config
-        self.sample = canvas_sampler(config) or sample
+        self.sample = diffusion_sampler(config) or sample
         self.steps: int | None = None
         # The actor's weights are on their way: they arrive before the first request.
         self.model = AutoModelForCausalLM.from_config(

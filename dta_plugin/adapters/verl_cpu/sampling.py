@@ -15,6 +15,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from dta_plugin.errors import InvalidInputError
+from dta_plugin.training.padding import left_padded
 
 
 @dataclass(frozen=True)
@@ -70,19 +71,14 @@ def sample(model: PreTrainedModel, requests: list[Request], eos: Collection[int]
 @torch.inference_mode()
 def _sample_alike(model: PreTrainedModel, requests: list[Request], eos: Collection[int], pad: int) -> list[Sample]:
     """Samples of requests that share a distribution. Rows may have different limits: longer samples are cut."""
-    width = max(len(request.prompt) for request in requests)
-    ids = torch.full((len(requests), width), pad)
-    mask = torch.zeros_like(ids)
-    for row, request in enumerate(requests):
-        ids[row, width - len(request.prompt) :] = torch.tensor(request.prompt)
-        mask[row, width - len(request.prompt) :] = 1
+    ids, mask = left_padded([request.prompt for request in requests], pad)
     generate: Any = model.generate
     output = generate(
         input_ids=ids,
         attention_mask=mask,
         generation_config=_config(requests[0].sampling, max(request.max_tokens for request in requests), eos, pad),
     )
-    tokens = output.sequences[:, width:]
+    tokens = output.sequences[:, ids.shape[1] :]
     # `scores` are the logits that were sampled from, as a tuple of [rows, vocabulary] with an entry per token.
     logprobs = torch.stack(output.scores, 1).float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
     samples = []

@@ -14,7 +14,7 @@ from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError
 
 KEY = "actor_rollout_ref.rollout.custom.dta"
-DIFFUSION = f"{KEY}.diffusion"  # of diffusion LMs, which have no prefix trees: `adapters.verl.diffusion`
+DIFFUSION = f"{KEY}.diffusion"  # of diffusion LMs, which have no prefix trees: `adapters.verl_plugin.diffusion`
 # Fields of TreeConfig that verl has no use for, and what decides in their place.
 _ELSEWHERE = {
     "merge_window": "ppo_max_token_len_per_gpu with use_dynamic_bsz=True decides how much runs as one tree",

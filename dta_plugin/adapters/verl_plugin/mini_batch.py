@@ -20,8 +20,9 @@ from dta_plugin.errors import InvalidInputError
 from dta_plugin.execution.prepared_batch import prepare_batch
 from dta_plugin.models.introspection import causal_lm, model_cost
 from dta_plugin.models.support import tree_obstacle
-from dta_plugin.training.metrics import RunCounts, reduction_of
+from dta_plugin.training.metrics import reduction_of
 from dta_plugin.training.placement.micro_batches import BudgetPlanner, SizePlanner
+from dta_plugin.training.run_counts import RunCounts
 from dta_plugin.training.tokens import DrawnTokens
 from dta_plugin.tree.cost import CostEstimate
 

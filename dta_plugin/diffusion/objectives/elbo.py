@@ -71,11 +71,11 @@ def masked_log_probs(
         values = logits.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
     else:
         place = logit_rows(family, first, last, input_ids.device)[column]
-        values = _fused(model, family, noised, attention_mask, (row, place), targets)
+        values = _fused_log_probs(model, family, noised, attention_mask, (row, place), targets)
     return values.new_zeros(mask.shape).index_put((row, column), values)
 
 
-def _fused(
+def _fused_log_probs(
     model: nn.Module,
     family: DiffusionFamily,
     noised: torch.Tensor,

@@ -24,7 +24,7 @@ def to_micro_batches(
     The depth-first order cut into `sizes` rarely tears a group; the balanced partition is taken where its sum is lower,
     or where the sum is as low and its largest micro-batch smaller.
     """
-    costs = SequenceCosts.of(sequences, model, first_scored)
+    costs = SequenceCosts.from_sequences(sequences, model, first_scored)
     cut = [costs.order[a:b].tolist() for a, b in pairwise([0, *accumulate(sizes)])]
     dealt = partition(sequences, len(sizes), model=model, first_scored=first_scored, sizes=sizes).bins
     return dealt if improves(loads(costs, dealt), loads(costs, cut), sum, max) else cut

@@ -29,7 +29,7 @@ def to_ranks(
     """
     ranks = max(owner) + 1
     held: Bins = [[row for row, rank in enumerate(owner) if rank == r] for r in range(ranks)]
-    costs = SequenceCosts.of(sequences, model, first_scored)
+    costs = SequenceCosts.from_sequences(sequences, model, first_scored)
     sizes = [len(rows) for rows in held]
     dealt = partition(sequences, ranks, model=model, first_scored=first_scored, sizes=sizes).bins
     if not improves(loads(costs, dealt), loads(costs, held), max, sum):

@@ -85,7 +85,7 @@ def place_rows(batch: GroupedRows, ranks: int, steps: int) -> Placement:
     Groups keep the order in which they were sampled: the first ones that fill a step are the first step, and so on.
     What a row costs has no influence on its step, only on its rank.
     """
-    costs = SequenceCosts.of(batch.sequences, TYPICAL)
+    costs = SequenceCosts.from_sequences(batch.sequences, TYPICAL)
     groups = batch.groups
     waiting = _groups_in_order(costs.order, groups)
     sizes = [len(batch) // steps] * steps
@@ -108,7 +108,7 @@ def _step(sequences: list[np.ndarray], groups: np.ndarray, rows: list[int], rank
     (whole,) = partition_each(sequences, [rows], ranks, sizes="equal", whole_trees=True)
     pieces = sum(len(set(groups[share].tolist())) for share in whole.bins)
     is_cut = pieces > len(set(groups[rows].tolist()))
-    without_sharing = SequenceCosts.of([sequences[row] for row in rows], TYPICAL).path.sum()
+    without_sharing = SequenceCosts.from_sequences([sequences[row] for row in rows], TYPICAL).path.sum()
     if not is_cut and max(whole.loads) <= without_sharing / ranks:
         return whole
     (cut,) = partition_each(sequences, [rows], ranks, sizes="equal")
@@ -141,7 +141,7 @@ def _costliest_first(costs: SequenceCosts, groups: np.ndarray, share: list[int])
 
 def _described(batch: GroupedRows, shares: list[list[list[int]]], rank_loads: list[list[float]]) -> Placement:
     groups = batch.groups
-    tokens = SequenceCosts.of(batch.sequences, TOKENS)
+    tokens = SequenceCosts.from_sequences(batch.sequences, TOKENS)
     is_real = np.array([len(sequence) > 1 for sequence in batch.sequences])
     every = [share for step in shares for share in step]
     present = [set(groups[share].tolist()) for share in every]

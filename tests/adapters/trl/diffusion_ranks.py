@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dta_plugin.adapters.trl import DiffusionGRPOTrainer
 from dta_plugin.adapters.trl.diffusion import trainer as module
-from dta_plugin.adapters.trl.diffusion.rows import MASK_SEEDS
+from dta_plugin.adapters.trl.diffusion.micro_batch import MASK_SEEDS
 from tests.adapters.trl import diffusion as tiny
 from tests.support.recipes import fsdp_on_cpus
 

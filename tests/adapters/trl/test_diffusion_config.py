@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 
 from dta_plugin.adapters.trl import DiffusionGRPOConfig, DiffusionGRPOTrainer, TreeGRPOConfig
-from dta_plugin.adapters.trl.diffusion.unused import _OPTIONS
+from dta_plugin.adapters.trl.diffusion.unsupported_options import _OPTIONS
 from dta_plugin.errors import InvalidInputError, UnsupportedError
+from dta_plugin.training.diffusion.options import DiffusionOptions
 from tests.adapters.trl import diffusion as tiny
 from tests.adapters.trl.support import enabled
 
+OPTIONS = {f.name for f in fields(DiffusionOptions)}
 BASE: dict[str, Any] = {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none"}
 # GRPOConfig's options without a meaning here, with a value that is not TRL's default.
 UNUSED: dict[str, Any] = {
@@ -101,6 +104,15 @@ def test_deepspeed_from_the_launcher_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(GRPOConfig, "__post_init__", launched)
     with pytest.raises(InvalidInputError, match="DeepSpeed"):
         DiffusionGRPOConfig(**BASE)
+
+
+def test_fields_are_those_of_the_options() -> None:
+    own = {f.name: (f.type, f.default, f.metadata["help"]) for f in fields(DiffusionGRPOConfig) if f.name in OPTIONS}
+    types = get_type_hints(DiffusionOptions)
+    assert own == {f.name: (types[f.name], f.default, f.metadata["help"]) for f in fields(DiffusionOptions)}
+    assert DiffusionGRPOConfig(**BASE).diffusion_options == DiffusionOptions()
+    given = DiffusionGRPOConfig(**BASE, objective="vrpo", mask_form="t", is_shifted=True).diffusion_options
+    assert given == DiffusionOptions(objective="vrpo", mask_form="t", is_shifted=True)
 
 
 def test_defaults() -> None:

@@ -178,10 +178,7 @@ def test_dense_path_is_weighted_too(model: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "scheme,option",
     [
-        *(
-            (scheme, {"dta_token_budget": 1.0})
-            for scheme in ("rpc", "urs", "urs-fixed", "rpc-uniform", "rpc-two-point")
-        ),
+        *((scheme, {"dta_token_budget": 1.0}) for scheme in ("rpc", "urs", "rpc-uniform", "rpc-two-point")),
         ("rpc", {"dta_token_min_prefix": 64}),
         ("urs", {"dta_token_min_prefix": 64}),
     ],

@@ -10,10 +10,10 @@ from tensordict import TensorDict
 from transformers import AutoModelForCausalLM, Qwen3Config
 from verl.utils import tensordict_utils as tu
 
-from dta_plugin.adapters.verl_plugin.diffusion.canvas import TERMS, Canvas
-from dta_plugin.adapters.verl_plugin.diffusion.options import DiffusionOptions
+from dta_plugin.adapters.verl_plugin.diffusion.micro_batch import TERMS, diffusion_batch
 from dta_plugin.adapters.verl_plugin.diffusion.updates import Settings
 from dta_plugin.diffusion import bidirectional, draw_masks
+from dta_plugin.training.diffusion.options import DiffusionOptions
 from tests.adapters.verl.support import SHAPES, Setup, build, nested, save_model
 
 MASK, SAMPLES = 1, 4
@@ -31,8 +31,7 @@ def save_diffusion_model(folder: Path) -> Path:
 
 def settings(rows_per_step: int | None = None, length_norm: str = "none", **options: Any) -> Settings:
     return Settings(
-        options=DiffusionOptions(samples=SAMPLES, **options),
-        length_norm=length_norm,
+        options=DiffusionOptions(num_elbo_samples=SAMPLES, length_norm=length_norm, **options),
         max_length=12,
         rows_per_step=rows_per_step,
     )
@@ -116,24 +115,29 @@ def graph_gradient(
     old: torch.Tensor | None,
     scale: list[float] | None = None,
     step: int = 0,
+    objective: str = "bgpo",
 ) -> tuple[Gradients, float]:
     """From the paper's formulas, row by row without padding, all samples in one graph; and the loss."""
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
-    canvas = Canvas.of(data, 0, step)
-    draws = draw_masks(canvas.lengths, SAMPLES, canvas.seeds)
+    batch = diffusion_batch(data, 0, step)
+    draws = draw_masks(batch.lengths, SAMPLES, batch.seeds)
     advantages = [row[0] for row in data["advantages"].unbind()]
     bound = torch.zeros(())
     for row, (ids, response) in enumerate(zip(data["input_ids"].unbind(), data["responses"].unbind(), strict=True)):
         begin = len(ids) - len(response)
+        differences = []
         for sample in range(SAMPLES):
-            hidden = draws.mask(sample, canvas.width)[row, : len(response)]
+            hidden = draws.mask(sample, batch.width)[row, : len(response)]
             noised = torch.cat([ids[:begin], response.masked_fill(hidden, MASK)])
             scores = model(noised[None]).logits[0, begin:].log_softmax(-1)
             term = scores.gather(1, response[:, None])[hidden, 0].sum() * len(response) / hidden.sum()
             before = term.detach() if old is None else old[row, sample]
-            d = (term - before) * (1.0 if scale is None else scale[row])
-            ratio = 1 + d if advantages[row] >= 0 else d.exp()
-            bound = bound + ratio * advantages[row] / SAMPLES
+            differences.append((term - before) * (1.0 if scale is None else scale[row]))
+        d = torch.stack(differences)
+        if objective == "vrpo":
+            bound = bound + d.mean().exp() * advantages[row]
+        else:
+            bound = bound + ((1 + d if advantages[row] >= 0 else d.exp()) * advantages[row]).mean()
     loss = -bound / len(data)
     loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, loss.item()

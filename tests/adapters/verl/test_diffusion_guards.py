@@ -15,11 +15,11 @@ from verl.utils import tensordict_utils as tu
 
 from dta_plugin.adapters.verl_plugin.config import tree_config
 from dta_plugin.adapters.verl_plugin.diffusion.guards import check_model
-from dta_plugin.adapters.verl_plugin.diffusion.options import DiffusionOptions
 from dta_plugin.adapters.verl_plugin.diffusion.updates import DiffusionUpdates
 from dta_plugin.adapters.verl_plugin.diffusion.worker import diffusion_settings
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedError
+from dta_plugin.training.diffusion.options import DiffusionOptions
 from tests.adapters.verl.diffusion_support import (
     engine_gradient,
     engine_of,
@@ -67,24 +67,60 @@ def test_settings() -> None:
     assert diffusion_settings(config(None)) is None
     options = {"diffusion": {"samples": 4, "steps": 32, "fillers": True}}
     found = diffusion_settings(config(options, actor__loss_agg_mode="seq-mean-token-mean"))
-    assert found is not None and found.options == DiffusionOptions(samples=4, steps=32, fillers=True)
-    assert (found.length_norm, found.max_length, found.rows_per_step) == ("length", 64, 32)
+    assert found is not None
+    assert found.options == DiffusionOptions(num_elbo_samples=4, diffusion_steps=32, score_fillers=True)
+    assert (found.options.length_norm, found.max_length, found.rows_per_step) == ("length", 64, 32)
     found = diffusion_settings(config(options, actor__ppo_epochs=2))
     assert found is not None and found.rows_per_step is None
     assert tree_config(config(options).rollout) is None
 
 
+def test_names_of_earlier_releases_mean_the_same() -> None:
+    former = {
+        "samples": 4,
+        "form": "t",
+        "stratified": False,
+        "coupled": True,
+        "clip": 0.2,
+        "steps": 16,
+        "fillers": True,
+    }
+    own = {
+        "num_elbo_samples": 4,
+        "mask_form": "t",
+        "stratified_masks": False,
+        "coupled_masks": True,
+        "bound_clip": 0.2,
+        "diffusion_steps": 16,
+        "score_fillers": True,
+    }
+    found, expected = (diffusion_settings(config({"diffusion": given})) for given in (former, own))
+    assert found is not None and found == expected and found.options.bound_clip == 0.2
+
+
+def test_defaults_are_those_of_the_options() -> None:
+    found = diffusion_settings(config({"diffusion": {}}, actor__loss_agg_mode="seq-mean-token-mean"))
+    assert found is not None and found.options == DiffusionOptions()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"diffusion": True}, r"diffusion=True. Expected a mapping with fields among samples"),
-        ({"diffusion": {"sample": 4}}, r"'sample': 4.*Expected a mapping with fields among samples"),
+        ({"diffusion": True}, r"diffusion=True. Expected a mapping with fields among objective, num_elbo_samples"),
+        (
+            {"diffusion": {"sample": 4}},
+            r"'sample': 4.*Expected a mapping with fields among objective, num_elbo_samples",
+        ),
         ({"diffusion": {"samples": 0}}, "samples=0"),
         ({"diffusion": {"samples": 3, "coupled": True}}, "even number"),
         ({"diffusion": {"form": "q"}}, "form='q'"),
         ({"diffusion": {"clip": -1.0}}, "clip=-1.0"),
         ({"diffusion": {"block_length": 48}}, "gen_length=64, block_length=48"),
         ({"diffusion": {"steps": 65}}, "steps=65"),
+        ({"diffusion": {"steps": 32, "diffusion_steps": 32}}, "steps=32 and diffusion_steps=32. Expected diffusion_st"),
+        ({"diffusion": {"length_norm": "none"}}, "length_norm='none'. Expected none; set .*actor.loss_agg_mode"),
+        ({"diffusion": {"objective": "diffu-grpo"}}, "Expected 'bgpo' or 'vrpo'"),
+        ({"diffusion": {"objective": "vrpo", "bound_clip": 0.2}}, "objective='bgpo'"),
         ({"diffusion": {}, "executor": "packed"}, "Got executor besides"),
         ({"diffusion": {}, "use_dta": False}, "Got use_dta besides"),
     ],
@@ -198,7 +234,7 @@ def test_padding_rows_count_for_nothing(diffusion_folder: Path) -> None:
     data["response_mask"] = nested([torch.zeros(len(row)) for row in data["response_mask"].unbind()])
     _, outputs = engine_gradient(engine, data)
     assert isinstance(engine._dta_diffusion, DiffusionUpdates)
-    assert outputs["metrics"]["dta/skipped_rows"].aggregate() == 16
+    assert outputs["metrics"]["diffusion/rows_skipped"].aggregate() == 16
 
 
 def test_dropout(diffusion_folder: Path) -> None:

@@ -49,7 +49,7 @@ def check_learning(steps: list[dict[str, Any]]) -> None:
     """Sevens come, and likelihoods of what is written rise from those of random weights."""
     assert len(steps) == STEPS
     assert steps[-1]["critic/score/mean"] > 2 * steps[0]["critic/score/mean"] > 0
-    assert steps[-1]["actor/dta/elbo"] > steps[0]["actor/dta/elbo"] > -2 * LENGTH * math.log(15)
+    assert steps[-1]["actor/diffusion/elbo"] > steps[0]["actor/diffusion/elbo"] > -2 * math.log(15)
     assert all(step["actor/grad_norm"] > 0.1 for step in steps)
     assert all(step["actor/entropy"] is None for step in steps)  # NaN: not computed
 
@@ -60,10 +60,10 @@ def test_two_optimizer_steps_per_batch(tmp_path: Path) -> None:
     steps = train(
         tmp_path,
         "actor_rollout_ref.actor.ppo_mini_batch_size=4",
-        "+actor_rollout_ref.rollout.custom.dta.diffusion.fillers=True",
+        "+actor_rollout_ref.rollout.custom.dta.diffusion.score_fillers=True",
     )
     check_learning(steps)
-    assert all(step["actor/dta/bound_gap"] > 1e-6 for step in steps)
+    assert all(step["actor/diffusion/bound_gap"] > 1e-6 for step in steps)
     assert all(step["response_length/min"] == LENGTH for step in steps)
 
 
@@ -72,7 +72,7 @@ def test_two_optimizer_steps_per_batch(tmp_path: Path) -> None:
 def test_on_policy(tmp_path: Path) -> None:
     steps = train(tmp_path)
     check_learning(steps)
-    assert all(step["actor/dta/bound_gap"] == 0 and abs(step["actor/loss"]) < 1e-5 for step in steps)
+    assert all(step["actor/diffusion/bound_gap"] == 0 and abs(step["actor/loss"]) < 1e-5 for step in steps)
 
 
 def test_reward() -> None:

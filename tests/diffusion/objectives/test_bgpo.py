@@ -14,7 +14,6 @@ from dta_plugin.diffusion.objectives.bgpo import (
     bound_gap,
     bound_terms,
     clipped,
-    k2_terms,
     per_sample_losses,
     tangent_exp,
 )
@@ -76,12 +75,6 @@ def test_values_and_gradients_are_finite_and_never_vanish(d: float, advantage: f
         assert g == (1 + x) / 4
 
 
-def test_the_taylor_branch_through_a_logarithm_would_not_be_finite() -> None:
-    x = torch.tensor([-2.0], requires_grad=True)
-    torch.exp(torch.log(1 + x)).backward()
-    assert torch.isnan(x.grad).all()
-
-
 def test_the_exponential_goes_on_as_its_tangent() -> None:
     x = torch.tensor([3.0, MAX_EXPONENT, MAX_EXPONENT + 2.0], dtype=torch.float64, requires_grad=True)
     y = tangent_exp(x)
@@ -90,14 +83,6 @@ def test_the_exponential_goes_on_as_its_tangent() -> None:
     torch.testing.assert_close(y[2], 3 * top)
     (slope,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(slope, torch.stack([x[0].exp().detach(), top, top]))
-
-
-def test_the_gradient_of_positive_advantages_does_not_depend_on_the_distance() -> None:
-    advantages = torch.tensor([0.7, 0.7, -0.7, -0.7])
-    d = torch.tensor([-3.0, 2.0, -3.0, 2.0], requires_grad=True)
-    bound_terms(d, advantages, 1).sum().backward()
-    assert d.grad[0] == d.grad[1] == 0.7
-    assert d.grad[2] != d.grad[3]
 
 
 # The loop
@@ -204,9 +189,10 @@ def test_the_loss_is_scaled_as_asked() -> None:
     assert largest_difference({n: g / 2 for n, g in once.items()}, half) < 1e-12
 
 
-def test_old_terms_of_another_shape_are_refused() -> None:
-    with pytest.raises(InvalidInputError, match=r"Expected \(5, 2\)"):
-        next(per_sample_losses(lambda j, rows: rows, torch.ones(5), 2, old_terms=torch.zeros(5)))
+@pytest.mark.parametrize("name", ["old_terms", "reference_terms"])
+def test_terms_of_another_shape_are_refused(name: str) -> None:
+    with pytest.raises(InvalidInputError, match=rf"{name} of shape .* Expected \(5, 2\)"):
+        next(per_sample_losses(lambda j, rows: rows, torch.ones(5), 2, **{name: torch.zeros(5)}))
 
 
 # Memory
@@ -266,11 +252,6 @@ def test_the_penalty_is_the_mean_of_the_samples_own_and_every_row_runs() -> None
     assert largest_difference(loop, batch.take_gradients()) > 1e-2
 
 
-def test_the_penalty_of_a_mean_is_at_most_the_mean_penalty() -> None:
-    apart = torch.randn(50, SAMPLES, generator=torch.Generator().manual_seed(3))
-    assert (k2_terms(apart.mean(dim=1)) <= k2_terms(apart).mean(dim=1) + 1e-6).all()
-
-
 def test_clipped_says_where_the_gradient_is_gone() -> None:
     d = torch.linspace(-3.0, 3.0, 61, dtype=torch.float64, requires_grad=True)
     for advantage in (1.0, -1.0):
@@ -278,8 +259,3 @@ def test_clipped_says_where_the_gradient_is_gone() -> None:
         for clips in ({"clip": 0.22}, {"dual_clip": 3.1}, {"clip": 0.22, "dual_clip": 3.1}):
             (gradient,) = torch.autograd.grad(bound_terms(d, advantages, 1, **clips).sum(), d)
             assert torch.equal(clipped(d, advantages, **clips), gradient == 0)
-
-
-def test_reference_terms_of_another_shape_are_refused() -> None:
-    with pytest.raises(InvalidInputError, match=r"reference_terms of shape .* Expected \(5, 2\)"):
-        next(per_sample_losses(lambda j, rows: rows, torch.ones(5), 2, reference_terms=torch.zeros(5)))

@@ -9,7 +9,7 @@ from dta_plugin.diffusion.objectives.bgpo import per_sample_losses
 from dta_plugin.diffusion.objectives.elbo import sample_term
 from tests.support.tiny_diffusion import FAMILY, diffusion_model
 
-WANTED, WIDTH, GROUP, SAMPLES = 7, 6, 16, 2
+TARGET, WIDTH, GROUP, SAMPLES = 7, 6, 16, 2
 
 
 def test_a_tiny_model_learns_to_write_a_token() -> None:
@@ -21,7 +21,7 @@ def test_a_tiny_model_learns_to_write_a_token() -> None:
     rewards = []
     for step in range(100):
         completions = sample(model, FAMILY, prompts, None, config, generator).completion_ids
-        reward = (completions == WANTED).float().mean(dim=1)
+        reward = (completions == TARGET).float().mean(dim=1)
         rewards.append(float(reward.mean()))
         advantages = (reward - reward.mean()) / (reward.std() + 1e-4)
         ids = torch.cat([prompts, completions], dim=1)

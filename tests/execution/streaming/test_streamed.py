@@ -248,7 +248,8 @@ def test_refused_backends() -> None:
     config = TreeConfig(backend="reference", max_tree_tokens_per_chunk=9)
     report = dta_plugin.sequence_logprobs(model, BRANCHED, config).report
     assert report.executor == "packed" and report.reason.endswith(
-        "; in one chunk: attention through backend 'reference': streaming needs 'cpu' or 'triton'"
+        "; max_tree_tokens_per_chunk=9 is not kept: attention through backend 'reference': streaming needs 'cpu' or "
+        "'triton'"
     )
 
 

@@ -10,6 +10,7 @@ from torch import distributed, nn
 
 from dta_plugin.adapters.trl.protocols import DiffusionLike
 from dta_plugin.diffusion import DiffusionFamily, SampledCompletions, SamplerConfig, predictions, sample
+from dta_plugin.training.padding import left_padded
 
 
 def sampled_completions(
@@ -22,14 +23,8 @@ def sampled_completions(
     from trl.models.utils import disable_gradient_checkpointing
 
     device = trainer.accelerator.device
-    width = max(map(len, prompt_ids))
-    ids = torch.full(
-        (len(prompt_ids), width), family.mask_token_id if family.pad_token_id is None else family.pad_token_id
-    )
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompt_ids):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
-        mask[row, width - len(prompt) :] = 1
+    pad = family.mask_token_id if family.pad_token_id is None else family.pad_token_id
+    ids, mask = left_padded(prompt_ids, pad)
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     with (
         torch.no_grad(),

@@ -2,7 +2,8 @@
 
 TRL keeps what it does well: data, rewards, advantages, buffering of generation batches, logging, checkpoints. Replaced
 are the three places in which it takes the model to write from left to right: generation (`generation`), log-probs of
-the old and the reference policy (here ELBO terms, in the same buffer), and the loss (`elbo`, `one_step`).
+the old and the reference policy (here what an objective stores, in the same buffer), and the loss, which is that of
+`dta_plugin.training.diffusion`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
@@ -21,17 +22,19 @@ from trl import GRPOTrainer
 
 from dta_plugin.adapters.trl import patch
 from dta_plugin.adapters.trl.diffusion.config import DiffusionGRPOConfig
-from dta_plugin.adapters.trl.diffusion.elbo import ElboObjective
 from dta_plugin.adapters.trl.diffusion.generation import sampled_completions
-from dta_plugin.adapters.trl.diffusion.one_step import OneStepObjective
-from dta_plugin.adapters.trl.diffusion.rows import MASK_SEEDS, MicroStep, Rows, draw_seeds
-from dta_plugin.adapters.trl.diffusion.unused import check_arguments
-from dta_plugin.adapters.trl.diffusion.update import back_propagated
+from dta_plugin.adapters.trl.diffusion.micro_batch import MASK_SEEDS, diffusion_batch
+from dta_plugin.adapters.trl.diffusion.unsupported_options import check_arguments
 from dta_plugin.adapters.trl.upstream import check_diffusion, check_diffusion_trainer
-from dta_plugin.diffusion import DiffusionFamily, family_of, load_diffusion_lm
+from dta_plugin.diffusion import DiffusionFamily, load_diffusion_lm
 from dta_plugin.diffusion.sampler import check_blocks
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.models.introspection import causal_lm
+from dta_plugin.training.diffusion.batch import DiffusionBatch, draw_seeds
+from dta_plugin.training.diffusion.objective import ElboObjective
+from dta_plugin.training.diffusion.one_step import OneStepObjective
+from dta_plugin.training.diffusion.statistics import PREFIX
+from dta_plugin.training.diffusion.update import MicroStep, Objective, back_propagated
 
 
 class DiffusionGRPOTrainer(GRPOTrainer):
@@ -50,7 +53,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
     model: Any
     ref_model: Any
     processing_class: Any
-    objective: ElboObjective | OneStepObjective
+    objective: Objective
 
     def __init__(
         self,
@@ -64,12 +67,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         if isinstance(model, str):
             given = {name: arguments.pop(name) for name in ("quantization_config",) if arguments.get(name) is not None}
             model = load_diffusion_lm(model, **cast(dict[str, Any], args.model_init_kwargs or {}), **given)
-        own = family_of(
-            causal_lm(model).config,
-            mask_token_id=args.mask_token_id,
-            is_shifted=args.is_shifted,
-            block_length=args.attention_block_length,
-        )
+        own = args.diffusion_options.family(causal_lm(model).config)
         self.sampler = args.sampler_config(own.block_length)
         check_blocks(own, self.sampler)
         is_adapted = arguments.get("peft_config") is not None or hasattr(model, "peft_config")
@@ -87,8 +85,13 @@ class DiffusionGRPOTrainer(GRPOTrainer):
                 "the objective here. Expected a dense model, or router_aux_loss_coef=0.0 in its config."
             )
         self.family = self._with_all_ends(own)
-        kind = OneStepObjective if args.objective == "diffu-grpo" else ElboObjective
-        self.objective = kind(args, self.family, self.accelerator.autocast)
+        self.objective = self._objective(args)
+
+    def _objective(self, args: DiffusionGRPOConfig) -> Objective:
+        own = (args.diffusion_options, self.family, self.accelerator.autocast)
+        if args.objective == "diffu-grpo":
+            return OneStepObjective(*own, epsilon=args.epsilon, iterations=self.num_iterations, beta=args.beta)
+        return ElboObjective(*own, max_length=args.canvas, beta=args.beta)
 
     def _prepared(self, reference: PreTrainedModel) -> Any:
         """The frozen initial policy, wrapped as TRL wraps the reference that it loads."""
@@ -117,8 +120,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         if images is not None:
             raise InvalidInputError("The data has images. Expected text: diffusion LMs with images are not supported.")
         found = sampled_completions(self, self.family, self.sampler, prompt_ids)
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["diffusion/model_calls"].append(float(found.model_calls))
+        self._record({f"{PREFIX}model_calls": float(found.model_calls)})
         completions = found.completion_ids.tolist()
         if self.args.score_fillers:
             return completions, None
@@ -138,8 +140,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         **_: Any,
     ) -> tuple[torch.Tensor | None, ...]:
         """What the objective compares later policies with, in place of the log-probs that TRL stores and slices."""
-        rows = Rows(input_ids, attention_mask, logits_to_keep, self._seeds)
-        terms = torch.cat([self.objective.stored(model, part) for part in rows.chunks(batch_size or len(rows))])
+        batch = DiffusionBatch(input_ids, attention_mask, logits_to_keep, self._seeds)
+        terms = torch.cat([self.objective.stored(model, part) for part in batch.chunks(batch_size or len(batch))])
         own = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
         return (terms, None, None) if "compute_aux_loss" in own else (terms, None)
 
@@ -147,7 +149,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         is_training = self.model.training
         slots = self.args.steps_per_generation or 1
         step = MicroStep(
-            Rows.from_inputs(inputs),
+            diffusion_batch(inputs),
             inputs["advantages"],
             inputs.get("old_per_token_logps"),
             inputs.get("ref_per_token_logps"),
@@ -155,10 +157,30 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             scale=1.0 / self.current_gradient_accumulation_steps if is_training else 1.0,
             always_run=self._needs_a_gradient() or not is_training,
         )
-        update = self.objective.update(model, step)
-        loss = back_propagated(self, model, update.losses(), self.objective.passes)
-        update.statistics().log(self)
+        update, own = self.objective.update(model, step), self.accelerator
+        loss = back_propagated(
+            update.losses(), self.objective.passes, own.backward, self._reduced_later(model), own.device
+        )
+        self._record(update.statistics().over_ranks(lambda values: own.gather(values[None]), own.device))
         return loss
+
+    def _reduced_later(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Gradients of this context stay on their rank. Within the Trainer's own such context there is nothing to do.
+
+        accelerate's context for FSDP2 ends with gradients being reduced again: nested, it would end the outer one, too.
+        With `sync_each_batch` the user asks for gradients to be reduced (and sharded) after every backward pass.
+        """
+        state = self.accelerator.gradient_state
+        if not state.sync_gradients or state.plugin_kwargs.get("sync_each_batch", False):
+            return nullcontext()
+        if getattr(self, "is_distributed_loading_by_transformers", False):
+            return self._defer_fsdp_gradient_reduction()
+        return self.accelerator.no_sync(model)
+
+    def _record(self, values: dict[str, float]) -> None:
+        """Add to what TRL averages until it logs."""
+        for name, value in values.items():
+            self._metrics["train" if self.model.training else "eval"][name].append(value)
 
     def _needs_a_gradient(self) -> bool:
         """Other ranks wait for this one's, or a gradient scaler refuses a step without any."""

@@ -1,10 +1,11 @@
 """RL of diffusion language models in verl: the bound of BGPO (arXiv 2510.11683) in the place of its policy loss.
 
-    '+actor_rollout_ref.rollout.custom.dta.diffusion={samples: 16, block_length: 32, steps: 128}'
+    '+actor_rollout_ref.rollout.custom.dta.diffusion={num_elbo_samples: 16, diffusion_steps: 128}'
 
 verl has no rollout and no likelihood for such models. Responses come from the CPU rollout backend
-(`adapters.verl_cpu`), which samples with `dta_plugin.diffusion.sample`; the update back-propagates one Monte-Carlo
-sample at a time. Rewards, advantages, data, optimizer, checkpoints and weight synchronisation stay verl's.
+(`adapters.verl_cpu`), which samples with `dta_plugin.diffusion.sample`; the update is that of
+`dta_plugin.training.diffusion`, one Monte-Carlo sample at a time. Rewards, advantages, data, optimizer, checkpoints and
+weight synchronisation stay verl's.
 
 What verl calls old log-probs is NaN here: nothing may read them. Where a batch of rollouts makes more than one
 optimizer step, verl's log-prob pass computes the old policy's ELBO terms instead, which verl's data path carries, as

@@ -21,7 +21,7 @@ LENGTH_NORMS = {
     "seq-mean-token-sum-norm": "max_length",
 }
 _NO_POLICY_LOSS = "the bound takes the place of verl's policy loss"
-_NO_CLIPPING = f"verl's clipping is part of a loss that does not run; use {DIFFUSION}.clip and .dual_clip"
+_NO_CLIPPING = f"verl's clipping is part of a loss that does not run; use {DIFFUSION}.bound_clip and .dual_clip"
 _NO_LOG_PROBS = "a diffusion LM has no log-probs of single tokens"
 # Settings below actor_rollout_ref, the only value that goes, and why.
 _ONLY: dict[str, tuple[Any, str]] = {
@@ -61,8 +61,7 @@ def check_settings(config: DictConfig) -> None:
 
 
 def check_model(module: Any, is_diffusion: bool) -> None:
-    """Raises UnsupportedError for a diffusion LM without diffusion options, and for options without such a model;
-    InvalidInputError for dropout.
+    """Raises UnsupportedError for a diffusion LM without diffusion options, InvalidInputError for dropout.
 
     A model that attends in both directions is never run as a causal one: it would see the tokens that it predicts.
     """
@@ -74,11 +73,10 @@ def check_model(module: Any, is_diffusion: bool) -> None:
                 f"attention_dropout={rate}. Expected 0: the old and the new policy's ELBO terms differ by the update "
                 "alone; set it in the model's config."
             )
-        family_of(config)
     elif _is_diffusion_lm(module):
         raise UnsupportedError(
             f"{type(causal_lm(module)).__name__} is a diffusion LM: it sees the tokens that verl's losses would have "
-            f"it predict. Expected a causal model, or '+{DIFFUSION}={{samples: 16}}', which trains it with BGPO."
+            f"it predict. Expected a causal model, or '+{DIFFUSION}={{num_elbo_samples: 16}}': BGPO."
         )
 
 

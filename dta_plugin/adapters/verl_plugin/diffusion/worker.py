@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from omegaconf import DictConfig
 
 from dta_plugin.adapters.verl_plugin.diffusion.guards import LENGTH_NORMS, check_settings
-from dta_plugin.adapters.verl_plugin.diffusion.options import DiffusionOptions
+from dta_plugin.adapters.verl_plugin.diffusion.options import diffusion_options
 from dta_plugin.adapters.verl_plugin.diffusion.updates import Settings
 
 
@@ -14,14 +16,13 @@ def diffusion_settings(config: DictConfig) -> Settings | None:
 
     Raises InvalidInputError for wrong options, UnsupportedError for settings of verl that do not fit.
     """
-    options = DiffusionOptions.of(config.rollout)
+    options = diffusion_options(config.rollout)
     if options is None:
         return None
     check_settings(config)
     actor, rollout = config.actor, config.rollout
     return Settings(
-        options=options,
-        length_norm=LENGTH_NORMS[actor.loss_agg_mode],
+        options=replace(options, length_norm=LENGTH_NORMS[actor.loss_agg_mode]),
         max_length=rollout.response_length,
         rows_per_step=actor.ppo_mini_batch_size * rollout.n if actor.ppo_epochs == 1 else None,
     )

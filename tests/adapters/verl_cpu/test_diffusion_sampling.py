@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel
 
-from dta_plugin.adapters.verl_cpu.canvas import canvas_sampler
+from dta_plugin.adapters.verl_cpu.diffusion_sampling import diffusion_sampler
 from dta_plugin.adapters.verl_cpu.sampling import Request, Sampling
 from dta_plugin.diffusion import bidirectional, family_of, sample
 from dta_plugin.errors import InvalidInputError
@@ -29,7 +29,7 @@ def model() -> PreTrainedModel:
 
 
 def rollout(**options: Any) -> Any:
-    given = {"block_length": 4, "steps": 8} | options
+    given = {"block_length": 4, "diffusion_steps": 8} | options
     return OmegaConf.create({"response_length": LENGTH, "custom": {"dta": {"diffusion": given}}})
 
 
@@ -45,11 +45,11 @@ def alone(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], int]:
 
 
 def canvas_options() -> Any:
-    from dta_plugin.adapters.verl_plugin.diffusion.options import DiffusionOptions
+    from dta_plugin.adapters.verl_plugin.diffusion.options import diffusion_options
 
-    found = DiffusionOptions.of(rollout())
+    found = diffusion_options(rollout())
     assert found is not None
-    return found.sampler(LENGTH, 0.0)
+    return found.sampler_config(LENGTH, 0.0)
 
 
 @pytest.mark.parametrize("end", [EOS, None])
@@ -57,20 +57,20 @@ def test_greedy_canvases(model: PreTrainedModel, end: int | None) -> None:
     """end None: a token that the model does write, so that responses end early."""
     written = [alone(model, prompt)[0] for prompt in PROMPTS]
     end = written[0][3] if end is None else end
-    sampler = canvas_sampler(rollout())
+    sampler = diffusion_sampler(rollout())
     assert sampler is not None
     found = sampler(model, requests(0.0, 0.0, 0.0, 0.0), {end}, PAD)
     for row, tokens in zip(found, written, strict=True):
         assert row.tokens == (tokens[: tokens.index(end) + 1] if end in tokens else tokens)
         assert MASK not in row.tokens and row.logprobs == []
-    whole = canvas_sampler(rollout(fillers=True))
+    whole = diffusion_sampler(rollout(score_fillers=True))
     assert whole is not None
     for row, kept in zip(whole(model, requests(0.0, 0.0, 0.0, 0.0), {end}, PAD), found, strict=True):
         assert row.tokens == kept.tokens + [family_of(model.config).eos_token_ids[0]] * (LENGTH - len(kept.tokens))
 
 
 def test_temperatures_do_not_mix(model: PreTrainedModel) -> None:
-    sampler = canvas_sampler(rollout())
+    sampler = diffusion_sampler(rollout())
     assert sampler is not None
     torch.manual_seed(0)
     draws = [sampler(model, requests(0.0, 5.0, 0.0, 5.0), (), PAD) for _ in range(3)]
@@ -87,12 +87,12 @@ def test_temperatures_do_not_mix(model: PreTrainedModel) -> None:
     ids=["top_p", "length"],
 )
 def test_what_a_canvas_cannot_do(model: PreTrainedModel, request_: Request) -> None:
-    sampler = canvas_sampler(rollout())
+    sampler = diffusion_sampler(rollout())
     assert sampler is not None
     with pytest.raises(InvalidInputError, match="nothing but a temperature"):
         sampler(model, [request_], {EOS}, PAD)
 
 
 def test_only_with_options() -> None:
-    assert canvas_sampler(OmegaConf.create({"response_length": LENGTH, "custom": None})) is None
-    assert canvas_sampler(OmegaConf.create({"response_length": LENGTH, "custom": {"dta": {"verify": "first"}}})) is None
+    for custom in (None, {"dta": {"verify": "first"}}):
+        assert diffusion_sampler(OmegaConf.create({"response_length": LENGTH, "custom": custom})) is None

@@ -45,7 +45,7 @@ _ARGUMENTS = ("tools", "rollout_func", "environment_factory")
 _UPDATING_OPTIMIZERS = ("lomo", "adalomo")
 
 
-def check_unused(config: GRPOConfig) -> None:
+def check_options(config: GRPOConfig) -> None:
     """Raise InvalidInputError for an option that is not at TRL's default and would have no effect."""
     defaults = {f.name: f.default for f in fields(GRPOConfig)}
     for name, reason in _OPTIONS.items():

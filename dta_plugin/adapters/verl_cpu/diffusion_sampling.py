@@ -1,45 +1,43 @@
 """Batched sampling from a diffusion LM, for the rollout server: canvases of `rollout.response_length` tokens.
 
 Promises: what `dta_plugin.diffusion.sample` promises, at the temperature of the request; no log-probs, which such a
-model does not have. A response ends with its first end token, or, with `fillers`, is the whole canvas.
+model does not have. A response ends with its first end token, or, with `score_fillers`, is the whole canvas.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 import dta_plugin.diffusion as diffusion
 from dta_plugin.adapters.verl_cpu.sampling import Request, Sample, Sampling
 from dta_plugin.errors import InvalidInputError
-
-if TYPE_CHECKING:
-    from dta_plugin.adapters.verl_plugin.diffusion.options import DiffusionOptions
+from dta_plugin.training.diffusion.options import DiffusionOptions
+from dta_plugin.training.padding import left_padded
 
 Sampler = Callable[[PreTrainedModel, list[Request], Collection[int], int], list[Sample]]
 
 
-def canvas_sampler(rollout: Any) -> Sampler | None:
+def diffusion_sampler(rollout: Any) -> Sampler | None:
     """For the diffusion options of a rollout config; None where it has none."""
     if "diffusion" not in ((rollout.get("custom") or {}).get("dta") or {}):
         return None
-    from dta_plugin.adapters.verl_plugin.diffusion.options import DiffusionOptions
+    from dta_plugin.adapters.verl_plugin.diffusion.options import diffusion_options
 
-    options = DiffusionOptions.of(rollout)
+    options = diffusion_options(rollout)
     assert options is not None
     length = int(rollout.get("response_length"))
 
     def sample(model: PreTrainedModel, requests: list[Request], eos: Collection[int], pad: int) -> list[Sample]:
-        return sample_canvases(model, requests, eos, pad, options, length)
+        return sample_completions(model, requests, eos, pad, options, length)
 
     return sample
 
 
-def sample_canvases(
+def sample_completions(
     model: PreTrainedModel,
     requests: list[Request],
     eos: Collection[int],
@@ -51,20 +49,16 @@ def sample_canvases(
 
     length: of the canvas. Raises InvalidInputError for requests of another one, and for top-k, top-p and penalties.
     """
-    family = diffusion.family_of(model.config)
+    family = options.family(model.config)
     ends = tuple(dict.fromkeys((*family.eos_token_ids, *eos))) if eos else ()
     family = replace(family, eos_token_ids=ends)
     found: dict[int, Sample] = {}
     for temperature in dict.fromkeys(_temperature(request, length) for request in requests):
         chosen = [i for i, request in enumerate(requests) if request.sampling.temperature == temperature]
-        width = max(len(requests[i].prompt) for i in chosen)
-        ids = torch.full((len(chosen), width), pad)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(chosen):
-            ids[row, width - len(requests[i].prompt) :] = torch.tensor(requests[i].prompt)
-            mask[row, width - len(requests[i].prompt) :] = 1
-        sampled = diffusion.sample(model, family, ids, mask, options.sampler(length, temperature))
-        lengths = [length] * len(chosen) if options.fillers else sampled.lengths.tolist()
+        ids, mask = left_padded([requests[i].prompt for i in chosen], pad)
+        sampler = options.sampler_config(length, temperature, family.block_length)
+        sampled = diffusion.sample(model, family, ids, mask, sampler)
+        lengths = [length] * len(chosen) if options.score_fillers else sampled.lengths.tolist()
         for i, tokens, kept in zip(chosen, sampled.completion_ids.tolist(), lengths, strict=True):
             found[i] = Sample(tokens[:kept], [])
     return [found[i] for i in range(len(requests))]

@@ -1,6 +1,6 @@
 """Seconds out of FLOPs: what a machine takes for the parts of a micro-batch, fitted to measurements.
 
-    seconds = per call + linear FLOPs / rate + attention FLOPs / rate + LM-head FLOPs / rate
+    seconds = call * calls + linear * linear FLOPs + attention * attention FLOPs + head * LM-head FLOPs
 
 Four numbers per way of running a model (as a tree, dense). FLOPs are those of the forward pass, seconds those of
 forward and backward. The fit minimises squared relative errors over non-negative numbers, so that small batches count
@@ -19,7 +19,7 @@ import numpy as np
 from dta_plugin.errors import InvalidInputError
 
 
-class Parts(NamedTuple):
+class Work(NamedTuple):
     """What a micro-batch asks for: calls of the model, and forward FLOPs of its parts."""
 
     calls: float
@@ -33,7 +33,7 @@ class Parts(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Speed:
+class SecondsPerFlop:
     """Seconds, forward and backward together: per call of the model, and per forward FLOP of each of its parts."""
 
     call: float
@@ -41,21 +41,21 @@ class Speed:
     attention: float
     head: float
 
-    def seconds(self, parts: Parts) -> float:
-        return sum(rate * part for rate, part in zip(astuple(self), parts, strict=True))
+    def seconds(self, work: Work) -> float:
+        return sum(rate * part for rate, part in zip(astuple(self), work, strict=True))
 
     @classmethod
-    def fit(cls, parts: Sequence[Parts], seconds: Sequence[float]) -> Speed:
-        """The speed whose predictions of `seconds` [N] for `parts` [N] have the least squared relative error.
+    def fit(cls, work: Sequence[Work], seconds: Sequence[float]) -> SecondsPerFlop:
+        """The rates whose predictions of `seconds` [N] for `work` [N] have the least squared relative error.
 
         Raises InvalidInputError for fewer than four measurements or one that is not positive.
         """
         measured = np.asarray(seconds, dtype=np.float64)
-        if len(parts) != len(measured) or len(measured) < 4 or not (measured > 0).all():
+        if len(work) != len(measured) or len(measured) < 4 or not (measured > 0).all():
             raise InvalidInputError(
-                f"Got {len(parts)} batches with the times {list(seconds)}. Expected at least four, all above 0 s."
+                f"Got {len(work)} batches with the times {list(seconds)}. Expected at least four, all above 0 s."
             )
-        relative = np.array(parts, dtype=np.float64) / measured[:, None]
+        relative = np.array(work, dtype=np.float64) / measured[:, None]
         size = relative.max(axis=0)
         return cls(*(_non_negative(relative / np.where(size > 0, size, 1.0)) / np.where(size > 0, size, 1.0)).tolist())
 

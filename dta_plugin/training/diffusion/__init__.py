@@ -1,0 +1,1 @@
+"""RL of diffusion language models, whatever the framework: options, objectives, update, metrics."""

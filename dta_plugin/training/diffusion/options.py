@@ -1,0 +1,150 @@
+"""DiffusionOptions: what is maximised, how completions are noised and sampled; one set, whatever the framework.
+
+Adapters offer the fields under these names, with these defaults and texts.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from dta_plugin.diffusion import DiffusionFamily, SamplerConfig, family_of
+from dta_plugin.diffusion.masks import FORMS, check_samples
+from dta_plugin.diffusion.objectives.bgpo import check_clips
+from dta_plugin.diffusion.objectives.elbo import NORMS
+from dta_plugin.diffusion.sampler import REMASKING
+from dta_plugin.errors import InvalidInputError
+
+OBJECTIVES = ("bgpo", "diffu-grpo", "vrpo")
+_ELBO, _BGPO, _ONE_STEP = ("bgpo", "vrpo"), ("bgpo",), ("diffu-grpo",)
+_CHOICES = {"objective": OBJECTIVES, "mask_form": FORMS, "length_norm": NORMS, "remasking": REMASKING}
+_LEAST = {"block_length": 1, "attention_block_length": 1, "mask_token_id": 0}
+_BLOCK = 32  # the papers' block length, where the model has none of its own
+
+
+def _option(default: object, help: str, objectives: tuple[str, ...] = OBJECTIVES) -> Any:
+    """objectives: those that look at the option."""
+    return field(default=default, metadata={"help": help, "objectives": objectives})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DiffusionOptions:
+    """Raises InvalidInputError for values that cannot be, or that the objective would not look at."""
+
+    objective: str = _option(
+        "bgpo",
+        "What is maximised: bgpo (a lower bound of exp(mean ELBO difference) times advantage that is back-propagated "
+        "sample by sample, so memory does not grow with num_elbo_samples), vrpo (that objective itself, one graph over "
+        "all samples), or diffu-grpo (token ratios from one fully masked forward).",
+    )
+    num_elbo_samples: int = _option(
+        16, "Monte-Carlo samples of the ELBO per completion; each is one forward and one backward pass.", _ELBO
+    )
+    mask_form: str = _option(
+        "k",
+        "How a sample is masked: k (a uniform number of tokens, without replacement; less variance) or t (each token "
+        "with a uniform probability).",
+        _ELBO,
+    )
+    stratified_masks: bool = _option(
+        True, "Space the samples' mask levels evenly; less variance, the same mean.", _ELBO
+    )
+    coupled_masks: bool = _option(
+        False, "Mask complementary tokens in samples 2i and 2i + 1; num_elbo_samples must be even.", _ELBO
+    )
+    length_norm: str = _option(
+        "length",
+        "What ELBO differences are divided by: length (of the completion), max_length (of the longest completion that "
+        "can be) or none (differences grow with the length, and their exponentials overflow).",
+        _ELBO,
+    )
+    bound_clip: float | None = _option(
+        None,
+        "Clip range of bgpo's ratio of each sample, as PPO's epsilon; off by default: the bound gets looser.",
+        _BGPO,
+    )
+    dual_clip: float | None = _option(
+        None, "Most that negative advantages count in bgpo, above 1; off by default: it gives up the bound.", _BGPO
+    )
+    prompt_mask_probability: float = _option(
+        0.15, "Share of prompt tokens that diffu-grpo hides, in [0, 1).", _ONE_STEP
+    )
+    block_length: int | None = _option(
+        None,
+        "Tokens of a sampling block. None: the attention blocks' length where the model has such, else 32, or the "
+        "largest power of 2 below that the length of the completion is a multiple of.",
+    )
+    diffusion_steps: int | None = _option(
+        None, "Model calls to sample a completion. None: two tokens per call, as in the papers."
+    )
+    remasking: str = _option(
+        "low_confidence", "Which proposed tokens wait for a later step: those of low_confidence, or random ones."
+    )
+    guidance_scale: float = _option(0.0, "Scale of classifier-free guidance in sampling; 0 is off.")
+    score_fillers: bool = _option(
+        False,
+        "Score the end tokens that fill the completion after the first one. Off: they would let a policy gain "
+        "likelihood by ending early.",
+    )
+    mask_token_id: int | None = _option(None, "The mask token, where the model's config does not say it.")
+    is_shifted: bool | None = _option(
+        None, "Whether logits at i - 1 predict token i, where the model's config does not say it."
+    )
+    attention_block_length: int | None = _option(
+        None, "Length of the blocks of block attention (SDAR), where the model's config does not say it."
+    )
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise InvalidInputError(f"{name}={getattr(self, name)!r}. Expected one of {', '.join(allowed)}.")
+        check_samples(self.num_elbo_samples, self.coupled_masks)
+        check_clips(self.bound_clip, self.dual_clip)
+        if not 0.0 <= self.prompt_mask_probability < 1.0:
+            raise InvalidInputError(
+                f"prompt_mask_probability={self.prompt_mask_probability}. Expected a share of prompt tokens in [0, 1)."
+            )
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InvalidInputError(f"{name}={value}. Expected None or at least {least}.")
+        for option in fields(self):
+            self.check_use(option.name, getattr(self, option.name), option.default, option.metadata["objectives"])
+
+    def check_use(self, name: str, value: object, default: object, objectives: tuple[str, ...]) -> None:
+        """Raise InvalidInputError for an option, not at its default, that only other objectives look at."""
+        if self.objective not in objectives and value != default:
+            raise InvalidInputError(
+                f"{name}={value} with objective={self.objective!r}, which does not use it. Expected {name}={default} "
+                f"(leave it out), or objective={' or '.join(map(repr, objectives))}."
+            )
+
+    def family(self, config: PretrainedConfig) -> DiffusionFamily:
+        """How the model of this config is asked. Raises UnsupportedError for one that is no diffusion LM."""
+        return family_of(
+            config,
+            mask_token_id=self.mask_token_id,
+            is_shifted=self.is_shifted,
+            block_length=self.attention_block_length,
+        )
+
+    def sampler_config(
+        self, length: int, temperature: float, attention_block_length: int | None = None
+    ) -> SamplerConfig:
+        """How completions of so many tokens are sampled from a model with such attention blocks (None: full attention).
+
+        Raises InvalidInputError for lengths and steps that do not go together.
+        """
+        block = self.block_length or attention_block_length or math.gcd(_BLOCK, length)
+        steps = length // block * max(block // 2, 1) if self.diffusion_steps is None else self.diffusion_steps
+        return SamplerConfig(
+            gen_length=length,
+            block_length=block,
+            steps=steps,
+            temperature=temperature,
+            remasking=self.remasking,
+            guidance_scale=self.guidance_scale,
+        )

@@ -1,0 +1,50 @@
+"""One set of options: defaults that sample, and errors for what cannot be or would not be looked at."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+
+from dta_plugin.errors import InvalidInputError
+from dta_plugin.training.diffusion.options import OBJECTIVES, DiffusionOptions
+
+
+def test_every_option_says_what_it_does_and_for_whom() -> None:
+    for option in fields(DiffusionOptions):
+        assert option.metadata["help"].endswith(".")
+        assert set(option.metadata["objectives"]) <= set(OBJECTIVES)
+
+
+@pytest.mark.parametrize(
+    ("length", "attention_block", "expected"),
+    [(256, None, (32, 128)), (256, 4, (4, 128)), (8, None, (8, 4)), (7, None, (1, 7)), (48, None, (16, 24))],
+)
+def test_blocks_and_steps(length: int, attention_block: int | None, expected: tuple[int, int]) -> None:
+    """The model's attention blocks, else 32 or what divides the length; two tokens per call."""
+    found = DiffusionOptions().sampler_config(length, 0.5, attention_block)
+    assert (found.block_length, found.steps) == expected
+    assert (found.gen_length, found.temperature) == (length, 0.5)
+
+
+def test_what_is_given_goes_first() -> None:
+    found = DiffusionOptions(block_length=8, diffusion_steps=64).sampler_config(64, 1.0, attention_block_length=4)
+    assert (found.block_length, found.steps) == (8, 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "ppo"}, "Expected one of bgpo, diffu-grpo, vrpo"),
+        ({"num_elbo_samples": 3, "coupled_masks": True}, "even number"),
+        ({"dual_clip": 1.0}, "above 1"),
+        ({"mask_token_id": -1}, "at least 0"),
+        ({"objective": "vrpo", "bound_clip": 0.2}, r"bound_clip=0\.2 .*Expected bound_clip=None.*objective='bgpo'"),
+        ({"objective": "diffu-grpo", "mask_form": "t"}, "objective='bgpo' or 'vrpo'"),
+        ({"prompt_mask_probability": 0.3}, "objective='diffu-grpo'"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        DiffusionOptions(**options)
