@@ -37,5 +37,8 @@ class TreeAsyncGRPOTrainer(AsyncGRPOTrainer):
         own = super().compute_loss
         return async_scoring.compute_loss(cast(AsyncLike, self), own, self._default(), *args, **kwargs)
 
+    def _log_step_metrics(self) -> None:
+        async_scoring.log_step_metrics(cast(AsyncLike, self), super()._log_step_metrics, self._default())
+
     def _default(self) -> TreeConfig:
         return patch.process_config() or self.tree_config

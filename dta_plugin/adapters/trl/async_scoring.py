@@ -1,4 +1,4 @@
-"""In front of two methods of TRL's AsyncGRPO trainer: its rows run as trees of this package, on any device.
+"""In front of three methods of TRL's AsyncGRPO trainer: its rows run as trees of this package, on any device.
 
 TRL's loss calls the model once for a row, and reads log-probs, entropies and a router loss. It is called with a
 `TreeScorer` in the model's place; the loss stays TRL's. Where no tree runs, TRL's own call goes on to the model.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -30,7 +31,7 @@ from dta_plugin.execution.auto import run_tree
 from dta_plugin.execution.prepared_batch import SequenceLogProbs, prepare_batch
 from dta_plugin.execution.probing.probe import latest_outcome
 from dta_plugin.models.attention_registry import install
-from dta_plugin.models.introspection import causal_lm
+from dta_plugin.models.introspection import causal_lm, model_cost
 from dta_plugin.verify import check_batch
 
 # Which rows are together, and what of them runs, is TRL's planner's business.
@@ -48,8 +49,8 @@ def construct(trainer: object, own: Callable[..., None], default: TreeConfig | N
             f"token_selection={config.token_selection!r} cannot be followed by AsyncGRPO, whose loss has no weights. "
             "Expected token_selection='all'; GRPOTrainer knows the others."
         )
-    base = next(base for base in type(trainer).__mro__ if base.__name__ == "AsyncGRPOTrainer")
-    with _any_model_and_device(inspect.getmodule(base)):
+    trl = _module_of(trainer)
+    with _replaced(trl, **_for_any_model_and_device(trl)):
         own(*args, **kwargs)
 
 
@@ -67,6 +68,25 @@ def compute_loss(
         if getattr(config, name) == "always":
             state.notices.say_once(f"{name}='always' does nothing in AsyncGRPO, whose own planner places the rows")
     return own(TreeScorer(trainer, state, model), *args, **kwargs)
+
+
+def log_step_metrics(trainer: AsyncLike, own: Callable[[], None], default: TreeConfig | None) -> None:
+    """In front of `_log_step_metrics`, whose count of FLOPs is for configs that name sizes as some families do."""
+    if active_config(cast(GRPOLike, trainer), default) is None:
+        return own()
+    trl = _module_of(trainer)
+    count = trl.compute_flops_per_token
+
+    def counted(config: Any, length: int) -> float:
+        try:
+            return count(config, length)
+        except AttributeError:  # such as GPT-OSS's
+            cost = model_cost(causal_lm(trainer.model))
+            per_pair = cost.per_pair + sum(flops for _, flops in cost.per_window_pair)
+            return 3 * (cost.per_token + per_pair * length + cost.per_scored)
+
+    with _replaced(trl, compute_flops_per_token=counted):
+        own()
 
 
 class TreeScorer:
@@ -146,17 +166,31 @@ def _ordinary_attention(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(own)
 
 
+def _module_of(trainer: object) -> Any:
+    """TRL's module of the trainer's class, or of the base that is TRL's."""
+    return sys.modules[next(base.__module__ for base in type(trainer).__mro__ if base.__name__ == "AsyncGRPOTrainer")]
+
+
 @contextmanager
-def _any_model_and_device(module: ModuleType | None) -> Iterator[None]:
-    """Within the context, TRL's trainer takes models with attention sinks, and devices other than GPUs.
+def _replaced(module: Any, **functions: Callable[..., Any]) -> Iterator[None]:
+    """Within the context, the module's code calls these functions by their names."""
+    own = {name: getattr(module, name) for name in functions}
+    vars(module).update(functions)
+    try:
+        yield
+    finally:
+        vars(module).update(own)
+
+
+def _for_any_model_and_device(trl: Any) -> dict[str, Callable[..., Any]]:
+    """What TRL's constructor calls, so that it takes models with attention sinks, and devices other than GPUs.
 
     Models with sinks then run as our trees only. Between loading a model and adding its head, TRL looks whether a
     parameter is called so; until then, none is. It asks CUDA for a name to look up the device's speed by.
     """
-    trl: Any = module
-    load, add_head, speed = trl.create_model_from_path, trl.add_fused_lm_head, trl.get_peak_flops_per_device
+    load, add_head, peak_flops = trl.create_model_from_path, trl.add_fused_lm_head, trl.get_peak_flops_per_device
 
-    def loaded(*args: Any, **kwargs: Any) -> PreTrainedModel:
+    def loaded(*args: Any, **kwargs: Any) -> Any:
         model = load(*args, **kwargs)
         parameters = model.named_parameters
         if any(name.endswith(".sinks") for name, _ in parameters()):
@@ -168,14 +202,14 @@ def _any_model_and_device(module: ModuleType | None) -> Iterator[None]:
         vars(model).pop("named_parameters", None)
         add_head(model, *args, **kwargs)
 
-    def known_speed(accelerator: Accelerator, dtype: str) -> float | None:
-        return speed(accelerator, dtype) if accelerator.device.type == "cuda" else None
+    def known_peak_flops(accelerator: Accelerator, dtype: str) -> float | None:
+        return peak_flops(accelerator, dtype) if accelerator.device.type == "cuda" else None
 
-    trl.create_model_from_path, trl.add_fused_lm_head, trl.get_peak_flops_per_device = loaded, with_head, known_speed
-    try:
-        yield
-    finally:
-        trl.create_model_from_path, trl.add_fused_lm_head, trl.get_peak_flops_per_device = load, add_head, speed
+    return {
+        "create_model_from_path": loaded,
+        "add_fused_lm_head": with_head,
+        "get_peak_flops_per_device": known_peak_flops,
+    }
 
 
 def _refuse_row(model: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> None:

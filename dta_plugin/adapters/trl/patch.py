@@ -61,6 +61,7 @@ def _reach_async(module: ModuleType) -> None:
         return
     check_async()
     _put(module.AsyncGRPOTrainer, "compute_loss", async_scoring.compute_loss)
+    _put(module.AsyncGRPOTrainer, "_log_step_metrics", async_scoring.log_step_metrics)
     if (module.AsyncGRPOTrainer, "__init__") not in _own:
         _own[module.AsyncGRPOTrainer, "__init__"] = own = module.AsyncGRPOTrainer.__dict__["__init__"]
         module.AsyncGRPOTrainer.__init__ = _constructor(own)

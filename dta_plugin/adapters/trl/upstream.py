@@ -62,10 +62,12 @@ ASYNC = "trl.experimental.async_grpo.async_grpo_trainer"
 _OF_ASYNC = (
     Name(f"{ASYNC}:AsyncGRPOTrainer.__init__", ("args",), is_own=True),
     Name(f"{ASYNC}:AsyncGRPOTrainer.compute_loss", ("model", "inputs"), is_own=True),
+    Name(f"{ASYNC}:AsyncGRPOTrainer._log_step_metrics", is_own=True),
     Name(f"{ASYNC}:TREE_ATTENTION"),
     Name(f"{ASYNC}:create_model_from_path"),
     Name(f"{ASYNC}:add_fused_lm_head", ("model",)),
     Name(f"{ASYNC}:get_peak_flops_per_device", ("accelerator", "dtype")),
+    Name(f"{ASYNC}:compute_flops_per_token", ("config", "seq_len")),
 )
 
 # Attributes of trainers, with the TRL release that they came with.

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.trainer_callback import PrinterCallback
 from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 
-from tests.adapters.trl.support import TRAINING, prompts, tokenizer
-from tests.support.models import random_model
+from tests.adapters.trl.support import TRAINING, VOCABULARY, prompts, tokenizer
+from tests.support.models import EAGER_EXPERTS, random_model
 
 BATCH = 8
 TEMPERATURE = 0.7
@@ -33,7 +33,7 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def samples(batches: int, vocabulary: int = 37, seed: int = 0) -> list[RolloutSample]:
+def samples(batches: int, seed: int = 0) -> list[RolloutSample]:
     """Per batch of 8, two groups: siblings that fork in two places, a prefix of another, two that are the same.
 
     A conversation has several turns, and what a tool says in between is not trained.
@@ -41,7 +41,7 @@ def samples(batches: int, vocabulary: int = 37, seed: int = 0) -> list[RolloutSa
     generator = np.random.default_rng(seed)
 
     def words(count: int) -> list[int]:
-        return generator.integers(3, vocabulary, count).tolist()
+        return generator.integers(3, VOCABULARY, count).tolist()
 
     found = []
     for batch in range(batches):
@@ -137,7 +137,7 @@ def batch_of(trainer: Any) -> dict[str, torch.Tensor]:
 
 def dense_model(model: str) -> PreTrainedModel:
     """Transformers' own, with eager attention, which knows windows, soft-caps and sinks."""
-    return AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager")
+    return AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager", **EAGER_EXPERTS)
 
 
 def dense_loss(model: nn.Module, rollouts: Iterable[RolloutSample]) -> torch.Tensor:
