@@ -21,7 +21,7 @@ check_async()
 
 
 @dataclass
-class TreeAsyncGRPOConfig(Validated, TreeArguments, AsyncGRPOConfig):  # type: ignore[misc, valid-type]
+class TreeAsyncGRPOConfig(Validated, TreeArguments, AsyncGRPOConfig):
     """AsyncGRPOConfig with `use_dta` (on) and the `dta_*` options; see TreeConfig for their meaning."""
 
 

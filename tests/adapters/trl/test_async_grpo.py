@@ -103,7 +103,14 @@ def test_loss_and_gradients(models: dict[str, str], tmp_path: Path, family: str,
     ],
     ids=["plain", "accumulated", "softcaps", "sinks", "lora"],
 )
-def test_training(models: dict[str, str], tmp_path: Path, family: str, accumulated: int, options: Any) -> None:
+def test_training(
+    models: dict[str, str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    family: str,
+    accumulated: int,
+    options: dict[str, Any],
+) -> None:
     """Several steps with the flag leave the weights that a loop without TRL leaves."""
     rollouts = samples(STEPS * accumulated + 2)
     dense: nn.Module = dense_model(models[family])
@@ -116,6 +123,7 @@ def test_training(models: dict[str, str], tmp_path: Path, family: str, accumulat
             dense.load_state_dict(start, strict=False)
         before = [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
         trainer.train()
+    assert "did nothing" not in caplog.text
     losses = dense_training(dense, rollouts, STEPS, accumulated)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert apart(trainer.model, dense) <= TOLERANCE
@@ -196,6 +204,20 @@ def test_verified(models: dict[str, str], tmp_path: Path, caplog: pytest.LogCapt
     assert "regroup='always' does nothing in AsyncGRPO" in caplog.text
 
 
+def test_a_loss_of_its_own_that_passes_by(
+    models: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Own(AsyncGRPOTrainer):
+        def compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor], *_: Any, **__: Any) -> torch.Tensor:
+            return sum(p.square().sum() for p in model.parameters())  # type: ignore[return-value]
+
+        def _log_step_metrics(self) -> None: ...
+
+    with enabled():
+        build(models["qwen3"], tmp_path, samples(3), Own, AsyncGRPOConfig, max_steps=1).train()
+    assert "Own.compute_loss comes from" in caplog.text and "call super().compute_loss" in caplog.text
+
+
 def test_sinks_only_with_the_plugin(models: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="attention sinks"):
         build(models["gpt_oss"], tmp_path, samples(2), *STOCK)
@@ -215,7 +237,7 @@ def test_rows_of_another_kind_are_refused() -> None:
 def test_enabled_before_trl_is_imported() -> None:
     script = (
         "import sys, dta_plugin; dta_plugin.enable()\n"
-        "assert 'trl.experimental' not in sys.modules\n"
+        "assert 'trl.experimental.async_grpo' not in sys.modules\n"
         "from trl.experimental.async_grpo import AsyncGRPOTrainer as T\n"
         "print(T.compute_loss.__globals__['__name__'], T.__init__.__globals__['__name__'])\n"
         "dta_plugin.disable()\n"
