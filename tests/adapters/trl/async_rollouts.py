@@ -156,11 +156,13 @@ def dense_loss(model: nn.Module, rollouts: Iterable[RolloutSample]) -> torch.Ten
     return total / tokens
 
 
-def dense_training(model: nn.Module, rollouts: list[RolloutSample], steps: int, accumulated: int = 1) -> list[float]:
+def dense_training(
+    model: nn.Module, rollouts: list[RolloutSample], steps: int, accumulated: int = 1, batch: int = BATCH
+) -> list[float]:
     """What the trainer does, without it: AdamW, clipped gradients. Returns the losses of the steps."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=CONFIG["learning_rate"], eps=CONFIG["adam_epsilon"], weight_decay=0.0)
-    micro_batches = (rollouts[start : start + BATCH] for start in range(0, len(rollouts), BATCH))
+    micro_batches = (rollouts[start : start + batch] for start in range(0, len(rollouts), batch))
     losses = []
     for _ in range(steps):
         loss = sum(dense_loss(model, next(micro_batches)) / accumulated for _ in range(accumulated))
