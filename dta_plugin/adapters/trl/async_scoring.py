@@ -23,7 +23,7 @@ from dta_plugin.adapters.trl.hooks import active_config
 from dta_plugin.adapters.trl.noise import noise_obstacle
 from dta_plugin.adapters.trl.protocols import Accelerator, AsyncLike, GRPOLike
 from dta_plugin.adapters.trl.state import TreeState
-from dta_plugin.adapters.trl.tree_rows import TreeRow
+from dta_plugin.adapters.trl.folded_rows import FoldedRow
 from dta_plugin.adapters.trl.upstream import check_async_trainer
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedError
@@ -101,7 +101,7 @@ class TreeScorer:
         try:
             if reason is not None:
                 raise UnsupportedError(f"Prefix-tree execution is not exact here: {reason}.")
-            found = self._as_tree(TreeRow.from_call(call), bool(call.get("output_router_logits")))
+            found = self._as_tree(FoldedRow.from_call(call), bool(call.get("output_router_logits")))
             if not isinstance(found, str):
                 return found
             reason, topic = found, "min_saving"
@@ -114,7 +114,7 @@ class TreeScorer:
         self.state.log_run(cast(GRPOLike, self.trainer), None)
         return self.model(**call)
 
-    def _as_tree(self, row: TreeRow, with_router_loss: bool) -> SimpleNamespace | str:
+    def _as_tree(self, row: FoldedRow, with_router_loss: bool) -> SimpleNamespace | str:
         """What the loss reads, or why a tree does not pay."""
         state, config = self.state, self.state.config
         with self.trainer.accelerator.autocast():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -14,8 +16,9 @@ from torch import nn
 from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_grpo_trainer, packing
 
 from dta_plugin.adapters.trl.async_grpo import TreeAsyncGRPOConfig, TreeAsyncGRPOTrainer
-from dta_plugin.adapters.trl.tree_rows import TreeRow
+from dta_plugin.adapters.trl.folded_rows import FoldedRow
 from dta_plugin.errors import InvalidInputError, UnsupportedError
+from dta_plugin.tree.trie import PrefixTree
 from tests.adapters.trl.async_rollouts import (
     BATCH,
     batch_of,
@@ -228,9 +231,37 @@ def test_sinks_only_with_the_plugin(models: dict[str, str], tmp_path: Path) -> N
         loss_of(trainer, batch_of(trainer))
 
 
+def test_a_row_of_trl_read_back() -> None:
+    """Distinct samples, what is trained of them, and values at the places from which they are predicted."""
+    rollouts = samples(1)
+    row = packing.TreeRow()
+    for sample in rollouts:
+        row.add(dataclasses.asdict(sample))
+    packed = row.pack()
+    folded = FoldedRow.from_call({**packed, "input_ids": packed["input_ids"][None]})
+    trained: dict[tuple[int, ...], np.ndarray] = {}
+    for sample in rollouts:
+        trained[tuple(sample.input_ids)] = sample.completion_mask.astype(bool)
+    assert {tuple(ids) for ids in folded.sequences} == trained.keys() and len(folded.sequences) == len(trained) < 8
+    for ids, mask in zip(folded.sequences, folded.masks, strict=True):
+        assert not (trained[tuple(ids)] & ~mask).any()
+
+    values = [torch.from_numpy(ids[1:] + 100.0 * np.arange(1, len(ids))).requires_grad_() for ids in folded.sequences]
+    at_places = folded.at_places(values)
+    places = packed["token_index"]
+    found = iter(at_places[0, places].tolist())
+    for sample in rollouts:
+        for position in sample.completion_mask.nonzero()[0]:
+            assert next(found) == sample.input_ids[position] + 100.0 * position
+    at_places[0, places].sum().backward()
+    assert sum(float(value.grad.sum()) for value in values if value.grad is not None) == len(places)
+    tree = PrefixTree.from_sequences(folded.sequences)
+    assert folded.places_of_tokens(tree).sum() == len(packed["input_ids"]) > tree.tree_tokens
+
+
 def test_rows_of_another_kind_are_refused() -> None:
     with pytest.raises(UnsupportedError, match=r"without position_ids.*with pixel_values"):
-        TreeRow.from_call(dict.fromkeys(("input_ids", "pixel_values"), torch.ones(1, 2)))
+        FoldedRow.from_call(dict.fromkeys(("input_ids", "pixel_values"), torch.ones(1, 2)))
 
 
 @pytest.mark.long

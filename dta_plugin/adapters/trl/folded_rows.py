@@ -1,6 +1,6 @@
 """The rows of TRL's AsyncGRPO, which TRL has folded into trees for a kernel of its own, through this package's trees.
 
-TRL lays a row's trie out as segments, and has each segment attend to its path by FlashAttention-3. `TreeRow` reads the
+TRL lays a row's trie out as segments, and has each segment attend to its path by FlashAttention-3. `FoldedRow` reads the
 samples back from the paths, and gives values of their tokens back at the places where TRL's loss looks for them. TRL's
 trie forks one token early, so that a place has one next token; ours does not, and two of TRL's places may be one token.
 """
@@ -22,7 +22,7 @@ _ALL = {*_ROW, "tree_max_seqlen_q", "tree_max_seqlen_k", "fused_lm_head", "outpu
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class TreeRow:
+class FoldedRow:
     """One row of N places. sequences: its distinct samples, int64 token ids each.
 
     masks: per sequence, bool over its tokens, which of them are trained, here or in a sample that shares them.
@@ -35,7 +35,7 @@ class TreeRow:
     places: int
 
     @classmethod
-    def from_call(cls, call: Mapping[str, object]) -> TreeRow:
+    def from_call(cls, call: Mapping[str, object]) -> FoldedRow:
         """The row of a call of the model by TRL. Raises UnsupportedError for a call of another kind."""
         missing, unknown = set(_ROW) - call.keys(), {name for name, value in call.items() if value is not None} - _ALL
         if missing or unknown:

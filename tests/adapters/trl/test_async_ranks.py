@@ -1,19 +1,26 @@
-"""AsyncGRPO in two processes under DDP: the weights of a loop without TRL, over both ranks' samples."""
+"""AsyncGRPO in two processes, under DDP and FSDP2: the weights of a loop without TRL, over both ranks' samples."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests.adapters.trl.async_ddp_script import CASES, RANKS, STEPS, rollouts
+from tests.adapters.trl import async_ranks_script
+from tests.adapters.trl.async_ranks_script import CASES, RANKS, STEPS, rollouts
 from tests.adapters.trl.async_rollouts import BATCH, dense_model, dense_training, save
 from tests.adapters.trl.support import TOLERANCE, VOCABULARY
+from tests.recipes.test_trl import launcher_environment
 from tests.support.models import tiny_config
-from tests.support.ranks import under_torchrun
+from tests.support.ranks import REPOSITORY, free_port
 
 pytestmark = pytest.mark.long
+WRAPPERS = {"ddp": {}, "fsdp2": launcher_environment("fsdp2", "--mixed_precision", "no")}
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +31,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def ranks(models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    return under_torchrun("tests.adapters.trl.async_ddp_script", str(models), tmp_path_factory.mktemp("async_ddp"))[0]
+@pytest.fixture(scope="module", params=WRAPPERS)
+def ranks(request: pytest.FixtureRequest, models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    folder = tmp_path_factory.mktemp(request.param)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    done = subprocess.run(
+        [*launcher, "-m", async_ranks_script.__name__, request.param, str(models), str(folder)],
+        cwd=REPOSITORY,
+        env=os.environ | WRAPPERS[request.param] | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 @pytest.mark.parametrize("case", CASES)
