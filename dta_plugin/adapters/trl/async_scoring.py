@@ -19,11 +19,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from dta_plugin.adapters.trl.folded_rows import FoldedRow
 from dta_plugin.adapters.trl.hooks import active_config
 from dta_plugin.adapters.trl.noise import noise_obstacle
 from dta_plugin.adapters.trl.protocols import Accelerator, AsyncLike, GRPOLike
 from dta_plugin.adapters.trl.state import TreeState
-from dta_plugin.adapters.trl.folded_rows import FoldedRow
 from dta_plugin.adapters.trl.upstream import check_async_trainer
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedError

@@ -1,8 +1,8 @@
 """The rows of TRL's AsyncGRPO, which TRL has folded into trees for a kernel of its own, through this package's trees.
 
-TRL lays a row's trie out as segments, and has each segment attend to its path by FlashAttention-3. `FoldedRow` reads the
-samples back from the paths, and gives values of their tokens back at the places where TRL's loss looks for them. TRL's
-trie forks one token early, so that a place has one next token; ours does not, and two of TRL's places may be one token.
+TRL lays a row's trie out as segments, and has each segment attend to its path by FlashAttention-3. `FoldedRow` reads
+the samples back from the paths, and gives values of their tokens back at the places where TRL's loss looks for them.
+TRL's trie forks one token early, so that a place has one next token; ours does not: two of TRL's may be one of ours.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class FoldedRow:
     def from_call(cls, call: Mapping[str, object]) -> FoldedRow:
         """The row of a call of the model by TRL. Raises UnsupportedError for a call of another kind."""
         missing, unknown = set(_ROW) - call.keys(), {name for name, value in call.items() if value is not None} - _ALL
-        if missing or unknown:
+        faults = [f"without {name}" for name in sorted(missing)] + [f"with {name}" for name in sorted(unknown)]
+        if faults:
             raise UnsupportedError(
-                f"AsyncGRPO calls the model without {', '.join(sorted(missing)) or 'nothing missing'} and with "
-                f"{', '.join(sorted(unknown)) or 'nothing new'}. Expected a row as TRL 1.16 makes it, of text."
+                f"AsyncGRPO calls the model {', '.join(faults)}. Expected a row as TRL 1.16 makes it, of text."
             )
         ids, _, labels, keys, starts, key_starts = (_on_host(call[name]) for name in _ROW)
         lengths = np.diff(starts)

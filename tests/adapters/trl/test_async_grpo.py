@@ -238,7 +238,8 @@ def test_a_row_of_trl_read_back() -> None:
     for sample in rollouts:
         row.add(dataclasses.asdict(sample))
     packed = row.pack()
-    folded = FoldedRow.from_call({**packed, "input_ids": packed["input_ids"][None]})
+    of_call = ("input_ids", "position_ids", "shift_labels", "tree_kv_index", "tree_cu_seqlens_q", "tree_cu_seqlens_k")
+    folded = FoldedRow.from_call({name: packed[name][None] for name in of_call})
     trained: dict[tuple[int, ...], np.ndarray] = {}
     for sample in rollouts:
         trained[tuple(sample.input_ids)] = sample.completion_mask.astype(bool)
