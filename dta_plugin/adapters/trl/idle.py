@@ -14,8 +14,7 @@ from transformers import Trainer
 from trl import DPOTrainer, GRPOTrainer, RewardTrainer, RLOOTrainer, SFTTrainer
 
 from dta_plugin.adapters.trl.config import tree_config
-from dta_plugin.adapters.trl.origin import foreign_reader, has_our_hook
-from dta_plugin.adapters.trl.upstream import HOOK
+from dta_plugin.adapters.trl.origin import foreign_reader, has_our_hook, hook_of
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import UnsupportedError
 from dta_plugin.training.notices import say
@@ -93,11 +92,14 @@ def _idle_reason(trainer: Trainer) -> str | None:
     if state is not None and state.why_dense is not None:
         return f"{state.why_dense}"
     if has_our_hook(trainer):
-        return f"{foreign_reader(trainer) or type(trainer).__name__ + ' asked for no log-probs'}; call super().{HOOK}"
+        why = foreign_reader(trainer) or f"{type(trainer).__name__} asked for no log-probs"
+        return f"{why}; call super().{hook_of(trainer)}"
     return f"{type(trainer).__name__} does not know the flag; use {_remedy(trainer)}"
 
 
 def _remedy(trainer: Trainer) -> str:
+    if any(base.__name__ == "AsyncGRPOTrainer" for base in type(trainer).__mro__):
+        return "TreeAsyncGRPOTrainer (dta_plugin.adapters.trl.async_grpo), or dta_plugin.enable(), with TRL 1.16"
     for known, remedy in _CLASSES.items():
         if isinstance(trainer, known):
             return f"{remedy} (dta_plugin.adapters.trl)" if type(trainer) is known else f"{remedy} as its base"
