@@ -28,14 +28,14 @@ from dta_plugin.execution.ranks import is_fsdp
 from dta_plugin.models.attention_registry import install, uninstall
 from dta_plugin.models.introspection import causal_lm, decoder_of, model_cost
 from dta_plugin.models.rotary import padded_length_obstacle
-from dta_plugin.models.support import dropout_obstacle, tree_obstacle
-from dta_plugin.sharing.obstacles import decoder_obstacle, named_arguments, padding_obstacle
-from dta_plugin.sharing.padded import PaddedBatch, spread
+from dta_plugin.models.support import dropout_obstacle
+from dta_plugin.sharing.obstacles import model_obstacle, named_arguments, padding_obstacle
+from dta_plugin.sharing.padded import OF_THE_LOSS, PaddedBatch, spread
 from dta_plugin.tree.cost import estimate
 from dta_plugin.tree.layout import TreeLayout
 from dta_plugin.tree.report import TreeReport
 
-_OPTIONS = {"backend", "min_saving", "probe", "on_unsupported"}
+OPTIONS = {"backend", "min_saving", "probe", "on_unsupported"}  # of TreeConfig, that apply
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -69,10 +69,10 @@ def share_prefixes(model: nn.Module, config: TreeConfig | None = None) -> Prefix
     _check_options(config)
     base = causal_lm(model)
     decoder = decoder_of(base)
-    obstacle = tree_obstacle(model) or decoder_obstacle(decoder)
+    obstacle = model_obstacle(model)
     if obstacle is not None and config.on_unsupported == "error":
         raise UnsupportedError(f"Prefixes cannot be shared exactly here: {obstacle}; or on_unsupported='dense'.")
-    sharing = _handle_of(decoder) or PrefixSharing()
+    sharing = handle_of(decoder) or PrefixSharing()
     sharing.config = config
     if obstacle is None:
         sharing.attach(base, decoder)
@@ -86,13 +86,18 @@ class PrefixSharing:
 
     report: what the last call shared, None if it took the model's own path. reason: why it did, else "".
     calls, shared_calls, flat_tokens, tree_tokens: counted since the handle was made; tokens of shared calls only.
+    cached_calls: those that read a cache or ask for one, as generation does.
+    padding_reader: who may read the hidden states of padding, in words; then padded rows take the model's own path.
+    reads_caches: whether callers in evaluation mode may want a cache that they did not ask for.
     """
 
     def __init__(self) -> None:
         self.config = TreeConfig()
         self.report: TreeReport | None = None
         self.reason = ""
-        self.calls = self.shared_calls = self.flat_tokens = self.tree_tokens = 0
+        self.padding_reader: str | None = None
+        self.reads_caches = True
+        self.calls = self.cached_calls = self.shared_calls = self.flat_tokens = self.tree_tokens = 0
         self._decoder: PreTrainedModel | None = None
         self._hooks: list[RemovableHandle] = []
         self._watched: list[PreTrainedModel] = []
@@ -134,8 +139,11 @@ class PrefixSharing:
         if "dta_tree" in arguments:  # merged already, by an executor
             return None
         self.calls += 1
+        self.cached_calls += bool(arguments.get("use_cache")) or arguments.get("past_key_values") is not None
         asked = arguments.pop("dta_own_path", None)
         batch = asked or self._call_obstacle(decoder, arguments) or PaddedBatch.from_arguments(arguments)
+        if isinstance(batch, PaddedBatch) and self.padding_reader is not None and bool((batch.index < 0).any()):
+            batch = f"its rows are padded, and {self.padding_reader}"
         if isinstance(batch, PaddedBatch):
             batch = self._gate(decoder, batch)
         if isinstance(batch, PaddedBatch) and (obstacle := self._probe_obstacle(decoder)) is not None:
@@ -147,7 +155,8 @@ class PrefixSharing:
         install(decoder)
         layout = TreeLayout.from_tree(batch.tree, arguments["input_ids"].device)
         mask = TreeMask.from_layout(layout, self.config.backend)
-        return (), arguments | model_inputs(layout, mask) | {"dta_rows": batch}
+        read = {name: value for name, value in arguments.items() if name not in OF_THE_LOSS}
+        return (), read | model_inputs(layout, mask) | {"dta_rows": batch}
 
     def restore(self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Behind the decoder: values of tree tokens to those of rows."""
@@ -170,7 +179,8 @@ class PrefixSharing:
             raise UnsupportedError(f"Prefixes cannot be shared exactly here: {obstacle}; or on_unsupported='dense'.")
         if obstacle is not None:
             return obstacle
-        if arguments.get("use_cache") is None and getattr(decoder.config, "use_cache", True) and not decoder.training:
+        may_want_cache = self.reads_caches and not decoder.training and getattr(decoder.config, "use_cache", True)
+        if may_want_cache and arguments.get("use_cache") is None:
             return "the config's use_cache makes it return a cache; pass use_cache=False"
         outputs = ("output_attentions", "output_hidden_states")
         return next((f"the config's {name} is on" for name in outputs if getattr(decoder.config, name, False)), None)
@@ -228,7 +238,7 @@ class _Hook:
         return functools.partial, (sys.audit, "forward")  # takes any arguments, returns None
 
 
-def _handle_of(decoder: nn.Module) -> PrefixSharing | None:
+def handle_of(decoder: nn.Module) -> PrefixSharing | None:
     """The handle of a decoder that shares already; a deep copy of a model has its own."""
     return next((hook.handle for hook in decoder._forward_pre_hooks.values() if isinstance(hook, _Hook)), None)
 
@@ -240,10 +250,10 @@ def _spread_flat(values: torch.Tensor, batch: PaddedBatch) -> torch.Tensor:
 
 def _check_options(config: TreeConfig) -> None:
     given = [f.name for f in fields(TreeConfig) if getattr(config, f.name) != f.default]
-    other = [name for name in given if name not in _OPTIONS and (name, config.executor) != ("executor", "packed")]
+    other = [name for name in given if name not in OPTIONS and (name, config.executor) != ("executor", "packed")]
     if other:
         raise InvalidInputError(
             f"share_prefixes got {', '.join(f'{name}={getattr(config, name)!r}' for name in other)}. Expected "
-            f"{', '.join(sorted(_OPTIONS))} only: each call runs its batch as one packed tree. For trees larger than "
+            f"{', '.join(sorted(OPTIONS))} only: each call runs its batch as one packed tree. For trees larger than "
             "memory use dta_plugin.sequence_logprobs, which streams."
         )

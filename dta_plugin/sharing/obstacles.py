@@ -13,6 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 
+from dta_plugin.models.introspection import causal_lm, decoder_of
+from dta_plugin.models.support import tree_obstacle
+
 
 def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name."""
@@ -56,6 +59,11 @@ def _head_obstacle(model: nn.Module, arguments: dict[str, Any]) -> str | None:
         return None if bool(mask[:, -1].all()) else "the last position is pooled, and is padding"
     last = (torch.arange(ids.shape[1], device=ids.device) * (ids != pad)).argmax(dim=1, keepdim=True)
     return None if bool(mask.gather(1, last).all()) else f"what is pooled is padding, whose id is not {pad}"
+
+
+def model_obstacle(model: nn.Module) -> str | None:
+    """Why no call of a model can share prefixes, whatever its rows."""
+    return tree_obstacle(model) or decoder_obstacle(decoder_of(causal_lm(model)))
 
 
 def decoder_obstacle(decoder: PreTrainedModel) -> str | None:

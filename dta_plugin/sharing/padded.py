@@ -21,6 +21,8 @@ from dta_plugin.tree.trie import PrefixTree
 # Arguments of a decoder that say nothing about single tokens, whatever their type.
 _OF_THE_CALL = {"num_items_in_batch", "use_cache", "return_dict", "output_router_logits"}
 _ROWS = {"input_ids", "attention_mask", "position_ids"}
+# Columns of a data set that a trainer's loss reads and its model is handed all the same: margins of preference pairs.
+OF_THE_LOSS = {"margin"}
 _OWN_PATH = {
     "past_key_values": "it reads cached keys and values",
     "inputs_embeds": "it gives embeddings in place of token ids",
@@ -79,7 +81,7 @@ def _merge_obstacle(arguments: Mapping[str, Any]) -> str | None:
     if arguments.get("is_causal") is False:
         return "it attends in both directions"
     for name, value in arguments.items():
-        if name not in _ROWS | _OF_THE_CALL and isinstance(value, torch.Tensor) and value.ndim:
+        if name not in _ROWS | _OF_THE_CALL | OF_THE_LOSS and isinstance(value, torch.Tensor) and value.ndim:
             return f"it has an argument that may differ by row or token, {name}"
     return None
 

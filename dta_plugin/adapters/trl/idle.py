@@ -1,7 +1,9 @@
-"""A flag that did nothing says so: after a training in which no call ran as a tree, one line names what to use.
+"""What the flag does to a training, whoever trains: trees, shared prefixes, or one line about why neither.
 
-`watch` looks at what `transformers.Trainer.train` is called for and changes nothing. It raises only before a training,
-and only where no call of it could be a tree: a config with the flag, given to a trainer that does not know it.
+`watch` stands in front of `transformers.Trainer.train`. A trainer without the log-prob hook shares prefixes while it
+trains (`every_trainer`); where it cannot, the line comes before the training. After one in which no call ran as a tree
+all the same, it says why. It raises only before a training, and only where no call of it could be a tree: a config with
+the flag, given to a GRPO or RLOO trainer that does not know it.
 """
 
 from __future__ import annotations
@@ -11,50 +13,54 @@ import logging
 from typing import Any
 
 from transformers import Trainer
-from trl import DPOTrainer, GRPOTrainer, RewardTrainer, RLOOTrainer, SFTTrainer
+from trl import GRPOTrainer, RLOOTrainer
 
 from dta_plugin.adapters.trl.config import tree_config
-from dta_plugin.adapters.trl.origin import foreign_reader, has_our_hook, hook_of
+from dta_plugin.adapters.trl.every_trainer import by_hook, sharing_obstacle, sharing_while_it_trains
+from dta_plugin.adapters.trl.origin import foreign_reader, has_our_hook, hook_of, is_async
+from dta_plugin.adapters.trl.shared_prefixes import SharedPrefixesMixin
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import UnsupportedError
 from dta_plugin.training.notices import say
 
-_CLASSES = {
-    GRPOTrainer: "TreeGRPOTrainer, or dta_plugin.enable()",
-    RLOOTrainer: "TreeRLOOTrainer, or dta_plugin.enable()",
-    SFTTrainer: "TreeSFTTrainer",
-    DPOTrainer: "TreeDPOTrainer",
-    RewardTrainer: "TreeRewardTrainer",
-}
 _process_config: TreeConfig | None = None
 _trainings = 0
-_is_watching = False
+_own_train: Any = None  # Trainer.train, while it is watched
+_is_sticky = False  # asked for by the config of a trainer, which `disable` does not take back
 
 
 def watch() -> None:
-    """Have trainings looked at from now on. Idempotent."""
-    global _is_watching
-    if not _is_watching:
-        _is_watching = True
-        Trainer.train = _watched(Trainer.train)  # type: ignore[method-assign]
+    """Have trainings looked at from now on, for a config that carries the flag. Idempotent."""
+    global _is_sticky
+    _is_sticky = True
+    _begin()
 
 
 def expect_trees(config: TreeConfig | None) -> None:
-    """What the process was enabled with: trainers without the flag are expected to run as trees, too."""
-    global _process_config
+    """What the process was enabled with, for trainers without the flag; None: they are stock again."""
+    global _process_config, _own_train
     _process_config = config
     if config is not None:
-        watch()
+        _begin()
+    elif _own_train is not None and not _is_sticky:
+        Trainer.train, _own_train = _own_train, None  # type: ignore[method-assign]
 
 
 def say_if_nothing_trained() -> None:
     """One line at the end of a script that was run with the flag and trained nothing."""
     if not _trainings:
         say(
-            "use_dta did nothing: the script ended without a training by a trainer of transformers or TRL. Use "
-            "GRPOTrainer or RLOOTrainer, or call dta_plugin.sequence_logprobs in a loop of your own.",
+            "use_dta did nothing: the script ended without a training by a trainer of transformers or TRL. Use one, or "
+            "call dta_plugin.sequence_logprobs in a loop of your own.",
             logging.WARNING,
         )
+
+
+def _begin() -> None:
+    global _own_train
+    if _own_train is None:
+        _own_train = Trainer.train
+        Trainer.train = _watched(Trainer.train)  # type: ignore[method-assign]
 
 
 def _watched(train: Any) -> Any:
@@ -63,18 +69,32 @@ def _watched(train: Any) -> Any:
         global _trainings
         _trainings += 1
         _refuse_what_cannot_run(trainer)
-        result = train(trainer, *args, **kwargs)
-        reason = _idle_reason(trainer)
-        if reason is not None and trainer.accelerator.is_main_process:
-            say(f"use_dta did nothing: no call of this training ran as a tree, because {reason}", logging.WARNING)
+        asked = tree_config(trainer.args) if hasattr(trainer.args, "use_dta") else _process_config
+        if asked is None:
+            return train(trainer, *args, **kwargs)
+        if by_hook(trainer) or isinstance(trainer, SharedPrefixesMixin):
+            result = train(trainer, *args, **kwargs)
+        elif (obstacle := sharing_obstacle(trainer)) is not None:
+            _say(trainer, f"use_dta does nothing for this {type(trainer).__name__}: {obstacle}")
+            return train(trainer, *args, **kwargs)
+        else:
+            with sharing_while_it_trains(trainer, asked):
+                result = train(trainer, *args, **kwargs)
+        if (reason := _idle_reason(trainer)) is not None:
+            _say(trainer, f"use_dta did nothing: no call of this training ran as a tree, because {reason}")
         return result
 
     return watched
 
 
+def _say(trainer: Trainer, message: str) -> None:
+    if trainer.accelerator.is_main_process:
+        say(message, logging.WARNING)
+
+
 def _refuse_what_cannot_run(trainer: Trainer) -> None:
     config = tree_config(trainer.args)
-    if config is not None and config.on_unsupported == "error" and not has_our_hook(trainer):
+    if config is not None and config.on_unsupported == "error" and by_hook(trainer) and not has_our_hook(trainer):
         raise UnsupportedError(
             f"use_dta=True in the config of {type(trainer).__name__}, which does not know it. Expected "
             f"{_remedy(trainer)}; or use_dta=False."
@@ -82,10 +102,9 @@ def _refuse_what_cannot_run(trainer: Trainer) -> None:
 
 
 def _idle_reason(trainer: Trainer) -> str | None:
-    """Why no call ran as a tree; None where one did, or none was asked for."""
-    asked = tree_config(trainer.args) if hasattr(trainer.args, "use_dta") else _process_config
+    """Why no call ran as a tree; None where one did."""
     state, sharing = trainer.__dict__.get("_dta_state"), trainer.__dict__.get("_sharing")
-    if asked is None or (state and state.calls) or (sharing and sharing.shared_calls):
+    if (state and state.calls) or (sharing and sharing.shared_calls):
         return None
     if sharing is not None:
         return f"{sharing.reason}"
@@ -98,9 +117,10 @@ def _idle_reason(trainer: Trainer) -> str | None:
 
 
 def _remedy(trainer: Trainer) -> str:
-    if any(base.__name__ == "AsyncGRPOTrainer" for base in type(trainer).__mro__):
+    """For a trainer whose log-probs the plugin computes."""
+    if is_async(trainer):
         return "TreeAsyncGRPOTrainer (dta_plugin.adapters.trl.async_grpo), or dta_plugin.enable(), with TRL 1.16"
-    for known, remedy in _CLASSES.items():
-        if isinstance(trainer, known):
-            return f"{remedy} (dta_plugin.adapters.trl)" if type(trainer) is known else f"{remedy} as its base"
-    return f"dta_plugin.adapters.trl.SiblingBatchesMixin before {type(trainer).__name__} in the bases of a class"
+    known = "GRPOTrainer" if isinstance(trainer, GRPOTrainer) else "RLOOTrainer"
+    remedy = f"Tree{known}, or dta_plugin.enable()"
+    is_theirs = type(trainer) in (GRPOTrainer, RLOOTrainer)
+    return f"{remedy} (dta_plugin.adapters.trl)" if is_theirs else f"{remedy} as its base"

@@ -54,6 +54,11 @@ def unknown_terms(trainer: object) -> str | None:
     return _unknown(trainer, _TRL)
 
 
+def is_async(trainer: object) -> bool:
+    """Whether it is TRL's asynchronous GRPO trainer, which must not be imported to ask."""
+    return any(base.__name__ == "AsyncGRPOTrainer" for base in type(trainer).__mro__)
+
+
 def hook_of(trainer: object) -> str:
     """The method by which the plugin gets log-probs asked for: the log-prob hook; the loss of trainers without one."""
     return HOOK if hasattr(trainer, HOOK) else "compute_loss"
@@ -72,6 +77,12 @@ def foreign_reader(trainer: object) -> str | None:
 def has_our_hook(trainer: object) -> bool:
     """Whether a call of the hook can reach the plugin."""
     return any(link.is_ours for link in _links(trainer, hook_of(trainer)))
+
+
+def foreign_method(trainer: object, names: Iterable[str], known: tuple[str, ...] = ()) -> str | None:
+    """The first of these methods that is neither TRL's own nor of the `known` modules, in words, or None."""
+    links = (link for name in names for link in _links(trainer, name))
+    return next((str(link) for link in links if link.is_foreign(_TRL + known)), None)
 
 
 def replaced_scoring(trainer: object) -> str | None:

@@ -73,7 +73,7 @@ TRAINING: dict[str, Any] = {
     "seed": 11,
 }
 # Metrics that measure time or that only the plugin writes.
-NOT_COMPARED = ("time", "runtime", "per_second", "dta/", "total_flos", "epoch", "step")
+NOT_COMPARED = ("time", "runtime", "perf/", "per_second", "dta/", "total_flos", "epoch", "step")
 
 LORA = LoraConfig(r=4, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear")
 
@@ -160,13 +160,13 @@ def train(
     """Train for a few steps with fixed seeds. prepare: called with the trainer before training starts."""
     trainer = build(model, output, trainer_class, config_class, trainer_options, **config)
     prepare(trainer)
-    start = _trainable(trainer.model)
+    start = trainable(trainer.model)
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
     return Run(
         [{k: v for k, v in entry.items() if not any(part in k for part in NOT_COMPARED)} for entry in steps],
         start,
-        _trainable(trainer.model),
+        trainable(trainer.model),
         [{k: v for k, v in entry.items() if k.startswith("dta/")} for entry in steps if "loss" in entry],
     )
 
@@ -259,7 +259,7 @@ def _apart(a: float | None, b: float | None) -> float:
     return math.inf if a is None or b is None or a != a or b != b else abs(a - b) / max(1.0, abs(a))
 
 
-def _trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def trainable(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 

@@ -1,0 +1,114 @@
+"""One flag, every trainer: with it on, any trainer of transformers shares prefixes while it trains.
+
+GRPO and RLOO have the log-prob hook. SFT, DPO and reward trainers become what TreeSFTTrainer and its like are, batches
+made of siblings; all others keep their batches and share what meets in a model call. A trainer is one of these for the
+time of its training: its class gets a mixin in front, and is its own again afterwards. Every model among its attributes
+shares, references, teachers and reward models too.
+
+Batches are made of siblings, and padding is left without hidden states, only where it is known what the loss reads of
+either: for TRL's own code, tried against stock (docs/trainers.md). Any other loss gets its batches as they are, and the
+model's own path where rows are padded.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any, cast
+
+from transformers import Trainer
+from trl import DPOTrainer, GRPOTrainer, RewardTrainer, RLOOTrainer, SFTTrainer
+
+from dta_plugin.adapters.trl.offline import SiblingBatchesMixin
+from dta_plugin.adapters.trl.origin import foreign_method, is_async
+from dta_plugin.adapters.trl.protocols import TrainerLike
+from dta_plugin.adapters.trl.shared_prefixes import SharedPrefixesMixin, models_of, settings_obstacle
+from dta_plugin.config import TreeConfig
+from dta_plugin.models.introspection import causal_lm
+from dta_plugin.sharing.decoder_hooks import OPTIONS
+from dta_plugin.sharing.obstacles import model_obstacle
+from dta_plugin.training.notices import say
+
+_OF_SIBLINGS = (SFTTrainer, DPOTrainer, RewardTrainer)
+# Losses and metrics that read no padding, beside those of `trl.trainer`.
+_MASKED = tuple(
+    f"trl.experimental.{name}."
+    for name in (
+        "a2po",
+        "gkd",
+        "gold",
+        "iw_opd",
+        "sdft",
+        "sdpo",
+        "server_distillation",
+        "tpo",
+    )
+)
+_METHODS = ("training_step", "compute_loss", "_compute_loss", "get_batch_loss_metrics", "prediction_step")
+
+
+def by_hook(trainer: object) -> bool:
+    """Whether a trainer is one whose log-probs the plugin computes itself, rather than its model's calls."""
+    return isinstance(trainer, GRPOTrainer | RLOOTrainer) or is_async(trainer)
+
+
+def sharing_obstacle(trainer: Trainer) -> str | None:
+    """Why a trainer cannot share prefixes, or None."""
+    if not any(model is trainer.model for model in models_of(trainer)):
+        return f"its model, a {type(trainer.model).__name__}, is none of transformers"
+    return model_obstacle(trainer.model) or settings_obstacle(cast(TrainerLike, trainer))
+
+
+@contextmanager
+def sharing_while_it_trains(trainer: Trainer, config: TreeConfig) -> Iterator[None]:
+    """Within the context the trainer's models share prefixes."""
+    own = type(trainer)
+    head = foreign_method(causal_lm(trainer.model), ("forward",), ("trl.",))
+    foreign = head or foreign_method(trainer, _METHODS, _MASKED)
+    is_known = head is None and foreign_method(trainer, _METHODS) is None
+    is_of_siblings = isinstance(trainer, _OF_SIBLINGS) and is_known
+    mixin = SiblingBatchesMixin if is_of_siblings else SharedPrefixesMixin
+    settings = {
+        "__module__": own.__module__,
+        "__qualname__": own.__qualname__,
+        "tree_config": _applicable(trainer, config),
+        "padding_reader": _padding_reader(trainer, foreign),
+        # None of TRL's own wants a cache that it did not ask for.
+        "reads_caches": foreign_method(trainer, _METHODS, ("trl.",)) is not None,
+    }
+    trainer.__class__ = type(own.__name__, (mixin, own), settings)
+    shared = cast(SharedPrefixesMixin, trainer)
+    try:
+        shared._begin_sharing()
+        yield
+    finally:
+        shared._end_sharing()
+        trainer.__class__ = own
+
+
+def _padding_reader(trainer: Trainer, foreign: str | None) -> str | None:
+    """Who may read what a model returns at padding, in words, or None."""
+    functions = ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func")
+    given = (f"the trainer has {name}" for name in functions if callable(getattr(trainer, name, None)))
+    reader = foreign or next(given, None)
+    if reader is None:
+        return None
+    return (
+        f"{reader}, which may read what the model computes there; where it does not, put SiblingBatchesMixin "
+        "(dta_plugin.adapters.trl) before the trainer in the bases of a class"
+    )
+
+
+def _applicable(trainer: Trainer, config: TreeConfig) -> TreeConfig:
+    """Those of the options that apply to model calls; one line about the others. What is not exact is not an error."""
+    given = [f.name for f in fields(TreeConfig) if getattr(config, f.name) != f.default]
+    other = [f"{name}={getattr(config, name)!r}" for name in given if name not in OPTIONS]
+    if other and trainer.accelerator.is_main_process:
+        say(
+            f"{', '.join(other)} say nothing about {type(trainer).__name__}: its model calls run as they come",
+            logging.WARNING,
+        )
+    applied: dict[str, Any] = {name: getattr(config, name) for name in OPTIONS}
+    return TreeConfig(**applied | {"on_unsupported": "dense"})

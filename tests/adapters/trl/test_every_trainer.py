@@ -1,0 +1,238 @@
+"""One flag, every trainer: with it on, each trainer of TRL trains as stock does, and shares prefixes, or says why not.
+
+The whole of docs/trainers.md is `long`; three trainers of it run by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DataCollatorWithPadding,
+    Qwen3ForCausalLM,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+    set_seed,
+)
+from trl import KTOTrainer, RewardTrainer, SFTConfig, SFTTrainer
+
+from dta_plugin.adapters.trl import every_trainer
+from dta_plugin.sharing.padded import PaddedBatch
+from tests.adapters.trl.all_trainers import RECIPES, STEPS, build, texts, trainers_of_trl
+from tests.adapters.trl.support import TOLERANCE, Run, difference, enabled, moved, tokenizer
+from tests.adapters.trl.trainer_table import HOOK, NOT_RUN, REFUSED, SIBLINGS, Outcome, compare, row, run
+
+PAGE = Path(__file__).parents[3] / "docs" / "trainers.md"
+ALL = trainers_of_trl()
+SHORT = [f"trl.trainer.{name}_trainer.{name.upper()}Trainer" for name in ("sft", "dpo", "kto")]
+OWN_TRAIN = Trainer.train
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+def check(outcome: Outcome) -> None:
+    assert outcome.worst <= TOLERANCE
+    assert moved(outcome.stock) > 100 * TOLERANCE and not any(outcome.stock.dta)
+    assert Trainer.train is OWN_TRAIN
+    if outcome.how == HOOK:
+        assert all(entry["dta/dense_fallback"] == 0 for entry in outcome.flagged.dta)
+    elif outcome.how == REFUSED:
+        assert outcome.reason and not any(shared for _, shared in outcome.models)
+    else:
+        assert outcome.models and all(shared > 0 for _, shared in outcome.models)
+        assert max(entry.get("dta/compression_ratio", 0) for entry in outcome.flagged.dta) > 1.05
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_equal_to_stock(name: str, model: str, tmp_path: Path) -> None:
+    outcome = compare(ALL[name], model, tmp_path)
+    check(outcome)
+    assert all(entry["dta/dense_fallback"] == 0 for entry in outcome.flagged.dta)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not version("trl").startswith("1.16."), reason="the page is of TRL 1.16")
+def test_every_trainer_is_in_the_table(model: str, tmp_path: Path) -> None:
+    lines = []
+    for name, trainer_class in ALL.items():
+        if trainer_class.__name__ in NOT_RUN:
+            lines.append(row(name, None))
+            continue
+        outcome = compare(trainer_class, model, tmp_path)
+        print(f"{name}: {outcome.how}, worst difference {outcome.worst:.1e}")
+        check(outcome)
+        lines.append(row(name, outcome))
+    listed = [line for line in PAGE.read_text().splitlines() if line.startswith("| `trl.")]
+    assert [line.rpartition("|")[0].rpartition("|")[0] for line in listed] == [
+        line.rpartition("|")[0].rpartition("|")[0] for line in lines
+    ]
+
+
+def test_every_trainer_has_a_recipe_and_a_line() -> None:
+    page = PAGE.read_text()
+    for name, trainer_class in ALL.items():
+        assert trainer_class.__name__ in RECIPES.keys() | NOT_RUN.keys(), name
+        assert f"`{trainer_class.__name__}`" in page
+
+
+@pytest.mark.usefixtures("unprobed")
+def test_a_wrong_tree_is_noticed(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    merge = PaddedBatch.from_arguments
+
+    def losing_a_row(call: dict[str, Any]) -> PaddedBatch | str:
+        batch = merge(call)
+        if isinstance(batch, str):
+            return batch
+        return PaddedBatch(batch.tree, batch.index, [(0, 0), *batch.spans[1:]])
+
+    monkeypatch.setattr(PaddedBatch, "from_arguments", losing_a_row)
+    assert compare(KTOTrainer, model, tmp_path).worst > 100 * TOLERANCE
+
+
+class OwnLossTrainer(SFTTrainer):
+    """Reads the logits of padding: their mean is in the loss."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return model(**inputs).logits.square().mean()
+
+
+def test_an_unknown_loss_may_read_padding(
+    model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(RECIPES, "OwnLossTrainer", RECIPES["SFTTrainer"])
+    caplog.set_level("INFO", logger="dta_plugin")
+    outcome = compare(OwnLossTrainer, model, tmp_path)
+    assert outcome.worst <= TOLERANCE and outcome.how != SIBLINGS
+    assert any("OwnLossTrainer.compute_loss comes from tests" in line for line in caplog.messages)
+    monkeypatch.setattr(every_trainer, "_MASKED", ("tests.",))
+    assert compare(OwnLossTrainer, model, tmp_path).worst > 100 * TOLERANCE, "padding has no hidden states in a tree"
+
+
+class MeanOverPadding(Qwen3ForCausalLM):
+    """A head of its own, whose loss is the mean over all positions."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        return {"loss": hidden.square().mean()}
+
+
+def test_an_unknown_head_may_read_padding(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = tokenizer()
+    rows = [{"input_ids": tokens(text)["input_ids"]} for text in texts()["text"]]
+
+    def trained(flag: bool) -> Run:
+        set_seed(11)
+        args = TrainingArguments(**STEPS | {"output_dir": str(tmp_path)})
+        collator = DataCollatorWithPadding(tokens)
+        head = MeanOverPadding.from_pretrained(model, dtype=torch.float32)
+        trainer = Trainer(head, args, collator, train_dataset=rows)
+        with enabled() if flag else nullcontext():
+            return run(trainer)
+
+    stock = trained(flag=False)
+    assert difference(stock, trained(flag=True)) <= TOLERANCE
+    monkeypatch.setattr(every_trainer, "_padding_reader", lambda *_: None)
+    assert difference(stock, trained(flag=True)) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("option", ["packing", "padding_free"])
+def test_a_setting_that_keeps_prefixes_apart(
+    option: str, model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="dta_plugin")
+    with enabled():
+        trainer = build(
+            SFTTrainer, model, tmp_path, **{option: True, "max_length": 32 if option == "packing" else None}
+        )
+        trainer.train()
+    said = [line for line in caplog.messages if "use_dta" in line]
+    assert len(said) == 1 and f"use_dta does nothing for this SFTTrainer: {option}=True" in said[0]
+
+
+def test_options_that_say_nothing_here(model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="dta_plugin")
+    with enabled(prune="never", min_saving=0.9):
+        trainer = build(SFTTrainer, model, tmp_path)
+        trainer.train()
+    assert any("prune='never' say nothing about SFTTrainer" in line for line in caplog.messages)
+    assert any("use_dta did nothing" in line and "min_saving 90%" in line for line in caplog.messages)
+
+
+def test_nothing_is_left_after_disable(model: str, tmp_path: Path) -> None:
+    with enabled():
+        trainer = build(RewardTrainer, model, tmp_path)
+        trainer.train()
+    assert type(trainer) is RewardTrainer and Trainer.train is OWN_TRAIN
+    assert not any(module._forward_pre_hooks for module in trainer.model.modules())
+
+
+def collate(tokens: Any) -> Any:
+    """Text when it is read, token ids when it is collated."""
+
+    def collated(examples: list[dict[str, str]]) -> dict[str, torch.Tensor]:
+        batch = tokens([example["text"] for example in examples], return_tensors="pt", padding=True)
+        return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+    return collated
+
+
+def with_transform(data: Dataset, tokens: Any) -> Dataset:
+    data.set_transform(lambda rows: {"input_ids": tokens(rows["text"])["input_ids"]})
+    return data
+
+
+UNSORTED: dict[str, Any] = {
+    "text": lambda data, tokens: {"train_dataset": data, "data_collator": collate(tokens)},
+    "transform": lambda data, tokens: {"train_dataset": with_transform(data, tokens)},
+    "iterable": lambda data, tokens: {"train_dataset": data.to_iterable_dataset()},
+}
+
+
+def unsorted(kind: str, model: str, output: Path) -> Any:
+    options = STEPS | {"remove_unused_columns": False, "output_dir": str(output)}
+    if kind != "iterable":
+        options["dataset_kwargs"] = {"skip_prepare_dataset": True}
+    set_seed(11)
+    data = UNSORTED[kind](texts(), tokenizer())
+    return SFTTrainer(model, SFTConfig(**options), processing_class=tokenizer(), **data)
+
+
+@pytest.mark.parametrize("kind", UNSORTED)
+def test_data_that_cannot_be_sorted_keeps_its_order(
+    kind: str, model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="dta_plugin")
+    stock = run(unsorted(kind, model, tmp_path))
+    trainer = unsorted(kind, model, tmp_path)
+    with enabled():
+        flagged = run(trainer)
+    assert Outcome(SIBLINGS, "", [], stock, flagged).worst <= TOLERANCE
+    assert trainer._sharing.shared_calls == 2
+    assert len([line for line in caplog.messages if "batches are the trainer's own" in line]) == 1
+
+
+OTHER_MODELS: dict[str, tuple[Callable[[], torch.nn.Module], str]] = {
+    "no model of transformers": (lambda: torch.nn.Linear(2, 2), "its model, a Linear, is none of transformers"),
+    "an encoder": (lambda: BertForSequenceClassification(BertConfig(**SIZES, vocab_size=40)), "no rotary positions"),
+    "images": (lambda: ViTForImageClassification(ViTConfig(**SIZES, image_size=8, patch_size=4)), "ViTForImage"),
+    "sounds": (lambda: Wav2Vec2ForCTC(Wav2Vec2Config(**SIZES, num_conv_pos_embedding_groups=2)), "Wav2Vec2ForCTC"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_MODELS)
+def test_other_models_are_left_alone(kind: str, tmp_path: Path) -> None:
+    make, reason = OTHER_MODELS[kind]
+    trainer = Trainer(make(), TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]), train_dataset=texts())
+    assert reason in str(every_trainer.sharing_obstacle(trainer))
