@@ -1,7 +1,7 @@
 """dta-plugin: exact prefix-tree training for TRL. Shared tokens of a micro-batch are computed once, both ways.
 
     import dta_plugin
-    dta_plugin.enable()          # every TRL GRPO / RLOO trainer in this process now uses the tree
+    dta_plugin.enable()          # every trainer of TRL in this process now shares prefixes
 
 or, without touching the script: ``python -m dta_plugin.run train.py --use_dta true``. Importing this package is
 lazy: it loads none of torch, transformers, TRL, PEFT or Triton until a name is used.

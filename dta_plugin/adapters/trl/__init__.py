@@ -1,4 +1,7 @@
-"""TRL: trainers that run as prefix trees. Online: GRPOTrainer, RLOOTrainer. Offline: SFT, DPO, reward models."""
+"""TRL: trainers that run as prefix trees. Online: GRPOTrainer, RLOOTrainer. Offline: SFT, DPO, reward models.
+
+With the flag, any other trainer shares prefixes, too: `every_trainer`.
+"""
 
 from dta_plugin.adapters.trl.upstream import check
 

@@ -56,7 +56,7 @@ def by_hook(trainer: object) -> bool:
 
 def sharing_obstacle(trainer: Trainer) -> str | None:
     """Why a trainer cannot share prefixes, or None."""
-    if not any(model is trainer.model for model in models_of(trainer)):
+    if trainer.model is None or not any(model is trainer.model for model in models_of(trainer)):
         return f"its model, a {type(trainer.model).__name__}, is none of transformers"
     return model_obstacle(trainer.model) or settings_obstacle(cast(TrainerLike, trainer))
 
@@ -65,7 +65,7 @@ def sharing_obstacle(trainer: Trainer) -> str | None:
 def sharing_while_it_trains(trainer: Trainer, config: TreeConfig) -> Iterator[None]:
     """Within the context the trainer's models share prefixes."""
     own = type(trainer)
-    head = foreign_method(causal_lm(trainer.model), ("forward",), ("trl.",))
+    head = foreign_method(causal_lm(cast(TrainerLike, trainer).model), ("forward",), ("trl.",))
     foreign = head or foreign_method(trainer, _METHODS, _MASKED)
     is_known = head is None and foreign_method(trainer, _METHODS) is None
     is_of_siblings = isinstance(trainer, _OF_SIBLINGS) and is_known
