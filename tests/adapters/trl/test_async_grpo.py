@@ -38,7 +38,7 @@ TREE = (TreeAsyncGRPOTrainer, TreeAsyncGRPOConfig)
 # All positions; a window; windows and soft-caps; windows and sinks.
 FAMILIES = ("qwen3", "mistral", "gemma2", "gpt_oss")
 # A loss of experts is not one of samples; float64 needs their plain version.
-OF_FAMILY = {"gpt_oss": {"router_aux_loss_coef": 0.0, "model_init_kwargs": EAGER_EXPERTS}}
+OF_FAMILY = {"gpt_oss": {"router_aux_loss_coef": 0.0, "model_init_kwargs": {**EAGER_EXPERTS}}}
 STEPS = 3
 
 
@@ -85,7 +85,7 @@ def test_loss_and_gradients(models: dict[str, str], tmp_path: Path, family: str,
     expected.backward()
     assert abs(loss.item() - expected.item()) <= TOLERANCE
     assert apart(trainer.model, dense, "grad") <= TOLERANCE
-    assert trainer._metrics["train"]["dta/streamed"] == [float(bool(options))]
+    assert (trainer._metrics["train"]["dta/chunks"][0] > 1) == bool(options)
     assert trainer._metrics["train"]["dta/compression_ratio"][0] > 2
     # The row without its tree: siblings see each other.
     trainer.model.set_attn_implementation("eager")
