@@ -12,10 +12,10 @@ from dta_plugin.errors import InvalidInputError
 
 
 def enable(config: TreeConfig | None = None, **options: Any) -> None:
-    """Make every trainer of this process share prefixes: GRPO and RLOO as trees, others while they train. Idempotent.
+    """Make every trainer of this process share prefixes: GRPO, AsyncGRPO and RLOO as trees, others while they train.
 
-    Trainers that exist already are affected too. A later call replaces the configuration. A trainer whose config
-    carries `use_dta` (TreeGRPOConfig) follows its config; where that says something else, a warning tells.
+    Idempotent. Trainers that exist already are affected too. A later call replaces the configuration. A trainer whose
+    config carries `use_dta` (TreeGRPOConfig) follows its config; where that says something else, a warning tells.
 
     Args:
         config: how trees run; None for the defaults.

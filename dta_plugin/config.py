@@ -52,7 +52,7 @@ class TreeConfig:
     max_tree_tokens_per_chunk: int | None = _option(
         None,
         "Most tree tokens whose activations are alive at once: the memory knob. None: from free memory. Larger trees "
-        "are streamed; with executor=packed it is an error.",
+        "are streamed; where they cannot be, as with executor=packed, they run in one call, and the report says so.",
     )
     min_saving: float = _option(
         0.0,
@@ -135,11 +135,6 @@ class TreeConfig:
         if self.max_tree_tokens_per_chunk is not None and self.max_tree_tokens_per_chunk < 1:
             raise InvalidInputError(
                 f"max_tree_tokens_per_chunk={self.max_tree_tokens_per_chunk}. Expected None or at least 1."
-            )
-        if self.max_tree_tokens_per_chunk is not None and self.executor == "packed":
-            raise InvalidInputError(
-                f"max_tree_tokens_per_chunk={self.max_tree_tokens_per_chunk} with executor='packed', which runs every "
-                "tree in one call. Expected executor='auto' or 'streamed' with it."
             )
         if not isinstance(self.min_saving, (int, float)) or not 0.0 <= self.min_saving < 1.0:
             raise InvalidInputError(f"min_saving={self.min_saving!r}. Expected a share in [0, 1).")

@@ -47,10 +47,6 @@ INVALID: dict[str, tuple[dict[str, object], str]] = {
     "sharing": ({"token_selection": "rpc", "token_sharing": "all"}, r"token_sharing='all'. Expected one of row, group"),
     "no tokens": ({"max_tree_tokens_per_chunk": 0}, r"max_tree_tokens_per_chunk=0. Expected None or at least 1"),
     "negative tokens": ({"max_tree_tokens_per_chunk": -5}, r"max_tree_tokens_per_chunk=-5"),
-    "tokens of packed": (
-        {"max_tree_tokens_per_chunk": 9, "executor": "packed"},
-        r"max_tree_tokens_per_chunk=9 with executor='packed'.*Expected executor='auto' or 'streamed'",
-    ),
     "saving 1": ({"min_saving": 1.0}, r"min_saving=1.0. Expected a share in \[0, 1\)"),
     "saving < 0": ({"min_saving": -0.1}, r"min_saving=-0.1"),
     "saving NaN": ({"min_saving": float("nan")}, r"min_saving=nan"),

@@ -37,6 +37,7 @@ from dta_plugin.adapters.trl.dense import DenseScorer
 from dta_plugin.adapters.trl.scoring import tree_log_probs
 from dta_plugin.adapters.trl.state import TreeState
 from dta_plugin.calibrate import Bench, Case, DenseBatch, calibrate
+from dta_plugin.training.notices import Notices
 
 CPU = torch.device("cpu")
 # Short batches run until this time is up, or so often.
@@ -115,7 +116,7 @@ class Subject:
         )
         print(f"hidden size {size[1]}: within {self.calibration.error:.0%} on its own batches", flush=True)
         file = self.calibration.save(folder / f"{size[1]}.json")
-        self.state = TreeState(TreeConfig(calibration=str(file)))
+        self.state = TreeState(TreeConfig(calibration=str(file)), Notices(speaks=False))
         # What the hook reads of a trainer beyond what scoring needs.
         self.trainer.args, self.trainer._buffered_inputs, self.trainer._step = None, None, 0
         self.trainer._metrics = defaultdict(lambda: defaultdict(list))

@@ -20,7 +20,7 @@ from dta_plugin.attention.precision import allows_tf32
 from dta_plugin.attention.tiles import KeyWork, Visits, key_work, on_device, tile_pairs, visits
 from dta_plugin.attention.triton_bwd import delta_kernel, key_gradient_kernel, query_gradient_kernel, reduce_kernel
 from dta_plugin.attention.triton_fwd import forward_kernel
-from dta_plugin.attention.triton_parts import WIDEST, Matrix, block
+from dta_plugin.attention.triton_parts import WIDEST, Matrix, block_of
 from dta_plugin.attention.triton_table import Launch, Launches, launches
 
 _DELTA_TILE = 32
@@ -213,7 +213,7 @@ def _tiles(rows: int, tile: int) -> int:
 
 def _shares(x: torch.Tensor) -> int:
     """Programs among which the columns of an output like x are shared out."""
-    return max(1, block(x) // WIDEST)
+    return max(1, block_of(x.shape[3]) // WIDEST)
 
 
 def _can_describe(*inputs: torch.Tensor) -> bool:
@@ -223,7 +223,7 @@ def _can_describe(*inputs: torch.Tensor) -> bool:
 
 def _described(k: torch.Tensor, v: torch.Tensor, key_tile: int) -> tuple[TensorDescriptor, ...]:
     """k and v as descriptors [H, T, D] that are read in tiles of `key_tile` keys."""
-    return tuple(TensorDescriptor.from_tensor(x[0], [1, key_tile, block(x)]) for x in (k, v))
+    return tuple(TensorDescriptor.from_tensor(x[0], [1, key_tile, block_of(x.shape[3])]) for x in (k, v))
 
 
 def _token_major(x: torch.Tensor, width: int) -> torch.Tensor:

@@ -5,6 +5,7 @@ Scores are kept in base 2; everything accumulates in float32.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -36,17 +37,23 @@ class Matrix(NamedTuple):
     @classmethod
     def from_tensor(cls, x: torch.Tensor) -> Matrix:
         """x: [1, H, rows, width]"""
-        constants = (x.shape[3], block(x), min(block(x), WIDEST))
-        return cls(x, x.stride(1), x.stride(2), *map(tl.constexpr, constants))
+        return cls(x, x.stride(1), x.stride(2), *_columns(x.shape[3]))
 
     @classmethod
     def from_tiles(cls, x: torch.Tensor) -> Matrix:
-        """x: [1, N, tile, width], contiguous, N of them for every length: the strides are compiled in."""
+        """x: [1, N, tile, width], contiguous: the strides depend on no length and are compiled in."""
         return cls.from_tensor(x)._replace(head_stride=tl.constexpr(x.stride(1)), row_stride=tl.constexpr(x.stride(2)))
 
 
-def block(x: torch.Tensor) -> int:
-    return max(16, 1 << (x.shape[3] - 1).bit_length())
+def block_of(width: int) -> int:
+    return max(16, 1 << (width - 1).bit_length())
+
+
+@cache
+def _columns(width: int) -> tuple[Any, ...]:
+    """width, block and share."""
+    block = block_of(width)
+    return tuple(map(tl.constexpr, (width, block, min(block, WIDEST))))
 
 
 @triton.jit

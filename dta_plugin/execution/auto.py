@@ -51,7 +51,8 @@ def run_tree(
         output, plan = run_streamed(model, batch.tree, batch.edges, budget, **options)
         return _result(batch, output, return_entropy, plan)
     if obstacle is not None:
-        batch = replace(batch, reason=f"{batch.reason}; in one chunk: {obstacle}")
+        knob = f"max_tree_tokens_per_chunk={config.max_tree_tokens_per_chunk}"
+        batch = replace(batch, reason=f"{batch.reason}; {knob} is not kept: {obstacle}")
     output = run_packed(model, batch.tree, batch.edges, return_router_loss=return_router_loss, **options)
     return _result(batch, output, return_entropy)
 
@@ -64,9 +65,10 @@ def _stream_budget(
     And what keeps a batch that is larger than `config.max_tree_tokens_per_chunk` from being streamed.
     """
     device = batch.edges.target.device
+    is_above = batch.tree.tree_tokens > (config.max_tree_tokens_per_chunk or math.inf)
     if config.executor == "packed":
         _probed(model, config, ["packed"], device)
-        return None, None
+        return None, "executor='packed'" if is_above else None
     obstacle = _streaming_obstacle(model, batch, config, return_router_loss)
     if config.executor == "streamed":
         if obstacle is not None:
@@ -78,7 +80,7 @@ def _stream_budget(
         obstacles = _probed(model, config, ["packed", *["streamed"] * (obstacle is None)], device)
         obstacle = obstacle or obstacles.get("streamed")
         if obstacle is not None:
-            return None, obstacle if batch.tree.tree_tokens > (config.max_tree_tokens_per_chunk or math.inf) else None
+            return None, obstacle if is_above else None
     budget = token_budget(causal_lm(model), device, config.max_tree_tokens_per_chunk)
     streams = config.executor == "streamed" or batch.tree.tree_tokens > budget
     if is_sharded(model):  # all ranks do the same, because all must call the model equally often

@@ -41,5 +41,9 @@ class RunCounts:
             "dta/chunks": sum(report.chunks for report in reports),
             "dta/recomputed_tokens": sum(report.recomputed_tokens for report in reports),
             "dta/dense_fallback": self.dense_calls / calls,
-            "dta/streamed": sum(report.executor == "streamed" for report in reports) / calls,
         }
+
+    def step_metrics(self) -> dict[str, float]:
+        """`metrics`, and what is of interest where there are several micro-batches."""
+        streamed = sum(report.executor == "streamed" for report in self.reports)
+        return self.metrics() | {"dta/micro_batches": self.micro_batches, "dta/streamed": streamed / self.micro_batches}

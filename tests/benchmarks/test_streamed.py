@@ -60,9 +60,9 @@ def test_one_path_plans_are_single_paths_that_cover_the_tree(name: str, budget: 
 
 
 def last_ancestor(plan: ChunkPlan, index: int) -> int:
-    """Layout index of the token that a chunk hangs off, read from its parent's trunk; -1 at the top."""
+    """Layout index of the token that a chunk hangs off, read from what its parent keeps in memory; -1 at the top."""
     chunk = plan.chunks[index]
     if chunk.parent < 0:
         return -1
     parent = plan.chunks[chunk.parent]
-    return int(parent.tokens[parent.trunk[chunk.first_depth - parent.first_depth - 1]])
+    return int(parent.tokens[parent.cached[chunk.first_depth - parent.first_depth - 1]])

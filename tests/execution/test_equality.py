@@ -127,11 +127,15 @@ def test_gradient_checkpointing(family: str, use_reentrant: bool) -> None:
     assert_equal(through_tree(model, sequences), dense(model_pair(family, torch.float64)[0], sequences))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"backend": "reference"}, {"executor": "packed", "max_tree_tokens_per_chunk": 1}],
+)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_options_do_not_change_the_result(family: str) -> None:
+def test_options_do_not_change_the_result(family: str, options: dict[str, object]) -> None:
     pristine, model = model_pair(family, torch.float64)
     sequences = SHAPES["forest"][::-1]
-    config = TreeConfig(backend="reference")
+    config = TreeConfig.from_options(options)
     assert_equal(through_tree(model, sequences, config=config), dense(pristine, sequences))
 
 

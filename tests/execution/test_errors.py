@@ -219,8 +219,9 @@ def test_gate_lets_good_batches_pass_and_is_off_by_default() -> None:
 
 def test_chunks_are_reported() -> None:
     sequences = star(4, prefix=5, branch=2)
-    out = dta_plugin.sequence_logprobs(MODEL, sequences, TreeConfig(executor="packed"))
+    out = dta_plugin.sequence_logprobs(MODEL, sequences, TreeConfig(executor="packed", max_tree_tokens_per_chunk=9))
     assert (out.report.executor, out.report.chunks) == ("packed", 1)
+    assert out.report.reason.endswith("; max_tree_tokens_per_chunk=9 is not kept: executor='packed'")
     out = dta_plugin.sequence_logprobs(MODEL, sequences, TreeConfig(max_tree_tokens_per_chunk=9))
     assert (out.report.executor, out.report.chunks, out.report.peak_tokens) == ("streamed", 3, 8)
     assert "streamed on cpu in 3 chunks of up to 8 tokens (38% recomputed)" in str(out.report)

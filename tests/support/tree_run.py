@@ -21,6 +21,7 @@ from tests.support.oracle import Result, Rows, Scored, functional, result_of
 # Largest difference from the oracle in log-probs, entropies and (relative) gradients. float64 is free of transformers'
 # float32 islands, see support/models.py, so that only the order of sums is left.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+STREAMED_FAMILIES = ("llama", "qwen2", "qwen3", "gemma3", "mistral")
 
 
 @cache

@@ -48,7 +48,9 @@ TreeArguments = make_dataclass(
 )
 
 
-class _Validated:
+class Validated:
+    """Where the flag is in a config, trainings are watched: one that ran no tree says so."""
+
     def __post_init__(self) -> None:
         if tree_config(self) is not None:
             from dta_plugin.adapters.trl.idle import watch
@@ -58,10 +60,10 @@ class _Validated:
 
 
 @dataclass
-class TreeGRPOConfig(_Validated, TreeArguments, GRPOConfig):  # type: ignore[misc, valid-type]
+class TreeGRPOConfig(Validated, TreeArguments, GRPOConfig):  # type: ignore[misc, valid-type]
     """GRPOConfig with `use_dta` (on) and the `dta_*` options; see TreeConfig for their meaning."""
 
 
 @dataclass
-class TreeRLOOConfig(_Validated, TreeArguments, RLOOConfig):  # type: ignore[misc, valid-type]
+class TreeRLOOConfig(Validated, TreeArguments, RLOOConfig):  # type: ignore[misc, valid-type]
     """RLOOConfig with `use_dta` (on) and the `dta_*` options; see TreeConfig for their meaning."""

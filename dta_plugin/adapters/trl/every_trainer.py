@@ -24,7 +24,7 @@ from trl import DPOTrainer, GRPOTrainer, RewardTrainer, RLOOTrainer, SFTTrainer
 
 from dta_plugin.adapters.releases import TRL
 from dta_plugin.adapters.trl.offline import SiblingBatchesMixin
-from dta_plugin.adapters.trl.origin import foreign_method
+from dta_plugin.adapters.trl.origin import foreign_method, is_async
 from dta_plugin.adapters.trl.protocols import TrainerLike
 from dta_plugin.adapters.trl.shared_prefixes import SharedPrefixesMixin, models_of, settings_obstacle
 from dta_plugin.config import TreeConfig
@@ -58,7 +58,7 @@ _METHODS = (
 
 def by_hook(trainer: object) -> bool:
     """Whether a trainer is one whose log-probs the plugin computes itself, rather than its model's calls."""
-    return isinstance(trainer, GRPOTrainer | RLOOTrainer)
+    return isinstance(trainer, GRPOTrainer | RLOOTrainer) or is_async(trainer)
 
 
 def sharing_obstacle(trainer: Trainer) -> str | None:

@@ -19,7 +19,7 @@ from dta_plugin.adapters.trl.regroup import regroup
 from dta_plugin.adapters.trl.scoring import Hook, tree_log_probs
 from dta_plugin.adapters.trl.state import TreeState
 from dta_plugin.adapters.trl.token_weights import is_weighted
-from dta_plugin.adapters.trl.tokens import MicroStep, check_selection, draw_micro_step, pruned
+from dta_plugin.adapters.trl.tokens import MicroStepInputs, check_selection, draw_micro_step, pruned
 from dta_plugin.adapters.trl.upstream import check_trainer
 from dta_plugin.adapters.trl.window import merges, window_size
 from dta_plugin.config import TreeConfig
@@ -90,11 +90,11 @@ def _for_our_hook(trainer: GRPOLike, inputs: Inputs) -> Inputs:
     return inputs
 
 
-def _drawn(trainer: GRPOLike, config: TreeConfig, state: TreeState, buffer: list[Inputs]) -> list[MicroStep]:
+def _drawn(trainer: GRPOLike, config: TreeConfig, state: TreeState, buffer: list[Inputs]) -> list[MicroStepInputs]:
     """The micro-batches of one pass over the generation batch, each with a drawing of its own."""
     selection = config.selection()
     if selection is None:
-        return [MicroStep(inputs) for inputs in buffer]
+        return [MicroStepInputs(inputs) for inputs in buffer]
     check_selection(trainer, buffer, selection)
     first = state.micro_step_number(trainer) - trainer._step % len(buffer)
     seed, rank = trainer.args.seed, trainer.accelerator.process_index
@@ -125,7 +125,7 @@ def _placed(trainer: GRPOLike, config: TreeConfig, state: TreeState, buffer: lis
     buffer = prune(buffer)
     own_order = _regroup_obstacle(trainer, config, buffer)
     separate = regroup(buffer, trainer.args.gradient_accumulation_steps, cost) if own_order is None else buffer
-    merged = state.windows.merges = merges(trainer, state, buffer, separate, cost)
+    merged = state.windows.merges = merges(trainer, config, state.notices, buffer, separate, cost)
     if own_order and not merged:
         state.notices.say_once(f"micro-batches stay as TRL shuffled them, siblings apart, because {own_order}")
     chosen = buffer if merged else separate

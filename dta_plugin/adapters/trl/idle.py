@@ -17,9 +17,8 @@ from trl import GRPOTrainer, RLOOTrainer
 
 from dta_plugin.adapters.trl.config import tree_config
 from dta_plugin.adapters.trl.every_trainer import by_hook, sharing_obstacle, sharing_while_it_trains
-from dta_plugin.adapters.trl.origin import foreign_reader, has_our_hook
+from dta_plugin.adapters.trl.origin import foreign_reader, has_our_hook, hook_of, is_async
 from dta_plugin.adapters.trl.shared_prefixes import SharedPrefixesMixin
-from dta_plugin.adapters.trl.upstream import HOOK
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import UnsupportedError
 from dta_plugin.training.notices import say
@@ -111,12 +110,15 @@ def _idle_reason(trainer: Trainer) -> str | None:
     if state is not None and state.why_dense is not None:
         return f"{state.why_dense}"
     if has_our_hook(trainer):
-        return f"{foreign_reader(trainer) or type(trainer).__name__ + ' asked for no log-probs'}; call super().{HOOK}"
+        why = foreign_reader(trainer) or f"{type(trainer).__name__} asked for no log-probs"
+        return f"{why}; call super().{hook_of(trainer)}"
     return f"{type(trainer).__name__} does not know the flag; use {_remedy(trainer)}"
 
 
 def _remedy(trainer: Trainer) -> str:
     """For a trainer whose log-probs the plugin computes."""
+    if is_async(trainer):
+        return "TreeAsyncGRPOTrainer (dta_plugin.adapters.trl.async_grpo), or dta_plugin.enable(), with TRL 1.16"
     known = "GRPOTrainer" if isinstance(trainer, GRPOTrainer) else "RLOOTrainer"
     remedy = f"Tree{known}, or dta_plugin.enable()"
     is_theirs = type(trainer) in (GRPOTrainer, RLOOTrainer)

@@ -15,7 +15,12 @@ from dta_plugin.adapters.trl.losses import LEVELS, LOSS_TYPES
 from dta_plugin.adapters.trl.upstream import HOOK, LOSS, PREPARE, SCORING
 
 # The last one is what `patches/` adds to TRL.
-_OURS = ("dta_plugin.adapters.trl.patch", "dta_plugin.adapters.trl.trainer", "trl.extras.dta")
+_OURS = (
+    "dta_plugin.adapters.trl.patch",
+    "dta_plugin.adapters.trl.trainer",
+    "dta_plugin.adapters.trl.async_grpo",
+    "trl.extras.dta",
+)
 _TRL = ("trl.trainer.", "trl.extras.", "transformers.", "accelerate.", "torch.")
 # Losses outside of TRL's own trainers in which a row's gradient does not depend on the rows beside it.
 _ROW_LOCAL = ("trl.experimental.gmpo.",)
@@ -49,19 +54,29 @@ def unknown_terms(trainer: object) -> str | None:
     return _unknown(trainer, _TRL)
 
 
+def is_async(trainer: object) -> bool:
+    """Whether it is TRL's asynchronous GRPO trainer, which must not be imported to ask."""
+    return any(base.__name__ == "AsyncGRPOTrainer" for base in type(trainer).__mro__)
+
+
+def hook_of(trainer: object) -> str:
+    """The method by which the plugin gets log-probs asked for: the log-prob hook; the loss of trainers without one."""
+    return HOOK if hasattr(trainer, HOOK) else "compute_loss"
+
+
 def foreign_reader(trainer: object) -> str | None:
-    """Who reads the inputs of the log-prob hook before the plugin does; None if nobody does."""
-    for link in _links(trainer, HOOK):
+    """Who reads the inputs of the plugin's hook before the plugin does; None if nobody does."""
+    for link in _links(trainer, hook_of(trainer)):
         if link.is_ours:
             return None
         if link.is_foreign():
             return str(link)
-    return f"{type(trainer).__name__}.{HOOK} is not the plugin's"
+    return f"{type(trainer).__name__}.{hook_of(trainer)} is not the plugin's"
 
 
 def has_our_hook(trainer: object) -> bool:
-    """Whether a call of the log-prob hook can reach the plugin."""
-    return any(link.is_ours for link in _links(trainer, HOOK))
+    """Whether a call of the hook can reach the plugin."""
+    return any(link.is_ours for link in _links(trainer, hook_of(trainer)))
 
 
 def foreign_method(owner: object, names: Iterable[str], known: tuple[str, ...]) -> str | None:

@@ -102,6 +102,15 @@ class DiffusionLike(TrainerLike, Protocol):
     def is_fsdp_enabled(self) -> bool: ...
 
 
+class AsyncLike(TrainerLike, Protocol):
+    """One that trains on rows of trees."""
+
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def _metrics(self) -> Metrics: ...
+
+
 class GRPOLike(TrainerLike, Protocol):
     """A trainer with a generation buffer and a log-prob hook. beta, loss_type, top_entropy_quantile: RLOO has none."""
 

@@ -33,6 +33,7 @@ class SharedPrefixesMixin:
     tree_config = TreeConfig()
     padding_reader: str | None = None
     reads_caches = True
+    model: Any
     _counted: tuple[int, ...] = _NOTHING
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -48,7 +49,7 @@ class SharedPrefixesMixin:
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The trainer's own entry, with the counts of all calls of the model since the last one."""
-        prefix = "" if self.model.training else "eval_"  # type: ignore[attr-defined]
+        prefix = "" if self.model.training else "eval_"
         self._count(prefix)
         calls, shared, flat, tree = self._since[prefix]
         self._since[prefix] = _NOTHING
@@ -70,11 +71,11 @@ class SharedPrefixesMixin:
     def _begin_sharing(self) -> None:
         """All models of the trainer share from now on: the one that is trained, references, teachers, rewards."""
         self._begun: list[PrefixSharing] = []
-        self._sharing = self._share(self.model, self.tree_config)  # type: ignore[attr-defined]
+        self._sharing = self._share(self.model, self.tree_config)
         self._counted = _NOTHING
         self._since: dict[str, tuple[int, ...]] = {"": _NOTHING, "eval_": _NOTHING}  # since the last entry
         for model in models_of(self):
-            if causal_lm(model) is not causal_lm(self.model):  # type: ignore[attr-defined]
+            if causal_lm(model) is not causal_lm(self.model):
                 self._share(model, replace(self.tree_config, on_unsupported="dense"))
 
     def _end_sharing(self) -> None:

@@ -11,7 +11,7 @@ from dta_plugin.adapters.trl.load_balance import LoadBalance
 from dta_plugin.adapters.trl.micro_batch import MicroBatch
 from dta_plugin.adapters.trl.protocols import GRPOLike, TrainerLike
 from dta_plugin.adapters.trl.token_weights import LEFT_OUT, is_weighted
-from dta_plugin.adapters.trl.tokens import MicroStep
+from dta_plugin.adapters.trl.tokens import MicroStepInputs
 from dta_plugin.adapters.trl.window import Windows
 from dta_plugin.config import TreeConfig
 from dta_plugin.training.notices import Notices
@@ -29,7 +29,7 @@ class TreeState:
         self.why_dense: str | None = None  # of the last call that was none
         self.windows = Windows()
         self.loads = LoadBalance()
-        self.micro_steps: list[MicroStep] = []  # of the current pass over a generation batch
+        self.micro_steps: list[MicroStepInputs] = []  # of the current pass over a generation batch
         self.entropy = math.nan  # mean of the micro-batch that last had any
         self._micro_steps_before: int | None = None
 

@@ -87,18 +87,18 @@ def _has_gaps(buffer: list[Inputs]) -> bool:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class MicroStep:
+class MicroStepInputs:
     """What one micro-step gets. metrics: of what was drawn (see `DrawnTokens.metrics`)."""
 
     inputs: Inputs
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-def draw_micro_step(inputs: Inputs, selection: TokenSelection, *, seed: int, step: int, rank: int) -> MicroStep:
+def draw_micro_step(inputs: Inputs, selection: TokenSelection, *, seed: int, step: int, rank: int) -> MicroStepInputs:
     """Drawn by the numbers given; inputs bit by bit as they were if nothing is left out."""
     groups = RowBatch.from_padded(inputs["prompt_ids"], inputs["prompt_mask"], 0).groups
     drawn = draw_tokens(selection, loss_mask(inputs) != 0, groups, seed=seed, step=step, rank=rank)
-    return MicroStep(inputs if drawn.has_all else reweighted(inputs, drawn.weights), drawn.metrics)
+    return MicroStepInputs(inputs if drawn.has_all else reweighted(inputs, drawn.weights), drawn.metrics)
 
 
 def check_selection(trainer: GRPOLike, buffer: list[Inputs], selection: TokenSelection) -> None:

@@ -58,6 +58,17 @@ _OF_DIFFUSION = (
     Name("trl.models.utils:prepare_fsdp", ("model", "accelerator")),
     Name("trl.models.utils:disable_gradient_checkpointing", ("model", "gradient_checkpointing_kwargs")),
 )
+ASYNC = "trl.experimental.async_grpo.async_grpo_trainer"
+_OF_ASYNC = (
+    Name(f"{ASYNC}:AsyncGRPOTrainer.__init__", ("args",), is_own=True),
+    Name(f"{ASYNC}:AsyncGRPOTrainer.compute_loss", ("model", "inputs"), is_own=True),
+    Name(f"{ASYNC}:AsyncGRPOTrainer._log_step_metrics", is_own=True),
+    Name(f"{ASYNC}:TREE_ATTENTION"),
+    Name(f"{ASYNC}:create_model_from_path"),
+    Name(f"{ASYNC}:add_fused_lm_head", ("model",)),
+    Name(f"{ASYNC}:get_peak_flops_per_device", ("accelerator", "dtype")),
+    Name(f"{ASYNC}:compute_flops_per_token", ("config", "seq_len")),
+)
 
 # Attributes of trainers, with the TRL release that they came with.
 _ONLINE = {"_buffered_inputs": "1.0.0", "_metrics": "1.0.0", "_step": "1.0.0", "temperature": "1.0.0"}
@@ -79,6 +90,7 @@ _DIFFUSION = {
     "is_fsdp_enabled": "1.0.0",
     "eos_token_ids": "1.14.2",
 }
+_ASYNC = {"_metrics": "1.16.0", "temperature": "1.16.0", "aux_loss_enabled": "1.16.0"}
 _OFFLINE = {"_train_batch_size": "4.57"}
 
 
@@ -104,6 +116,12 @@ def check_diffusion() -> None:
     require(_OF_DIFFUSION)
 
 
+def check_async() -> None:
+    """The same for what the asynchronous trainer needs."""
+    say_what_is_untested()
+    require(_OF_ASYNC)
+
+
 def check_trainer(trainer: object) -> None:
     """Raises UnsupportedError for a GRPO or RLOO trainer without what the plugin's hooks read of it."""
     from trl import GRPOTrainer, RLOOTrainer
@@ -119,6 +137,11 @@ def check_trainer(trainer: object) -> None:
 def check_diffusion_trainer(trainer: object) -> None:
     """The same for a trainer of diffusion LMs."""
     require_attributes(trainer, _DIFFUSION, "trl")
+
+
+def check_async_trainer(trainer: object) -> None:
+    """The same for an asynchronous trainer."""
+    require_attributes(trainer, _ASYNC, "trl")
 
 
 def check_offline_trainer(trainer: object) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,10 +29,8 @@ from dta_plugin.execution.memory import token_budget
 from dta_plugin.execution.prepared_batch import SequenceLogProbs
 from dta_plugin.execution.ranks import gathered, is_collective, is_fsdp1
 from dta_plugin.models.introspection import causal_lm, input_device, tree_forward
+from dta_plugin.training.notices import Notices
 from dta_plugin.tree.cost import ModelCost
-
-if TYPE_CHECKING:
-    from dta_plugin.adapters.trl.state import TreeState
 
 # One tree must save this share of what separate ones compute: it holds more activations at a time.
 _WORTH = 0.05
@@ -45,17 +43,24 @@ def window_size(trainer: GRPOLike, buffer: list[Inputs]) -> int:
     return math.gcd(len(buffer), trainer.args.gradient_accumulation_steps)
 
 
-def merges(trainer: GRPOLike, state: TreeState, buffer: list[Inputs], separate: list[Inputs], cost: ModelCost) -> bool:
+def merges(
+    trainer: GRPOLike,
+    config: TreeConfig,
+    notices: Notices,
+    buffer: list[Inputs],
+    separate: list[Inputs],
+    cost: ModelCost,
+) -> bool:
     """Whether the windows of a new generation batch are to run as one tree each; on all ranks alike.
 
     separate: the micro-batches that would run otherwise, regrouped or not. cost: what to weigh trees by.
     """
-    config, size = state.config, window_size(trainer, buffer)
+    size = window_size(trainer, buffer)
     if config.merge_window == "never" or size == 1:
         return False
     obstacle = _obstacle(trainer, buffer)
     if obstacle is not None and config.merge_window == "always":
-        state.notices.say_once(f"accumulation windows are not merged because of {obstacle}", level=logging.WARNING)
+        notices.say_once(f"accumulation windows are not merged because of {obstacle}", level=logging.WARNING)
     is_chosen = obstacle is None and (
         config.merge_window == "always"
         or (unknown_loss(trainer) is None and _pays(trainer, config, cost, buffer[:size], separate[:size]))

@@ -48,7 +48,7 @@ class MiniBatchRun:
     def metrics(self) -> dict[str, Metric]:
         """For verl's logger; the same names on every rank."""
         values: dict[str, float] = {} if self.drawn is None else _OF_ALL_TOKENS | self.drawn.metrics
-        values |= self.counts.metrics() | {"dta/micro_batches": self.counts.micro_batches}
+        values |= self.counts.step_metrics()
         return {name: Metric(_AGGREGATIONS[reduction_of(name)], value) for name, value in values.items()}
 
 

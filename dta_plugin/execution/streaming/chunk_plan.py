@@ -18,8 +18,6 @@ from itertools import chain
 
 import numpy as np
 
-from dta_plugin.tree.cost import ModelCost
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chunk:
@@ -80,15 +78,6 @@ class ChunkPlan:
     def rebuilt_tokens(self) -> int:
         """Cached tokens that run once more without gradient."""
         return sum(len(self.chunks[r.chunk].cached) - r.start for r in chain.from_iterable(self.rebuilds()))
-
-    def forward_flops(self, depth: np.ndarray, model: ModelCost) -> float:
-        """Of the decoder in both passes, what runs again included. depth: int64 [T] of the tree's tokens."""
-        again = [chunk.tokens for chunk in self.chunks[: self.first_kept]]
-        for part in chain.from_iterable(self.rebuilds()):
-            chunk = self.chunks[part.chunk]
-            again.append(chunk.tokens[chunk.cached[part.start :]])
-        runs = np.concatenate([depth, *(depth[tokens] for tokens in again)])
-        return model.flops(len(runs), runs, scored=0)
 
 
 @dataclass(frozen=True, slots=True)

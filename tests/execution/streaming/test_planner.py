@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from dta_plugin import InvalidInputError, PrefixTree
 from dta_plugin.execution.streaming.chunk_plan import CachedPath, ChunkPlan
 from dta_plugin.execution.streaming.chunking import plan_chunks
-from dta_plugin.tree.cost import ModelCost
 from tests.support.trees import SHAPES, WIDE, Sequences, binary, branching_comb, run, sequence_batches, star
 
 
@@ -104,17 +103,6 @@ def test_keys_in_memory_are_bounded_by_the_longest_path() -> None:
 def test_what_fits_of_the_chunk_at_the_edge_is_kept(sequences: Sequences, budget: int, kept: int) -> None:
     plan = check_plan(PrefixTree.from_sequences(sequences), budget)
     assert sum(map(len, plan.chunks[plan.first_kept :])) == kept, [len(c) for c in plan.chunks]
-
-
-def test_flops_count_what_runs_again() -> None:
-    tree = PrefixTree.from_sequences(binary(6, node=8))
-    tokens, pairs = ModelCost(1.0, 0.0, 0.0), ModelCost(0.0, 1.0, 0.0)
-    whole, cut = check_plan(tree, tree.tree_tokens), check_plan(tree, 50)
-    assert whole.forward_flops(tree.depth, tokens) == tree.tree_tokens
-    assert whole.forward_flops(tree.depth, pairs) == tree.visible_pairs()
-    assert cut.rebuilt_tokens > 0
-    assert cut.forward_flops(tree.depth, tokens) == tree.tree_tokens + cut.recomputed_tokens + cut.rebuilt_tokens
-    assert tree.visible_pairs() < cut.forward_flops(tree.depth, pairs) < 3 * tree.visible_pairs()
 
 
 def test_unkept() -> None:
