@@ -35,9 +35,16 @@ def install() -> None:
     """Extend the trainer classes that have been imported. Call it again when more have been."""
     for module, name in TRAINERS.items():
         trainer = getattr(sys.modules.get(module), name, None)
-        stock = getattr(trainer, "_balance_batch", None)
-        if trainer is not None and stock is not None and not hasattr(stock, "_dta_stock"):
-            trainer._balance_batch = keeping_groups(stock)
+        if trainer is not None:
+            install_in(trainer)
+
+
+def install_in(trainer: type) -> None:
+    """Extend one trainer class: where a subclass of verl's has a `_balance_batch` of its own, our order comes last."""
+    stock = getattr(trainer, "_balance_batch", None)
+    if stock is None or hasattr(stock, "_dta_stock"):
+        return
+    trainer._balance_batch = keeping_groups(stock)  # type: ignore[attr-defined]
 
 
 def uninstall() -> None:
@@ -50,35 +57,34 @@ def uninstall() -> None:
 
 
 def keeping_groups(balance_batch: Callable[..., Any]) -> Callable[..., Any]:
-    """verl's `_balance_batch`, followed by our order of rows."""
+    """verl's `_balance_batch`, or a trainer's own, followed by our order of rows."""
 
     @functools.wraps(balance_batch)
-    def wrapped(
-        trainer: Trainer,
-        batch: Any,
-        metrics: MutableMapping[str, Any],
-        logging_prefix: str = "global_seqlen",
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+    def wrapped(trainer: Trainer, batch: Any, metrics: MutableMapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         config = tree_config(trainer.config.actor_rollout_ref.rollout)
         if config is None or config.regroup == "never":
             _notices(trainer).say_once(
                 f"ranks get the rows that verl deals out ({KEY}.use_dta=false, .regroup=never or .diffusion)"
             )
-            return balance_batch(trainer, batch, metrics, logging_prefix, *args, **kwargs)
+            return balance_batch(trainer, batch, metrics, *args, **kwargs)
         try:
             order = uids_of(batch)
         except UnusableBatch as reason:
             _refuse(trainer, config, reason)
-            return balance_batch(trainer, batch, metrics, logging_prefix, *args, **kwargs)
-        result = balance_batch(trainer, batch, metrics, logging_prefix, *args, **kwargs)
+            return balance_batch(trainer, batch, metrics, *args, **kwargs)
+        result = balance_batch(trainer, batch, metrics, *args, **kwargs)
         balanced = batch if result is None else result  # v0 reorders in place
         rows = grouped_rows(balanced, order)
         placement = place_rows(rows, *_ranks_and_steps(trainer, len(rows)))
         _reorder(balanced, [row for rank in placement.ranks for row in rank])
-        metrics.update(_metrics(placement, rows, logging_prefix))
+        prefix = kwargs.get("logging_prefix", args[0] if args else "global_seqlen")
+        metrics.update(_metrics(placement, rows, prefix))
         _describe_once(trainer, placement)
+        if not balance_batch.__module__.startswith("verl."):
+            _notices(trainer).say_once(
+                f"{balance_batch.__qualname__} is not verl's own; its order of rows is followed by one that keeps "
+                f"groups together (+{KEY}.regroup=never leaves it)"
+            )
         return result
 
     wrapped._dta_stock = balance_batch  # type: ignore[attr-defined]

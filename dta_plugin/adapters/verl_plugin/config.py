@@ -19,6 +19,7 @@ DIFFUSION = f"{KEY}.diffusion"  # of diffusion LMs, which have no prefix trees: 
 _ELSEWHERE = {
     "merge_window": "ppo_max_token_len_per_gpu with use_dynamic_bsz=True decides how much runs as one tree",
     "calibration": "min_saving goes by FLOPs here",
+    "balance_ranks": "the trainer deals rows out to all ranks by tree cost, which regroup=never switches off",
 }
 
 

@@ -15,6 +15,7 @@ from types import ModuleType
 
 import dta_plugin
 from dta_plugin.adapters.imports import when_imported
+from dta_plugin.adapters.verl_plugin import trainers
 from dta_plugin.adapters.verl_plugin.reach import checked_version, unreached_trainer
 from dta_plugin.adapters.verl_plugin.upstream import (
     ENGINE,
@@ -41,6 +42,7 @@ def install() -> None:
     when_imported(_OUR_ENGINE, _register_engine)
     when_imported(ENGINE, _import_our_engine)
     when_imported(WORKERS, _pass_options_on)
+    trainers.watch()
     balances = find_spec(_BALANCE) is not None
     if balances:
         for trainer in TRAINERS:

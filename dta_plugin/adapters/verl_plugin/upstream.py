@@ -15,6 +15,13 @@ WORKERS = "verl.workers.engine_workers"
 # Modules and classes of the trainers whose batches are balanced: v1, and v0, which verl means to drop.
 V1, V0 = "verl.trainer.ppo.v1.trainer_base", "verl.trainer.ppo.ray_trainer"
 TRAINERS = {V1: "PPOTrainer", V0: "RayPPOTrainer"}
+# The same of trainers, `one_step_off_policy` and `fully_async_policy` included, with the method of each that runs
+# before workers are started.
+BEFORE_MODELS = {
+    V1: ("PPOTrainer", "_init_resource_pool_mgr"),
+    V0: ("RayPPOTrainer", "init_workers"),
+    "verl.experimental.separation.ray_trainer": ("SeparateRayPPOTrainer", "_init_resource_pools"),
+}
 
 _LM = f"{ENGINE}:FSDPEngineWithLMHead"
 _OF_ENGINES = (
@@ -81,7 +88,13 @@ def check_trainer_module(module: ModuleType) -> None:
     trainer = TRAINERS[module.__name__]
     if module.__name__ == V1 or hasattr(module, trainer):
         parameters = ("batch", "metrics", "logging_prefix")
-        require([Name(f"{module.__name__}:{trainer}._balance_batch", parameters)])
+        method = BEFORE_MODELS[module.__name__][1]
+        require(
+            [
+                Name(f"{module.__name__}:{trainer}._balance_batch", parameters),
+                Name(f"{module.__name__}:{trainer}.{method}"),
+            ]
+        )
     if module.__name__ == V1:
         require([Name("verl.utils.transferqueue_utils:tq.kv_batch_get")])
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
-from dta_plugin.adapters.verl_plugin.config import DIFFUSION, tree_config
+from dta_plugin.adapters.verl_plugin.config import tree_config
 from dta_plugin.adapters.verl_plugin.protocols import Worker
+from dta_plugin.adapters.verl_plugin.reach import unreached_separate_trainer
+from dta_plugin.adapters.verl_plugin.run_checks import refuse_strategy
 from dta_plugin.adapters.verl_plugin.upstream import check_worker
-from dta_plugin.errors import UnsupportedError
 from dta_plugin.training.notices import say
 
 
@@ -27,20 +29,15 @@ def passing_options_on(set_dispatch_collect: Callable[..., None]) -> Callable[..
         from dta_plugin.adapters.verl_plugin.engine import TreeEngine
 
         check_worker(worker)
+        unreached = unreached_separate_trainer(type(worker))
+        if unreached is not None:
+            say(f"ranks get the rows that verl deals out: {unreached}", logging.WARNING)
         config, diffusion = tree_config(worker.config.rollout), diffusion_settings(worker.config)
         for part in (part for part in (worker.actor, worker.ref) if part is not None):
             engine = part.engine
             if isinstance(engine, TreeEngine):
                 engine.configure(config, diffusion)
             elif config is not None or diffusion is not None:
-                reason = (
-                    f"strategy {part.engine_config.strategy!r} runs in {type(engine).__name__}. Expected fsdp or fsdp2 "
-                    "on this machine's own kind of device (actor_rollout_ref.actor.strategy, .ref.strategy)"
-                )
-                if config is None:
-                    raise UnsupportedError(f"{DIFFUSION} is not available: {reason}.")
-                if config.on_unsupported == "error" or config.selection():
-                    raise UnsupportedError(f"Prefix-tree execution is not available: {reason}.")
-                say(f"verl's own path: {reason}")
+                refuse_strategy(config, f"strategy {part.engine_config.strategy!r} runs in {type(engine).__name__}")
 
     return wrapped
