@@ -1,6 +1,6 @@
 """What importing `dta_plugin.adapters.verl` does to a process. Each part waits until verl imports what it extends.
 
-Workers: an engine class is registered under this machine's device and vendor, where verl looks before it takes its
+Workers: engine classes are registered under this machine's device and vendor, where verl looks before it takes its
 own; `ActorRolloutRefWorker` tells its engines the options; the engine module's `prepare_micro_batches` takes micro-
 batches that our engine has planned. Task runner: `balance.install()`, after a trainer module has been imported.
 """
@@ -48,7 +48,7 @@ def install() -> None:
         for trainer in TRAINERS:
             when_imported(trainer, _balance)
     _installed = True
-    extended = ["FSDP engine for language models", "options of ActorRolloutRefWorker"]
+    extended = ["FSDP engines for language and value models", "options of ActorRolloutRefWorker"]
     unreached = unreached_trainer(found)
     if balances and unreached is None:
         extended.append("balancing of PPO trainers")
@@ -65,7 +65,8 @@ def _import_our_engine(_: ModuleType) -> None:
 
 
 def _register_engine(module: ModuleType) -> None:
-    import_module("dta_plugin.adapters.verl_plugin.registry").register(module.TreeEngine)
+    critic = import_module("dta_plugin.adapters.verl_plugin.critic").TreeCriticEngine
+    import_module("dta_plugin.adapters.verl_plugin.registry").register(module.TreeEngine, critic)
 
 
 def _pass_options_on(module: ModuleType) -> None:

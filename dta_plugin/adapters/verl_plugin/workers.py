@@ -25,6 +25,7 @@ def passing_options_on(set_dispatch_collect: Callable[..., None]) -> Callable[..
     @functools.wraps(set_dispatch_collect)
     def wrapped(worker: Worker, *args: Any, **kwargs: Any) -> None:
         set_dispatch_collect(worker, *args, **kwargs)
+        from dta_plugin.adapters.verl_plugin import critic
         from dta_plugin.adapters.verl_plugin.diffusion.worker import diffusion_settings
         from dta_plugin.adapters.verl_plugin.engine import TreeEngine
 
@@ -33,6 +34,7 @@ def passing_options_on(set_dispatch_collect: Callable[..., None]) -> Callable[..
         if unreached is not None:
             say(f"ranks get the rows that verl deals out: {unreached}", logging.WARNING)
         config, diffusion = tree_config(worker.config.rollout), diffusion_settings(worker.config)
+        critic.configure(config)
         for part in (part for part in (worker.actor, worker.ref) if part is not None):
             engine = part.engine
             if isinstance(engine, TreeEngine):

@@ -52,7 +52,7 @@ def test_one_line_and_everything_in_its_place() -> None:
     assert out.count("dta: dta-plugin ") == 1
     assert "patched True" in out
     assert out.count("engine TreeEngine") == 2
-    assert "critic FSDPEngineWithValueHead" in out
+    assert "critic TreeCriticEngine" in out
 
 
 @pytest.mark.parametrize("found", ["0.7.1", "0.10.0"])
