@@ -3,7 +3,8 @@
 A value belongs to a token and what comes before it, so every token of the tree has one. The step stays verl's, its head
 and its loss, too: the engine hands rows over padded, and `share_prefixes` makes a tree of them in front of the decoder.
 Mini-batches are cut into micro-batches in which siblings meet, as the actor's are. What a tree cannot follow takes
-verl's own path, said once: a critic has no `on_unsupported`, since its values are the same either way.
+verl's own path, said once: a critic has no `on_unsupported`, since its values are the same either way. `external_lib`
+of the critic's model has to name the plugin, which the trainer's process sees to (`trainers`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dta_plugin.adapters.verl_plugin.jagged import token_rows
 from dta_plugin.adapters.verl_plugin.micro_batches import agreed, clear_plan, may_regroup, planner, set_plan
 from dta_plugin.adapters.verl_plugin.mini_batch import Findings, MiniBatchRun, decide
 from dta_plugin.adapters.verl_plugin.obstacles import batch_obstacle, engine_obstacle
+from dta_plugin.adapters.verl_plugin.reach import names_plugin
 from dta_plugin.adapters.verl_plugin.upstream import check_engine
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import UnsupportedError
@@ -67,7 +69,7 @@ class TreeCriticEngine(FSDPEngineWithValueHead):
         self, data: TensorDict, loss_function: Any, forward_only: bool = False, **kwargs: Any
     ) -> Any:
         stock = functools.partial(super().forward_backward_batch, data, loss_function, forward_only, **kwargs)
-        if _options is None:
+        if _options is None or not names_plugin(self.model_config.external_lib):
             self._dta_sharing.remove()
             return stock()
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 
 from packaging.version import Version
@@ -37,6 +38,12 @@ def unreached_trainer(found: str) -> str | None:
     return None
 
 
+def names_plugin(external_lib: str | Sequence[str] | None) -> bool:
+    """Whether a setting `external_lib`, one name or several, has the plugin in it."""
+    named = external_lib or []
+    return MODULE in ([named] if isinstance(named, str) else named)
+
+
 def unreached_separate_trainer(worker: type) -> str | None:
     """Why the trainer of a worker whose rollouts run elsewhere may not have the plugin, and the remedy; None if it has.
 
@@ -44,6 +51,12 @@ def unreached_separate_trainer(worker: type) -> str | None:
     """
     if not any(kind.__module__.startswith("verl.experimental.separation") for kind in worker.__mro__):
         return None
+    reason = no_entry_point()
+    return None if reason is None else f"in one_step_off_policy and fully_async_policy, {reason}"
+
+
+def no_entry_point() -> str | None:
+    """Why verl does not import the plugin's entry point in every process, and the remedy; None where it does."""
     allowed = os.environ.get(EXTERNAL_PLUGINS, "auto").strip().lower()
     is_allowed = allowed == "auto" or ENTRY_POINT in map(str.strip, allowed.split(","))
     is_found = any(point.name == ENTRY_POINT for point in entry_points(group="verl.plugins"))
@@ -51,8 +64,8 @@ def unreached_separate_trainer(worker: type) -> str | None:
         return None
     reason = f"{EXTERNAL_PLUGINS}={allowed} leaves it out" if is_found else "it is not an installed package here"
     return (
-        f"trainers of one_step_off_policy and fully_async_policy find the plugin by its entry point, and {reason}; "
-        f"install it with pip, or export {EXTERNAL_MODULES}={MODULE} (v1 trainers need neither)"
+        f"verl finds the plugin by its entry point, and {reason}; install it with pip, or export "
+        f"{EXTERNAL_MODULES}={MODULE}"
     )
 
 

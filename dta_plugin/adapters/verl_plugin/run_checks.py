@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from dta_plugin.adapters.verl_plugin.config import DIFFUSION, tree_config
+from dta_plugin.adapters.verl_plugin.reach import no_entry_point
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.training.notices import say
@@ -31,6 +33,20 @@ def check_run(config: Any) -> None:
             refuse_strategy(options, f"actor_rollout_ref.{role}.strategy={strategy}")
         elif options is not None:
             check_chunks(options, strategy)
+
+
+def has_tree_critic(config: Any) -> bool:
+    """Whether a PPO run has a critic that is to run as a tree; says so where its critic is to, and cannot."""
+    from verl.trainer.ppo.utils import need_critic
+
+    if tree_config(config.actor_rollout_ref.rollout) is None or not need_critic(config):
+        return False
+    strategy, reason = config.critic.strategy, no_entry_point()
+    if strategy not in STRATEGIES:
+        reason = f"critic.strategy={strategy}; {' or '.join(STRATEGIES)} run trees"
+    if reason is not None:
+        say(f"the critic runs dense, on the rows that the actor's trees are balanced by: {reason}", logging.WARNING)
+    return reason is None
 
 
 def refuse_strategy(config: TreeConfig | None, found: str) -> None:

@@ -54,7 +54,10 @@ _OF_ENGINES = (
     Name("verl.utils.device:get_device_name"),
     Name("verl.utils.device:get_vendor", is_optional=True),  # verl 0.9
 )
-_OF_WORKERS = (Name(f"{WORKERS}:ActorRolloutRefWorker.set_dispatch_collect"),)
+_OF_WORKERS = (
+    Name(f"{WORKERS}:ActorRolloutRefWorker.set_dispatch_collect"),
+    Name(f"{WORKERS}:TrainingWorker.__init__", ("config",)),
+)
 
 # Attributes, with the release of verl that they came with.
 _ENGINE = {
@@ -68,7 +71,7 @@ _ENGINE = {
     "_qat_enabled": "0.8.0",
 }
 _DIFFUSION = {"scaler": "0.8.0", "_autocast_dtype": "0.8.0"}
-_MODEL_CONFIG = {"mtp": "0.8.0", "enable_activation_offload": "0.8.0"}
+_MODEL_CONFIG = {"mtp": "0.8.0", "enable_activation_offload": "0.8.0", "external_lib": "0.8.0"}
 _WORKER = {"config": "0.8.0", "actor": "0.8.0", "ref": "0.8.0"}
 _PART = {"engine": "0.8.0", "engine_config": "0.8.0"}
 _TRAINER = {"config": "0.8.0", "actor_rollout_wg": "0.8.0"}

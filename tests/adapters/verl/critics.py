@@ -17,6 +17,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithValueHead
 from verl.workers.utils.losses import value_loss
 
 from dta_plugin.adapters.verl_plugin.critic import TreeCriticEngine
+from dta_plugin.adapters.verl_plugin.reach import MODULE
 from tests.adapters.verl.support import Setup, Step, log_probs, mini_batch, nested, response_rows
 
 
@@ -37,6 +38,7 @@ def build_critic(setup: Setup, folder: Path, tree: bool) -> Any:
         load_tokenizer=False,
         enable_gradient_checkpointing=setup.checkpointing,
         model_type="value_model",
+        external_lib=MODULE,
     )
     engine = FSDPEngineConfig(
         strategy=setup.strategy,

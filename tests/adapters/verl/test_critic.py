@@ -67,11 +67,20 @@ def test_switched_off_is_stock(model: Path) -> None:
     assert tree._dta_sharing.calls == 0
 
 
-def test_what_a_tree_cannot_follow_runs_dense(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_a_tree_cannot_follow_runs_dense(
+    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     stock, tree = (build_critic(Setup(), model, tree) for tree in (False, True))
-    tree._qat_enabled = True
+    monkeypatch.setattr(critic, "engine_obstacle", lambda _: "rows are cut across ranks")
     with caplog.at_level("INFO", logger="dta_plugin"):
-        found = train(tree, [Step(stock_budget=90), Step()])
-    assert found[0]["dta"]["dta/dense_fallback"] == 1
-    assert caplog.text.count("the critic runs dense: quantisation-aware training") == 1
+        found = train(tree, [Step(), Step()])
+    assert all(step["dta"]["dta/dense_fallback"] == 1 for step in found)
+    assert caplog.text.count("the critic runs dense: rows are cut across ranks") == 1
     assert max(difference(a, b) for a, b in zip(found, train(stock, [Step(), Step()]), strict=True)) < 1e-5
+
+
+def test_a_model_that_does_not_name_the_plugin(model: Path) -> None:
+    """Where all processes import the plugin, and options of the run leave verl's own path in place."""
+    engine = build_critic(Setup(), model, tree=True)
+    vars(engine.model_config)["external_lib"] = None
+    assert not train(engine, [Step()])[0]["dta"]

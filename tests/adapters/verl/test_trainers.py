@@ -90,14 +90,17 @@ class _Started(Exception):
     """What would come next is the first worker."""
 
 
-def _config(options: dict[str, Any], actor: str = "fsdp2", ref: str = "fsdp2", kl: bool = True) -> Any:
+def _config(
+    options: dict[str, Any], actor: str = "fsdp2", ref: str = "fsdp2", kl: bool = True, critic: str | None = None
+) -> Any:
     run = {
         "actor": {"strategy": actor, "use_kl_loss": kl},
         "ref": {"strategy": ref},
         "model": {"external_lib": reach.MODULE},
         "rollout": {"custom": {"dta": options}},
     }
-    return OmegaConf.create({"actor_rollout_ref": run, "algorithm": {"use_kl_in_reward": False}})
+    value = {"enable": critic is not None, "strategy": critic, "model": {"external_lib": None}}
+    return OmegaConf.create({"actor_rollout_ref": run, "critic": value, "algorithm": {"use_kl_in_reward": False}})
 
 
 def _start(config: Any, module: str) -> None:
@@ -153,6 +156,47 @@ def test_what_goes_on(caplog: pytest.LogCaptureFixture) -> None:
         with caplog.at_level("INFO", logger="dta_plugin"), pytest.raises(_Started):
             _start(config, upstream.V1)
     assert caplog.text.count("verl's own path: actor_rollout_ref.actor.strategy=megatron") == 1
+
+
+def test_a_critic_gets_the_plugin_from_the_actor(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In its model's settings, which go to its worker; the driver says so where it runs dense."""
+    entry_points = [SimpleNamespace(name=reach.ENTRY_POINT)]
+    monkeypatch.setattr(reach, "entry_points", lambda group: entry_points)
+    monkeypatch.delenv(reach.EXTERNAL_PLUGINS, raising=False)
+
+    def named(config: Any) -> bool:
+        with caplog.at_level("INFO", logger="dta_plugin"), pytest.raises(_Started):
+            _start(config, upstream.V1)
+        return reach.names_plugin(config.critic.model.external_lib)
+
+    other = _config({}, critic="fsdp2")
+    other.critic.model.external_lib = "json"
+    assert named(_config({}, critic="fsdp2")) and named(other) and "json" in other.critic.model.external_lib
+    assert not named(_config({})) and not named(_config({"use_dta": False}, critic="fsdp2"))
+    assert "the critic runs dense" not in caplog.text
+    assert not named(_config({}, critic="megatron"))
+    assert "the critic runs dense, on the rows" in caplog.text and "critic.strategy=megatron" in caplog.text
+    entry_points.clear()
+    assert not named(_config({}, critic="fsdp2"))
+    assert "not an installed package" in caplog.text
+
+
+def test_a_critics_worker_imports_it_before_it_chooses_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    imported: list[str] = []
+    monkeypatch.setattr(trainers, "import_module", imported.append)
+
+    class TrainingWorker:
+        def __init__(self, config: Any) -> None:
+            self.seen = list(imported)
+
+    module: Any = SimpleNamespace(TrainingWorker=TrainingWorker)
+    for _ in range(2):
+        trainers._extend_workers(module)
+    for external_lib, expected in ((None, []), (["json", reach.MODULE], [reach.MODULE])):
+        model = SimpleNamespace(external_lib=external_lib)
+        assert TrainingWorker(SimpleNamespace(model_config=model)).seen == expected
 
 
 def test_workers_say_where_no_trainer_can_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
