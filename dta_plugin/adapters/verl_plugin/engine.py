@@ -62,6 +62,10 @@ class TreeEngine(FSDPEngineWithLMHead):
         """
         check_model(self.module, diffusion is not None)
         self._dta_diffusion = None if diffusion is None else DiffusionUpdates(self, diffusion)
+        self.configure_early(config)
+
+    def configure_early(self, config: TreeConfig | None) -> None:
+        """`configure` before there is a model. Raises InvalidInputError likewise."""
         if config is not None:
             check_chunks(config, self.engine_config.strategy)
         self._dta_config = config

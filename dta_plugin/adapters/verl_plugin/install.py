@@ -70,11 +70,15 @@ def _register_engine(module: ModuleType) -> None:
 
 
 def _pass_options_on(module: ModuleType) -> None:
-    from dta_plugin.adapters.verl_plugin.workers import passing_options_on
+    from dta_plugin.adapters.verl_plugin.sft import as_numbers
+    from dta_plugin.adapters.verl_plugin.workers import passing_options_on, passing_sft_options_on
 
     check_worker_module()
     worker = module.ActorRolloutRefWorker
     worker.set_dispatch_collect = passing_options_on(worker.set_dispatch_collect)
+    one_engine = module.TrainingWorker
+    one_engine.__init__ = passing_sft_options_on(one_engine.__init__)
+    one_engine.train_batch = as_numbers(one_engine.train_batch)
 
 
 def _balance(module: ModuleType) -> None:

@@ -57,20 +57,22 @@ def _prepared(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _extend_workers(module: ModuleType) -> None:
-    """A critic's worker chooses its engine when it is made, and gets its model's configuration ready-made."""
     worker = module.TrainingWorker
-    stock = worker.__init__
-    if hasattr(stock, "_dta_stock"):
-        return
+    if not hasattr(worker.__init__, "_dta_stock"):
+        worker.__init__ = _importing(worker.__init__)
 
-    @functools.wraps(stock)
-    def wrapped(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+
+def _importing(init: Callable[..., None]) -> Callable[..., None]:
+    """A worker's `__init__`, which chooses the engine: a critic's gets its model's configuration ready-made."""
+
+    @functools.wraps(init)
+    def wrapped(worker: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         if names_plugin(getattr(config.model_config, "external_lib", None)):
             import_module(MODULE)
-        stock(self, config, *args, **kwargs)
+        init(worker, config, *args, **kwargs)
 
-    wrapped._dta_stock = stock  # type: ignore[attr-defined]
-    worker.__init__ = wrapped
+    wrapped._dta_stock = init  # type: ignore[attr-defined]
+    return wrapped
 
 
 def _name_in_critic(config: Any) -> None:

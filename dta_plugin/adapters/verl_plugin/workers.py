@@ -11,6 +11,7 @@ from dta_plugin.adapters.verl_plugin.config import tree_config
 from dta_plugin.adapters.verl_plugin.protocols import Worker
 from dta_plugin.adapters.verl_plugin.reach import unreached_separate_trainer
 from dta_plugin.adapters.verl_plugin.run_checks import refuse_strategy
+from dta_plugin.adapters.verl_plugin.sft import options_of_command
 from dta_plugin.adapters.verl_plugin.upstream import check_worker
 from dta_plugin.training.notices import say
 
@@ -41,5 +42,20 @@ def passing_options_on(set_dispatch_collect: Callable[..., None]) -> Callable[..
                 engine.configure(config, diffusion)
             elif config is not None or diffusion is not None:
                 refuse_strategy(config, f"strategy {part.engine_config.strategy!r} runs in {type(engine).__name__}")
+
+    return wrapped
+
+
+def passing_sft_options_on(init: Callable[..., None]) -> Callable[..., None]:
+    """`TrainingWorker.__init__`: an engine knows the options of an SFT command before its model is built."""
+
+    @functools.wraps(init)
+    def wrapped(worker: Any, *args: Any, **kwargs: Any) -> None:
+        options = options_of_command()
+        init(worker, *args, **kwargs)
+        from dta_plugin.adapters.verl_plugin.engine import TreeEngine
+
+        if isinstance(worker.engine, TreeEngine):
+            worker.engine.configure_early(options)
 
     return wrapped
