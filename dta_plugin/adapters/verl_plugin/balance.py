@@ -75,7 +75,7 @@ def keeping_groups(balance_batch: Callable[..., Any]) -> Callable[..., Any]:
         result = balance_batch(trainer, batch, metrics, *args, **kwargs)
         balanced = batch if result is None else result  # v0 reorders in place
         rows = grouped_rows(balanced, order)
-        placement = place_rows(rows, *_ranks_and_steps(trainer, len(rows)))
+        placement = place_rows(rows, *_ranks_and_steps(trainer, balanced, len(rows)))
         _reorder(balanced, [row for rank in placement.ranks for row in rank])
         prefix = kwargs.get("logging_prefix", args[0] if args else "global_seqlen")
         metrics.update(_metrics(placement, rows, prefix))
@@ -101,16 +101,26 @@ def _refuse(trainer: Trainer, config: TreeConfig, reason: UnusableBatch) -> None
     _notices(trainer).say_once(f"{message}; ranks get the rows that verl deals out", "refused", logging.WARNING)
 
 
-def _ranks_and_steps(trainer: Trainer, rows: int) -> tuple[int, int]:
+def _ranks_and_steps(trainer: Trainer, batch: Any, rows: int) -> tuple[int, int]:
     """Data-parallel ranks, as the worker group has told verl, and optimizer steps of the actor, as verl counts them.
 
-    During critic warm-up a batch need not be whole mini-batches of the actor; then it is one step.
+    A trainer whose sessions give any number of rows may set how many mini-batches there are instead of their size. A
+    batch that is not whole mini-batches is one step, as during critic warm-up.
     """
     check_trainer(trainer)
     ranks = max(trainer.actor_rollout_wg._dispatch_info["actor"]) + 1
     config = trainer.config.actor_rollout_ref
     mini_batch = config.actor.ppo_mini_batch_size * config.rollout.n
-    return ranks, 1 if rows % mini_batch or mini_batch % ranks else rows // mini_batch
+    settings = getattr(batch, "extra_info", None) or getattr(batch, "meta_info", None) or {}
+    steps = int(settings.get("num_mini_batch") or (rows // mini_batch if rows % mini_batch == 0 else 0))
+    if steps and rows % (steps * ranks) == 0:
+        return ranks, steps
+    _notices(trainer).say_once(
+        f"{rows} rows are not whole mini-batches of {mini_batch}: they are placed as one optimizer step, and where the "
+        "trainer makes several of them, groups may be split",
+        "one step",
+    )
+    return ranks, 1
 
 
 def _reorder(batch: Any, order: list[int]) -> None:

@@ -25,9 +25,11 @@ SETTINGS = [
     "data.max_token_len_per_gpu=1000",
     "trainer.total_epochs=1",
     "trainer.logger=[file]",
+    "trainer.device=cpu",
     "hydra.output_subdir=null",
     "hydra.run.dir=.",
 ]
+ONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 PLUGIN = "model.external_lib=dta_plugin.adapters.verl"
 
 
@@ -39,6 +41,7 @@ def run(folder: Path, model: Path, *overrides: str) -> tuple[subprocess.Complete
         env=os.environ
         | {
             "PYTHONPATH": str(REPOSITORY),
+            **ONE_RANK,
             "STORE": str(folder / "store"),
             "VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl"),
         },
