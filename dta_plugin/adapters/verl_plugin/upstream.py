@@ -56,7 +56,6 @@ _OF_ENGINES = (
 )
 _OF_WORKERS = (
     Name(f"{WORKERS}:ActorRolloutRefWorker.set_dispatch_collect"),
-    Name(f"{WORKERS}:TrainingWorker.__init__", ("config",)),
     Name(f"{WORKERS}:TrainingWorker.train_batch", ("data",)),
 )
 

@@ -74,6 +74,7 @@ def test_wrong_options_come_before_the_model(folder: Path, tmp_path: Path) -> No
     assert "contains" not in done.stdout  # what verl prints of a model: its parameters
 
 
+@pytest.mark.slow
 def test_switched_off(folder: Path, tmp_path: Path) -> None:
     done, found = run(tmp_path / "off", folder, PLUGIN, "+dta.use_dta=false")
     assert done.returncode == 0, done.stderr[-3000:]

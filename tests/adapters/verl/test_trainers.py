@@ -21,25 +21,19 @@ from omegaconf import OmegaConf
 from dta_plugin.adapters.verl_plugin import balance, reach, trainers, upstream
 from dta_plugin.errors import InvalidInputError, UnsupportedError
 from tests.adapters.verl.batches import in_random_order, star_rows, trainer
+from tests.adapters.verl.entry_points import REPOSITORY, written_to
 from tests.adapters.verl.test_balance import balanced
 
-REPOSITORY = Path(__file__).parents[3]
 ONE_STEP_OFF = "tests.adapters.verl.one_step_off_script"
 
 
 def run_script(folder: Path, *overrides: str, plugins: str = "auto") -> subprocess.CompletedProcess[str]:
     """A process with the entry points that pip would write. plugins: those that verl is allowed to import."""
-    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has none")
-    groups = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["entry-points"]
-    info = folder / "dta_plugin_here-0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: dta-plugin-here\nVersion: 0\n")
-    lines = [f"[{group}]\n{name} = {value}\n" for group, own in groups.items() for name, value in own.items()]
-    (info / "entry_points.txt").write_text("\n".join(lines))
     return subprocess.run(
         [sys.executable, "-m", ONE_STEP_OFF, *overrides],
         cwd=REPOSITORY,
-        env=os.environ | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{folder}", reach.EXTERNAL_PLUGINS: plugins},
+        env=os.environ
+        | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{written_to(folder)}", reach.EXTERNAL_PLUGINS: plugins},
         capture_output=True,
         text=True,
         timeout=300,
@@ -74,6 +68,7 @@ def test_one_step_off_without_an_entry_point(tmp_path: Path) -> None:
     assert not numbers(done.stdout) and "metric global_seqlen" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_name_the_plugin(tmp_path: Path) -> None:
     done = run_script(tmp_path, "actor_rollout_ref.model.external_lib=null")
     assert done.returncode == 0, done.stderr[-3000:]
