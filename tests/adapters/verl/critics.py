@@ -82,7 +82,7 @@ def _trained(engine: Any, step: Step, seed: int, whole_rows: bool) -> dict[str, 
     return {
         "loss": sum(output["loss"]),
         "grad_norm": metrics["grad_norm"],
-        "vf_loss": sum(metrics["critic/vf_loss"].values),
+        "vf_loss": sum(getattr(metrics["critic/vf_loss"], "values", metrics["critic/vf_loss"])),
         "values": found.values() if whole_rows else values.values(),
         "advantages": advantages,
         "dta": {name: value.aggregate() for name, value in metrics.items() if name.startswith("dta/")},

