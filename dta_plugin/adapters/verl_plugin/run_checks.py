@@ -36,10 +36,8 @@ def check_run(config: Any) -> None:
 
 
 def has_tree_critic(config: Any) -> bool:
-    """Whether a PPO run has a critic that is to run as a tree; says so where its critic is to, and cannot."""
-    from verl.trainer.ppo.utils import need_critic
-
-    if tree_config(config.actor_rollout_ref.rollout) is None or not need_critic(config):
+    """Whether the critic of a PPO run that has one is to run as a tree; says so where it is to, and cannot."""
+    if tree_config(config.actor_rollout_ref.rollout) is None:
         return False
     strategy, reason = config.critic.strategy, no_entry_point()
     if strategy not in STRATEGIES:

@@ -47,7 +47,7 @@ def _prepared(stock: Callable[..., Any]) -> Callable[..., Any]:
             from dta_plugin.adapters.verl_plugin import balance, run_checks
 
             run_checks.check_run(trainer.config)
-            if run_checks.has_tree_critic(trainer.config):
+            if trainer.use_critic and run_checks.has_tree_critic(trainer.config):
                 _name_in_critic(trainer.config)
             balance.install_in(type(trainer))
         return stock(trainer, *args, **kwargs)

@@ -63,7 +63,7 @@ def _start_workers(trainer: Any) -> None:
 def main() -> None:
     trainer = OneStepOffRayTrainer.__new__(OneStepOffRayTrainer)
     trainer.config = _config(sys.argv[1:])
-    trainer.global_steps = 1
+    trainer.global_steps, trainer.use_critic = 1, False
     assert PLUGIN not in sys.modules
     _start_workers(trainer)
     print("plugin imported:", PLUGIN in sys.modules)

@@ -107,7 +107,7 @@ def _start(config: Any, module: str) -> None:
     kind, method = upstream.BEFORE_MODELS[module]
     prepared = trainers._prepared(start)
     one = type(kind, (), {method: prepared, "_balance_batch": lambda self, batch, metrics: None})()
-    one.config = config
+    one.config, one.use_critic = config, config.critic.enable
     getattr(one, method)()
 
 
