@@ -47,15 +47,18 @@ def train(folder: Path, *overrides: str, modules: str = "", packages: str = "") 
 
     modules: for every process. packages: a folder with some that pip has not installed.
     """
-    path = [packages, os.environ.get("PYTHONPATH", ""), str(RECIPES.parent)]
-    variables = {"QUICKSTART": str(folder), "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
-    variables["VERL_USE_EXTERNAL_MODULES"] = modules
-    done = run_recipe(overrides, os.environ | variables)
+    variables = os.environ | variables_for(folder, packages) | {"VERL_USE_EXTERNAL_MODULES": modules}
+    done = run_recipe(overrides, variables)
     if done.returncode and CRASH in done.stdout:
-        done = run_recipe(overrides, os.environ | variables)
+        done = run_recipe(overrides, variables)
     assert done.returncode == 0, done.stdout[-6000:]
     lines = (folder / "verl" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["data"] for line in lines], done.stdout
+
+
+def variables_for(folder: Path, packages: str = "") -> dict[str, str]:
+    path = [packages, os.environ.get("PYTHONPATH", ""), str(RECIPES.parent)]
+    return {"QUICKSTART": str(folder), "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
 
 
 def run_recipe(overrides: Sequence[str], variables: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
@@ -100,6 +103,16 @@ def test_plugin(folder: Path) -> None:
         assert step["actor/dta/compression_ratio"] > 5
         assert step["actor/dta/dense_fallback"] == 0
         assert step["dta/groups_split"] == 0
+
+
+@needs_plugin
+@pytest.mark.slow
+@pytest.mark.skipif(VERL_08, reason="verl 0.8 imports external_lib in workers only")
+def test_a_wrong_option_comes_before_the_first_model(folder: Path) -> None:
+    option = "+actor_rollout_ref.rollout.custom.dta.exeutor=packed"
+    done = run_recipe([option], os.environ | variables_for(folder))
+    assert done.returncode != 0 and "Unknown option(s) exeutor" in done.stdout
+    assert "TaskRunner" in done.stdout and "WorkerDict" not in done.stdout and "parameters" not in done.stdout
 
 
 @needs_plugin
