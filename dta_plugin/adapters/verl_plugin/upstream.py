@@ -14,13 +14,14 @@ ENGINE = "verl.workers.engine.fsdp.transformer_impl"
 WORKERS = "verl.workers.engine_workers"
 # Modules and classes of the trainers whose batches are balanced: v1, and v0, which verl means to drop.
 V1, V0 = "verl.trainer.ppo.v1.trainer_base", "verl.trainer.ppo.ray_trainer"
+SEPARATE = "verl.experimental.separation.ray_trainer"
 TRAINERS = {V1: "PPOTrainer", V0: "RayPPOTrainer"}
 # The same of trainers, `one_step_off_policy` and `fully_async_policy` included, with the method of each that runs
 # before workers are started.
 BEFORE_MODELS = {
     V1: ("PPOTrainer", "_init_resource_pool_mgr"),
     V0: ("RayPPOTrainer", "init_workers"),
-    "verl.experimental.separation.ray_trainer": ("SeparateRayPPOTrainer", "_init_resource_pools"),
+    SEPARATE: ("SeparateRayPPOTrainer", "_init_resource_pools"),
 }
 
 _LM = f"{ENGINE}:FSDPEngineWithLMHead"

@@ -127,6 +127,15 @@ def test_verls_trainers_have_the_method(module: str) -> None:
     assert hasattr(found, "_dta_stock") and not hasattr(found._dta_stock, "_dta_stock")
 
 
+def test_fully_async_trainers_inherit_both() -> None:
+    """Their class exists as a Ray actor only."""
+    module = pytest.importorskip("verl.experimental.fully_async_policy.fully_async_trainer")
+    kind = module.FullyAsyncTrainer.__ray_metadata__.modified_class
+    for name, method in (upstream.BEFORE_MODELS[upstream.SEPARATE], ("RayPPOTrainer", "_balance_batch")):
+        (owner,) = (base for base in kind.__mro__ if base.__name__ == name)
+        assert getattr(kind, method) is getattr(owner, method)
+
+
 @pytest.mark.parametrize(
     ("config", "error", "message"),
     [
