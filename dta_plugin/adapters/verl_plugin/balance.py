@@ -30,6 +30,9 @@ from dta_plugin.errors import UnsupportedError
 from dta_plugin.training.notices import Notices
 from dta_plugin.training.placement.steps import GroupedRows, Placement, place_rows
 
+# Where verl's own methods come from: Ray puts copies into the classes of its actors, such as FullyAsyncTrainer.
+_STOCK = ("verl.", "ray.")
+
 
 def install() -> None:
     """Extend the trainer classes that have been imported. Call it again when more have been."""
@@ -80,7 +83,7 @@ def keeping_groups(balance_batch: Callable[..., Any]) -> Callable[..., Any]:
         prefix = kwargs.get("logging_prefix", args[0] if args else "global_seqlen")
         metrics.update(_metrics(placement, rows, prefix))
         _describe_once(trainer, placement)
-        if not balance_batch.__module__.startswith("verl."):
+        if not balance_batch.__module__.startswith(_STOCK):
             _notices(trainer).say_once(
                 f"{balance_batch.__qualname__} is not verl's own; its order of rows is followed by one that keeps "
                 f"groups together (+{KEY}.regroup=never leaves it)"

@@ -24,13 +24,15 @@ from tests.adapters.verl.batches import in_random_order, star_rows, trainer
 from tests.adapters.verl.entry_points import REPOSITORY, written_to
 from tests.adapters.verl.test_balance import balanced
 
-ONE_STEP_OFF = "tests.adapters.verl.one_step_off_script"
+SCRIPT = "tests.adapters.verl.separate_trainers_script"
 
 
-def run_script(folder: Path, *overrides: str, plugins: str = "auto") -> subprocess.CompletedProcess[str]:
+def run_script(
+    folder: Path, *overrides: str, kind: str = "one_step_off", plugins: str = "auto"
+) -> subprocess.CompletedProcess[str]:
     """A process with the entry points that pip would write. plugins: those that verl is allowed to import."""
     return subprocess.run(
-        [sys.executable, "-m", ONE_STEP_OFF, *overrides],
+        [sys.executable, "-m", SCRIPT, kind, *overrides],
         cwd=REPOSITORY,
         env=os.environ
         | {"PYTHONPATH": f"{REPOSITORY}{os.pathsep}{written_to(folder)}", reach.EXTERNAL_PLUGINS: plugins},
@@ -45,9 +47,10 @@ def numbers(output: str) -> dict[str, float]:
     return {name: float(value) for name, value in pairs}
 
 
-def test_one_step_off_places_as_v1_does(tmp_path: Path) -> None:
-    """2 ranks: its own `_async_gen_next_batch`, in a process where nothing else has imported the plugin."""
-    done = run_script(tmp_path)
+@pytest.mark.parametrize("kind", ["one_step_off", "fully_async"])
+def test_groups_are_placed_as_v1_does(kind: str, tmp_path: Path) -> None:
+    """2 ranks: the trainer's own way to its next batch, in a process where nothing else has imported the plugin."""
+    done = run_script(tmp_path, kind=kind)
     assert done.returncode == 0, done.stderr[-3000:]
     found = numbers(done.stdout)
     rows = star_rows(16, 4, prompt=60, median=40)
@@ -58,7 +61,8 @@ def test_one_step_off_places_as_v1_does(tmp_path: Path) -> None:
     assert found["dta/groups_split"] == metrics["dta/groups_split"] == 0
     assert found["dta/token_reduction_of_shares"] == metrics["dta/token_reduction_of_shares"] > 1.3
     assert found == pytest.approx({name: value for name, value in metrics.items() if name.startswith("dta/")})
-    assert "groups split: 0" in done.stderr + done.stdout
+    said = done.stderr + done.stdout
+    assert "groups split: 0" in said and "not verl's own" not in said
 
 
 def test_one_step_off_without_an_entry_point(tmp_path: Path) -> None:
@@ -125,15 +129,6 @@ def test_verls_trainers_have_the_method(module: str) -> None:
     trainers.watch()
     found = getattr(getattr(pytest.importorskip(module), kind), method)
     assert hasattr(found, "_dta_stock") and not hasattr(found._dta_stock, "_dta_stock")
-
-
-def test_fully_async_trainers_inherit_both() -> None:
-    """Their class exists as a Ray actor only."""
-    module = pytest.importorskip("verl.experimental.fully_async_policy.fully_async_trainer")
-    kind = module.FullyAsyncTrainer.__ray_metadata__.modified_class
-    for name, method in (upstream.BEFORE_MODELS[upstream.SEPARATE], ("RayPPOTrainer", "_balance_batch")):
-        (owner,) = (base for base in kind.__mro__ if base.__name__ == name)
-        assert getattr(kind, method) is getattr(owner, method)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
-"""A process of verl's one-step-off trainer: its class, its start of workers, its next batch; without Ray and rollouts.
+"""A process of verl's one-step-off trainer: its class, start of workers and next batch; without Ray and rollouts.
 
+python -m tests.adapters.verl.separate_trainers_script <one_step_off|fully_async> <hydra overrides>
+
+Of a fully-async trainer, the class that Ray makes an actor of, and its way to balance what it got from the queue.
 Nothing here imports the plugin, but the helpers that make rows; they are imported once the trainer has been started.
 """
 
@@ -12,9 +15,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import verl.experimental.one_step_off_policy
+import verl.experimental
 from hydra import compose, initialize_config_dir
-from verl.experimental.one_step_off_policy.ray_trainer import OneStepOffRayTrainer
+from ray import cloudpickle
 
 PLUGIN = "dta_plugin.adapters.verl"
 
@@ -29,11 +32,22 @@ class _Rollouts:
         return self.batch
 
 
-def _config(overrides: list[str]) -> Any:
-    folder = Path(verl.experimental.one_step_off_policy.__file__).parent / "config"
+def _trainer(kind: str) -> Any:
+    if kind == "one_step_off":
+        from verl.experimental.one_step_off_policy.ray_trainer import OneStepOffRayTrainer
+
+        return OneStepOffRayTrainer.__new__(OneStepOffRayTrainer)
+    from verl.experimental.fully_async_policy.fully_async_trainer import FullyAsyncTrainer
+
+    actor = cloudpickle.loads(cloudpickle.dumps(FullyAsyncTrainer.__ray_metadata__.modified_class))
+    return actor.__new__(actor)
+
+
+def _config(kind: str, overrides: list[str]) -> Any:
+    folder = Path(verl.experimental.__file__).parent / f"{kind}_policy" / "config"
     with initialize_config_dir(str(folder), version_base=None):
         return compose(
-            "one_step_off_ppo_trainer",
+            f"{kind}_ppo_trainer",
             [
                 "hydra.searchpath=[pkg://verl.trainer.config]",
                 f"actor_rollout_ref.model.external_lib={PLUGIN}",
@@ -56,13 +70,16 @@ def _start_workers(trainer: Any) -> None:
 
     trainer.resource_pool_manager = SimpleNamespace(create_resource_pool=create_resource_pool)
     with suppress(_NeedsRay):
-        trainer.init_workers()
+        started = trainer.init_workers()
+        if started is not None:
+            asyncio.run(started)
     trainer.actor_rollout_wg = SimpleNamespace(_dispatch_info={"actor": [0, 1]})
 
 
 def main() -> None:
-    trainer = OneStepOffRayTrainer.__new__(OneStepOffRayTrainer)
-    trainer.config = _config(sys.argv[1:])
+    kind, *overrides = sys.argv[1:]
+    trainer = _trainer(kind)
+    trainer.config = _config(kind, overrides)
     trainer.global_steps, trainer.use_critic = 1, False
     assert PLUGIN not in sys.modules
     _start_workers(trainer)
@@ -71,13 +88,17 @@ def main() -> None:
     from tests.adapters.verl.batches import data_proto, star_rows
 
     batch = data_proto(star_rows(16, 4, prompt=60, median=40))
-    del batch.non_tensor_batch["uid"]  # which the trainer gives
-    batch.batch["response_mask"] = batch.batch["attention_mask"][:, 60:]
-    prompts = {"prompt": batch.batch["place"][::4].clone()}
-    trainer.async_rollout_manager = _Rollouts(batch)
-    trainer._get_gen_batch = lambda prompts: prompts
-    finished = asyncio.run(trainer._async_gen_next_batch(iter([(0, prompts)])))
-    for name, value in finished[0].items():
+    metrics: dict[str, float] = {}
+    if kind == "fully_async":
+        trainer._balance_batch(batch, metrics=metrics)  # as `assemble_batch_from_rollout_samples` does
+    else:
+        del batch.non_tensor_batch["uid"]  # which the trainer gives
+        batch.batch["response_mask"] = batch.batch["attention_mask"][:, 60:]
+        prompts = {"prompt": batch.batch["place"][::4].clone()}
+        trainer.async_rollout_manager = _Rollouts(batch)
+        trainer._get_gen_batch = lambda prompts: prompts
+        metrics = asyncio.run(trainer._async_gen_next_batch(iter([(0, prompts)])))[0]
+    for name, value in metrics.items():
         print("metric", name, float(value))
 
 
