@@ -22,13 +22,12 @@ Action = Callable[[ModuleType], None]
 def when_imported(name: str, action: Action) -> None:
     """Call ``action(module)`` once, after the module `name` has been executed."""
     with _Finder.lock:
-        finder = next((finder for finder in sys.meta_path if isinstance(finder, _Finder)), None)
-        if finder is None:
-            finder = _Finder()
-            sys.meta_path.insert(0, finder)
+        finder = next((finder for finder in sys.meta_path if isinstance(finder, _Finder)), None) or _Finder()
         module = finder.executed_module(name)
         if module is None:
             finder.waiting.setdefault(name, []).append(action)
+            if finder not in sys.meta_path:
+                sys.meta_path.insert(0, finder)
             return
     action(module)
 
