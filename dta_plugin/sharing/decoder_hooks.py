@@ -114,6 +114,11 @@ class PrefixSharing:
             self._watched.append(base)
             self._hooks.append(base.register_forward_pre_hook(_Hook(self, "look_at_labels"), with_kwargs=True))
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether the model shares: it can, and `remove` has not been called."""
+        return bool(self._hooks)
+
     def remove(self) -> None:
         """Back to the model's own path. Graphs of shared calls may still be alive; attention waits for the last."""
         for hook in self._hooks:

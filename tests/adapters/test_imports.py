@@ -1,4 +1,6 @@
-"""Importing a module changes nothing, but for the two that frameworks are told to import in order to be extended."""
+"""Importing a module changes nothing, but for the two that frameworks are told to import in order to be extended, and
+the one that verl finds by itself.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ def state():
     return [dict(vars(owner)) for owner in classes], registry, engine, len(sys.meta_path)
 
 before = state()
-entries = {"dta_plugin.adapters.verl", "dta_plugin.adapters.verl_cpu"}
+entries = {"dta_plugin.adapters.verl", "dta_plugin.adapters.verl_cpu", "dta_plugin.adapters.verl_plugin.discovery"}
 missing = {"trl", "verl", "triton"} - {name for name in ("trl", "verl", "triton") if find_spec(name)}
 count = 0
 effect = EFFECT

@@ -11,6 +11,8 @@ import torch
 import torch.distributed.fsdp as fsdp
 import torch.distributed.fsdp._init_utils as fsdp_init
 
+from dta_plugin.adapters.imports import when_imported
+
 
 def replace_gpu_settings() -> None:
     """To be called before the modules that import these names are loaded."""
@@ -24,6 +26,24 @@ def replace_gpu_settings() -> None:
     fsdp_utils.CPUOffloadPolicy = _no_offload
     vars(fsdp)["CPUOffload"] = _no_offload
     fsdp_init._check_module_states_for_sync_module_states = _allow_cpu_states
+    when_imported("verl.utils.model", _replace_value_models)
+
+
+def _replace_value_models(module: ModuleType) -> None:
+    vars(module)["load_valuehead_model"] = _value_model
+
+
+def _value_model(local_path: str, torch_dtype: torch.dtype, model_config: Any, trust_remote_code: bool) -> Any:
+    """In place of verl's, which asks for FlashAttention."""
+    from transformers import AutoModelForTokenClassification
+
+    return AutoModelForTokenClassification.from_pretrained(
+        local_path,
+        dtype=torch_dtype,
+        config=model_config,
+        attn_implementation="sdpa",
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def _no_offload(**_: bool) -> None:

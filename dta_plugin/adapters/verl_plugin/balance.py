@@ -30,14 +30,24 @@ from dta_plugin.errors import UnsupportedError
 from dta_plugin.training.notices import Notices
 from dta_plugin.training.placement.steps import GroupedRows, Placement, place_rows
 
+# Where verl's own methods come from: Ray puts copies into the classes of its actors, such as FullyAsyncTrainer.
+_STOCK = ("verl.", "ray.")
+
 
 def install() -> None:
     """Extend the trainer classes that have been imported. Call it again when more have been."""
     for module, name in TRAINERS.items():
         trainer = getattr(sys.modules.get(module), name, None)
-        stock = getattr(trainer, "_balance_batch", None)
-        if trainer is not None and stock is not None and not hasattr(stock, "_dta_stock"):
-            trainer._balance_batch = keeping_groups(stock)
+        if trainer is not None:
+            install_in(trainer)
+
+
+def install_in(trainer: type) -> None:
+    """Extend one trainer class: where a subclass of verl's has a `_balance_batch` of its own, our order comes last."""
+    stock = getattr(trainer, "_balance_batch", None)
+    if stock is None or hasattr(stock, "_dta_stock"):
+        return
+    trainer._balance_batch = keeping_groups(stock)  # type: ignore[attr-defined]
 
 
 def uninstall() -> None:
@@ -50,35 +60,34 @@ def uninstall() -> None:
 
 
 def keeping_groups(balance_batch: Callable[..., Any]) -> Callable[..., Any]:
-    """verl's `_balance_batch`, followed by our order of rows."""
+    """verl's `_balance_batch`, or a trainer's own, followed by our order of rows."""
 
     @functools.wraps(balance_batch)
-    def wrapped(
-        trainer: Trainer,
-        batch: Any,
-        metrics: MutableMapping[str, Any],
-        logging_prefix: str = "global_seqlen",
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+    def wrapped(trainer: Trainer, batch: Any, metrics: MutableMapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         config = tree_config(trainer.config.actor_rollout_ref.rollout)
         if config is None or config.regroup == "never":
             _notices(trainer).say_once(
                 f"ranks get the rows that verl deals out ({KEY}.use_dta=false, .regroup=never or .diffusion)"
             )
-            return balance_batch(trainer, batch, metrics, logging_prefix, *args, **kwargs)
+            return balance_batch(trainer, batch, metrics, *args, **kwargs)
         try:
             order = uids_of(batch)
         except UnusableBatch as reason:
             _refuse(trainer, config, reason)
-            return balance_batch(trainer, batch, metrics, logging_prefix, *args, **kwargs)
-        result = balance_batch(trainer, batch, metrics, logging_prefix, *args, **kwargs)
+            return balance_batch(trainer, batch, metrics, *args, **kwargs)
+        result = balance_batch(trainer, batch, metrics, *args, **kwargs)
         balanced = batch if result is None else result  # v0 reorders in place
         rows = grouped_rows(balanced, order)
-        placement = place_rows(rows, *_ranks_and_steps(trainer, len(rows)))
+        placement = place_rows(rows, *_ranks_and_steps(trainer, balanced, len(rows)))
         _reorder(balanced, [row for rank in placement.ranks for row in rank])
-        metrics.update(_metrics(placement, rows, logging_prefix))
+        prefix = kwargs.get("logging_prefix", args[0] if args else "global_seqlen")
+        metrics.update(_metrics(placement, rows, prefix))
         _describe_once(trainer, placement)
+        if not balance_batch.__module__.startswith(_STOCK):
+            _notices(trainer).say_once(
+                f"{balance_batch.__qualname__} is not verl's own; its order of rows is followed by one that keeps "
+                f"groups together (+{KEY}.regroup=never leaves it)"
+            )
         return result
 
     wrapped._dta_stock = balance_batch  # type: ignore[attr-defined]
@@ -95,16 +104,26 @@ def _refuse(trainer: Trainer, config: TreeConfig, reason: UnusableBatch) -> None
     _notices(trainer).say_once(f"{message}; ranks get the rows that verl deals out", "refused", logging.WARNING)
 
 
-def _ranks_and_steps(trainer: Trainer, rows: int) -> tuple[int, int]:
+def _ranks_and_steps(trainer: Trainer, batch: Any, rows: int) -> tuple[int, int]:
     """Data-parallel ranks, as the worker group has told verl, and optimizer steps of the actor, as verl counts them.
 
-    During critic warm-up a batch need not be whole mini-batches of the actor; then it is one step.
+    A trainer whose sessions give any number of rows may set how many mini-batches there are instead of their size. A
+    batch that is not whole mini-batches is one step, as during critic warm-up.
     """
     check_trainer(trainer)
     ranks = max(trainer.actor_rollout_wg._dispatch_info["actor"]) + 1
     config = trainer.config.actor_rollout_ref
     mini_batch = config.actor.ppo_mini_batch_size * config.rollout.n
-    return ranks, 1 if rows % mini_batch or mini_batch % ranks else rows // mini_batch
+    settings = getattr(batch, "extra_info", None) or getattr(batch, "meta_info", None) or {}
+    steps = int(settings.get("num_mini_batch") or (rows // mini_batch if rows % mini_batch == 0 else 0))
+    if steps and rows % (steps * ranks) == 0:
+        return ranks, steps
+    _notices(trainer).say_once(
+        f"{rows} rows are not whole mini-batches of {mini_batch}: they are placed as one optimizer step, and where the "
+        "trainer makes several of them, groups may be split",
+        "one step",
+    )
+    return ranks, 1
 
 
 def _reorder(batch: Any, order: list[int]) -> None:

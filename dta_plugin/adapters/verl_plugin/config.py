@@ -19,6 +19,7 @@ DIFFUSION = f"{KEY}.diffusion"  # of diffusion LMs, which have no prefix trees: 
 _ELSEWHERE = {
     "merge_window": "ppo_max_token_len_per_gpu with use_dynamic_bsz=True decides how much runs as one tree",
     "calibration": "min_saving goes by FLOPs here",
+    "balance_ranks": "the trainer deals rows out to all ranks by tree cost, which regroup=never switches off",
 }
 
 
@@ -43,14 +44,25 @@ def tree_config(rollout: Any) -> TreeConfig | None:
     options = dta_options(rollout)
     if "diffusion" in options:
         return None
-    use_dta = options.pop("use_dta", True)
+    return checked_options(options, KEY)
+
+
+def checked_options(options: Mapping[str, Any], key: str) -> TreeConfig | None:
+    """Options as a TreeConfig; None where `use_dta` is false. key: where in the configuration they are.
+
+    Raises InvalidInputError as `tree_config` does.
+    """
+    if not isinstance(options, Mapping):
+        raise InvalidInputError(f"Got {key}={options!r}. Expected fields of it, such as +{key}.executor=packed.")
+    given = {str(name): value for name, value in options.items()}
+    use_dta = given.pop("use_dta", True)
     if not isinstance(use_dta, bool):
-        raise InvalidInputError(f"Got {KEY}.use_dta={use_dta!r}. Expected true or false.")
+        raise InvalidInputError(f"Got {key}.use_dta={use_dta!r}. Expected true or false.")
     for name, instead in _ELSEWHERE.items():
-        if name in options:
-            raise InvalidInputError(f"Got {KEY}.{name}, which does nothing with verl: {instead}. Leave it out.")
+        if name in given:
+            raise InvalidInputError(f"Got {key}.{name}, which does nothing with verl: {instead}. Leave it out.")
     try:
-        config = TreeConfig.from_options(options)
+        config = TreeConfig.from_options(given)
     except InvalidInputError as error:
-        raise InvalidInputError(f"In {KEY}: {error}") from None
+        raise InvalidInputError(f"In {key}: {error}") from None
     return config if use_dta else None

@@ -25,12 +25,13 @@ from dta_plugin.adapters.verl_plugin.diffusion.updates import DiffusionUpdates, 
 from dta_plugin.adapters.verl_plugin.jagged import JaggedRows, clear_weights
 from dta_plugin.adapters.verl_plugin.micro_batches import agreed, clear_plan, set_plan
 from dta_plugin.adapters.verl_plugin.mini_batch import MiniBatchRun, config_of_micro_batches, decide, find
+from dta_plugin.adapters.verl_plugin.run_checks import check_chunks
 from dta_plugin.adapters.verl_plugin.tokens import OptimizerPasses, choose_tokens, selection_obstacle
 from dta_plugin.adapters.verl_plugin.tree_call import TreeCall, TreeOutputs
 from dta_plugin.adapters.verl_plugin.upstream import check_engine
 from dta_plugin.adapters.verl_plugin.weighted_loss import weighted
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import InvalidInputError, UnsupportedError
+from dta_plugin.errors import UnsupportedError
 from dta_plugin.execution.prepared_batch import prepare_batch
 from dta_plugin.execution.probing.probe import latest_outcome
 from dta_plugin.models.attention_registry import uninstall
@@ -61,13 +62,12 @@ class TreeEngine(FSDPEngineWithLMHead):
         """
         check_model(self.module, diffusion is not None)
         self._dta_diffusion = None if diffusion is None else DiffusionUpdates(self, diffusion)
-        in_chunks = config is not None and (config.executor == "streamed" or config.max_tree_tokens_per_chunk)
-        if in_chunks and self.engine_config.strategy == "fsdp":
-            raise InvalidInputError(
-                "Got executor=streamed or max_tree_tokens_per_chunk with strategy=fsdp, which cannot run a micro-batch "
-                "in chunks. Expected actor_rollout_ref.actor.strategy=fsdp2 (and .ref.strategy); or bound memory with "
-                "ppo_max_token_len_per_gpu, which counts tree tokens."
-            )
+        self.configure_early(config)
+
+    def configure_early(self, config: TreeConfig | None) -> None:
+        """`configure` before there is a model. Raises InvalidInputError likewise."""
+        if config is not None:
+            check_chunks(config, self.engine_config.strategy)
         self._dta_config = config
 
     def initialize(self) -> None:

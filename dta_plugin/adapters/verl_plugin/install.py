@@ -1,6 +1,6 @@
 """What importing `dta_plugin.adapters.verl` does to a process. Each part waits until verl imports what it extends.
 
-Workers: an engine class is registered under this machine's device and vendor, where verl looks before it takes its
+Workers: engine classes are registered under this machine's device and vendor, where verl looks before it takes its
 own; `ActorRolloutRefWorker` tells its engines the options; the engine module's `prepare_micro_batches` takes micro-
 batches that our engine has planned. Task runner: `balance.install()`, after a trainer module has been imported.
 """
@@ -15,6 +15,7 @@ from types import ModuleType
 
 import dta_plugin
 from dta_plugin.adapters.imports import when_imported
+from dta_plugin.adapters.verl_plugin import trainers
 from dta_plugin.adapters.verl_plugin.reach import checked_version, unreached_trainer
 from dta_plugin.adapters.verl_plugin.upstream import (
     ENGINE,
@@ -41,12 +42,13 @@ def install() -> None:
     when_imported(_OUR_ENGINE, _register_engine)
     when_imported(ENGINE, _import_our_engine)
     when_imported(WORKERS, _pass_options_on)
+    trainers.watch()
     balances = find_spec(_BALANCE) is not None
     if balances:
         for trainer in TRAINERS:
             when_imported(trainer, _balance)
     _installed = True
-    extended = ["FSDP engine for language models", "options of ActorRolloutRefWorker"]
+    extended = ["FSDP engines for language and value models", "options of ActorRolloutRefWorker"]
     unreached = unreached_trainer(found)
     if balances and unreached is None:
         extended.append("balancing of PPO trainers")
@@ -63,15 +65,20 @@ def _import_our_engine(_: ModuleType) -> None:
 
 
 def _register_engine(module: ModuleType) -> None:
-    import_module("dta_plugin.adapters.verl_plugin.registry").register(module.TreeEngine)
+    critic = import_module("dta_plugin.adapters.verl_plugin.critic").TreeCriticEngine
+    import_module("dta_plugin.adapters.verl_plugin.registry").register(module.TreeEngine, critic)
 
 
 def _pass_options_on(module: ModuleType) -> None:
-    from dta_plugin.adapters.verl_plugin.workers import passing_options_on
+    from dta_plugin.adapters.verl_plugin.sft import as_numbers
+    from dta_plugin.adapters.verl_plugin.workers import passing_options_on, passing_sft_options_on
 
     check_worker_module()
     worker = module.ActorRolloutRefWorker
     worker.set_dispatch_collect = passing_options_on(worker.set_dispatch_collect)
+    one_engine = module.TrainingWorker
+    one_engine.__init__ = passing_sft_options_on(one_engine.__init__)
+    one_engine.train_batch = as_numbers(one_engine.train_batch)
 
 
 def _balance(module: ModuleType) -> None:

@@ -1,21 +1,26 @@
 """verl's losses as traits: which rows of a mini-batch may go to other micro-batches, and which tokens need not run.
 
-`ppo_loss` with one of verl's registered policy losses is known, and so is `sft_loss`; any other loss is unknown.
+`ppo_loss` with one of verl's registered policy losses is known, and so are `value_loss` and `sft_loss`; any other loss
+is unknown.
 """
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
 from tensordict import TensorDict
+from verl.trainer.ppo.core_algos import compute_value_loss
 from verl.utils import tensordict_utils as tu
-from verl.workers.utils.losses import ppo_loss, sft_loss
+from verl.workers.utils.losses import ppo_loss, sft_loss, value_loss
 
 from dta_plugin.training.losses import UNKNOWN, LossTraits, traits_of
 
 _TOKEN_SUM = LossTraits(sums_over="tokens", without_advantage="tokens", normalises_by="step")
-_SFT = LossTraits(sums_over="tokens", normalises_by="step")
+_ALL_TOKENS = LossTraits(sums_over="tokens", normalises_by="step")
+# In verl 0.8 the loss of values is a mean over a micro-batch, whatever the step: rows stay where they are.
+_VALUES_BY_STEP = "dp_size" in inspect.signature(compute_value_loss).parameters
 POLICY_LOSSES = {
     **dict.fromkeys(("vanilla", "dppo_tv", "dppo_kl", "sapo", "gpg", "cispo"), _TOKEN_SUM),
     "dro": LossTraits(sums_over="tokens", normalises_by="step"),  # pulls every log-prob towards the old one
@@ -40,16 +45,20 @@ def loss_mode(actor: Any) -> str:
 
 def update_traits(loss_function: Any, data: TensorDict) -> LossTraits:
     """What the whole loss of an update reads, KL term, entropy and normalisation included."""
-    if getattr(loss_function, "func", loss_function) is sft_loss:
-        return _SFT
-    actor = ppo_config(loss_function)
-    if actor is None:
+    function = getattr(loss_function, "func", loss_function)
+    if function is sft_loss:
+        return _ALL_TOKENS
+    config = ppo_config(loss_function)
+    if config is not None:
+        traits = traits_of(loss_mode(config), POLICY_LOSSES)
+        if config.use_kl_loss or tu.get_non_tensor_data(data, "calculate_entropy", False):
+            traits = replace(traits, without_advantage="none")
+    elif function is value_loss and _VALUES_BY_STEP:
+        traits, config = _ALL_TOKENS, loss_function.keywords["config"]
+    else:
         return UNKNOWN
-    traits = traits_of(loss_mode(actor), POLICY_LOSSES)
-    if actor.use_kl_loss or tu.get_non_tensor_data(data, "calculate_entropy", False):
-        traits = replace(traits, without_advantage="none")
     counts_own_rows = tu.get_non_tensor_data(data, "global_batch_size", None) is None
-    counts_longest_row = actor.loss_agg_mode == "seq-mean-token-sum-norm" and actor.loss_scale_factor is None
+    counts_longest_row = config.loss_agg_mode == "seq-mean-token-sum-norm" and config.loss_scale_factor is None
     if traits.normalises_by == "step" and (counts_own_rows or counts_longest_row):
         traits = replace(traits, normalises_by="micro_batch")
     return traits

@@ -1,9 +1,11 @@
-"""The installed verl: whether it is supported (releases whose one path is engines), and what is out of reach in 0.8."""
+"""The installed verl: whether it is supported (releases whose one path is engines), and which trainers are reached."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
 
 from packaging.version import Version
 
@@ -11,6 +13,8 @@ from dta_plugin.adapters.releases import VERL, say_if_untested, supported_releas
 
 MODULE = "dta_plugin.adapters.verl"
 EXTERNAL_MODULES = "VERL_USE_EXTERNAL_MODULES"  # what verl imports in every process
+EXTERNAL_PLUGINS = "VERL_USE_EXTERNAL_PLUGINS"  # the entry points that it imports besides: auto, none or names
+ENTRY_POINT = "dta_plugin"
 
 
 def checked_version() -> str:
@@ -27,8 +31,43 @@ def unreached_trainer(found: str) -> str | None:
     """Why the plugin cannot extend the trainer of a run, and the remedy; None where it can, as in 0.9."""
     if Version(found).release >= (0, 9):
         return None
-    if MODULE not in os.environ.get(EXTERNAL_MODULES, "").split(","):
+    if not _is_external_module():
         return f"verl {found} imports external_lib in workers only; export {EXTERNAL_MODULES}={MODULE} as well"
     if any("main_ppo_sync" in argument for argument in sys.orig_argv):  # a class of the script itself
         return "main_ppo_sync has a trainer of its own, out of reach; run verl.trainer.main_ppo"
     return None
+
+
+def names_plugin(external_lib: str | Sequence[str] | None) -> bool:
+    """Whether a setting `external_lib`, one name or several, has the plugin in it."""
+    named = external_lib or []
+    return MODULE in ([named] if isinstance(named, str) else named)
+
+
+def unreached_separate_trainer(worker: type) -> str | None:
+    """Why the trainer of a worker whose rollouts run elsewhere may not have the plugin, and the remedy; None if it has.
+
+    `one_step_off_policy` and `fully_async_policy` do not import external_lib themselves.
+    """
+    if not any(kind.__module__.startswith("verl.experimental.separation") for kind in worker.__mro__):
+        return None
+    reason = no_entry_point()
+    return None if reason is None else f"in one_step_off_policy and fully_async_policy, {reason}"
+
+
+def no_entry_point() -> str | None:
+    """Why verl does not import the plugin's entry point in every process, and the remedy; None where it does."""
+    allowed = os.environ.get(EXTERNAL_PLUGINS, "auto").strip().lower()
+    is_allowed = allowed == "auto" or ENTRY_POINT in map(str.strip, allowed.split(","))
+    is_found = any(point.name == ENTRY_POINT for point in entry_points(group="verl.plugins"))
+    if _is_external_module() or (is_allowed and is_found):
+        return None
+    reason = f"{EXTERNAL_PLUGINS}={allowed} leaves it out" if is_found else "it is not an installed package here"
+    return (
+        f"verl finds the plugin by its entry point, and {reason}; install it with pip, or export "
+        f"{EXTERNAL_MODULES}={MODULE}"
+    )
+
+
+def _is_external_module() -> bool:
+    return MODULE in os.environ.get(EXTERNAL_MODULES, "").split(",")

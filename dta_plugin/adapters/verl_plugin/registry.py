@@ -1,4 +1,4 @@
-"""Puts an engine class where verl looks for one, or before it takes its own: under this machine's device and vendor."""
+"""Puts engine classes where verl looks for them, or before it takes its own: under this machine's device and vendor."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from verl.workers.engine.fsdp import transformer_impl
 
 from dta_plugin.adapters.verl_plugin import weighted_loss
 from dta_plugin.adapters.verl_plugin.micro_batches import as_planned
+from dta_plugin.adapters.verl_plugin.run_checks import STRATEGIES
 
 try:
     from verl.utils.device import get_vendor
@@ -18,17 +19,20 @@ except ImportError:  # verl 0.8, whose registry has no vendors: an entry for a d
     get_vendor = None
 
 
-def register(engine: type) -> None:
-    """Put it in the place of verl's FSDP engine for language models; micro-batches follow plans, and losses weights."""
-    strategies = ["fsdp", "fsdp2"]
-    if get_vendor is None:
-        for strategy in strategies:
-            EngineRegistry._engines["language_model"][strategy][get_device_name()] = engine
-    else:
-        # As EngineRegistry.get_engine_cls does; the two variables are verl's own.
-        device = os.getenv("VERL_ENGINE_DEVICE") or get_device_name()
-        vendor = os.getenv("VERL_ENGINE_VENDOR") or get_vendor()
-        EngineRegistry.register("language_model", strategies, device=device, vendor=vendor)(engine)
+def register(engine: type, critic: type) -> None:
+    """Put them in the place of verl's FSDP engines for language and value models.
+
+    Micro-batches then follow plans, and losses weights.
+    """
+    for kind, ours in (("language_model", engine), ("value_model", critic)):
+        if get_vendor is None:
+            for strategy in STRATEGIES:
+                EngineRegistry._engines[kind][strategy][get_device_name()] = ours
+        else:
+            # As EngineRegistry.get_engine_cls does; the two variables are verl's own.
+            device = os.getenv("VERL_ENGINE_DEVICE") or get_device_name()
+            vendor = os.getenv("VERL_ENGINE_VENDOR") or get_vendor()
+            EngineRegistry.register(kind, list(STRATEGIES), device=device, vendor=vendor)(ours)
     module: Any = transformer_impl
     module.prepare_micro_batches = as_planned(module.prepare_micro_batches)
     weighted_loss.install()

@@ -14,7 +14,15 @@ ENGINE = "verl.workers.engine.fsdp.transformer_impl"
 WORKERS = "verl.workers.engine_workers"
 # Modules and classes of the trainers whose batches are balanced: v1, and v0, which verl means to drop.
 V1, V0 = "verl.trainer.ppo.v1.trainer_base", "verl.trainer.ppo.ray_trainer"
+SEPARATE = "verl.experimental.separation.ray_trainer"
 TRAINERS = {V1: "PPOTrainer", V0: "RayPPOTrainer"}
+# The same of trainers, `one_step_off_policy` and `fully_async_policy` included, with the method of each that runs
+# before workers are started.
+BEFORE_MODELS = {
+    V1: ("PPOTrainer", "_init_resource_pool_mgr"),
+    V0: ("RayPPOTrainer", "init_workers"),
+    SEPARATE: ("SeparateRayPPOTrainer", "_init_resource_pools"),
+}
 
 _LM = f"{ENGINE}:FSDPEngineWithLMHead"
 _OF_ENGINES = (
@@ -30,7 +38,9 @@ _OF_ENGINES = (
     Name(f"{_LM}.get_data_parallel_rank"),
     Name(f"{_LM}.get_data_parallel_size"),
     Name(f"{_LM}.get_data_parallel_group"),
+    Name(f"{ENGINE}:FSDPEngineWithValueHead.prepare_model_outputs", ("output",)),
     Name(f"{ENGINE}:prepare_micro_batches", ("data",)),
+    Name("verl.workers.utils.losses:value_loss", ("config", "data")),
     Name("verl.workers.utils.losses:ppo_loss", ("config", "data")),
     Name("verl.workers.utils.losses:sft_loss", ("config", "data")),
     Name("verl.workers.utils.losses:agg_loss", ("loss_mat", "loss_mask")),
@@ -45,7 +55,10 @@ _OF_ENGINES = (
     Name("verl.utils.device:get_device_name"),
     Name("verl.utils.device:get_vendor", is_optional=True),  # verl 0.9
 )
-_OF_WORKERS = (Name(f"{WORKERS}:ActorRolloutRefWorker.set_dispatch_collect"),)
+_OF_WORKERS = (
+    Name(f"{WORKERS}:ActorRolloutRefWorker.set_dispatch_collect"),
+    Name(f"{WORKERS}:TrainingWorker.train_batch", ("data",)),
+)
 
 # Attributes, with the release of verl that they came with.
 _ENGINE = {
@@ -59,7 +72,7 @@ _ENGINE = {
     "_qat_enabled": "0.8.0",
 }
 _DIFFUSION = {"scaler": "0.8.0", "_autocast_dtype": "0.8.0"}
-_MODEL_CONFIG = {"mtp": "0.8.0", "enable_activation_offload": "0.8.0"}
+_MODEL_CONFIG = {"mtp": "0.8.0", "enable_activation_offload": "0.8.0", "external_lib": "0.8.0"}
 _WORKER = {"config": "0.8.0", "actor": "0.8.0", "ref": "0.8.0"}
 _PART = {"engine": "0.8.0", "engine_config": "0.8.0"}
 _TRAINER = {"config": "0.8.0", "actor_rollout_wg": "0.8.0"}
@@ -81,7 +94,13 @@ def check_trainer_module(module: ModuleType) -> None:
     trainer = TRAINERS[module.__name__]
     if module.__name__ == V1 or hasattr(module, trainer):
         parameters = ("batch", "metrics", "logging_prefix")
-        require([Name(f"{module.__name__}:{trainer}._balance_batch", parameters)])
+        method = BEFORE_MODELS[module.__name__][1]
+        require(
+            [
+                Name(f"{module.__name__}:{trainer}._balance_batch", parameters),
+                Name(f"{module.__name__}:{trainer}.{method}"),
+            ]
+        )
     if module.__name__ == V1:
         require([Name("verl.utils.transferqueue_utils:tq.kv_batch_get")])
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
-from dta_plugin.adapters.verl_plugin.config import DIFFUSION, tree_config
+from dta_plugin.adapters.verl_plugin.config import tree_config
 from dta_plugin.adapters.verl_plugin.protocols import Worker
+from dta_plugin.adapters.verl_plugin.reach import unreached_separate_trainer
+from dta_plugin.adapters.verl_plugin.run_checks import refuse_strategy
+from dta_plugin.adapters.verl_plugin.sft import options_of_command
 from dta_plugin.adapters.verl_plugin.upstream import check_worker
-from dta_plugin.errors import UnsupportedError
 from dta_plugin.training.notices import say
 
 
@@ -23,24 +26,36 @@ def passing_options_on(set_dispatch_collect: Callable[..., None]) -> Callable[..
     @functools.wraps(set_dispatch_collect)
     def wrapped(worker: Worker, *args: Any, **kwargs: Any) -> None:
         set_dispatch_collect(worker, *args, **kwargs)
+        from dta_plugin.adapters.verl_plugin import critic
         from dta_plugin.adapters.verl_plugin.diffusion.worker import diffusion_settings
         from dta_plugin.adapters.verl_plugin.engine import TreeEngine
 
         check_worker(worker)
+        unreached = unreached_separate_trainer(type(worker))
+        if unreached is not None:
+            say(f"ranks get the rows that verl deals out: {unreached}", logging.WARNING)
         config, diffusion = tree_config(worker.config.rollout), diffusion_settings(worker.config)
+        critic.configure(config)
         for part in (part for part in (worker.actor, worker.ref) if part is not None):
             engine = part.engine
             if isinstance(engine, TreeEngine):
                 engine.configure(config, diffusion)
             elif config is not None or diffusion is not None:
-                reason = (
-                    f"strategy {part.engine_config.strategy!r} runs in {type(engine).__name__}. Expected fsdp or fsdp2 "
-                    "on this machine's own kind of device (actor_rollout_ref.actor.strategy, .ref.strategy)"
-                )
-                if config is None:
-                    raise UnsupportedError(f"{DIFFUSION} is not available: {reason}.")
-                if config.on_unsupported == "error" or config.selection():
-                    raise UnsupportedError(f"Prefix-tree execution is not available: {reason}.")
-                say(f"verl's own path: {reason}")
+                refuse_strategy(config, f"strategy {part.engine_config.strategy!r} runs in {type(engine).__name__}")
+
+    return wrapped
+
+
+def passing_sft_options_on(init: Callable[..., None]) -> Callable[..., None]:
+    """`TrainingWorker.__init__`: an engine knows the options of an SFT command before its model is built."""
+
+    @functools.wraps(init)
+    def wrapped(worker: Any, *args: Any, **kwargs: Any) -> None:
+        options = options_of_command()
+        init(worker, *args, **kwargs)
+        from dta_plugin.adapters.verl_plugin.engine import TreeEngine
+
+        if isinstance(worker.engine, TreeEngine):
+            worker.engine.configure_early(options)
 
     return wrapped

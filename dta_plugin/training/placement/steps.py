@@ -83,19 +83,40 @@ def place_rows(batch: GroupedRows, ranks: int, steps: int) -> Placement:
     """Place a batch. ranks * steps must divide its rows.
 
     Groups keep the order in which they were sampled: the first ones that fill a step are the first step, and so on.
-    What a row costs has no influence on its step, only on its rank.
+    What a row costs has no influence on its step, only on its rank. Padding rows, which cost next to nothing, are dealt
+    out to all steps, so that these have about as many rows to learn from.
     """
     costs = SequenceCosts.from_sequences(batch.sequences, TYPICAL)
     groups = batch.groups
     waiting = _groups_in_order(costs.order, groups)
-    sizes = [len(batch) // steps] * steps
-    of_steps = [
-        [row for group, a, b in parts for row in waiting[group][a:b]]
-        for parts in filled_in_order(list(map(len, waiting)), sizes)
-    ]
+    real = [rows for rows in waiting if len(batch.sequences[rows[0]]) > 1]
+    padding = [int(row) for rows in waiting if len(batch.sequences[rows[0]]) == 1 for row in rows]
+    size = len(batch) // steps
+    of_steps = []
+    for parts in filled_in_order(list(map(len, real)), _real_rows(list(map(len, real)), steps, size)):
+        rows = [row for group, a, b in parts for row in real[group][a:b]]
+        missing = size - len(rows)
+        of_steps.append(rows + padding[:missing])
+        padding = padding[missing:]
     by_rank = _to_ranks([_step(batch.sequences, groups, rows, ranks) for rows in of_steps])
     shares = [[_costliest_first(costs, groups, share) for share, _ in step] for step in by_rank]
     return _described(batch, shares, [[load for _, load in step] for step in by_rank])
+
+
+def _real_rows(counts: Sequence[int], steps: int, size: int) -> list[int]:
+    """Per step how many of its `size` rows are no padding: about as many in each, and whole groups if there is room.
+
+    counts: rows of every group, in the order in which they come.
+    """
+    total, ends = sum(counts), np.cumsum([0, *counts])
+    bounds = [0]
+    for step in range(1, steps):
+        least, most = max(bounds[-1], total - size * (steps - step)), min(total, bounds[-1] + size)
+        even = total * step / steps
+        possible = ends[(ends >= least) & (ends <= most)]
+        nearest = possible[np.abs(possible - even).argmin()] if len(possible) else np.clip(round(even), least, most)
+        bounds.append(int(nearest))
+    return [b - a for a, b in pairwise([*bounds, total])]
 
 
 def _groups_in_order(order: np.ndarray, groups: np.ndarray) -> list[np.ndarray]:

@@ -17,6 +17,7 @@ from verl.utils import tensordict_utils as tu
 
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedError
+from tests.adapters.verl import critics
 from tests.adapters.verl.steps import DYNAMIC, SMALL_BUDGET, STATIC, STREAMED, TEMPERATURES
 from tests.adapters.verl.support import (
     Setup,
@@ -82,15 +83,28 @@ def selecting(folder: Path) -> dict[str, Any]:
     return {"metrics": update.metrics, "gradient": update.gradient, "error": error}
 
 
+def with_critic(folder: Path) -> dict[str, Any]:
+    """Values and updates of a critic, different trees on each rank."""
+    steps = [*DYNAMIC, *STATIC]
+    found = {}
+    for strategy in ("fsdp", "fsdp2"):
+        tree, stock = (
+            critics.train(critics.build_critic(Setup(strategy), folder / "critic", tree), steps)
+            for tree in (True, False)
+        )
+        found[strategy] = [critics.difference(a, b) for a, b in zip(tree, stock, strict=True)]
+    return {"differences": found, "metrics": [step["dta"] for step in tree]}
+
+
 def main() -> None:
     folder, jobs = Path(sys.argv[1]), sys.argv[2:]
     distributed.init_process_group("gloo")
     rank = distributed.get_rank()
     if rank == 0:
-        save_model(folder / "model")
+        critics.save_critic(save_model(folder / "model"))
     distributed.barrier()
     results: dict[str, Any] = {}
-    special = {"disagreeing": disagreeing, "selecting": selecting}
+    special = {"disagreeing": disagreeing, "selecting": selecting, "critic": with_critic}
     for job in jobs:
         if job in special:
             results[job] = special[job](folder / "model")

@@ -207,6 +207,32 @@ def test_padding_fills_the_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert metrics["dta/token_reduction_ideal"] == pytest.approx(tree.compression_ratio, rel=1e-3)
 
 
+def test_padding_is_dealt_out_to_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions of several rows fill two mini-batches and a little of the third: each gets as much to learn from."""
+    rows = in_random_order(star_rows(17, 4, prompt=60, median=10))  # 68 real rows, 28 of padding
+    queue_with(rows, monkeypatch)
+    metrics: dict[str, Any] = {}
+    found = balanced("v1", rows, metrics, trainer("v1", 2, mini_batch=8, n=4))
+    assert found.count(None) == 28 and metrics["dta/groups_split"] == 0
+    real = [sum(row is not None for share in step for row in share) for step in shares_of(found, 2, steps=3)]
+    assert sorted(real) == [20, 24, 24]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_mini_batches_by_number(version: str, caplog: pytest.LogCaptureFixture) -> None:
+    """48 rows in 3 mini-batches, which are none of the configured size; without their number it is one step, said."""
+    rows = in_random_order(star_rows(12, 4, prompt=60, median=10))
+    one = trainer(version, 2, mini_batch=5, n=4)
+    one.config.trainer.critic_warmup = 5  # verl pads to whole mini-batches otherwise
+    batch = kv_batch(rows) if version == "v1" else data_proto(rows)
+    getattr(batch, "extra_info" if version == "v1" else "meta_info")["num_mini_batch"] = 3
+    with caplog.at_level(logging.INFO, "dta_plugin"):
+        one._balance_batch(batch, metrics={})
+        assert "optimizer steps: 3" in caplog.text and "one optimizer step" not in caplog.text
+        balanced(version, rows, {}, one)
+    assert "48 rows are not whole mini-batches of 20" in caplog.text
+
+
 def test_critic_warmup_is_one_step() -> None:
     """verl then pads to a multiple of the ranks only."""
     rows = in_random_order(star_rows(6, 4, prompt=10, median=10))

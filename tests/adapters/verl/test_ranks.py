@@ -24,10 +24,11 @@ def _check(ranks: list[dict[str, Any]], job: str) -> None:
 
 
 def test_two_ranks(tmp_path: Path) -> None:
-    ranks = on_two_ranks(SCRIPT, tmp_path, "fsdp2:full", "fsdp:lora", "disagreeing", "selecting")
+    ranks = on_two_ranks(SCRIPT, tmp_path, "fsdp2:full", "fsdp:lora", "disagreeing", "selecting", "critic")
     _check(ranks, "fsdp2:full")
     _check(ranks, "fsdp:lora")
     for rank in ranks:
+        assert max(max(found) for found in rank["critic"]["differences"].values()) < 1e-5
         assert rank["disagreeing"]["difference"] < 1e-5
         assert "routed_experts" in rank["disagreeing"]["error"]
     calls = [rank["disagreeing"]["calls"] for rank in ranks]

@@ -103,7 +103,7 @@ def test_trainer_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     """One without the method is refused; the older class may be gone."""
     name = f"{upstream.V0}:RayPPOTrainer._balance_batch"
     with monkeypatch.context() as patch:
-        patch.setattr(ray_trainer, "RayPPOTrainer", type("RayPPOTrainer", (), {}))
+        patch.setattr(ray_trainer, "RayPPOTrainer", type("RayPPOTrainer", (), {"init_workers": print}))
         with pytest.raises(UnsupportedError, match=f"{name} is missing. {RELEASES}"):
             upstream.check_trainer_module(ray_trainer)
     monkeypatch.delattr(ray_trainer, "RayPPOTrainer")

@@ -16,6 +16,7 @@ import pytest
 from packaging.version import Version
 
 from recipes.quickstart.rewards import compute_score
+from tests.adapters.verl.entry_points import written_to
 from tests.adapters.verl_cpu.test_recipes import RECIPES
 
 STEPS = 3
@@ -41,17 +42,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def train(folder: Path, *overrides: str, modules: str = "") -> tuple[Metrics, str]:
-    """The recipe for a few steps: what it logged for every step, and what it said. modules: for every process."""
-    path = [os.environ.get("PYTHONPATH", ""), str(RECIPES.parent)]
-    variables = {"QUICKSTART": str(folder), "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
-    variables["VERL_USE_EXTERNAL_MODULES"] = modules
-    done = run_recipe(overrides, os.environ | variables)
+def train(folder: Path, *overrides: str, modules: str = "", packages: str = "") -> tuple[Metrics, str]:
+    """The recipe for a few steps: what it logged for every step, and what it said.
+
+    modules: for every process. packages: a folder with some that pip has not installed.
+    """
+    variables = os.environ | variables_for(folder, packages) | {"VERL_USE_EXTERNAL_MODULES": modules}
+    done = run_recipe(overrides, variables)
     if done.returncode and CRASH in done.stdout:
-        done = run_recipe(overrides, os.environ | variables)
+        done = run_recipe(overrides, variables)
     assert done.returncode == 0, done.stdout[-6000:]
     lines = (folder / "verl" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["data"] for line in lines], done.stdout
+
+
+def variables_for(folder: Path, packages: str = "") -> dict[str, str]:
+    path = [packages, os.environ.get("PYTHONPATH", ""), str(RECIPES.parent)]
+    return {"QUICKSTART": str(folder), "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
 
 
 def run_recipe(overrides: Sequence[str], variables: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
@@ -96,6 +103,39 @@ def test_plugin(folder: Path) -> None:
         assert step["actor/dta/compression_ratio"] > 5
         assert step["actor/dta/dense_fallback"] == 0
         assert step["dta/groups_split"] == 0
+
+
+@needs_plugin
+@pytest.mark.slow
+@pytest.mark.skipif(VERL_08, reason="verl 0.8 imports external_lib in workers only")
+def test_a_wrong_option_comes_before_the_first_model(folder: Path) -> None:
+    option = "+actor_rollout_ref.rollout.custom.dta.exeutor=packed"
+    done = run_recipe([option], os.environ | variables_for(folder))
+    assert done.returncode != 0 and "Unknown option(s) exeutor" in done.stdout
+    assert "TaskRunner" in done.stdout and "WorkerDict" not in done.stdout and "parameters" not in done.stdout
+
+
+@needs_plugin
+@pytest.mark.slow
+@pytest.mark.skipif(VERL_08, reason="verl 0.8 looks for no entry points")
+def test_a_critic(folder: Path, tmp_path: Path) -> None:
+    """PPO with GAE, stock and with the plugin, whose critic is a tree, too."""
+    critic = [
+        "algorithm.adv_estimator=gae",
+        f"critic.model.path={folder}/verl/model",
+        "critic.model.enable_gradient_checkpointing=False",
+        "critic.fsdp.use_torch_compile=False",
+        "critic.ppo_mini_batch_size=8",
+        "critic.optim.lr=1e-3",
+    ]
+    stock, said = train(folder, "actor_rollout_ref.model.external_lib=null", *critic)
+    assert len(stock) == STEPS and all(step["critic/vf_loss"] > 0 for step in stock) and "dta: " not in said
+    found, said = train(folder, *critic, packages=str(written_to(tmp_path)))
+    assert len(found) == STEPS and "dta: critic: " in said
+    for step in found:
+        assert step["critic/vf_loss"] > 0
+        assert step["critic/dta/compression_ratio"] > 5 and step["critic/dta/dense_fallback"] == 0
+        assert step["actor/dta/compression_ratio"] > 5 and step["dta/groups_split"] == 0
 
 
 def test_prompts_are_those_of_trl(folder: Path) -> None:

@@ -1,0 +1,73 @@
+"""A run's options and strategies against each other: on the driver before models load, and in workers as they do."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from dta_plugin.adapters.verl_plugin.config import DIFFUSION, tree_config
+from dta_plugin.adapters.verl_plugin.reach import no_entry_point
+from dta_plugin.config import TreeConfig
+from dta_plugin.errors import InvalidInputError, UnsupportedError
+from dta_plugin.training.notices import say
+
+STRATEGIES = ("fsdp", "fsdp2")
+
+
+def check_run(config: Any) -> None:
+    """config: of a PPO run, a DictConfig.
+
+    Raises InvalidInputError for wrong options, and UnsupportedError for settings of verl that they do not go with.
+    """
+    from verl.trainer.ppo.utils import need_reference_policy
+
+    from dta_plugin.adapters.verl_plugin.diffusion.worker import diffusion_settings
+
+    run = config.actor_rollout_ref
+    options, diffusion = tree_config(run.rollout), diffusion_settings(run)
+    if options is None and diffusion is None:
+        return
+    for role in ("actor", "ref") if need_reference_policy(config) else ("actor",):
+        strategy = run[role].strategy
+        if strategy not in STRATEGIES:
+            refuse_strategy(options, f"actor_rollout_ref.{role}.strategy={strategy}")
+        elif options is not None:
+            check_chunks(options, strategy)
+
+
+def has_tree_critic(config: Any) -> bool:
+    """Whether the critic of a PPO run that has one is to run as a tree; says so where it is to, and cannot."""
+    if tree_config(config.actor_rollout_ref.rollout) is None:
+        return False
+    strategy, reason = config.critic.strategy, no_entry_point()
+    if strategy not in STRATEGIES:
+        reason = f"critic.strategy={strategy}; {' or '.join(STRATEGIES)} run trees"
+    if reason is not None:
+        say(f"the critic runs dense, on the rows that the actor's trees are balanced by: {reason}", logging.WARNING)
+    return reason is None
+
+
+def refuse_strategy(config: TreeConfig | None, found: str) -> None:
+    """Raise UnsupportedError, or say that verl's own path runs, where all tokens are trained on and options allow it.
+
+    config: None for a diffusion LM.
+    """
+    reason = (
+        f"{found}. Expected {' or '.join(STRATEGIES)} on this machine's own kind of device "
+        "(actor_rollout_ref.actor.strategy, .ref.strategy)"
+    )
+    if config is None:
+        raise UnsupportedError(f"{DIFFUSION} is not available: {reason}.")
+    if config.on_unsupported == "error" or config.selection():
+        raise UnsupportedError(f"Prefix-tree execution is not available: {reason}.")
+    say(f"verl's own path: {reason}")
+
+
+def check_chunks(config: TreeConfig, strategy: str) -> None:
+    """Raises InvalidInputError where a strategy cannot run a micro-batch in chunks and is asked to."""
+    if strategy == "fsdp" and (config.executor == "streamed" or config.max_tree_tokens_per_chunk):
+        raise InvalidInputError(
+            "Got executor=streamed or max_tree_tokens_per_chunk with strategy=fsdp, which cannot run a micro-batch "
+            "in chunks. Expected actor_rollout_ref.actor.strategy=fsdp2 (and .ref.strategy); or bound memory with "
+            "ppo_max_token_len_per_gpu, which counts tree tokens."
+        )
