@@ -20,6 +20,7 @@ from dta_plugin.tree.fingerprints import Fingerprints
 from dta_plugin.tree.trie import PrefixTree
 
 _SHOWN_TOKENS = 64  # decoded on either side of a fork
+_TABLE_BITS = 22  # of ids, to look up whether they are repeated
 _SAME_TEXT = 16  # characters that two branches must begin with to be called the same text
 
 
@@ -111,6 +112,18 @@ def find_forks(
     return [candidate.describe(tree, tokenizer, run_length) for candidate in candidates[:limit]]
 
 
+def _of_repeated(ids: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Where `whole` is set, the tokens whose ids occur more than once, and few others.
+
+    Half of each id tells most of them apart; sorted, equal ones are neighbours. Only what is left is compared in full.
+    """
+    half = (ids >> np.uint64(32)).astype(np.uint32)[whole]
+    half.sort()
+    is_repeated = np.zeros(1 << _TABLE_BITS, dtype=bool)
+    is_repeated[half[1:][half[1:] == half[:-1]] >> np.uint32(32 - _TABLE_BITS)] = True
+    return np.flatnonzero(is_repeated[ids >> np.uint64(64 - _TABLE_BITS)] & whole)
+
+
 def _branches_of_forks(tree: PrefixTree) -> dict[int, np.ndarray]:
     """Fork -> layout index of each branch's first token. Fork: layout index of the last common token, -1 for roots."""
     starts = tree.node_start[:-1]
@@ -149,15 +162,16 @@ class _Candidate:
             return
         start = int(self.starts.min())
         below = slice(start, start + int(self.sizes.sum()))
-        rank = np.empty(below.stop - start, dtype=np.int64)
-        for position, (first, size) in enumerate(zip(self.starts - start, self.sizes, strict=True)):
-            rank[first : first + size] = position
         whole = tree.depth[below] >= self.depth + fingerprints.length - 1  # the run lies behind the fork
-        _, group = np.unique(fingerprints.ids[below][whole], return_inverse=True)
-        smallest = np.full(len(group), len(self.starts), dtype=np.int64)
-        np.minimum.at(smallest, group, rank[whole])
-        ends = np.zeros(len(rank), dtype=bool)
-        ends[whole] = smallest[group] < rank[whole]
+        ids = fingerprints.ids[below]
+        tokens = _of_repeated(ids, whole)
+        by_place = np.argsort(self.starts)
+        rank = by_place[np.searchsorted(self.starts[by_place], start + tokens, side="right") - 1]
+        _, group = np.unique(ids[tokens], return_inverse=True)
+        smallest = np.full(len(tokens), len(self.starts), dtype=np.int64)
+        np.minimum.at(smallest, group, rank)
+        ends = np.zeros(len(ids), dtype=bool)
+        ends[tokens] = smallest[group] < rank
         self.covered = fingerprints.covered(ends, start)
         self.repeated = int(self.covered.sum())
 
