@@ -1,8 +1,9 @@
 """Fingerprints of runs of tokens on the paths of a tree: equal runs have equal ones, others differ but for chance.
 
-A polynomial hash. Where the tokens of a run follow each other in the layout it is doubled from one token to two, four
-and so on, a block of the layout at a time, so that what is on the way stays in the processor's cache; the few runs
-behind a fork are summed up along their paths. Memory: 9 bytes per tree token.
+A polynomial hash, doubled from one token to two, four and so on by looking up what ends at the ancestor. In a large
+layout with few forks the ancestor of most tokens is simply so many tokens before: these are doubled a block at a time,
+so that what is on the way stays in the processor's cache, and the runs behind a fork are summed up along their paths.
+Memory: 9 bytes per tree token there, 8 * (1 + log2(length)) else.
 """
 
 from __future__ import annotations
@@ -16,17 +17,21 @@ from dta_plugin.tree.trie import PrefixTree
 
 _BASE = 0x9E3779B97F4A7C15
 _BLOCK = 1 << 15
+_LARGE = 1 << 18  # tokens of a tree, from which on it matters how they are gone through
+_FEW = 1 / 16  # share of tokens behind a fork
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprints:
     """ids: uint64 [T], for every layout token t, of the `length` tokens of its path that end at t.
 
-    is_bent: bool [T], whether those are not one run of the layout: t is less than `length` tokens behind a fork.
+    jumps: for 1, 2, 4.. below `length`, the ancestor that many tokens up, -1 above a root. Without them, is_bent: bool
+    [T], whether some ancestor within `length` tokens is not simply so many tokens before; then parent leads up.
     """
 
     length: int
     ids: np.ndarray
+    jumps: list[np.ndarray]
     is_bent: np.ndarray
     parent: np.ndarray
 
@@ -34,16 +39,26 @@ class Fingerprints:
     def from_tree(cls, tree: PrefixTree, length: int) -> Fingerprints:
         if length < 2 or length & (length - 1):
             raise InvalidInputError(f"run_length={length}. Expected a power of two, at least 2.")
-        is_bent = np.ones(tree.tree_tokens, dtype=bool)
-        is_bent[1:] = tree.parent[1:] != np.arange(tree.tree_tokens - 1)
-        _spread(is_bent, length, forward=True)
-        ids = _of_straight_runs(tree.tokens, length)
-        bent = np.flatnonzero(is_bent)
-        ids[bent] = _of_paths(tree, bent, length)
-        return cls(length, ids, is_bent, tree.parent)
+        is_bent = np.zeros(0, dtype=bool)
+        if tree.tree_tokens >= _LARGE:
+            is_bent = np.ones(tree.tree_tokens, dtype=bool)
+            is_bent[1:] = tree.parent[1:] != np.arange(tree.tree_tokens - 1)
+            _spread(is_bent, length, forward=True)
+            bent = np.flatnonzero(is_bent)
+            if len(bent) <= _FEW * tree.tree_tokens:
+                ids = _of_straight_runs(tree.tokens, length)
+                ids[bent] = _of_paths(tree, bent, length)
+                return cls(length, ids, [], is_bent, tree.parent)
+        ids, jumps = _doubled(tree, length)
+        return cls(length, ids, jumps, is_bent, tree.parent)
 
     def covered(self, ends: np.ndarray, start: int) -> np.ndarray:
         """Bool mask of a slice that begins at `start`: tokens inside a run that ends at a True of `ends`."""
+        if self.jumps:
+            inside = ends.copy()
+            for jump in self.jumps:
+                inside[jump[start : start + len(inside)][inside] - start] = True
+            return inside
         is_bent = self.is_bent[start : start + len(ends)]
         inside = ends & ~is_bent
         _spread(inside, self.length, forward=False)
@@ -52,6 +67,19 @@ class Fingerprints:
             inside[token - start] = True
             token = self.parent[token]
         return inside
+
+
+def _doubled(tree: PrefixTree, length: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """ids and jumps of any tree."""
+    ids = _of_tokens(tree.tokens)
+    base, jumps, up, step = _BASE, [], tree.parent, 1
+    while step < length:
+        jumps.append(up)
+        ids = np.where(up >= 0, ids + np.uint64(base) * ids[up], ids)
+        up = np.where(up >= 0, up[up], -1)
+        base = base * base % 2**64
+        step *= 2
+    return ids, jumps
 
 
 def _spread(flags: np.ndarray, length: int, forward: bool) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -171,7 +172,7 @@ def _by_sequence(found: _Paths, lcp: np.ndarray, lengths: np.ndarray, starts: np
 
 
 def _by_position(found: _Paths, lcp: np.ndarray, lengths: np.ndarray, starts: np.ndarray, offsets: np.ndarray) -> None:
-    """The same, position by position: of the sequences that are long enough, those that share a token are neighbours."""
+    """The same, position by position: of the sequences that reach it, those that share a token are neighbours."""
     at = np.empty(len(lcp), dtype=np.int64)  # per sequence, layout index of its token at the position before
     reach = np.arange(len(lcp))  # the sequences that have a token at this position
     for position in range(int(lengths.max())):
@@ -211,7 +212,7 @@ def depth_first(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return order, np.array(lcp[: len(rows)], dtype=np.int64)
 
 
-def _are_short(rows: Sequence[Sequence[int] | np.ndarray]) -> bool:
+def _are_short(rows: Sequence[Any]) -> bool:
     """Whether there are so many rows, and so short ones, that a step per position is cheaper than one per row."""
     if len(rows) < _MANY or max(map(len, rows)) > len(rows) // 8:
         return False
@@ -266,7 +267,7 @@ def _common_prefixes(flat: np.ndarray, ends: np.ndarray, order: np.ndarray) -> n
     before, after = begins[order[:-1]], begins[order[1:]]
     room = np.minimum((ends - begins)[order[:-1]], (ends - begins)[order[1:]])
     pairs = np.arange(len(order) - 1)  # alike so far
-    for position in range(int(room.max())):
+    for position in range(int(room.max(initial=0))):
         pairs = pairs[room[pairs] > position]
         pairs = pairs[flat[before[pairs] + position] == flat[after[pairs] + position]]
         if not len(pairs):
