@@ -30,13 +30,16 @@ _OUT_OF_MEMORY = (
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
+# Of that, what is left for them where the LM head may keep more than there is.
+_LEAST_SHARE = 0.25
 _learned: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def token_budget(model: PreTrainedModel, device: torch.device, limit: int | None) -> int:
     """Tokens per chunk: what the user wants, or what free memory allows; less if that ran out of memory before."""
     if limit is None:
-        limit = int(_SHARE * free_bytes(device) - KEEP_BYTES) // bytes_per_token(model)
+        available = _SHARE * free_bytes(device)
+        limit = int(max(available - KEEP_BYTES, _LEAST_SHARE * available)) // bytes_per_token(model)
     return max(1, min(limit, _learned.get(model, limit)))
 
 

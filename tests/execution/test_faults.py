@@ -145,7 +145,7 @@ def test_what_does_not_go_on_raises(
     model = tiny_model("llama")
     in_backward(model, Fault(error), monkeypatch)
     loss = torch.cat(dta_plugin.sequence_logprobs(model, SEQUENCES, TreeConfig(executor=executor)).logprobs).sum()
-    with pytest.raises(RuntimeError, match="killed|allocate"):
+    with pytest.raises(RuntimeError, match=r"killed|allocate"):
         loss.backward()
     assert executor == "packed" or gradients_of(model) == [None] * len(list(model.parameters()))
 
@@ -239,7 +239,7 @@ def test_two_threads_with_one_model() -> None:
     assert inside.wait(60)
     try:
         for call in (lambda: dta_plugin.sequence_logprobs(model, SEQUENCES), lambda: model(torch.tensor([[5, 6]]))):
-            with pytest.raises(InvalidInputError, match="another thread runs it as a tree.*a model of its own"):
+            with pytest.raises(InvalidInputError, match=r"another thread runs it as a tree.*a model of its own"):
                 call()
     finally:
         done.set()
@@ -251,7 +251,7 @@ def test_two_threads_with_one_model() -> None:
 
 FILES = {
     "machine": ({}, 1000 * 1024),
-    "v2": ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/memory.max": "max", **{}}, 1000 * 1024),
+    "v2": ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/memory.max": "max"}, 1000 * 1024),
     "v2_limit_above": (
         {
             "proc/self/cgroup": "0::/a/b\n",
@@ -299,7 +299,7 @@ from dta_plugin.execution import memory
 from tests.support.models import tiny_model
 from tests.support.trees import star
 
-model, sequences = tiny_model("llama"), star(40, prefix=20, branch=150)
+model, sequences = tiny_model("llama", hidden_size=256, intermediate_size=2048), star(20, prefix=20, branch=80)
 torch.cat(dta_plugin.sequence_logprobs(model, star(2)).logprobs).sum().backward()
 model.zero_grad()
 if sys.argv[1] != "0":
@@ -308,7 +308,7 @@ if sys.argv[1] != "0":
 out = dta_plugin.sequence_logprobs(model, sequences)
 torch.cat(out.logprobs).sum().backward()
 print(out.report.executor, memory.free_bytes(torch.device("cpu")) < 2**30)
-print([round(p.grad.double().norm().item(), 4) for p in model.parameters()])
+print(*(p.grad.double().norm().item() for p in model.parameters()))
 """
 
 
@@ -320,4 +320,5 @@ def test_a_process_limited_to_600_megabytes() -> None:
 
     free, limited = run(0), run(600 * 2**20)
     assert (free[0].split()[0], limited[0]) == ("packed", "streamed True")
-    assert limited[1] == free[1]
+    norms = [[float(x) for x in lines[1].split()] for lines in (free, limited)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
