@@ -136,7 +136,7 @@ def test_a_file_for_another_model_is_not_used(tmp_path: Path, caplog: pytest.Log
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("qwen3")
-    file = made_up(model, FAST, SLOW).save(tmp_path / "speeds.json")
+    file = made_up(model, FAST, SLOW).save(tmp_path / "own" / "speeds.json")
     before = file.read_text()
 
     def killed(*_: object) -> None:
@@ -145,7 +145,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         made_up(model, SLOW, FAST).save(file)
-    assert file.read_text() == before and list(tmp_path.iterdir()) == [file]
+    assert file.read_text() == before and list(file.parent.iterdir()) == [file]
 
 
 def test_unwritable_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
