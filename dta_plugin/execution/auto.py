@@ -53,13 +53,12 @@ def run_tree(
     }
     budget, obstacle = _stream_budget(model, batch, config, return_router_loss)
     if budget is not None:
-        output, plan = run_streamed(model, batch.tree, batch.edges, budget, **options)
-        return _result(batch, output, return_entropy, plan)
+        return _result(batch, *run_streamed(model, batch.tree, batch.edges, budget, **options), return_entropy)
     if config.executor == "auto" and obstacle is None and not is_collective(model):
         output, plan = run_recoverable(model, batch.tree, batch.edges, **options)
         if plan is not None:
             batch = replace(batch, reason=f"{batch.reason}; out of memory in one call")
-        return _result(batch, output, return_entropy, plan)
+        return _result(batch, output, plan, return_entropy)
     if obstacle is not None and batch.tree.tree_tokens > (config.max_tree_tokens_per_chunk or math.inf):
         batch = replace(batch, reason=f"{batch.reason}; in one chunk: {obstacle}")
     try:
@@ -68,7 +67,7 @@ def run_tree(
         if config.executor == "packed" or not is_out_of_memory(error):
             raise
         raise torch.OutOfMemoryError(_out_of_memory(batch.tree.tree_tokens, obstacle)) from error
-    return _result(batch, output, return_entropy)
+    return _result(batch, output, None, return_entropy)
 
 
 def _out_of_memory(tokens: int, obstacle: str | None) -> str:
@@ -146,7 +145,7 @@ def _streaming_obstacle(
 
 
 def _result(
-    batch: PreparedBatch, output: EdgeOutputs, return_entropy: bool, plan: ChunkPlan | None = None
+    batch: PreparedBatch, output: EdgeOutputs, plan: ChunkPlan | None, return_entropy: bool
 ) -> SequenceLogProbs:
     """plan: what was streamed, None for packed execution."""
     if plan is None:
