@@ -21,7 +21,7 @@ from dta_plugin.execution.streaming.autograd import run_streamed, streamed_gradi
 from dta_plugin.execution.streaming.chunk_plan import ChunkPlan
 from dta_plugin.execution.streaming.chunk_runner import StreamedJob
 from dta_plugin.execution.streaming.chunking import plan_chunks
-from dta_plugin.execution.streaming.recomputation import Autocast, RandomNumbers
+from dta_plugin.execution.streaming.recomputation import Autocast, RandomNumbers, plain_checkpointing
 from dta_plugin.models.introspection import causal_lm
 from dta_plugin.tree.layout import ScoredEdges
 from dta_plugin.tree.trie import PrefixTree
@@ -34,7 +34,8 @@ def run_recoverable(
     random = RandomNumbers.from_model(model, edges.target.device)
     random.remember(0)
     try:
-        outputs = run_packed(model, tree, edges, **options)
+        with plain_checkpointing(causal_lm(model)):
+            outputs = run_packed(model, tree, edges, **options)
     except (RuntimeError, MemoryError) as error:
         budget = _half(model, tree, error)
     else:
@@ -87,7 +88,12 @@ class _PackedRun:
     def _through_graph(self, seeds: tuple[torch.Tensor | None, ...]) -> list[torch.Tensor | None]:
         outputs, self.outputs = self.outputs, None
         if outputs is None:  # a second pass, which needs the graph once more
-            with torch.enable_grad(), self.autocast.entered(), self.random.again(0):
+            with (
+                torch.enable_grad(),
+                self.autocast.entered(),
+                self.random.again(0),
+                plain_checkpointing(causal_lm(self.model)),
+            ):
                 outputs = run_packed(self.model, self.tree, self.edges, **self.options)
         values = (outputs.logprobs, outputs.entropies)
         read = [(x, seed) for x, seed in zip(values, seeds, strict=False) if x is not None and seed is not None]
