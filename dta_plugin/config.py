@@ -22,6 +22,7 @@ _BALANCE_RANKS = ("never", "always")
 _PROBE = ("auto", "off")
 _PRUNE = ("auto", "always", "never")
 _ON_UNSUPPORTED = ("error", "dense")
+_ON_NONFINITE = ("auto", "error", "pass")
 
 
 def _option(default: object, help: str) -> Any:
@@ -120,6 +121,11 @@ class TreeConfig:
     on_unsupported: str = _option(
         "error", "What to do where the tree would not be exact: error, or dense (run the dense path, say so once)."
     )
+    on_nonfinite: str = _option(
+        "auto",
+        "What to do with log-probs that are NaN or infinite: error, pass (the loss gets them), or auto (pass where a "
+        "loss scaler, as with fp16, will skip the step; else error).",
+    )
 
     def __post_init__(self) -> None:
         _choice("backend", self.backend, BACKENDS)
@@ -130,6 +136,7 @@ class TreeConfig:
         _choice("probe", self.probe, _PROBE)
         _choice("prune", self.prune, _PRUNE)
         _choice("on_unsupported", self.on_unsupported, _ON_UNSUPPORTED)
+        _choice("on_nonfinite", self.on_nonfinite, _ON_NONFINITE)
         self.selection()
         _check_calibration(self.calibration)
         if self.max_tree_tokens_per_chunk is not None and self.max_tree_tokens_per_chunk < 1:

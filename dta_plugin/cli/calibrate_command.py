@@ -60,12 +60,11 @@ def run(args: argparse.Namespace) -> int:
 
     from dta_plugin.calibrate import calibrate
     from dta_plugin.cli.model_loading import add_lora, device_named, load_model
+    from dta_plugin.execution.calibration_store import check_writable
     from dta_plugin.models.introspection import causal_lm, model_cost
 
-    if args.output is not None and not args.output.absolute().parent.is_dir():
-        raise InvalidInputError(
-            f"--output {args.output}: there is no folder {args.output.parent}. Expected one that is."
-        )
+    if args.output is not None:
+        check_writable(args.output)
     name = args.dense or ("trl" if find_spec("trl") else "padded")
     model, weights = load_model(args.model, getattr(torch, args.dtype), device_named(args.device))
     dense = _dense_path(name, model)
@@ -84,8 +83,8 @@ def run(args: argparse.Namespace) -> int:
         autocast=getattr(torch, args.autocast) if args.autocast else None,
         progress=lambda line: print(f"  {line}", flush=True),
     )
+    print("\n".join(_report(found, samples, model_cost(model))), flush=True)
     path = found.save(args.output)
-    print("\n".join(_report(found, samples, model_cost(model))))
     print(f"\nwrote {path}" + ("" if args.output is None else f"; to use it: --dta_calibration {path}"))
     return 0
 

@@ -12,7 +12,7 @@ from dta_plugin.cli.terminal import progress, waiting
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.tree import PrefixTree, ScoredEdges
 from dta_plugin.tree.cost import ModelCost, estimate
-from dta_plugin.tree.divergence import Decoder, Fork, find_forks, first_fork_depth
+from dta_plugin.tree.divergence import Decoder, Fork, first_fork_depth, rank_forks
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +135,10 @@ def _first_forks(trees: dict[str, PrefixTree]) -> FirstForks | None:
 def _top(trees: dict[str, PrefixTree], decoder: Decoder | None, limit: int, run_length: int) -> list[GroupFork]:
     if limit < 1:
         return []
-    found = [
-        GroupFork(name, fork)
+    ranked = [
+        (name, fork)
         for name, tree in progress(trees.items(), "groups searched")
-        for fork in find_forks(tree, decoder, limit=limit, run_length=run_length)
+        for fork in rank_forks(tree, limit, run_length)
     ]
-    found.sort(key=lambda item: (-item.fork.repeated, -item.fork.apart))
-    return found[:limit]
+    ranked.sort(key=lambda item: (-item[1].repeated, -item[1].apart))
+    return [GroupFork(name, fork.describe(trees[name], decoder, run_length)) for name, fork in ranked[:limit]]

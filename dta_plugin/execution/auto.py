@@ -14,11 +14,12 @@ from dta_plugin.attention.api import serving_backend
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.execution.dense import dense_logprobs
-from dta_plugin.execution.memory import token_budget
+from dta_plugin.execution.memory import is_out_of_memory, token_budget
 from dta_plugin.execution.packed import EdgeOutputs, run_packed
 from dta_plugin.execution.prepared_batch import DUMMY_SEQUENCE, PreparedBatch, SequenceLogProbs
 from dta_plugin.execution.probing.probe import probe
 from dta_plugin.execution.ranks import gathered, has_tensor_parallel, is_collective, is_fsdp1, is_sharded, is_zero3
+from dta_plugin.execution.recovery import run_recoverable
 from dta_plugin.execution.streaming.autograd import run_streamed
 from dta_plugin.execution.streaming.chunk_plan import ChunkPlan
 from dta_plugin.models.introspection import attention_kinds, causal_lm
@@ -34,8 +35,11 @@ def run_tree(
     return_entropy: bool = False,
     return_router_loss: bool = False,
     head_dtype: torch.dtype | None = None,
+    has_scaler: bool = False,
 ) -> SequenceLogProbs:
     """Run the batch as a tree: packed where it fits the token budget, else streamed (see `TreeConfig.executor`).
+
+    has_scaler: a loss scaler will skip the step if gradients are not finite (see `TreeConfig.on_nonfinite`).
 
     Raises InvalidInputError where the executor that the config asks for cannot do what is asked for, UnsupportedError
     where it gives other log-probs than the model.
@@ -45,16 +49,35 @@ def run_tree(
         "temperature": temperature,
         "head_dtype": head_dtype,
         "return_entropy": return_entropy,
+        "allow_nonfinite": config.on_nonfinite == "pass" or (config.on_nonfinite == "auto" and has_scaler),
     }
     budget, obstacle = _stream_budget(model, batch, config, return_router_loss)
     if budget is not None:
-        output, plan = run_streamed(model, batch.tree, batch.edges, budget, **options)
-        return _result(batch, output, return_entropy, plan)
-    if obstacle is not None:
+        return _result(batch, *run_streamed(model, batch.tree, batch.edges, budget, **options), return_entropy)
+    if config.executor == "auto" and obstacle is None and not is_collective(model):
+        output, plan = run_recoverable(model, batch.tree, batch.edges, **options)
+        if plan is not None:
+            batch = replace(batch, reason=f"{batch.reason}; out of memory in one call")
+        return _result(batch, output, plan, return_entropy)
+    if obstacle is not None and batch.tree.tree_tokens > (config.max_tree_tokens_per_chunk or math.inf):
         knob = f"max_tree_tokens_per_chunk={config.max_tree_tokens_per_chunk}"
         batch = replace(batch, reason=f"{batch.reason}; {knob} is not kept: {obstacle}")
-    output = run_packed(model, batch.tree, batch.edges, return_router_loss=return_router_loss, **options)
-    return _result(batch, output, return_entropy)
+    try:
+        output = run_packed(model, batch.tree, batch.edges, return_router_loss=return_router_loss, **options)
+    except (RuntimeError, MemoryError) as error:
+        if config.executor == "packed" or not is_out_of_memory(error):
+            raise
+        raise torch.OutOfMemoryError(_out_of_memory(batch.tree.tree_tokens, obstacle)) from error
+    return _result(batch, output, None, return_entropy)
+
+
+def _out_of_memory(tokens: int, obstacle: str | None) -> str:
+    if obstacle is not None:
+        return f"Out of memory with a tree of {tokens} tokens in one call, which cannot be streamed: {obstacle}."
+    return (
+        f"Out of memory with a tree of {tokens} tokens in one call. One rank cannot begin anew alone where ranks train "
+        f"together: set max_tree_tokens_per_chunk below {tokens}."
+    )
 
 
 def _stream_budget(
@@ -62,13 +85,12 @@ def _stream_budget(
 ) -> tuple[int | None, str | None]:
     """Tokens per chunk if the batch is to be streamed, None if it is to run packed.
 
-    And what keeps a batch that is larger than `config.max_tree_tokens_per_chunk` from being streamed.
+    And what keeps a batch from being streamed, where the executor is chosen here.
     """
     device = batch.edges.target.device
-    is_above = batch.tree.tree_tokens > (config.max_tree_tokens_per_chunk or math.inf)
     if config.executor == "packed":
         _probed(model, config, ["packed"], device)
-        return None, "executor='packed'" if is_above else None
+        return None, "executor='packed'"
     obstacle = _streaming_obstacle(model, batch, config, return_router_loss)
     if config.executor == "streamed":
         if obstacle is not None:
@@ -80,7 +102,7 @@ def _stream_budget(
         obstacles = _probed(model, config, ["packed", *["streamed"] * (obstacle is None)], device)
         obstacle = obstacle or obstacles.get("streamed")
         if obstacle is not None:
-            return None, obstacle if is_above else None
+            return None, obstacle
     budget = token_budget(causal_lm(model), device, config.max_tree_tokens_per_chunk)
     streams = config.executor == "streamed" or batch.tree.tree_tokens > budget
     if is_sharded(model):  # all ranks do the same, because all must call the model equally often
@@ -124,7 +146,7 @@ def _streaming_obstacle(
 
 
 def _result(
-    batch: PreparedBatch, output: EdgeOutputs, return_entropy: bool, plan: ChunkPlan | None = None
+    batch: PreparedBatch, output: EdgeOutputs, plan: ChunkPlan | None, return_entropy: bool
 ) -> SequenceLogProbs:
     """plan: what was streamed, None for packed execution."""
     if plan is None:

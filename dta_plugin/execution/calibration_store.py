@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import platform
+import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,7 +65,7 @@ class Calibration:
         try:
             path = path or _cache_file(self.about)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+            _write(path, json.dumps(asdict(self), indent=2) + "\n")
         except OSError as error:
             raise InvalidInputError(
                 f"The calibration cannot be written: {error}. Give a file with --output, and to training as "
@@ -75,15 +77,54 @@ class Calibration:
     def load(cls, path: Path) -> Calibration:
         """Raises InvalidInputError for a file that is missing or not a calibration."""
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            return cls(
-                **fields | {"tree": SecondsPerFlop(**fields["tree"]), "dense": SecondsPerFlop(**fields["dense"])}
-            )
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            return cls._checked(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise InvalidInputError(
                 f"calibration={str(path)!r} cannot be read: {error}. Expected auto, off, or a file that `dta calibrate "
                 "--output` wrote."
             ) from error
+
+    @classmethod
+    def _checked(cls, fields: Any) -> Calibration:
+        """Raises ValueError, TypeError or KeyError for fields that are not those of a calibration."""
+        speeds = [SecondsPerFlop(**fields[name]) for name in ("tree", "dense")]
+        numbers = [x for rates in speeds for x in asdict(rates).values()] + [fields["error"]]
+        if not all(type(x) in (int, float) and math.isfinite(x) and x >= 0 for x in numbers):
+            raise ValueError("speeds that are no numbers from 0 on")
+        about = fields["about"]
+        if (
+            type(fields["dense_path"]) is not str
+            or type(about) is not dict
+            or any(isinstance(value, (dict, list)) for value in about.values())
+        ):
+            raise ValueError("dense_path is no text, or about is no flat object")
+        return cls(**fields | {"tree": speeds[0], "dense": speeds[1]})
+
+
+def check_writable(path: Path) -> None:
+    """Raises InvalidInputError where a file cannot be written at `path`; leaves none, and what is there as it is."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise InvalidInputError(
+            f"--output {path} cannot be written: {error}. Expected a file in a folder that is."
+        ) from error
+
+
+def _write(path: Path, text: str) -> None:
+    """All of it or nothing: other processes may be reading."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 # Looked up at a model's first call: by model, the option it was looked up with, and what was found.
@@ -149,7 +190,23 @@ def _autocast(device_type: str) -> str | None:
 def _look_up(option: str, model: PreTrainedModel) -> Calibration | None:
     if option == "off":
         return None
-    return find(model) if option == "auto" else Calibration.load(Path(option).expanduser())
+    if option == "auto":
+        return find(model)
+    found = Calibration.load(Path(option).expanduser())
+    here = describe(model)
+    differing = [
+        f"{name} {found.about.get(name)}, here {value}"
+        for name, value in here.items()
+        if found.about.get(name) != value
+    ]
+    if differing:
+        logger.warning(
+            "dta: %s is not used, FLOPs decide: it was measured with %s; run `dta calibrate` for this",
+            option,
+            "; ".join(differing),
+        )
+        return None
+    return found
 
 
 def _cache_file(about: dict[str, Any]) -> Path:

@@ -6,13 +6,13 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from dta_plugin.execution.host_memory import free_host_bytes
 from dta_plugin.models.introspection import is_checkpointed, say_guessed
 from dta_plugin.models.layers import attention_sizes
 from dta_plugin.models.sizes import feed_forward_numbers
@@ -23,13 +23,23 @@ log = logging.getLogger("dta_plugin")
 # Share of the free memory that activations may take. The rest is for gradients of parameters, the arena, and what the
 # estimate of `bytes_per_token` misses.
 _SHARE = 0.5
+# What RuntimeErrors say: the CPU's allocator (on Linux, on Windows), CUDA's runtime, cuBLAS.
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+# Of that, what is left for them where the LM head may keep more than there is.
+_LEAST_SHARE = 0.25
 _learned: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def token_budget(model: PreTrainedModel, device: torch.device, limit: int | None) -> int:
     """Tokens per chunk: what the user wants, or what free memory allows; less if that ran out of memory before."""
     if limit is None:
-        limit = int(_SHARE * free_bytes(device) - KEEP_BYTES) // bytes_per_token(model)
+        available = _SHARE * free_bytes(device)
+        limit = int(max(available - KEEP_BYTES, _LEAST_SHARE * available)) // bytes_per_token(model)
     return max(1, min(limit, _learned.get(model, limit)))
 
 
@@ -94,14 +104,16 @@ def _saved_elements(model: PreTrainedModel, recomputes: bool) -> int:
     return sum(per_layer) + feed_forward
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory could not be had, on a device or on the CPU."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
 def free_bytes(device: torch.device) -> int:
-    """Memory of the device, or of the machine, that can be had."""
+    """Memory of the device, or of the machine within this process's limits, that can be had."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 8 * 2**30
-    fields = dict(line.split(":", 1) for line in lines)
-    return int(fields["MemAvailable"].split()[0]) * 1024
+    return free_host_bytes()

@@ -74,13 +74,15 @@ def run_packed(
     return_entropy: bool = False,
     return_router_loss: bool = False,
     head_dtype: torch.dtype | None = None,
+    allow_nonfinite: bool = False,
 ) -> EdgeOutputs:
     """Log-probs of the scored edges, differentiable in all parameters of `model` (wrapped or not).
 
     head_dtype: dtype of the LM-head projection, None for the model's own. The router loss is the MoE load-balancing
     loss of the flat batch, exactly: every token counts with its multiplicity.
 
-    Raises UnsupportedError if an attention layer did not use the tree, InvalidInputError for NaN log-probs.
+    Raises UnsupportedError if an attention layer did not use the tree, InvalidInputError for log-probs that are not
+    finite, unless they are allowed.
     """
     base = causal_lm(model)
     install(base)
@@ -105,7 +107,8 @@ def run_packed(
     with tree_forward(base, forward):
         result = model(dta_inputs=model_inputs(layout, mask))
     check_every_layer_hit(base, mask)
-    check_finite(result["logprobs"], base)
+    if not allow_nonfinite:
+        check_finite(result["logprobs"], base)
     return EdgeOutputs(
         logprobs=result["logprobs"],
         entropies=result.get("entropies"),
@@ -163,5 +166,5 @@ def check_finite(logprobs: torch.Tensor, model: nn.Module) -> None:
     if bad:
         raise InvalidInputError(
             f"{type(model).__name__} gave {bad} NaN or infinite log-probs of {logprobs.numel()}. Expected finite "
-            "values; check the weights (a diverged run?), the learning rate and the dtype."
+            "values; check the weights (a diverged run?), the learning rate and the dtype; or on_nonfinite='pass'."
         )

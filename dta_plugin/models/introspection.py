@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 
 from dta_plugin.attention.self_check import Kind
 from dta_plugin.dtypes import compute_dtype
-from dta_plugin.errors import UnsupportedError
+from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.models.layers import attention_sizes, forward_has
 from dta_plugin.models.lm_head import LMHead
 from dta_plugin.models.sizes import counted_cost
@@ -95,9 +96,21 @@ def _applied(model: PreTrainedModel, name: str) -> Any:
 
 @contextmanager
 def tree_forward(model: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within the context, calls of `model` run ``forward(model, **kwargs)``."""
+    """Within the context, calls of `model` run ``forward(model, **kwargs)``.
+
+    Raises InvalidInputError where another thread is in such a context, or calls the model in this one.
+    """
+    thread, is_outermost = threading.get_ident(), model not in _users
+    if _users.setdefault(model, thread) != thread:
+        raise _used_elsewhere(model)
     own = model.__dict__.get("forward")
-    model.forward = types.MethodType(forward, model)
+
+    def guarded(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            raise _used_elsewhere(self)
+        return forward(self, *args, **kwargs)
+
+    model.forward = types.MethodType(guarded, model)
     try:
         yield
     finally:
@@ -105,6 +118,19 @@ def tree_forward(model: torch.nn.Module, forward: Callable[..., Any]) -> Iterato
             del model.forward
         else:
             model.forward = own
+        if is_outermost:
+            del _users[model]
+
+
+# The thread in whose `tree_forward` a model is.
+_users: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
+
+
+def _used_elsewhere(model: torch.nn.Module) -> InvalidInputError:
+    return InvalidInputError(
+        f"{type(model).__name__} is called while another thread runs it as a tree. Expected one thread per model at a "
+        "time: put a lock around its calls, or give each thread a model of its own."
+    )
 
 
 def is_checkpointed(model: torch.nn.Module) -> bool:

@@ -20,6 +20,7 @@ from dta_plugin.tree.fingerprints import Fingerprints
 from dta_plugin.tree.trie import PrefixTree
 
 _SHOWN_TOKENS = 64  # decoded on either side of a fork
+_MOST_BITS = 22  # of ids, to look up whether they are repeated
 _SAME_TEXT = 16  # characters that two branches must begin with to be called the same text
 
 
@@ -94,10 +95,16 @@ def find_forks(
     limit: only the first so many. run_length: tokens in a row that count as a repetition, a power of two; about four
     words, so 16 for subwords and 64 for bytes.
     """
+    ranked = rank_forks(tree, limit, run_length)
+    return [candidate.describe(tree, tokenizer, run_length) for candidate in ranked]
+
+
+def rank_forks(tree: PrefixTree, limit: int | None = None, run_length: int = 16) -> list[ForkCandidate]:
+    """What `find_forks` finds, in its order, not yet described."""
     if limit is not None and limit < 1:
         raise InvalidInputError(f"limit={limit}. Expected None or at least 1.")
     fingerprints = Fingerprints.from_tree(tree, run_length)
-    candidates = [_Candidate.from_fork(tree, fork, starts) for fork, starts in _branches_of_forks(tree).items()]
+    candidates = [ForkCandidate.from_fork(tree, fork, starts) for fork, starts in _branches_of_forks(tree).items()]
     candidates.sort(key=lambda candidate: -candidate.apart)
     best: list[int] = []  # heap of the `limit` highest repeated counts so far
     for candidate in candidates:
@@ -108,7 +115,20 @@ def find_forks(
         if limit is not None and len(best) > limit:
             heapq.heappop(best)
     candidates.sort(key=lambda candidate: (-candidate.repeated, -candidate.apart, candidate.depth))
-    return [candidate.describe(tree, tokenizer, run_length) for candidate in candidates[:limit]]
+    return candidates[:limit]
+
+
+def _of_repeated(ids: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Where `whole` is set, the tokens whose ids occur more than once, and few others.
+
+    Half of each id tells most of them apart; sorted, equal ones are neighbours. Only what is left is compared in full.
+    """
+    half = (ids >> np.uint64(32)).astype(np.uint32)[whole]
+    half.sort()
+    bits = min(_MOST_BITS, len(ids).bit_length() + 2)
+    is_repeated = np.zeros(1 << bits, dtype=bool)
+    is_repeated[half[1:][half[1:] == half[:-1]] >> np.uint32(32 - bits)] = True
+    return np.flatnonzero(is_repeated[ids >> np.uint64(64 - bits)] & whole)
 
 
 def _branches_of_forks(tree: PrefixTree) -> dict[int, np.ndarray]:
@@ -126,7 +146,7 @@ def _common_tokens(tree: PrefixTree, fork: int) -> int:
 
 
 @dataclass(slots=True)
-class _Candidate:
+class ForkCandidate:
     """A fork on its way to a `Fork`. starts: first layout index of each branch, largest branch first."""
 
     fork: int
@@ -138,7 +158,7 @@ class _Candidate:
     covered: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=bool))
 
     @classmethod
-    def from_fork(cls, tree: PrefixTree, fork: int, starts: np.ndarray) -> _Candidate:
+    def from_fork(cls, tree: PrefixTree, fork: int, starts: np.ndarray) -> ForkCandidate:
         sizes = tree.exit[starts] - starts
         order = np.argsort(-sizes, kind="stable")
         return cls(fork, _common_tokens(tree, fork), starts[order], sizes[order], int(sizes.sum() - sizes.max()))
@@ -149,15 +169,16 @@ class _Candidate:
             return
         start = int(self.starts.min())
         below = slice(start, start + int(self.sizes.sum()))
-        rank = np.empty(below.stop - start, dtype=np.int64)
-        for position, (first, size) in enumerate(zip(self.starts - start, self.sizes, strict=True)):
-            rank[first : first + size] = position
         whole = tree.depth[below] >= self.depth + fingerprints.length - 1  # the run lies behind the fork
-        _, group = np.unique(fingerprints.ids[below][whole], return_inverse=True)
-        smallest = np.full(len(group), len(self.starts), dtype=np.int64)
-        np.minimum.at(smallest, group, rank[whole])
-        ends = np.zeros(len(rank), dtype=bool)
-        ends[whole] = smallest[group] < rank[whole]
+        ids = fingerprints.ids[below]
+        tokens = _of_repeated(ids, whole)
+        by_place = np.argsort(self.starts)
+        rank = by_place[np.searchsorted(self.starts[by_place], start + tokens, side="right") - 1]
+        _, group = np.unique(ids[tokens], return_inverse=True)
+        smallest = np.full(len(tokens), len(self.starts), dtype=np.int64)
+        np.minimum.at(smallest, group, rank)
+        ends = np.zeros(len(ids), dtype=bool)
+        ends[tokens] = smallest[group] < rank
         self.covered = fingerprints.covered(ends, start)
         self.repeated = int(self.covered.sum())
 

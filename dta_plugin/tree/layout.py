@@ -3,6 +3,8 @@
 A log-prob belongs to an *edge*: token t given its ancestors, read from the hidden state of ``parent[t]``. A fork's
 last token is one LM-head row with one edge per child, and an edge shared by many sequences is computed once; its
 gradient is the sum over those sequences, taken in the log-probs' own precision (float32 or float64).
+
+Memory: a map of 8 bytes per flat token, 24 per scored tree token, and about as much again while it is made.
 """
 
 from __future__ import annotations
@@ -92,22 +94,30 @@ class ScoredEdges:
 
         temperatures: one per sequence, None if all have the same.
         """
-        is_scored = _scored_mask(tree, scored)
-        is_first = np.zeros(tree.flat_tokens, dtype=bool)
-        is_first[tree.offsets[:-1]] = True
-        is_scored &= ~is_first
-
         values, kind_of_token = _temperature_kinds(tree, temperatures)
         kinds = len(values)
-        keys = tree.paths * kinds + kind_of_token  # a place in the layout and a temperature
+        is_scored = _scored_mask(tree, scored)
+        inner = np.ones(tree.flat_tokens, dtype=bool)
+        inner[tree.offsets[:-1]] = False
+        is_scored = is_scored[inner]
+        keys = tree.paths[inner]  # a place in the layout and a temperature
+        if kinds > 1:
+            keys = keys * kinds + kind_of_token[inner]
         is_edge = np.zeros(tree.tree_tokens * kinds, dtype=bool)
-        is_edge[keys[is_scored]] = True
-        target, kind_of_edge = np.divmod(np.flatnonzero(is_edge), kinds)
-        row_keys, row_of_edge = np.unique(tree.parent[target] * kinds + kind_of_edge, return_inverse=True)
-        rows, kind_of_row = np.divmod(row_keys, kinds)
-        edge_of_key = np.cumsum(is_edge) - 1
-        edge_of_token = np.where(is_scored, edge_of_key[keys], len(target))[~is_first]
-        temperature = None if temperatures is None else upload([values[kind_of_row]], device)[0]
+        is_edge[keys if is_scored.all() else keys[is_scored]] = True
+        target, kind_of_edge = _places(is_edge, kinds)
+        row_of_edge = tree.parent[target]
+        if kinds > 1:
+            row_of_edge = row_of_edge * kinds + kind_of_edge
+        is_row = np.zeros(tree.tree_tokens * kinds, dtype=bool)
+        is_row[row_of_edge] = True
+        rows, kind_of_row = _places(is_row, kinds)
+        row_of_edge = _ranks(is_row)[row_of_edge]
+        edge_of_token = _ranks(is_edge)[keys]
+        edge_of_token[~is_scored] = len(target)
+        temperature = (
+            None if temperatures is None else upload([values[np.broadcast_to(kind_of_row, rows.shape)]], device)[0]
+        )
         arrays = [x.astype(np.int64, copy=False) for x in (target, rows, row_of_edge, edge_of_token)]
         on_device = dict(zip(("target", "rows", "row_of_edge", "edge_of_token"), upload(arrays, device), strict=True))
         lengths = (np.diff(tree.offsets) - 1).tolist()
@@ -123,10 +133,23 @@ class ScoredEdges:
         return list(self.per_token(edge_values).split(self.lengths))
 
 
+def _places(flags: np.ndarray, kinds: int) -> tuple[np.ndarray, np.ndarray | int]:
+    """Layout indices and temperatures of the flags [T * kinds] that are set."""
+    places = np.flatnonzero(flags)
+    return np.divmod(places, kinds) if kinds > 1 else (places, 0)
+
+
+def _ranks(flags: np.ndarray) -> np.ndarray:
+    """Of every flag that is set, how many are set before it."""
+    ranks = np.cumsum(flags)
+    ranks -= 1
+    return ranks
+
+
 def _temperature_kinds(tree: PrefixTree, temperatures: Sequence[float] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct temperatures, float64, and per token of every sequence, int64 [N], which of them it has."""
+    """Distinct temperatures, float64, and int64 [N] which of them each token of a sequence has; empty without any."""
     if temperatures is None:
-        return np.ones(1), np.zeros(tree.flat_tokens, dtype=np.int64)
+        return np.ones(1), np.zeros(0, dtype=np.int64)
     if len(temperatures) != tree.num_sequences or min(temperatures) <= 0:
         raise InvalidInputError(
             f"Got temperatures={list(temperatures)} for {tree.num_sequences} sequences. Expected one above 0 for each."

@@ -2,14 +2,20 @@
 
 The tree is found from the tokens alone: sort the sequences, take the longest common prefix (LCP) of each
 neighbouring pair, and let every sequence contribute the tokens after its LCP. Sorted order *is* depth-first
-preorder, so those tails, concatenated, are the layout. Cost: O(N) array work plus one Python step per
-sequence; no Python object is made per token. A forest (no common first token) is simply a tree with several roots.
+preorder, so those tails, concatenated, are the layout. Cost: O(N) array work plus a few Python steps per sequence, or,
+where sequences are short and many, per position; no Python object is made per token. A forest (no common first token)
+is simply a tree with several roots.
+
+Memory: 8 bytes per flat token and 40 per tree token stay; while the tree is made, the ids and their sort keys need 20
+bytes per flat token besides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +25,8 @@ from dta_plugin.errors import InvalidInputError
 TokenSequence = Sequence[int] | torch.Tensor | np.ndarray
 
 _MAX_TOKEN = 2**32 - 1
+_SHORT = 64  # tokens per sequence on average: up to here, a Python step per sequence costs more than its tokens
+_MANY = 1024  # sequences, from which on that matters
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,38 +82,26 @@ class PrefixTree:
 
     @classmethod
     def _from_sorted(cls, rows: list[np.ndarray], order: np.ndarray, lcp: np.ndarray) -> PrefixTree:
-        lengths = np.array([len(row) for row in rows], dtype=np.int64)
-        starts = np.concatenate([[0], np.cumsum(lengths[order] - lcp)])
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        tails = lengths[order] - lcp
+        starts = np.concatenate([[0], np.cumsum(tails)])
         total = int(starts[-1])
-
-        tokens = np.concatenate([rows[s][lcp[rank] :] for rank, s in enumerate(order)])
-        parent = np.arange(-1, total - 1, dtype=np.int64)
-        depth = np.empty(total, dtype=np.int64)
-        exit_ = np.full(total, total, dtype=np.int64)
-        first_rank = np.repeat(np.arange(len(order)), lengths[order] - lcp)
-        last_rank = np.full(total, len(order), dtype=np.int64)
         offsets = np.concatenate([[0], np.cumsum(lengths)])
-        paths = np.empty(int(offsets[-1]), dtype=np.int64)
 
-        path = np.empty(int(lengths.max()), dtype=np.int64)  # layout indices of the current sequence
-        length = 0
-        for rank, s in enumerate(order):
-            shared, start, stop = lcp[rank], starts[rank], starts[rank + 1]
-            closed = path[shared:length]  # the previous sequence's tokens that this one does not pass through
-            exit_[closed] = start
-            last_rank[closed] = rank
-            length = lengths[s]
-            path[shared:length] = np.arange(start, stop)
-            depth[start:stop] = np.arange(shared, length)
-            if stop > start:
-                parent[start] = path[shared - 1] if shared else -1
-            paths[offsets[s] : offsets[s + 1]] = path[:length]
+        tokens = np.concatenate([rows[s][shared:] for s, shared in zip(order.tolist(), lcp.tolist(), strict=True)])
+        depth = np.arange(total)
+        depth -= np.repeat(starts[:-1] - lcp, tails)
+        found = _Paths(
+            np.arange(-1, total - 1), np.full(total, total), np.ones(total, np.int64), np.empty(offsets[-1], np.int64)
+        )
+        fill = _by_position if _are_short(rows) else _by_sequence
+        fill(found, lcp, lengths[order], starts, offsets[order])
+        parent, exit_ = found.parent, found.exit
 
         is_start = np.ones(total, dtype=bool)
         is_start[1:] = (exit_[1:] != exit_[:-1]) | (parent[1:] != np.arange(total - 1))
         node_start = np.append(np.flatnonzero(is_start), total)
-        multiplicity = last_rank - first_rank
-        return cls(tokens, parent, depth, exit_, multiplicity, node_start, paths, offsets, order)
+        return cls(tokens, parent, depth, exit_, found.multiplicity, node_start, found.paths, offsets, order)
 
     @property
     def num_sequences(self) -> int:
@@ -144,20 +140,99 @@ class PrefixTree:
         return int((lengths * (lengths + 1) // 2).sum())
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Paths:
+    """What a tree's paths decide, to be filled in; see PrefixTree. parent: as if every tail went on from the token
+    before it. exit: as if nothing ended before the layout does."""
+
+    parent: np.ndarray
+    exit: np.ndarray
+    multiplicity: np.ndarray
+    paths: np.ndarray
+
+
+def _by_sequence(found: _Paths, lcp: np.ndarray, lengths: np.ndarray, starts: np.ndarray, offsets: np.ndarray) -> None:
+    """Fill in `found` sequence by sequence. All but starts [S + 1] are [S], in depth-first order."""
+    path = np.empty(int(lengths.max()), dtype=np.int64)  # layout indices of the current sequence
+    first_rank = np.repeat(np.arange(len(lcp)), np.diff(starts))
+    found.multiplicity[:] = len(lcp)
+    length = start = 0
+    columns = (x.tolist() for x in (lcp, lengths, starts[1:], offsets))
+    for rank, (shared, end, stop, offset) in enumerate(zip(*columns, strict=True)):
+        closed = path[shared:length]  # the previous sequence's tokens that this one does not pass through
+        found.exit[closed] = start
+        found.multiplicity[closed] = rank
+        length = end
+        path[shared:length] = np.arange(start, stop)
+        if stop > start:
+            found.parent[start] = path[shared - 1] if shared else -1
+        found.paths[offset : offset + length] = path[:length]
+        start = stop
+    found.multiplicity[:] -= first_rank
+
+
+def _by_position(found: _Paths, lcp: np.ndarray, lengths: np.ndarray, starts: np.ndarray, offsets: np.ndarray) -> None:
+    """The same, position by position: of the sequences that reach it, those that share a token are neighbours."""
+    at = np.empty(len(lcp), dtype=np.int64)  # per sequence, layout index of its token at the position before
+    reach = np.arange(len(lcp))  # the sequences that have a token at this position
+    for position in range(int(lengths.max())):
+        reach = reach[lengths[reach] > position]
+        owners = np.flatnonzero(lcp[reach] <= position)  # the first sequence through each token
+        ranks = reach[owners]
+        token = starts[ranks] + position - lcp[ranks]
+        begins = lcp[ranks] == position
+        found.parent[token[begins]] = at[ranks[begins]] if position else -1
+        last = reach[np.append(owners[1:], len(reach)) - 1]
+        found.exit[token] = starts[last + 1]
+        found.multiplicity[token] = last + 1 - ranks
+        at[reach] = np.repeat(token, np.diff(np.append(owners, len(reach))))
+        found.paths[offsets[reach] + position] = at[reach]
+
+
 def token_rows(sequences: Iterable[TokenSequence]) -> list[np.ndarray]:
     """Sequences as int64 arrays. Raises InvalidInputError for what is no row of token ids."""
-    return [_as_token_array(sequence, index) for index, sequence in enumerate(sequences)]
+    rows = list(sequences)
+    return _rows_of_ints(rows) or [_as_token_array(sequence, index) for index, sequence in enumerate(rows)]
 
 
 def depth_first(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """int64 [S] row indices in lexicographic, that is depth-first, order; [S] tokens shared with the row before."""
     # Big-endian bytes compare like the integers they encode, and a prefix sorts before what extends it.
+    if _are_short(rows):
+        flat = np.concatenate(rows)
+        ends = np.cumsum(np.fromiter(map(len, rows), np.int64, len(rows)))
+        key, cuts = flat.astype(">u4").tobytes(), [0, *(4 * ends).tolist()]
+        keys = [key[start:stop] for start, stop in pairwise(cuts)]
+        order = np.array(sorted(range(len(rows)), key=keys.__getitem__), dtype=np.int64)
+        return order, _common_prefixes(flat, ends, order)
     keys = [row.astype(">u4").tobytes() for row in rows]
-    order = sorted(range(len(rows)), key=keys.__getitem__)
-    lcp = np.zeros(len(rows), dtype=np.int64)
-    for rank in range(1, len(order)):
-        lcp[rank] = _common_prefix(rows[order[rank - 1]], rows[order[rank]])
-    return np.array(order, dtype=np.int64), lcp
+    order = np.array(sorted(range(len(rows)), key=keys.__getitem__), dtype=np.int64)
+    neighbours = zip(order[:-1].tolist(), order[1:].tolist(), strict=True)
+    lcp = [0, *(_common_prefix(rows[before], rows[after]) for before, after in neighbours)]
+    return order, np.array(lcp[: len(rows)], dtype=np.int64)
+
+
+def _are_short(rows: Sequence[Any]) -> bool:
+    """Whether there are so many rows, and so short ones, that a step per position is cheaper than one per row."""
+    if len(rows) < _MANY or max(map(len, rows)) > len(rows) // 8:
+        return False
+    return sum(map(len, rows)) <= _SHORT * len(rows)
+
+
+def _rows_of_ints(rows: list[TokenSequence]) -> list[np.ndarray] | None:
+    """Many short lists as int64 arrays, converted at once; None for anything else, and for what is no token id."""
+    if set(map(type, rows)) != {list} or not _are_short(rows):
+        return None
+    if not all(rows) or set(map(type, chain.from_iterable(rows))) != {int}:
+        return None
+    try:
+        flat = np.fromiter(chain.from_iterable(rows), np.int64)
+    except OverflowError:
+        return None
+    if flat.min() < 0 or flat.max() > _MAX_TOKEN:
+        return None
+    ends = np.cumsum(np.fromiter(map(len, rows), np.int64, len(rows))).tolist()
+    return [flat[start:stop] for start, stop in pairwise([0, *ends])]
 
 
 def _as_token_array(sequence: TokenSequence, index: int) -> np.ndarray:
@@ -183,6 +258,22 @@ def _as_token_array(sequence: TokenSequence, index: int) -> np.ndarray:
             "remove padding and ignore-index values such as -100."
         )
     return row.astype(np.int64, copy=False)
+
+
+def _common_prefixes(flat: np.ndarray, ends: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """[S] tokens that each row of `flat` shares with the one before it in `order`, position by position."""
+    begins = np.append(0, ends[:-1])
+    shared = np.zeros(len(order), dtype=np.int64)
+    before, after = begins[order[:-1]], begins[order[1:]]
+    room = np.minimum((ends - begins)[order[:-1]], (ends - begins)[order[1:]])
+    pairs = np.arange(len(order) - 1)  # alike so far
+    for position in range(int(room.max(initial=0))):
+        pairs = pairs[room[pairs] > position]
+        pairs = pairs[flat[before[pairs] + position] == flat[after[pairs] + position]]
+        if not len(pairs):
+            break
+        shared[pairs + 1] += 1
+    return shared
 
 
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:

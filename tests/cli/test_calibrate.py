@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dta_plugin.cli import calibrate_command
+from dta_plugin.execution import calibration_store
 from dta_plugin.execution.calibration_store import Calibration
 from tests.cli.support import run_dta, save_config, save_model
 
@@ -43,7 +44,22 @@ def test_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     code, _, err = run_dta(capsys, "calibrate", "--model", folder, "--seconds", "0.1")
     assert code == 2 and "seconds=0.1. Expected at least 1" in err
     code, _, err = run_dta(capsys, "calibrate", "--model", folder, "--output", tmp_path / "no" / "speeds.json")
-    assert code == 2 and "there is no folder" in err
+    assert code == 2 and "speeds.json cannot be written: " in err
+    code, _, err = run_dta(capsys, "calibrate", "--model", folder, "--output", tmp_path)
+    assert code == 2 and "is a folder. Expected a file" in err
     monkeypatch.setattr(calibrate_command, "find_spec", lambda name: None)
     code, _, err = run_dta(capsys, "calibrate", "--model", folder, "--dense", "trl")
     assert code == 2 and "TRL is not installed" in err
+
+
+def test_the_table_is_printed_whatever_happens_to_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(calibration_store, "_write", full)
+    options = ("--seconds", "1", "--dense", "padded", "--output", tmp_path / "speeds.json")
+    code, out, err = run_dta(capsys, "calibrate", "--model", save_config(tmp_path / "model"), *options)
+    assert code == 2 and "No space left on device. Give a file" in err
+    assert "32 completions" in out and "ms per call" in out

@@ -108,6 +108,46 @@ def test_unusable_files_are_errors(content: str, tmp_path: Path) -> None:
         calibration_of(tiny_model("qwen3"), TreeConfig(calibration=str(file)))
 
 
+JUNK = {
+    "a nested speed": {"tree": {"call": [1], "linear": {}, "attention": 0, "head": 0}},
+    "text": {"error": "0.1"},
+    "not finite": {"error": float("nan")},
+    "a nested machine": {"about": {"model": {"deep": []}}},
+    "no machine": {"about": 3},
+    "another field": {"more": 1},
+}
+
+
+@pytest.mark.parametrize("what", JUNK)
+def test_junk_in_a_calibration_is_one_error(what: str, tmp_path: Path) -> None:
+    model = tiny_model("qwen3")
+    file = made_up(model, FAST, SLOW).save(tmp_path / "speeds.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | JUNK[what]))
+    with pytest.raises(InvalidInputError, match=r"speeds\.json' cannot be read: .*Expected auto, off, or a file"):
+        calibration_of(model, TreeConfig(calibration=str(file)))
+
+
+def test_a_file_for_another_model_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = made_up(tiny_model("qwen3", torch.bfloat16), FAST, SLOW).save(tmp_path / "speeds.json")
+    with caplog.at_level(logging.WARNING):
+        assert calibration_of(tiny_model("qwen3"), TreeConfig(calibration=str(file))) is None
+    assert "it was measured with dtype bfloat16, here float32; run `dta calibrate`" in caplog.text
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("qwen3")
+    file = made_up(model, FAST, SLOW).save(tmp_path / "own" / "speeds.json")
+    before = file.read_text()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        made_up(model, SLOW, FAST).save(file)
+    assert file.read_text() == before and list(file.parent.iterdir()) == [file]
+
+
 def test_unwritable_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuse(*_: object, **__: object) -> Path:
         raise PermissionError("read-only home")

@@ -185,6 +185,7 @@ class _Call:
                 return_entropy=self.compute_entropy,
                 return_router_loss=self.compute_aux_loss,
                 head_dtype=torch.float32 if getattr(self.trainer.args, "cast_lm_head_to_fp32", False) else None,
+                has_scaler=getattr(self.trainer.accelerator, "scaler", None) is not None,
             )
         if (outcome := latest_outcome(model)) is not None:
             state.notices.say_once(str(outcome))

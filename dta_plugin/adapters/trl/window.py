@@ -126,8 +126,9 @@ class Windows(TrainerCallback):
         if self._window is not None:
             raise InvalidInputError(
                 f"The optimizer would step while gradients of {len(self._window.waiting)} micro-batches wait for "
-                "the end of their accumulation window. Expected log-probs to be computed in every micro-step; the last "
-                "one was skipped: set merge_window='never'."
+                "the end of their accumulation window. Expected log-probs from the tree in every micro-step of it; the "
+                "last one had none: a micro-step was skipped, or `disable()` or other options came in between. Change "
+                "options between optimizer steps, or set merge_window='never'."
             )
 
     def begin(self, trainer: GRPOLike, micro_batch: MicroBatch, buffer: list[Inputs]) -> list[MicroBatch]:

@@ -119,6 +119,7 @@ class TreeEngine(FSDPEngineWithLMHead):
         )
         call = TreeCall(self.module, batch, rows, run.config)
         call.wants_entropy = bool(tu.get_non_tensor_data(micro_batch, "calculate_entropy", False))
+        call.has_scaler = getattr(self, "scaler", None) is not None
         call.verifies = run.config.verifies(self._dta_calls)
         try:
             with self._calling(call):

@@ -31,7 +31,7 @@ class TreeCall:
 
     def __init__(self, module: nn.Module, batch: PreparedBatch, rows: JaggedRows, config: TreeConfig) -> None:
         self.module, self.batch, self.rows, self.config = module, batch, rows, config
-        self.wants_entropy = self.verifies = False
+        self.wants_entropy = self.verifies = self.has_scaler = False
         self.verified: Difference | None = None
 
     def __call__(self, **_: Any) -> TreeOutputs:
@@ -39,7 +39,12 @@ class TreeCall:
         if self.verifies:
             self.verified = check_batch(self.module, self.batch, self.config, temperature)
         result = run_tree(
-            self.module, self.batch, self.config, temperature=temperature, return_entropy=self.wants_entropy
+            self.module,
+            self.batch,
+            self.config,
+            temperature=temperature,
+            return_entropy=self.wants_entropy,
+            has_scaler=self.has_scaler,
         )
         self.report = replace(result.report, pruned_tokens=self.rows.left_out)
         tensors = {"log_probs": self.rows.log_probs(result.logprobs)}

@@ -19,13 +19,14 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from dta_plugin.execution.memory import halve
+from dta_plugin.execution.memory import halve, is_out_of_memory
 from dta_plugin.execution.packed import EdgeOutputs, check_finite
 from dta_plugin.execution.ranks import is_sharded
 from dta_plugin.execution.streaming.chunk_plan import ChunkPlan
 from dta_plugin.execution.streaming.chunk_runner import Planner, StreamedJob
 from dta_plugin.execution.streaming.chunking import plan_chunks
 from dta_plugin.execution.streaming.gradient_sums import GradientSums
+from dta_plugin.execution.streaming.recomputation import Autocast
 from dta_plugin.execution.streaming.streamed_run import StreamedRun
 from dta_plugin.models.introspection import causal_lm, tree_forward
 from dta_plugin.tree.layout import ScoredEdges
@@ -42,6 +43,7 @@ def run_streamed(
     temperature: float = 1.0,
     return_entropy: bool = False,
     head_dtype: torch.dtype | None = None,
+    allow_nonfinite: bool = False,
     planner: Planner = plan_chunks,
 ) -> tuple[EdgeOutputs, ChunkPlan]:
     """Log-probs of the scored edges, differentiable in all parameters of `model` (wrapped or not), and the plan.
@@ -67,7 +69,8 @@ def run_streamed(
         with tree_forward(base, forward):  # one call, in which DDP looks for the parameters that outputs depend on
             result = model(dta_job=job)
         (run,), logprobs, entropies = runs, result["logprobs"], result["entropies"]
-    check_finite(logprobs, base)
+    if not allow_nonfinite:
+        check_finite(logprobs, base)
     outputs = EdgeOutputs(logprobs, entropies if return_entropy else None, None, "+".join(sorted(run.runner.backends)))
     return outputs, run.plan
 
@@ -92,7 +95,7 @@ def _first_pass(
         run = StreamedRun(job, budget, is_differentiable)
         try:
             return run, *run.forward()
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
             budget = _smaller(run, error)
 
 
@@ -105,8 +108,10 @@ def _backward_pass(
         try:
             sums = run.backward(grad_logprobs, grad_entropies)
             break
-        except torch.OutOfMemoryError as error:
-            if run.random.is_drawn:  # other random numbers than those of the log-probs that the caller has
+        except (RuntimeError, MemoryError) as error:
+            if run.random.is_drawn or not is_out_of_memory(
+                error
+            ):  # other random numbers than those of the log-probs that the caller has
                 raise
             budget = _smaller(run, error)
         run.forget()
@@ -119,8 +124,27 @@ def _backward_pass(
     return first.handed_out.gradients(first.inputs.edges(0), grad_logprobs, grad_entropies), sums
 
 
-def _smaller(run: StreamedRun, error: torch.OutOfMemoryError) -> int:
-    """The budget to begin anew with. Raises `error` where that is impossible."""
+def streamed_gradients(
+    job: StreamedJob,
+    budget: int,
+    autocast: Autocast,
+    grad_logprobs: torch.Tensor,
+    grad_entropies: torch.Tensor,
+) -> dict[str, torch.Tensor | None]:
+    """Gradients of the parameters by name, from those of log-probs and entropies [E] that were computed otherwise.
+
+    autocast: that of the pass which has computed them.
+    """
+    with torch.no_grad(), autocast.entered():
+        run, *_ = _first_pass(job, budget, is_differentiable=False)
+    _, sums = _backward_pass(run, grad_logprobs, grad_entropies)
+    return dict(zip(run.parameters, sums.hand_out(run.parameters), strict=True))
+
+
+def _smaller(run: StreamedRun, error: Exception) -> int:
+    """The budget to begin anew with. Raises `error` where that is impossible, or where it is another one."""
+    if not is_out_of_memory(error):
+        raise error
     if run.job.is_sharded:
         raise torch.OutOfMemoryError(
             f"Out of memory with {run.budget} tokens per chunk. One rank cannot begin anew alone where FSDP2 shards "

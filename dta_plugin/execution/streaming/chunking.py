@@ -117,8 +117,9 @@ class _TreeCutter:
         groups: list[tuple[int, int, list[int]]] = []
         for rank, child in enumerate(subtrees):
             if groups and groups[0][0] + self.size[child] <= self.budget:
-                used, first, group = heapq.heappop(groups)
-                heapq.heappush(groups, (used + self.size[child], first, [*group, child]))
+                used, first, group = groups[0]
+                group.append(child)
+                heapq.heapreplace(groups, (used + self.size[child], first, group))
             else:
                 heapq.heappush(groups, (self.size[child], rank, [child]))
         return [group for _, _, group in sorted(groups)]

@@ -188,3 +188,15 @@ def test_other_rows_than_were_buffered_are_an_error() -> None:
     opened.micro_batches, opened.waiting = [first, first], [torch.zeros(1, 2)]
     with pytest.raises(InvalidInputError, match=r"Micro-batch 2 of 2 .* merge_window='never'"):
         opened.take(torch.nn.Linear(1, 1), second, is_last=True)
+
+
+@pytest.mark.parametrize(("name", "value"), [("use_dta", False), ("dta_verify", "first")])
+def test_options_that_change_inside_a_window(model: str, tmp_path: Path, name: str, value: Any) -> None:
+    class ChangingTrainer(TreeGRPOTrainer):
+        def _compute_loss(self, model: Any, inputs: Any) -> Any:
+            if self._step == 3:
+                setattr(self.args, name, value)
+            return super()._compute_loss(model, inputs)
+
+    with pytest.raises(InvalidInputError, match=r"or `disable\(\)` or other options came in between"):
+        train(model, tmp_path, ChangingTrainer, TreeGRPOConfig, **SMALL, **ALWAYS)

@@ -208,9 +208,10 @@ def test_an_error_inside_a_chunk_leaves_no_gradient_behind(monkeypatch: pytest.M
 def test_auto_streams_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     per_token = memory.bytes_per_token(model)
+    monkeypatch.setattr(memory, "KEEP_BYTES", 0)
 
     def executor(tokens_that_fit: int, config: TreeConfig | None = None) -> str:
-        free = (tokens_that_fit + 0.5) * per_token + memory.KEEP_BYTES
+        free = (tokens_that_fit + 0.5) * per_token
         monkeypatch.setattr(memory, "free_bytes", lambda _: free / memory._SHARE)
         report = dta_plugin.sequence_logprobs(model, BRANCHED, config).report
         limit = config.max_tree_tokens_per_chunk if config else None
