@@ -88,7 +88,8 @@ class PrefixSharing:
     calls, shared_calls, flat_tokens, tree_tokens: counted since the handle was made; tokens of shared calls only.
     cached_calls: those that read a cache or ask for one, as generation does.
     padding_reader: who may read the hidden states of padding, in words; then padded rows take the model's own path.
-    reads_caches: whether callers in evaluation mode may want a cache that they did not ask for.
+    reads_caches: whether callers in evaluation mode may want a cache that they did not ask for. is_paused: calls take
+    the model's own path for now, and are not counted.
     """
 
     def __init__(self) -> None:
@@ -97,6 +98,7 @@ class PrefixSharing:
         self.reason = ""
         self.padding_reader: str | None = None
         self.reads_caches = True
+        self.is_paused = False
         self.calls = self.cached_calls = self.shared_calls = self.flat_tokens = self.tree_tokens = 0
         self._decoder: PreTrainedModel | None = None
         self._hooks: list[RemovableHandle] = []
@@ -135,13 +137,13 @@ class PrefixSharing:
 
     def look_at_labels(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """In front of the whole model: a loss that reads padding needs what the model's own path has there."""
-        obstacle = padding_obstacle(model, named_arguments(model, args, kwargs))
+        obstacle = None if self.is_paused else padding_obstacle(model, named_arguments(model, args, kwargs))
         return None if obstacle is None else (args, kwargs | {"dta_own_path": obstacle})
 
     def merge(self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """In front of the decoder: rows to one packed tree."""
         arguments = named_arguments(decoder, args, kwargs)
-        if "dta_tree" in arguments:  # merged already, by an executor
+        if "dta_tree" in arguments or self.is_paused:  # merged already, by an executor
             return None
         self.calls += 1
         self.cached_calls += bool(arguments.get("use_cache")) or arguments.get("past_key_values") is not None

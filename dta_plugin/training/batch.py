@@ -69,7 +69,7 @@ class RowBatch:
     @property
     def most_scored(self) -> int:
         """The most tokens from a completion's beginning to its row's end."""
-        return max(len(row) - first for row, first in zip(self.sequences, self.prompt_lengths, strict=True))
+        return max(0, *(len(row) - first for row, first in zip(self.sequences, self.prompt_lengths, strict=True)))
 
     @property
     def groups(self) -> list[int]:

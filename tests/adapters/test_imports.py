@@ -8,6 +8,8 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
+import pytest
+
 # In a fresh process: names of what is there before and after every module has been imported.
 _CODE = """
 import pkgutil, sys
@@ -67,6 +69,7 @@ def test_importing_changes_nothing() -> None:
     assert is_same == "True" and int(count) > 130
 
 
+@pytest.mark.long
 def test_negative_control() -> None:
     """What turns the plugin on is seen."""
     entry = "import dta_plugin.adapters.verl" if find_spec("verl") else "dta_plugin.enable()"

@@ -312,6 +312,7 @@ print(*(p.grad.double().norm().item() for p in model.parameters()))
 """
 
 
+@pytest.mark.long
 def test_a_process_limited_to_600_megabytes() -> None:
     def run(limit: int) -> list[str]:
         command = [sys.executable, "-c", _LIMITED, str(limit)]

@@ -45,6 +45,8 @@ _MASKED_NOW = (
     ),
 )
 _OF_ANY_RELEASE = (*_LIBRARIES, "trl.")
+# Losses of DPO that compare the pairs of a micro-batch with each other, or are means over its tokens.
+_OVER_BATCHES = {"aot", "aot_pair", "aot_unpaired", "sft"}
 _METHODS = (
     "training_step",
     "_prepare_inputs",
@@ -76,24 +78,38 @@ def sharing_while_it_trains(trainer: Trainer, config: TreeConfig) -> Iterator[No
     head = foreign_method(causal_lm(cast(TrainerLike, trainer).model), ("forward",), _OF_ANY_RELEASE)
     foreign = head or foreign_method(trainer, _METHODS, _masked())
     is_known = head is None and foreign_method(trainer, _METHODS, _MASKED) is None
-    is_of_siblings = isinstance(trainer, _OF_SIBLINGS) and is_known
+    is_of_siblings = isinstance(trainer, _OF_SIBLINGS) and is_known and not _reads_batches(trainer)
     mixin = SiblingBatchesMixin if is_of_siblings else SharedPrefixesMixin
     settings = {
         "__module__": own.__module__,
         "__qualname__": own.__qualname__,
         "tree_config": _applicable(trainer, config),
-        "padding_reader": _padding_reader(trainer, foreign),
+        "_dta_padding_reader": _padding_reader(trainer, foreign),
         # None of TRL's own wants a cache that it did not ask for.
-        "reads_caches": foreign_method(trainer, _METHODS, _OF_ANY_RELEASE) is not None,
+        "_dta_reads_caches": foreign_method(trainer, _METHODS, _OF_ANY_RELEASE) is not None,
+        "_dta_only_in_steps": True,
     }
-    trainer.__class__ = type(own.__name__, (mixin, own), settings)
+    try:
+        trainer.__class__ = type(own.__name__, (mixin, own), settings)
+    except Exception as error:  # of a class that does not let itself be extended
+        say(f"use_dta does nothing for this {own.__name__}, which cannot be extended: {error}", logging.WARNING)
+        yield
+        return
     shared = cast(SharedPrefixesMixin, trainer)
     try:
-        shared._begin_sharing()
+        shared._dta_begin()
         yield
     finally:
-        shared._end_sharing()
+        shared._dta_end()
         trainer.__class__ = own
+
+
+def _reads_batches(trainer: Trainer) -> bool:
+    """Whether the loss depends on which rows are in a batch together, or may: then batches stay as they are."""
+    losses = getattr(trainer, "loss_type", None) or ()
+    of_pairs = {losses} if isinstance(losses, str) else set(losses)
+    has_own_loss = getattr(trainer, "compute_loss_func", None) is not None
+    return has_own_loss or getattr(trainer, "aux_loss_enabled", False) or bool(of_pairs & _OVER_BATCHES)
 
 
 def _masked() -> tuple[str, ...]:

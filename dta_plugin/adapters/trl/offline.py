@@ -46,12 +46,12 @@ class SiblingBatchesMixin(SharedPrefixesMixin):
         obstacle = settings_obstacle(trainer)
         if obstacle is not None:
             raise InvalidInputError(f"Prefixes cannot be shared: {obstacle}.")
-        self._begin_sharing()
+        self._dta_begin()
 
     def get_train_dataloader(self) -> DataLoader:
         reason = _order_obstacle(self, self.train_dataset)  # type: ignore[attr-defined]
         if reason is not None:
-            self._say(f"batches are the trainer's own, siblings may be apart, because {reason}", logging.WARNING)
+            self._dta_say(f"batches are the trainer's own, siblings may be apart, because {reason}", logging.WARNING)
         return super().get_train_dataloader()  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -25,34 +26,42 @@ _NOTHING = (0, 0, 0, 0)
 
 
 class SharedPrefixesMixin:
-    """Goes before a trainer in the bases; `_begin_sharing` switches it on.
+    """Goes before a trainer in the bases; `_dta_begin` switches it on.
 
-    tree_config: see `share_prefixes`. padding_reader, reads_caches: see `PrefixSharing`; of all models of the trainer.
+    tree_config: see `share_prefixes`. _dta_padding_reader, _dta_reads_caches: see `PrefixSharing`; of all models of the
+    trainer. _dta_only_in_steps: nothing is shared outside of `training_step` and `prediction_step`, where callbacks and
+    others call the model. (The class may be in front of anybody's: names that begin with _dta_ are no user's.)
     """
 
     tree_config = TreeConfig()
-    padding_reader: str | None = None
-    reads_caches = True
+    _dta_padding_reader: str | None = None
+    _dta_reads_caches = True
+    _dta_only_in_steps = False
     model: Any
-    _counted: tuple[int, ...] = _NOTHING
+    _dta_counted: tuple[int, ...] = _NOTHING
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._count("eval_")
-        loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        self._count("")
+        self._dta_count("eval_")
+        with self._dta_step():
+            loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        self._dta_count("")
         report = self._sharing.report
         if report is not None:
-            self._say(str(report), topic="first shared step")
+            self._dta_say(str(report), topic="first shared step")
         else:
-            self._say(f"the model's own path: {self._sharing.reason}", logging.WARNING)
+            self._dta_say(f"the model's own path: {self._sharing.reason}", logging.WARNING)
         return loss
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._dta_step():
+            return super().prediction_step(*args, **kwargs)  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The trainer's own entry, with the counts of all calls of the model since the last one."""
         prefix = "" if self.model.training else "eval_"
-        self._count(prefix)
-        calls, shared, flat, tree = self._since[prefix]
-        self._since[prefix] = _NOTHING
+        self._dta_count(prefix)
+        calls, shared, flat, tree = self._dta_since[prefix]
+        self._dta_since[prefix] = _NOTHING
         if calls:
             logs[f"{prefix}dta/dense_fallback"] = 1 - shared / calls
             if shared:
@@ -64,43 +73,58 @@ class SharedPrefixesMixin:
     def call_model_init(self, *args: Any, **kwargs: Any) -> Any:
         model = super().call_model_init(*args, **kwargs)  # type: ignore[misc]
         if "_sharing" in self.__dict__:  # training begins with a new model
-            self._sharing = self._share(model, self.tree_config)
-            self._counted = _NOTHING
+            self._sharing = self._dta_share(model, self.tree_config)
+            self._dta_counted = _NOTHING
         return model
 
-    def _begin_sharing(self) -> None:
+    def _dta_begin(self) -> None:
         """All models of the trainer share from now on: the one that is trained, references, teachers, rewards."""
-        self._begun: list[PrefixSharing] = []
-        self._sharing = self._share(self.model, self.tree_config)
-        self._counted = _NOTHING
-        self._since: dict[str, tuple[int, ...]] = {"": _NOTHING, "eval_": _NOTHING}  # since the last entry
+        self._dta_begun: list[PrefixSharing] = []
+        self._sharing = self._dta_share(self.model, self.tree_config)
+        self._dta_counted = _NOTHING
+        self._dta_since: dict[str, tuple[int, ...]] = {"": _NOTHING, "eval_": _NOTHING}  # since the last entry
         for model in models_of(self):
             if causal_lm(model) is not causal_lm(self.model):
-                self._share(model, replace(self.tree_config, on_unsupported="dense"))
+                self._dta_share(model, replace(self.tree_config, on_unsupported="dense"))
 
-    def _end_sharing(self) -> None:
+    def _dta_end(self) -> None:
         """Back to the models' own paths, but for those that shared before."""
-        for sharing in self._begun:
+        for sharing in self._dta_begun:
             sharing.remove()
 
-    def _share(self, model: nn.Module, config: TreeConfig) -> PrefixSharing:
+    def _dta_share(self, model: nn.Module, config: TreeConfig) -> PrefixSharing:
         before = handle_of(decoder_of(causal_lm(model)))
+        if before is not None and self._dta_only_in_steps:  # somebody's own, who has chosen how
+            return before
         sharing = share_prefixes(model, config)
         if before is None:
-            sharing.padding_reader, sharing.reads_caches = self.padding_reader, self.reads_caches
-            self._begun.append(sharing)
+            sharing.padding_reader, sharing.reads_caches = self._dta_padding_reader, self._dta_reads_caches
+            sharing.is_paused = self._dta_only_in_steps
+            self._dta_begun.append(sharing)
         return sharing
 
-    def _count(self, prefix: str) -> None:
+    @contextmanager
+    def _dta_step(self) -> Iterator[None]:
+        """Within the context the models share."""
+        begun = self._dta_begun if self._dta_only_in_steps else []
+        for sharing in begun:
+            sharing.is_paused = False
+        try:
+            yield
+        finally:
+            for sharing in begun:
+                sharing.is_paused = True
+
+    def _dta_count(self, prefix: str) -> None:
         """What the model was called with since the last count belongs to training, or to an evaluation."""
         sharing = self._sharing
         calls = sharing.calls - sharing.cached_calls
         counts = (calls, sharing.shared_calls, sharing.flat_tokens, sharing.tree_tokens)
-        sums = zip(self._since[prefix], counts, self._counted, strict=True)
-        self._since[prefix] = tuple(total + now - before for total, now, before in sums)
-        self._counted = counts
+        sums = zip(self._dta_since[prefix], counts, self._dta_counted, strict=True)
+        self._dta_since[prefix] = tuple(total + now - before for total, now, before in sums)
+        self._dta_counted = counts
 
-    def _say(self, message: str, level: int = logging.INFO, topic: str | None = None) -> None:
+    def _dta_say(self, message: str, level: int = logging.INFO, topic: str | None = None) -> None:
         trainer = cast(TrainerLike, self)
         TreeState.for_trainer(trainer, self.tree_config).notices.say_once(message, topic, level)
 

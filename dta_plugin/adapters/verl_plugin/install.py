@@ -29,6 +29,7 @@ from dta_plugin.training.notices import say
 
 _BALANCE = "dta_plugin.adapters.verl_plugin.balance"
 _OUR_ENGINE = "dta_plugin.adapters.verl_plugin.engine"
+_OUR_CRITIC = "dta_plugin.adapters.verl_plugin.critic"
 
 _installed = False
 
@@ -40,7 +41,8 @@ def install() -> None:
         return
     found = checked_version()
     when_imported(_OUR_ENGINE, _register_engine)
-    when_imported(ENGINE, _import_our_engine)
+    when_imported(_OUR_CRITIC, _register_critic)
+    when_imported(ENGINE, _import_our_engines)
     when_imported(WORKERS, _pass_options_on)
     trainers.watch()
     balances = find_spec(_BALANCE) is not None
@@ -59,14 +61,23 @@ def install() -> None:
         say(f"{line}; ranks get the rows that verl deals out: {unreached}", logging.WARNING)
 
 
-def _import_our_engine(_: ModuleType) -> None:
+def _import_our_engines(_: ModuleType) -> None:
     check_engine_module()
-    import_module(_OUR_ENGINE)  # it may have begun this import, and goes on after it
+    for ours in (_OUR_ENGINE, _OUR_CRITIC):
+        import_module(ours)  # it may have begun this import, and goes on after it
 
 
 def _register_engine(module: ModuleType) -> None:
-    critic = import_module("dta_plugin.adapters.verl_plugin.critic").TreeCriticEngine
-    import_module("dta_plugin.adapters.verl_plugin.registry").register(module.TreeEngine, critic)
+    from dta_plugin.adapters.verl_plugin.registry import extend_functions, register
+
+    register("language_model", module.TreeEngine)
+    extend_functions()
+
+
+def _register_critic(module: ModuleType) -> None:
+    from dta_plugin.adapters.verl_plugin.registry import register
+
+    register("value_model", module.TreeCriticEngine)
 
 
 def _pass_options_on(module: ModuleType) -> None:

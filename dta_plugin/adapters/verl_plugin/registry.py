@@ -19,20 +19,20 @@ except ImportError:  # verl 0.8, whose registry has no vendors: an entry for a d
     get_vendor = None
 
 
-def register(engine: type, critic: type) -> None:
-    """Put them in the place of verl's FSDP engines for language and value models.
+def register(kind: str, engine: type) -> None:
+    """Put an engine in the place of verl's FSDP engine for that kind of model, such as "language_model"."""
+    if get_vendor is None:
+        for strategy in STRATEGIES:
+            EngineRegistry._engines[kind][strategy][get_device_name()] = engine
+    else:
+        # As EngineRegistry.get_engine_cls does; the two variables are verl's own.
+        device = os.getenv("VERL_ENGINE_DEVICE") or get_device_name()
+        vendor = os.getenv("VERL_ENGINE_VENDOR") or get_vendor()
+        EngineRegistry.register(kind, list(STRATEGIES), device=device, vendor=vendor)(engine)
 
-    Micro-batches then follow plans, and losses weights.
-    """
-    for kind, ours in (("language_model", engine), ("value_model", critic)):
-        if get_vendor is None:
-            for strategy in STRATEGIES:
-                EngineRegistry._engines[kind][strategy][get_device_name()] = ours
-        else:
-            # As EngineRegistry.get_engine_cls does; the two variables are verl's own.
-            device = os.getenv("VERL_ENGINE_DEVICE") or get_device_name()
-            vendor = os.getenv("VERL_ENGINE_VENDOR") or get_vendor()
-            EngineRegistry.register(kind, list(STRATEGIES), device=device, vendor=vendor)(ours)
+
+def extend_functions() -> None:
+    """From now on micro-batches follow plans, and losses weights."""
     module: Any = transformer_impl
     module.prepare_micro_batches = as_planned(module.prepare_micro_batches)
     weighted_loss.install()

@@ -86,6 +86,7 @@ def identical_weights(a: Result, b: Result) -> bool:
     return all(torch.equal(weight, b.run.weights[name]) for name, weight in a.run.weights.items())
 
 
+@pytest.mark.long
 def test_trl_command(site: Site, stock: Result) -> None:
     """The unmodified `trl grpo` with three lines at the end of its YAML."""
     recipe = site.yaml(
@@ -111,6 +112,7 @@ def test_trl_command(site: Site, stock: Result) -> None:
     assert_equal(stock.run, as_run(logs, stock.run.start, {name: w.detach() for name, w in weights.items()}))
 
 
+@pytest.mark.long
 def test_without_the_flag_nothing_changes(site: Site, stock: Result) -> None:
     result = site.train("absent", "python", *LAUNCHER, SCRIPT, *site.options())
     assert_stock(result, stock)

@@ -20,6 +20,7 @@ from transformers import (
     DataCollatorWithPadding,
     Qwen3ForCausalLM,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
@@ -35,6 +36,7 @@ from dta_plugin.sharing.padded import PaddedBatch
 from tests.adapters.trl.all_trainers import RECIPES, STEPS, build, texts, trainers_of_trl
 from tests.adapters.trl.support import TOLERANCE, Run, difference, enabled, moved, tokenizer
 from tests.adapters.trl.trainer_table import HOOK, NOT_RUN, REFUSED, SIBLINGS, Outcome, compare, row, run
+from tests.support.models import tiny_model
 
 PAGE = Path(__file__).parents[3] / "docs" / "trainers.md"
 ALL = trainers_of_trl()
@@ -256,3 +258,48 @@ def test_other_models_are_left_alone(kind: str, tmp_path: Path) -> None:
     make, reason = OTHER_MODELS[kind]
     trainer = Trainer(make(), TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]), train_dataset=texts())
     assert reason in str(every_trainer.sharing_obstacle(trainer))
+
+
+class Decoding(TrainerCallback):
+    """Decodes by hand with a cache that the config's `use_cache` gives, as a user's own logging does."""
+
+    def __init__(self) -> None:
+        self.tokens: list[list[int]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model, past = kwargs["model"], None
+        model.eval()
+        ids, found = torch.tensor([[5, 6, 7], [5, 6, 8]]), []
+        with torch.no_grad():
+            for _ in range(4):
+                output = model(input_ids=ids, past_key_values=past)
+                ids, past = output.logits[:, -1:].argmax(-1), output.past_key_values
+                found += ids.flatten().tolist()
+        model.train()
+        self.tokens.append(found)
+
+
+class CountingTrainer(Trainer):
+    """Has methods of its own under names that a mixin might take."""
+
+    def _count(self, inputs: dict[str, Any]) -> int:
+        return len(inputs["input_ids"])
+
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        assert self._count(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def test_what_others_call_within_a_training_is_stock(tmp_path: Path) -> None:
+    rows = [{"input_ids": [1, 2, 3, 4 + i], "labels": [1, 2, 3, 4 + i]} for i in range(4)]
+    tokens, shared = [], []
+    for flag in (False, True):
+        model, callback = tiny_model("qwen3"), Decoding()
+        model.config.use_cache = True
+        args = TrainingArguments(str(tmp_path), per_device_train_batch_size=4, max_steps=2, logging_steps=1)
+        trainer = CountingTrainer(model, args, train_dataset=rows, callbacks=[callback])
+        with enabled() if flag else nullcontext():
+            trainer.train()
+        tokens.append(callback.tokens)
+        shared.append(any("dta/tree_tokens" in entry for entry in trainer.state.log_history))
+    assert tokens[0] == tokens[1] and shared == [False, True]

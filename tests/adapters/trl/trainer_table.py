@@ -88,7 +88,7 @@ def compare(trainer_class: type[Trainer], model: str, output: Path, **options: A
     if mixin.is_of_siblings:
         stock._get_train_sampler = lambda dataset=None: sibling_sampler(stock, stock.train_dataset)
     how, reason = _kind(trainer, mixin.is_of_siblings)
-    models = [(sharing.calls, sharing.shared_calls) for sharing in vars(trainer).get("_begun", [])]
+    models = [(sharing.calls, sharing.shared_calls) for sharing in vars(trainer).get("_dta_begun", [])]
     return Outcome(how, reason, models, run(stock), flagged)
 
 

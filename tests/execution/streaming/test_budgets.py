@@ -53,6 +53,7 @@ def test_long_paths(family: str, budget: int) -> None:
         check(family, sequences, [budget])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", WIDE)
 def test_fan_out_1000(name: str) -> None:
     check("qwen3", WIDE[name], [300])
