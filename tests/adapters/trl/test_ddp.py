@@ -10,6 +10,8 @@ from tests.adapters.trl.support import Run, assert_equal
 from tests.adapters.trl.test_regroup import EXTREMES, TOKEN_MEANS
 from tests.support.ranks import under_torchrun
 
+pytestmark = pytest.mark.long  # two processes each time
+
 Runs = dict[str, tuple[Run, Run]]
 
 

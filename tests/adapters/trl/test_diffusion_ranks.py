@@ -18,6 +18,8 @@ from tests.adapters.trl.diffusion_ranks import CASES
 from tests.recipes.test_trl import launcher_environment
 from tests.support.ranks import REPOSITORY, free_port
 
+pytestmark = pytest.mark.long  # two processes each time
+
 WRAPPERS = {"ddp": {}, "fsdp2": launcher_environment("fsdp2", "--mixed_precision", "no")}
 
 
