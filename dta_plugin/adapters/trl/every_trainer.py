@@ -45,8 +45,11 @@ _MASKED_NOW = (
     ),
 )
 _OF_ANY_RELEASE = (*_LIBRARIES, "trl.")
-# Losses of DPO that compare the pairs of a micro-batch with each other, or are means over its tokens.
-_OVER_BATCHES = {"aot", "aot_pair", "aot_unpaired", "sft"}
+# Losses of DPO and SFT known to have terms of one pair or token. Others, such as aot, compare pairs of a micro-batch.
+_OF_ROWS = {
+    *("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "sppo_hard"),
+    *("apo_zero", "apo_down", "discopop", "nll", "chunked_nll", "dft"),
+}
 _METHODS = (
     "training_step",
     "_prepare_inputs",
@@ -106,10 +109,10 @@ def sharing_while_it_trains(trainer: Trainer, config: TreeConfig) -> Iterator[No
 
 def _reads_batches(trainer: Trainer) -> bool:
     """Whether the loss depends on which rows are in a batch together, or may: then batches stay as they are."""
-    losses = getattr(trainer, "loss_type", None) or ()
-    of_pairs = {losses} if isinstance(losses, str) else set(losses)
+    given = getattr(trainer.args, "loss_type", None) or ()
+    losses = {given} if isinstance(given, str) else set(given)
     has_own_loss = getattr(trainer, "compute_loss_func", None) is not None
-    return has_own_loss or getattr(trainer, "aux_loss_enabled", False) or bool(of_pairs & _OVER_BATCHES)
+    return has_own_loss or getattr(trainer, "aux_loss_enabled", False) or not losses <= _OF_ROWS
 
 
 def _masked() -> tuple[str, ...]:

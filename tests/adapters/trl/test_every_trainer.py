@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from transformers import (
     Wav2Vec2ForCTC,
     set_seed,
 )
-from trl import RewardTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 import dta_plugin
 from dta_plugin.adapters.trl import every_trainer, idle
@@ -303,3 +304,19 @@ def test_what_others_call_within_a_training_is_stock(tmp_path: Path) -> None:
         tokens.append(callback.tokens)
         shared.append(any("dta/tree_tokens" in entry for entry in trainer.state.log_history))
     assert tokens[0] == tokens[1] and shared == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("config", "stay"),
+    [
+        (DPOConfig("x", use_cpu=True), False),
+        (SFTConfig("x", use_cpu=True), False),
+        (DPOConfig("x", use_cpu=True, loss_type=["ipo"]), False),
+        (DPOConfig("x", use_cpu=True, loss_type=["aot"]), True),
+        (DPOConfig("x", use_cpu=True, loss_type=["sigmoid", "aot_unpaired"]), True),
+        (DPOConfig("x", use_cpu=True, loss_type=["mine"]), True),
+    ],
+    ids=["dpo", "sft", "ipo", "aot", "one of two", "unknown"],
+)
+def test_batches_stay_where_the_loss_may_compare_their_rows(config: Any, stay: bool) -> None:
+    assert every_trainer._reads_batches(SimpleNamespace(args=config)) == stay  # type: ignore[arg-type]
