@@ -36,6 +36,7 @@ ORDER = (
     "balance",
     "execution",
     "models",
+    "recurrent",
     "attention",
     "tree",
     "config",
