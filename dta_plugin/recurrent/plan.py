@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise, starmap
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,6 @@ def _blocks(plan: StatePlan, size: int) -> Blocks:
         start[order],
         length[order],
         np.where(above[order] < 0, -1, rank[above[order]]),
-        [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)],
+        list(starmap(slice, pairwise(bounds))),
         rank[block_of[plan.leaves]],
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
@@ -39,7 +41,7 @@ def test_blocks(sequences: list[list[int]], size: int, data: st.DataObject) -> N
     leaves = sorted(data.draw(st.sets(st.integers(0, tree.tree_tokens - 1), max_size=3)))
     blocks = StatePlan.from_depth(tree.depth, leaves).blocks(size)
     tokens = [list(range(a, a + n)) for a, n in zip(blocks.start, blocks.length, strict=True)]
-    assert sorted(sum(tokens, [])) == list(range(tree.tree_tokens)) and max(map(len, tokens)) <= size
+    assert sorted(chain.from_iterable(tokens)) == list(range(tree.tree_tokens)) and max(map(len, tokens)) <= size
     for block, own in enumerate(tokens):
         above = blocks.parent[block]
         assert tree.parent[own[0]] == (tokens[above][-1] if above >= 0 else -1)
