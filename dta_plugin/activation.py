@@ -46,7 +46,7 @@ def disable() -> None:
     Raises:
         InvalidInputError: TRL is not installed.
     """
-    from dta_plugin.models.attention_registry import uninstall
+    from dta_plugin.models.dispatch import uninstall
 
     uninstall()
     _patch().disable()

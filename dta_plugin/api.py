@@ -13,7 +13,7 @@ from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.execution.auto import run_dense, run_tree
 from dta_plugin.execution.prepared_batch import SequenceLogProbs, prepare_batch
-from dta_plugin.models.attention_registry import install
+from dta_plugin.models.dispatch import install
 from dta_plugin.models.introspection import causal_lm
 from dta_plugin.tree.layout import Scored
 from dta_plugin.tree.trie import TokenSequence

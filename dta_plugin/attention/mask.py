@@ -1,4 +1,4 @@
-"""TreeMask: the O(T) metadata that says which keys a query sees, and that travels to every attention layer.
+"""TreeMask: the O(T) metadata that says which keys a query sees, and that travels to every layer.
 
 It is passed as the keyword argument `dta_tree` of the model's forward: gradient checkpointing captures it there and
 PEFT, DDP and FSDP forward it unchanged. It is a plain class because FSDP1 rebuilds dataclasses and dicts.
@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 from dta_plugin.attention.function import OwnKeys, Place
+from dta_plugin.recurrent.plan import StatePlan
+from dta_plugin.recurrent.states import OwnStates, States
 from dta_plugin.tree.layout import TreeLayout
 
 HostArrays = tuple[np.ndarray, np.ndarray]
@@ -35,7 +37,9 @@ class TreeMask:
     Attributes:
         calls: how often each attention layer has used this mask, by index, for the check that none was bypassed.
         backends_used: who computed it.
+        state_calls: how often each recurrent module has used it, by the module's `id`.
         place: where the keys lie, see `Place` in attention/function.py.
+        states: what comes in before the row and leaves it, see `States` in recurrent/states.py.
         alive: all masks there are; as long as one is, a layer may be recomputed with it.
     """
 
@@ -48,8 +52,10 @@ class TreeMask:
         self.depth = depth
         self.backend = backend
         self.calls: Counter[int] = Counter()
+        self.state_calls: Counter[int] = Counter()
         self.backends_used: set[str] = set()
         self.place: Place = OwnKeys()
+        self.states: States = OwnStates()
         self._plans: dict[object, Any] = {}
         self.alive.add(self)
         self._host = host
@@ -79,6 +85,14 @@ class TreeMask:
     def at_layer(self, index: int) -> TreeMask:
         """The mask as attention layer `index` has it."""
         return self
+
+    def state_plan(self) -> StatePlan:
+        """How recurrent states run along the tree."""
+        return self.cached("states", lambda: StatePlan.from_depth(self.host()[1]))
+
+    def state_call_number(self, module: int) -> int:
+        """Which of a recurrent module's calls in a pass the next one is."""
+        return self.state_calls[module]
 
     @property
     def layers_seen(self) -> set[int]:

@@ -13,10 +13,12 @@ from transformers import PreTrainedModel
 
 from dta_plugin.attention import TreeMask
 from dta_plugin.errors import InvalidInputError, UnsupportedError
-from dta_plugin.models.attention_registry import carry, install
+from dta_plugin.models.attention_registry import carry
+from dta_plugin.models.dispatch import install
 from dta_plugin.models.introspection import causal_lm, decoder_of, lm_head, tree_forward
 from dta_plugin.models.layers import attention_modules
 from dta_plugin.models.lm_head import LMHead, edge_logprobs
+from dta_plugin.models.recurrent_layers import mixers
 from dta_plugin.tree.layout import ScoredEdges, TreeLayout
 from dta_plugin.tree.trie import PrefixTree
 
@@ -149,14 +151,24 @@ def _router_loss(model: PreTrainedModel, router_logits: Any, multiplicity: torch
 
 
 def check_every_layer_hit(model: PreTrainedModel, mask: TreeMask) -> None:
+    """Raises UnsupportedError where an attention or recurrent layer has not used the tree."""
     layers = set(range(model.config.get_text_config().num_hidden_layers))
     # Models that loop over their layers state more than they have.
-    missed = sorted((layers & set(attention_modules(model)) or layers) - mask.layers_seen)
+    recurrent = list(mixers(model))
+    attending = layers & set(attention_modules(model)) or (set() if recurrent else layers)
+    missed = sorted(attending - mask.layers_seen)
     if missed:
         raise UnsupportedError(
             f"Attention layer(s) {missed} of {type(model).__name__} did not use the tree: something replaced their "
             "attention function. Expected every layer to call transformers' AttentionInterface; switch off whatever "
             "patches attention (custom kernels, other plugins), or use on_unsupported='dense'."
+        )
+    missed = sorted({mixer.layer_idx for mixer in recurrent if not mask.state_calls[id(mixer)]})  # type: ignore[misc]
+    if missed:
+        raise UnsupportedError(
+            f"Recurrent layer(s) {missed} of {type(model).__name__} did not use the tree: something replaced their "
+            "forward. Expected every layer to be transformers' own; switch off whatever patches them (custom kernels, "
+            "other plugins), or use on_unsupported='dense'."
         )
 
 

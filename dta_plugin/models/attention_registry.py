@@ -13,14 +13,10 @@ Whoever is about to make a tree call installs, which costs little and wraps what
 
 from __future__ import annotations
 
-import copy
-import functools
 import inspect
-import weakref
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping
 from types import FunctionType
 from typing import Any, cast
-from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -32,12 +28,9 @@ from dta_plugin.dtypes import compute_dtype
 from dta_plugin.errors import UnsupportedError
 from dta_plugin.models.attention_keywords import check_keywords
 from dta_plugin.models.layers import indexed_modules
+from dta_plugin.models.stand_in import SHARED_ATTENTION, StandIn
 
-Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 Entries = MutableMapping[str, Any]
-
-# Shows what is registered for all modeling files; a file's own interface may override some of it.
-_SHARED = AttentionInterface()
 
 
 def install(model: PreTrainedModel) -> None:
@@ -49,10 +42,8 @@ def install(model: PreTrainedModel) -> None:
             f"{model.config.get_text_config()._attn_implementation!r} up in transformers' AttentionInterface. Expected "
             "all to; use a current transformers implementation of the model, or on_unsupported='dense'."
         )
-    for entries, key in places:
-        if not isinstance(entries[key], Dispatcher):
-            _set(entries, key, Dispatcher(entries, key))
-        entries[key].models.add(model)
+    for place, key in places:
+        Dispatcher.install(place, key, model)
 
 
 def is_installable(model: PreTrainedModel) -> bool:
@@ -66,12 +57,7 @@ def uninstall(model: PreTrainedModel | None = None) -> None:
     What stood there before is put back, at once or with the last graph of a tree call, unless somebody has registered
     something else in the meantime, which stays.
     """
-    for dispatcher in list(Dispatcher.installed):
-        if model is None:
-            dispatcher.models.clear()
-        else:
-            dispatcher.models.discard(model)
-        dispatcher.give_way()
+    Dispatcher.uninstall(model)
 
 
 def is_installed(model: PreTrainedModel) -> bool:
@@ -80,47 +66,14 @@ def is_installed(model: PreTrainedModel) -> bool:
     return bool(found) and all(isinstance(entry, Dispatcher) and model in entry.models for entry in found)
 
 
-class Dispatcher:
-    """Attention with a tree by `tree_attention`, without one by the function that it stands in front of.
-
-    behind: that function. models: those it was installed for.
-    """
-
-    installed: WeakSet[Dispatcher] = WeakSet()
-
-    def __init__(self, entries: Entries, key: str) -> None:
-        self.behind: Attention = entries[key]
-        self.models: WeakSet[PreTrainedModel] = WeakSet()
-        self._entries, self._key = entries, key
-        functools.update_wrapper(self, self.behind, updated=())
-        self.installed.add(self)
+class Dispatcher(StandIn):
+    """Attention with a tree by `tree_attention`, without one by the function that it stands in front of."""
 
     def __call__(
         self, *args: Any, dta_tree: TreeMask | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         tree = dta_tree or carried(kwargs.get("attention_mask") if len(args) < 5 else args[4])
         return self.behind(*args, **kwargs) if tree is None else _tree_call(tree, *args, **kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A pickle of what holds an attention function has the one behind."""
-        return copy.copy, (self.behind,)
-
-    def give_way(self) -> None:
-        """Put back what was there, once no model needs the dispatcher and no tree can come by again."""
-        if self.models:
-            return
-        alive = next(iter(TreeMask.alive), None)
-        if alive is not None:
-            weakref.finalize(alive, self.give_way).atexit = False  # type: ignore[misc]  # a property, says its docs
-        elif self._entries.get(self._key) is self:
-            _set(self._entries, self._key, self.behind)
-
-
-def _set(entries: Entries, key: str, attention: Attention) -> None:
-    if entries is _SHARED:
-        AttentionInterface.register(key, attention)
-    else:
-        entries[key] = attention
 
 
 def carry(placeholder: torch.Tensor, tree: TreeMask) -> torch.Tensor:
@@ -185,7 +138,7 @@ def _places(model: PreTrainedModel) -> Iterator[tuple[Entries, str]]:
                 if name == "eager" and key.endswith("eager_attention_forward") and callable(value):
                     yield file, key  # some carry a prefix
                 elif name != "eager" and isinstance(value, AttentionInterface) and name in value:
-                    yield (_SHARED if value[name] is _SHARED.get(name) else value), name
+                    yield (SHARED_ATTENTION if value[name] is SHARED_ATTENTION.get(name) else value), name
 
 
 def _files(layer: nn.Module) -> list[dict[str, Any]]:

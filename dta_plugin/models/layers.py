@@ -55,9 +55,14 @@ def forward_has(module: nn.Module, name: str) -> bool:
 
     True where there is no code to look at.
     """
-    own = (vars(parent)["forward"] for parent in type(module).__mro__ if "forward" in vars(parent))
+    return class_has(type(module), name, unseen=True)
+
+
+def class_has(kind: type[nn.Module], name: str, unseen: bool = False) -> bool:
+    """As `forward_has`, of a class. unseen: the answer where there is no code to look at."""
+    own = (vars(parent)["forward"] for parent in kind.__mro__ if "forward" in vars(parent))
     codes = [getattr(inspect.unwrap(forward), "__code__", None) for forward in own]
-    return any(code is None or _has(code, name) for code in codes)
+    return any(unseen if code is None else _has(code, name) for code in codes)
 
 
 def _has(code: CodeType, name: str) -> bool:

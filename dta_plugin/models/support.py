@@ -17,15 +17,19 @@ from dta_plugin.models.attention_registry import is_installable
 from dta_plugin.models.introspection import causal_lm
 from dta_plugin.models.layers import attention_modules, forward_has, layer_types, one_size
 from dta_plugin.models.peft_methods import adapter_obstacle
+from dta_plugin.models.recurrent_layers import mixers, way
+from dta_plugin.models.recurrent_registry import no_way
 from dta_plugin.models.rotary import rotary_obstacle
 
 # Kinds of layers that a tree runs; the last two have no attention.
 _TREE_LAYERS = {"full_attention", "sliding_attention", "mlp", "moe"}
+# Those that carry a state, some beside attention.
+_STATE_LAYERS = {"linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding"}
 _STATE = "whose state would run across branches of the tree"
 _COMPRESSED = "whose keys are made of several neighbouring tokens"
 # What other kinds do.
 _OTHER_LAYERS = {
-    **dict.fromkeys(("linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding"), _STATE),
+    **dict.fromkeys(_STATE_LAYERS, _STATE),
     "indexed_attention": "which choose their keys by an index of their own",
     "minimax_m3_sparse": "which choose their keys by an index of their own",
     "chunked_attention": "which attend within fixed ranges of positions",
@@ -75,18 +79,20 @@ def _attention_obstacle(model: PreTrainedModel, config: Any) -> str | None:
     is_bidirectional = getattr(config, "use_bidirectional_attention", False) not in (False, None, "vision")
     if is_bidirectional or getattr(config, "is_causal", None) is False:
         return f"{name} attends in both directions; use a causal model"
-    reason = _layer_obstacle(name, config) or _mixer_obstacle(model)
-    if reason is None and not is_installable(model):
+    recurrent = list(mixers(model))
+    reason = _layer_obstacle(name, config, _TREE_LAYERS | _STATE_LAYERS if recurrent else _TREE_LAYERS)
+    reason = reason or _mixer_obstacle(model, recurrent)
+    if reason is None and not is_installable(model) and (attention_modules(model) or not recurrent):
         reason = (
             f"{name} does not call attention through transformers' AttentionInterface; use a model family that does"
         )
     return reason or _window_obstacle(model, config)
 
 
-def _layer_obstacle(name: str, config: Any) -> str | None:
+def _layer_obstacle(name: str, config: Any, known: set[str]) -> str | None:
     kinds: dict[str, list[str]] = {}
     unstated = {"indexed_attention"} if getattr(config, "index_topk", None) else set()
-    for kind in sorted(set(layer_types(config)) - _TREE_LAYERS or unstated):
+    for kind in sorted(set(layer_types(config)) - known or unstated):
         kinds.setdefault(_OTHER_LAYERS.get(kind, "of which the tree knows nothing"), []).append(kind)
     if not kinds:
         return None
@@ -98,10 +104,14 @@ def _layer_obstacle(name: str, config: Any) -> str | None:
     return f"{name} has {', and '.join(causes)}; {remedy}"
 
 
-def _mixer_obstacle(model: PreTrainedModel) -> str | None:
-    """Recurrent layers of configs that do not state them: all of those convolve neighbouring tokens first."""
+def _mixer_obstacle(model: PreTrainedModel, recurrent: list[nn.Module]) -> str | None:
+    """Recurrent layers that have no way along a tree, and those that are not known: all convolve neighbours first."""
+    without = next((mixer for mixer in recurrent if way(mixer) is None), None)
+    if without is not None:
+        return no_way(without)
     for module in model.modules():
-        if "layer_idx" in vars(module) and any(isinstance(child, nn.Conv1d) for child in module.children()):
+        convolves = any(isinstance(child, nn.Conv1d) for child in module.children())
+        if "layer_idx" in vars(module) and convolves and module not in recurrent:
             return (
                 f"{type(model).__name__} has {type(module).__name__} layers, {_STATE}; use a model with full or "
                 "sliding-window attention only"
@@ -131,12 +141,18 @@ def _tells_window(module: nn.Module) -> bool:
 
 
 def _position_obstacle(model: PreTrainedModel, config: Any) -> str | None:
-    if all(getattr(config, name, None) is None for name in _ROTARY):
+    is_rotary = any(getattr(config, name, None) is not None for name in _ROTARY)
+    if not is_rotary and not _has_no_positions(model):
         return (
             f"{type(model).__name__} has no rotary positions: padding shifts absolute ones, so that a padded batch and "
             "its rows alone may differ; use a rotary model"
         )
     return None
+
+
+def _has_no_positions(model: PreTrainedModel) -> bool:
+    """Recurrent layers tell tokens apart by their order: then attention may go without, and nothing embeds positions."""
+    return any(True for _ in mixers(model)) and sum(isinstance(each, nn.Embedding) for each in model.modules()) == 1
 
 
 def dropout_obstacle(model: PreTrainedModel) -> str | None:

@@ -25,7 +25,7 @@ from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.execution.packed import check_every_layer_hit, model_inputs
 from dta_plugin.execution.probing.probe import probe
 from dta_plugin.execution.ranks import is_fsdp
-from dta_plugin.models.attention_registry import install, uninstall
+from dta_plugin.models.dispatch import install, uninstall
 from dta_plugin.models.introspection import causal_lm, decoder_of, model_cost
 from dta_plugin.models.rotary import padded_length_obstacle
 from dta_plugin.models.support import dropout_obstacle

@@ -30,7 +30,7 @@ from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.execution.auto import run_tree
 from dta_plugin.execution.prepared_batch import SequenceLogProbs, prepare_batch
 from dta_plugin.execution.probing.probe import latest_outcome
-from dta_plugin.models.attention_registry import install
+from dta_plugin.models.dispatch import install
 from dta_plugin.models.introspection import causal_lm, model_cost
 from dta_plugin.verify import check_batch
 

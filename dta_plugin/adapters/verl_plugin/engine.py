@@ -34,7 +34,7 @@ from dta_plugin.config import TreeConfig
 from dta_plugin.errors import UnsupportedError
 from dta_plugin.execution.prepared_batch import prepare_batch
 from dta_plugin.execution.probing.probe import latest_outcome
-from dta_plugin.models.attention_registry import uninstall
+from dta_plugin.models.dispatch import uninstall
 from dta_plugin.models.introspection import causal_lm, model_cost
 from dta_plugin.training.notices import Notices
 

@@ -31,7 +31,7 @@ from dta_plugin.execution.probing.rounding_noise import (
 )
 from dta_plugin.execution.probing.traces import first_difference, in_layout_order, recorded, state_gaps, traced
 from dta_plugin.execution.ranks import is_fsdp
-from dta_plugin.models.attention_registry import install
+from dta_plugin.models.dispatch import install
 from dta_plugin.models.introspection import decoder_of, lm_head
 from dta_plugin.tree.layout import ScoredEdges, TreeLayout
 from dta_plugin.tree.trie import PrefixTree

@@ -20,7 +20,7 @@ class ChunkInputs:
 
     cached: int64 [S] positions in the chunk, see `Chunk` in chunk_plan.py. edges: int64 [E'] those whose rows are in
     it; rows: [R'] positions in the chunk. temperature: [R'], where rows have their own. host: exit and depth, and
-    host_row_of_edge, in the CPU's memory.
+    host_row_of_edge, in the CPU's memory, as are leaves: [K] positions behind which later chunks begin.
     """
 
     input_ids: torch.Tensor
@@ -34,6 +34,7 @@ class ChunkInputs:
     row_of_edge: torch.Tensor
     host: HostArrays
     host_row_of_edge: np.ndarray
+    leaves: np.ndarray
     temperature: torch.Tensor | None = None
 
 
@@ -50,6 +51,10 @@ class PlanInputs:
         chunk_of_edge = chunk_of[self.rows[self.row_of_edge]]
         order = np.argsort(chunk_of_edge, kind="stable")
         self.edges_of = np.split(order, np.searchsorted(chunk_of_edge[order], np.arange(1, len(plan.chunks))))
+        self.begin_below: list[set[int]] = [set() for _ in plan.chunks]  # depths at which chunks hang off each
+        for chunk in plan.chunks:
+            if chunk.parent >= 0:
+                self.begin_below[chunk.parent].add(chunk.first_depth)
 
     def edges(self, index: int) -> torch.Tensor:
         """int64 [E'] the edges whose rows are in a chunk."""
@@ -61,20 +66,28 @@ class PlanInputs:
         rows, row_of_edge = np.unique(self.row_of_edge[edges], return_inverse=True)
         positions = np.searchsorted(chunk.tokens, self.rows[rows])
         temperature = None if self.temperature is None else self.temperature[upload([rows], self.device)[0]]
-        arrays = (chunk.cached, edges, positions, row_of_edge)
+        leaves = chunk.cached[self._forks(index, chunk.first_depth)]
+        arrays = (chunk.cached, edges, positions, row_of_edge, leaves)
         return replace(self._inputs(chunk.tokens, chunk.first_depth, *arrays), temperature=temperature)
 
     def cached_tokens(self, index: int, start: int) -> ChunkInputs:
         """Only the cached tokens of a chunk, from number `start` on; nothing scored."""
         chunk, nothing = self.plan.chunks[index], np.empty(0, dtype=np.int64)
         tokens = chunk.tokens[chunk.cached[start:]]
-        return self._inputs(tokens, chunk.first_depth + start, np.arange(len(tokens)), nothing, nothing, nothing)
+        first = chunk.first_depth + start
+        leaves = self._forks(index, first)
+        return self._inputs(tokens, first, np.arange(len(tokens)), nothing, nothing, nothing, leaves)
 
     def dummy(self) -> ChunkInputs:
         """One token, for a rank that calls the model only because others do."""
         zero, nothing = (torch.zeros(size, dtype=torch.int64, device=self.device) for size in (1, 0))
         one = np.zeros(1, dtype=np.int64)
-        return ChunkInputs(zero, zero, zero + 1, 0, *(nothing,) * 5, (one + 1, one), one[:0])
+        return ChunkInputs(zero, zero, zero + 1, 0, *(nothing,) * 5, (one + 1, one), one[:0], one[:0])
+
+    def _forks(self, index: int, first: int) -> np.ndarray:
+        """int64 [K] of the cached tokens of a chunk from depth `first` on, those behind which later chunks begin."""
+        depths = sorted(depth for depth in self.begin_below[index] if depth > first)
+        return np.array(depths, dtype=np.int64) - first - 1
 
     def _inputs(
         self,
@@ -84,6 +97,7 @@ class PlanInputs:
         edges: np.ndarray,
         rows: np.ndarray,
         row_of_edge: np.ndarray,
+        leaves: np.ndarray,
     ) -> ChunkInputs:
         tree = self.tree
         exit_ = np.searchsorted(tokens, tree.exit[tokens])
@@ -100,4 +114,4 @@ class PlanInputs:
             "row_of_edge": row_of_edge,
         }
         tensors = dict(zip(arrays, upload(list(arrays.values()), self.device), strict=True))
-        return ChunkInputs(**tensors, first=first, host=(exit_, depth), host_row_of_edge=row_of_edge)
+        return ChunkInputs(**tensors, first=first, host=(exit_, depth), host_row_of_edge=row_of_edge, leaves=leaves)

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,8 +20,9 @@ from dta_plugin.execution.streaming.chunk_plan import ChunkPlan
 from dta_plugin.execution.streaming.fsdp2 import parameters_in_use
 from dta_plugin.execution.streaming.kv_arena import Arena, ChunkMask
 from dta_plugin.execution.streaming.recomputation import Autocast, plain_checkpointing
-from dta_plugin.models.attention_registry import install
+from dta_plugin.models.dispatch import install
 from dta_plugin.models.introspection import decoder_of, is_checkpointed, lm_head, tree_forward
+from dta_plugin.models.recurrent_layers import mixers
 from dta_plugin.models.rotary import as_long_as
 from dta_plugin.tree.layout import ScoredEdges
 from dta_plugin.tree.trie import PrefixTree
@@ -84,7 +85,9 @@ class ChunkRunner:
         start = time.perf_counter()
         job = self.job
         install(job.base)
-        mask = ChunkMask(chunk.exit, chunk.depth, job.backend, arena, chunk.first, chunk.cached, chunk.host)
+        mask = ChunkMask(
+            chunk.exit, chunk.depth, job.backend, arena, chunk.first, chunk.cached, chunk.host, chunk.leaves
+        )
         runs_head = job.is_sharded or needs_head or len(chunk.edges) > 0
 
         def forward(model: PreTrainedModel, dta_inputs: dict[str, Any], **_: Any) -> list[torch.Tensor]:
@@ -126,10 +129,12 @@ class ChunkRunner:
 
 def _check_repeats(model: PreTrainedModel, mask: ChunkMask) -> None:
     """Recomputed in the backward pass, the calls of one layer come in an order that nothing tells them apart by."""
-    repeated = sorted(layer for layer, calls in mask.calls.items() if calls > 1)
+    recurrent = {id(mixer): cast(int, mixer.layer_idx) for mixer in mixers(model)}
+    attending = {layer for layer, calls in mask.calls.items() if calls > 1}
+    repeated = sorted(attending | {recurrent[mixer] for mixer, calls in mask.state_calls.items() if calls > 1})
     if repeated and model.training and is_checkpointed(model):
         raise UnsupportedError(
-            f"Layer(s) {repeated} of {type(model).__name__} attend more than once, and gradient checkpointing is on. "
+            f"Layer(s) {repeated} of {type(model).__name__} run more than once, and gradient checkpointing is on. "
             "Expected one call per layer for executor='streamed' with checkpointing; switch checkpointing off, which "
             "streaming does not need, or use executor='packed'."
         )

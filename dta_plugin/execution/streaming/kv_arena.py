@@ -16,6 +16,8 @@ import torch
 
 from dta_plugin.attention.function import accumulator
 from dta_plugin.attention.mask import HostArrays, TreeMask
+from dta_plugin.execution.streaming.state_arena import ChunkStates, StateArena
+from dta_plugin.recurrent.plan import StatePlan
 
 
 class ArenaLayer:
@@ -49,10 +51,14 @@ class ArenaLayer:
 
 
 class Arena:
-    """The layers of one streamed run. slots: the deepest chunk's ancestors and its own tokens."""
+    """The layers of one streamed run. slots: the deepest chunk's ancestors and its own tokens.
+
+    states: of recurrent layers.
+    """
 
     def __init__(self, slots: int) -> None:
         self.slots = slots
+        self.states = StateArena()
         self._layers: dict[tuple[int, int], ArenaLayer] = {}
 
     def layer(self, index: int, call_number: int) -> ArenaLayer:
@@ -62,9 +68,11 @@ class Arena:
     def clear(self) -> None:
         """Give the buffers up."""
         self._layers.clear()
+        self.states.clear()
 
     def drop_gradients(self) -> None:
         """Forget what descendants have left."""
+        self.states.drop_gradients()
         for layer in self._layers.values():
             layer.drop_gradients()
 
@@ -120,7 +128,7 @@ class ChunkMask(TreeMask):
 
     exit, depth: int64 [C] of its own tokens, `exit` counted from the chunk's first; host: the same in the CPU's memory.
     first: number of ancestors, which all its tokens see. cached: int64 [S] positions within the chunk, see `Chunk` in
-    chunk_plan.py.
+    chunk_plan.py. leaves: [K] positions behind which other chunks begin.
     """
 
     def __init__(
@@ -132,6 +140,7 @@ class ChunkMask(TreeMask):
         first: int,
         cached: torch.Tensor,
         host: HostArrays,
+        leaves: np.ndarray,
     ) -> None:
         ancestors = torch.arange(first, device=exit.device)
         stop = torch.full_like(ancestors, first + len(exit))
@@ -145,7 +154,10 @@ class ChunkMask(TreeMask):
             (behind, np.concatenate([above, own_depth])),
         )
         self._arena, self._first, self._cached = arena, first, first + cached
+        self._own_depth, self._leaves = own_depth, leaves
+        self.states = ChunkStates(arena.states, first, (own_depth[leaves] + 1).tolist())
         self._calls_of_pass: dict[int, int] = {}
+        self._state_calls_of_pass: dict[int, int] = {}
 
     def at_layer(self, index: int) -> TreeMask:
         """The same mask, with this chunk's place in that layer of the arena."""
@@ -155,6 +167,13 @@ class ChunkMask(TreeMask):
         mask.place = ArenaPlace(self._arena.layer(index, call_number), self._first, self._cached)
         return mask
 
+    def state_plan(self) -> StatePlan:
+        return self.cached("states", lambda: StatePlan.from_depth(self._own_depth, self._leaves))
+
+    def state_call_number(self, module: int) -> int:
+        seen = self.state_calls[module]
+        return seen % self._state_calls_of_pass[module] if module in self._state_calls_of_pass else seen
+
     def close(self) -> None:
-        """The forward pass is over: what attends from now on is recomputed."""
-        self._calls_of_pass = dict(self.calls)
+        """The forward pass is over: what calls from now on is recomputed."""
+        self._calls_of_pass, self._state_calls_of_pass = dict(self.calls), dict(self.state_calls)

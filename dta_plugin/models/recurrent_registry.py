@@ -1,0 +1,142 @@
+"""Our dispatcher in front of the forward of every recurrent module's class, and of the functions that it calls.
+
+As for attention (attention_registry.py): the model does not change, a call without a tree goes to what stood there
+before with the arguments it came with, and dispatchers stay until `uninstall` and as long as graphs of tree calls are
+alive, because a checkpointed layer runs again in the backward pass.
+
+A mixer learns of the tree by the keyword ``dta_tree``, or, where its decoder layer hands no keywords on to it, from the
+layer: a dispatcher stands in front of layers, too. Checkpointing gives a layer the same keywords again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from dta_plugin.attention.mask import TreeMask
+from dta_plugin.errors import UnsupportedError
+from dta_plugin.models.recurrent_functions import OPERATIONS, MixerCall
+from dta_plugin.models.recurrent_layers import Functions, functions, mixers, way
+from dta_plugin.models.recurrent_nodes import run_by_nodes
+from dta_plugin.models.stand_in import Place, StandIn
+
+
+def install(model: PreTrainedModel) -> None:
+    """Route the recurrent modules of a language model along trees whenever a call carries one. Idempotent."""
+    found = set(mixers(model))
+    for module in model.modules():
+        if module in found:
+            _Mixer.install(_definer(type(module)), "forward", model)
+            own = functions(module)
+            for name in () if own is None or own.place is vars(module) else own.names:
+                _Function.install(own.place, name, model)
+        elif any(child in found for child in module.children()):
+            _Layer.install(_definer(type(module)), "forward", model)
+
+
+def uninstall(model: PreTrainedModel | None = None) -> None:
+    """The model has no need of dispatchers any more; None: no model has. See `attention_registry.uninstall`."""
+    for kind in (_Mixer, _Function, _Layer):
+        kind.uninstall(model)
+
+
+def _definer(kind: type) -> type:
+    """The class that a class has its forward from."""
+    return next(parent for parent in kind.__mro__ if "forward" in vars(parent))
+
+
+class _Now(threading.local):
+    """What this thread is in the middle of. tree: of a decoder layer's call. call: of a mixer's."""
+
+    tree: TreeMask | None = None
+    call: MixerCall | None = None
+
+
+_now = _Now()
+
+
+@contextmanager
+def _in_the_middle(**of: Any) -> Iterator[None]:
+    before = {name: getattr(_now, name) for name in of}
+    vars(_now).update(of)
+    try:
+        yield
+    finally:
+        vars(_now).update(before)
+
+
+class _Layer(StandIn):
+    """A decoder layer: tells its mixers of the tree."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _in_the_middle(tree=kwargs.get("dta_tree")):
+            return self.behind(*args, **kwargs)
+
+
+class _Mixer(StandIn):
+    """A recurrent module, along a tree where it has one."""
+
+    def __call__(self, mixer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        tree: TreeMask | None = kwargs.get("dta_tree", _now.tree)
+        if tree is None:
+            return self.behind(mixer, *args, **kwargs)
+        kwargs.pop("dta_tree", None)
+        call = MixerCall(tree, mixer)
+        own = way(mixer)
+        if isinstance(own, Functions):
+            with _in_the_middle(call=call), _own_functions(mixer, own):
+                out = self.behind(mixer, *args, **kwargs)
+            call.check_carried()
+        elif own is not None:
+            out = run_by_nodes(call, mixer, self.behind, own.cache, args, kwargs)
+        else:
+            raise UnsupportedError(no_way(mixer))
+        tree.state_calls[id(mixer)] += 1
+        return out
+
+
+class _Function(StandIn):
+    """A function by which mixers carry state: along the tree within a mixer's call that has one."""
+
+    def __init__(self, place: Place, key: str) -> None:
+        super().__init__(place, key)
+        self._along_tree = OPERATIONS[key].run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = _now.call
+        return self.behind(*args, **kwargs) if call is None else self._along_tree(call, *args, **kwargs)
+
+
+@contextmanager
+def _own_functions(mixer: nn.Module, own: Functions) -> Iterator[None]:
+    """Functions that are attributes of the mixer are exchanged for the time of a call."""
+    if own.place is not vars(mixer):
+        yield
+        return
+    before = {name: own.place[name] for name in own.names}
+    own.place.update({name: _bound(name) for name in own.names})
+    try:
+        yield
+    finally:
+        own.place.update(before)
+
+
+def _bound(name: str) -> Any:
+    def along_tree(*args: Any, **kwargs: Any) -> Any:
+        return OPERATIONS[name].run(_now.call, *args, **kwargs)
+
+    return along_tree
+
+
+def no_way(mixer: nn.Module) -> str:
+    """Why a mixer cannot run along a tree."""
+    return (
+        f"{type(mixer).__name__} carries its state by functions that are not known, and asks no cache for it. Expected "
+        "a recurrent layer of transformers 5.15 or newer; use a current implementation of the model, or "
+        "on_unsupported='dense'."
+    )
