@@ -14,8 +14,7 @@ from transformers import PreTrainedModel
 
 from dta_plugin.execution.host_memory import free_host_bytes
 from dta_plugin.models.introspection import is_checkpointed, say_guessed
-from dta_plugin.models.layers import attention_sizes
-from dta_plugin.models.sizes import feed_forward_numbers
+from dta_plugin.models.sizes import attention_sizes, feed_forward_numbers
 from dta_plugin.models.tiled_logprobs import KEEP_BYTES
 
 log = logging.getLogger("dta_plugin")

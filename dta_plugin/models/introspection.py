@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 from dta_plugin.attention.self_check import Kind
 from dta_plugin.dtypes import compute_dtype
 from dta_plugin.errors import InvalidInputError, UnsupportedError
-from dta_plugin.models.layers import attention_sizes, forward_has
+from dta_plugin.models.layers import forward_has
 from dta_plugin.models.lm_head import LMHead
-from dta_plugin.models.sizes import counted_cost
+from dta_plugin.models.sizes import attention_sizes, counted_cost
 from dta_plugin.tree.cost import ModelCost
 
 log = logging.getLogger("dta_plugin")

@@ -1,10 +1,9 @@
-"""The attention layers of a language model, and the sizes in which they may differ from each other."""
+"""The layers of a language model: which modules attend, what kind each layer is, what a module's code looks at."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
@@ -13,17 +12,6 @@ from transformers import PreTrainedModel
 
 # Every module that calls transformers' attention functions, which read them, has one of these; decoder layers do not.
 _READ_BY_ATTENTION = ("num_key_value_groups", "is_causal", "scaling")
-_OUTPUTS = ("o_proj", "out_proj", "dense", "wo", "c_proj")
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionSizes:
-    """One layer's attention. head_dims: of keys and of values. window: None for full attention."""
-
-    heads: int
-    kv_heads: int
-    head_dims: tuple[int, int]
-    window: int | None
 
 
 def indexed_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
@@ -77,27 +65,7 @@ def layer_types(config: Any) -> list[str]:
     if types_:
         return list(types_)
     kind = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
-    return [kind] * (_number(config, "num_hidden_layers") or 0)
-
-
-def attention_sizes(model: PreTrainedModel) -> list[AttentionSizes]:
-    """The sizes of every layer, as its module has them, or else as the config says."""
-    config = model.config.get_text_config()
-    modules = attention_modules(model)
-    return [_sizes(modules.get(index), config, kind) for index, kind in enumerate(layer_types(config))]
-
-
-def _sizes(module: nn.Module | None, config: Any, kind: str) -> AttentionSizes:
-    heads = _number(module, "num_heads", "num_attention_heads") or config.num_attention_heads
-    width = _number(module, "qk_head_dim", "head_dim", "head_size") or _head_dim(config)
-    value_width = _number(module, "v_head_dim") or width
-    output = next((o for o in (getattr(module, name, None) for name in _OUTPUTS) if hasattr(o, "in_features")), None)
-    if output is not None:
-        heads = output.in_features // value_width or heads
-    groups = _number(module, "num_key_value_groups")
-    kv_heads = heads // groups if groups else _number(config, "num_key_value_heads") or heads
-    window = _number(module, "sliding_window") or _number(config, "sliding_window")
-    return AttentionSizes(heads, kv_heads, (width, value_width), window if kind.startswith("sliding") else None)
+    return [kind] * (number(config, "num_hidden_layers") or 0)
 
 
 def one_size(owner: Any, name: str) -> Any:
@@ -108,11 +76,7 @@ def one_size(owner: Any, name: str) -> Any:
         return None
 
 
-def _number(owner: Any, *names: str) -> int | None:
+def number(owner: Any, *names: str) -> int | None:
     """The first of these attributes that is a positive number."""
     values = (one_size(owner, name) for name in names)
     return next((value for value in values if isinstance(value, int) and value > 0), None)
-
-
-def _head_dim(config: Any) -> int:
-    return _number(config, "head_dim") or config.hidden_size // config.num_attention_heads

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from dta_plugin.errors import UnsupportedError
 from dta_plugin.models.recurrent_functions import MixerCall
@@ -44,7 +45,8 @@ def run_by_nodes(
     for batch, tokens in _batches(nodes):
         cache = _NodeCache(states, batch)
         bound.arguments |= {"hidden_states": hidden[0, torch.from_numpy(tokens).to(hidden.device)], cache_name: cache}
-        out = forward(*bound.args, **bound.kwargs)
+        with saved_tensors_hooks(cache.saved, _as_it_is):
+            out = forward(*bound.args, **bound.kwargs)
         if not isinstance(out, torch.Tensor):
             raise UnsupportedError(
                 f"{type(mixer).__name__} gives a {type(out).__name__}. Expected hidden states [B, L, H] alone; use "
@@ -100,19 +102,31 @@ class _States:
 class _NodeCache:
     """What a mixer sees of transformers' cache: the states of a batch of nodes, of one layer.
 
-    It never writes in place, and tells the mixer to expect that of itself: `is_recording_past` keeps one-token nodes
-    from kernels that do.
+    Kernels for single tokens write in place to the state that they get, and tell nobody: it is a copy, from which the
+    next state is taken where none is told; what the backward pass needs of it is copied before.
     """
 
     def __init__(self, states: _States, batch: list[int]) -> None:
         self._states, self._batch = states, batch
+        self._given: dict[Name, torch.Tensor] = {}
         self._new: dict[Name, torch.Tensor] = {}
 
+    def saved(self, x: torch.Tensor) -> torch.Tensor:
+        """What is kept of a tensor for the backward pass."""
+        given = {state.untyped_storage().data_ptr() for state in self._given.values()}
+        return x.detach().clone() if x.untyped_storage().data_ptr() in given else x.detach()
+
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        return self._states.above(("conv", state_idx), self._batch)
+        return self._give(("conv", state_idx))
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
-        return self._states.above(("recurrent", state_idx), self._batch)
+        return self._give(("recurrent", state_idx))
+
+    def _give(self, name: Name) -> torch.Tensor | None:
+        state = self._states.above(name, self._batch)
+        if state is not None:
+            self._given[name] = state = state.clone()
+        return state
 
     def has_previous_state(self, layer_idx: int = 0, state_idx: int = 0) -> bool:
         return self.get_conv_state(layer_idx, state_idx) is not None
@@ -146,5 +160,9 @@ class _NodeCache:
 
     def hand_over(self) -> None:
         """Every node has its states."""
-        for name, states in self._new.items():
+        for name, states in (self._given | self._new).items():
             self._states.behind[name].update(zip(self._batch, states.split(1), strict=True))
+
+
+def _as_it_is(x: torch.Tensor) -> torch.Tensor:
+    return x

@@ -15,11 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from dta_plugin.attention.mask import TreeMask
 from dta_plugin.errors import UnsupportedError
+from dta_plugin.models.attention_registry import carried
 from dta_plugin.models.recurrent_functions import OPERATIONS, MixerCall
 from dta_plugin.models.recurrent_layers import Functions, functions, mixers, way
 from dta_plugin.models.recurrent_nodes import run_by_nodes
@@ -74,7 +76,8 @@ class _Layer(StandIn):
     """A decoder layer: tells its mixers of the tree."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _in_the_middle(tree=kwargs.get("dta_tree")):
+        tree = kwargs.get("dta_tree") or carried(kwargs.get("attention_mask"))
+        with _in_the_middle(tree=tree):
             return self.behind(*args, **kwargs)
 
 
@@ -82,10 +85,12 @@ class _Mixer(StandIn):
     """A recurrent module, along a tree where it has one."""
 
     def __call__(self, mixer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        tree: TreeMask | None = kwargs.get("dta_tree", _now.tree)
+        mask = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and carried(x)), None)
+        tree: TreeMask | None = kwargs.get("dta_tree") or carried(mask) or _now.tree
         if tree is None:
             return self.behind(mixer, *args, **kwargs)
-        kwargs.pop("dta_tree", None)
+        args = tuple(None if x is mask else x for x in args)
+        kwargs = {name: None if x is mask else x for name, x in kwargs.items() if name != "dta_tree"}
         call = MixerCall(tree, mixer)
         own = way(mixer)
         if isinstance(own, Functions):

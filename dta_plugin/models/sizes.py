@@ -1,4 +1,4 @@
-"""How much of a model every token passes, and what that costs: read off its modules.
+"""The sizes of a model's layers, how much of it every token passes, and what that costs: read off its modules.
 
 Configs do not say it: sizes differ by layer, quantised weights are stored in other shapes, embeddings are tables.
 """
@@ -7,17 +7,56 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dta_plugin.models.layers import attention_modules, attention_sizes
+from dta_plugin.models.layers import attention_modules, layer_types, number
+from dta_plugin.models.recurrent_layers import mixers
 from dta_plugin.tree.cost import ModelCost
 
+_OUTPUTS = ("o_proj", "out_proj", "dense", "wo", "c_proj")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _ACTIVE_EXPERTS = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k")
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSizes:
+    """One layer's attention. head_dims: of keys and of values. window: None for full attention."""
+
+    heads: int
+    kv_heads: int
+    head_dims: tuple[int, int]
+    window: int | None
+
+
+def attention_sizes(model: PreTrainedModel) -> list[AttentionSizes]:
+    """The sizes of every layer that attends, as its module has them, or else as the config says."""
+    config = model.config.get_text_config()
+    modules = attention_modules(model)
+    without = {mixer.layer_idx for mixer in mixers(model)} - set(modules)
+    kinds = enumerate(layer_types(config))
+    return [_sizes(modules.get(index), config, kind) for index, kind in kinds if index not in without]
+
+
+def _sizes(module: nn.Module | None, config: Any, kind: str) -> AttentionSizes:
+    heads = number(module, "num_heads", "num_attention_heads") or config.num_attention_heads
+    width = number(module, "qk_head_dim", "head_dim", "head_size") or _head_dim(config)
+    value_width = number(module, "v_head_dim") or width
+    output = next((o for o in (getattr(module, name, None) for name in _OUTPUTS) if hasattr(o, "in_features")), None)
+    if output is not None:
+        heads = output.in_features // value_width or heads
+    groups = number(module, "num_key_value_groups")
+    kv_heads = heads // groups if groups else number(config, "num_key_value_heads") or heads
+    window = number(module, "sliding_window") or number(config, "sliding_window")
+    return AttentionSizes(heads, kv_heads, (width, value_width), window if kind.startswith("sliding") else None)
+
+
+def _head_dim(config: Any) -> int:
+    return number(config, "head_dim") or config.hidden_size // config.num_attention_heads
 
 
 def counted_cost(model: PreTrainedModel) -> ModelCost:

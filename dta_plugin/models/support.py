@@ -82,6 +82,8 @@ def _attention_obstacle(model: PreTrainedModel, config: Any) -> str | None:
     recurrent = list(mixers(model))
     reason = _layer_obstacle(name, config, _TREE_LAYERS | _STATE_LAYERS if recurrent else _TREE_LAYERS)
     reason = reason or _mixer_obstacle(model, recurrent)
+    if reason is None and None in attention_modules(model):
+        reason = f"{name} has attention in several places at once, which does not say where it is called; use a model whose layers have their own"
     if reason is None and not is_installable(model) and (attention_modules(model) or not recurrent):
         reason = (
             f"{name} does not call attention through transformers' AttentionInterface; use a model family that does"

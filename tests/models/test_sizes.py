@@ -15,7 +15,7 @@ from dta_plugin import TreeConfig
 from dta_plugin.execution import auto, memory
 from dta_plugin.execution.calibration_store import describe
 from dta_plugin.models.introspection import attention_kinds, model_cost
-from dta_plugin.models.layers import attention_sizes
+from dta_plugin.models.sizes import attention_sizes
 from tests.support.gemma import GEMMAS, gemma_model
 from tests.support.models import softmax_in_own_dtype, tiny_model
 from tests.support.oracle import dense, difference

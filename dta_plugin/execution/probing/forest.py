@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from dta_plugin.models.layers import attention_sizes
+from dta_plugin.models.sizes import attention_sizes
 from dta_plugin.models.rotary import length_limits
 
 # Of the longest sequence: the fewest tokens, and the most that are cheap.
