@@ -64,7 +64,9 @@ def _convolution(
     **_: Any,
 ) -> torch.Tensor:
     act = None if activation is None else ACT2FN[activation]
-    return call.carry("convolution", (x, weight), lambda state: tree_causal_conv1d(x, weight, bias, act, call.plan, state))
+    return call.carry(
+        "convolution", (x, weight), lambda state: tree_causal_conv1d(x, weight, bias, act, call.plan, state)
+    )
 
 
 def _gated_delta_rule(

@@ -80,10 +80,13 @@ def _attention_obstacle(model: PreTrainedModel, config: Any) -> str | None:
     if is_bidirectional or getattr(config, "is_causal", None) is False:
         return f"{name} attends in both directions; use a causal model"
     recurrent = list(mixers(model))
-    reason = _layer_obstacle(name, config, _TREE_LAYERS | _STATE_LAYERS if recurrent else _TREE_LAYERS)
+    reason = _layer_obstacle(name, config, {mixer.layer_idx for mixer in recurrent})
     reason = reason or _mixer_obstacle(model, recurrent)
     if reason is None and None in attention_modules(model):
-        reason = f"{name} has attention in several places at once, which does not say where it is called; use a model whose layers have their own"
+        reason = (
+            f"{name} has an attention layer that is called in several places and does not say in which; use a model "
+            "whose layers have their own"
+        )
     if reason is None and not is_installable(model) and (attention_modules(model) or not recurrent):
         reason = (
             f"{name} does not call attention through transformers' AttentionInterface; use a model family that does"
@@ -91,10 +94,14 @@ def _attention_obstacle(model: PreTrainedModel, config: Any) -> str | None:
     return reason or _window_obstacle(model, config)
 
 
-def _layer_obstacle(name: str, config: Any, known: set[str]) -> str | None:
+def _layer_obstacle(name: str, config: Any, recurrent: set[Any]) -> str | None:
+    """recurrent: indices of the layers whose state is known."""
     kinds: dict[str, list[str]] = {}
+    stated = {
+        kind for index, kind in enumerate(layer_types(config)) if kind not in _STATE_LAYERS or index not in recurrent
+    }
     unstated = {"indexed_attention"} if getattr(config, "index_topk", None) else set()
-    for kind in sorted(set(layer_types(config)) - known or unstated):
+    for kind in sorted(stated - _TREE_LAYERS or unstated):
         kinds.setdefault(_OTHER_LAYERS.get(kind, "of which the tree knows nothing"), []).append(kind)
     if not kinds:
         return None

@@ -99,9 +99,7 @@ class _Scan(torch.autograd.Function):
         behind = torch.zeros_like(ctx.behind).index_add_(0, cut.leaves, grad_states)
         for part in reversed(cut.parts):
             inputs = step[part.tokens], fed[part.tokens], A, B[part.tokens], ctx.behind[part.above]
-            *of_tokens, of_A, of_before = _run_back(
-                *inputs, C[part.tokens], grad_out[part.tokens], behind[part.blocks]
-            )
+            *of_tokens, of_A, of_before = _run_back(*inputs, C[part.tokens], grad_out[part.tokens], behind[part.blocks])
             for grad, own in zip(grads, of_tokens, strict=True):
                 grad[part.tokens] = own
             grad_A += of_A

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from dta_plugin.models.sizes import attention_sizes
 from dta_plugin.models.rotary import length_limits
+from dta_plugin.models.sizes import attention_sizes
 
 # Of the longest sequence: the fewest tokens, and the most that are cheap.
 _SHORTEST, _LONGEST = 32, 320
