@@ -72,9 +72,9 @@ def _delta_rule(
     size = _block_size(plan, key.shape[-1], g.shape[-1] > 1)
     of_keys, of_values = (places(plan, size, count, device) for count in (per_key, heads))
     with torch.autocast(device.type, enabled=False):
-        q, k = (to_blocks(x[0], of_keys).to(dtype).unsqueeze(2) for x in (query, key))
+        q, k = (to_blocks(x.squeeze(0), of_keys).to(dtype).unsqueeze(2) for x in (query, key))
         v, g, beta = (
-            to_blocks(x[0], of_values).to(dtype).unflatten(1, (per_key, -1)) for x in (value, g, beta.unsqueeze(-1))
+            to_blocks(x.squeeze(0), of_values).to(dtype).unflatten(1, (per_key, -1)) for x in (value, g, beta.unsqueeze(-1))
         )
         if is_normalised:
             q, k = _normalised(q), _normalised(k)
@@ -102,7 +102,7 @@ def _block_size(plan: StatePlan, width: int, is_per_channel: bool) -> int:
     lengths = plan.nodes().length
 
     def cost(size: int) -> int:
-        return int((-(-lengths // size)).sum()) * (size * size + size * (width + 32) + 4 * width)
+        return int((-(-lengths // size)).sum()) * (size * size + size * (width + 32) + width * width // 2)
 
     sizes = (16, 32, 64) if is_per_channel else range(64, 8, -4)
     return plan.cached(("delta rule", width, is_per_channel), lambda: min(sizes, key=cost))
@@ -168,7 +168,7 @@ class _Scan(torch.autograd.Function):
         Returns [1 + B, H, Dk, Dv], the first what came in, and [B, H, C, Dv].
         """
         behind = came_in.new_empty(1 + len(known), *came_in.shape[1:])
-        behind[0] = came_in[0]
+        behind[:1] = came_in
         written = known.contiguous().clone()
         for level in levels:
             before = behind.index_select(0, above[level])
