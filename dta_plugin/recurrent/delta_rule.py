@@ -74,7 +74,8 @@ def _delta_rule(
     with torch.autocast(device.type, enabled=False):
         q, k = (to_blocks(x.squeeze(0), of_keys).to(dtype).unsqueeze(2) for x in (query, key))
         v, g, beta = (
-            to_blocks(x.squeeze(0), of_values).to(dtype).unflatten(1, (per_key, -1)) for x in (value, g, beta.unsqueeze(-1))
+            to_blocks(x.squeeze(0), of_values).to(dtype).unflatten(1, (per_key, -1))
+            for x in (value, g, beta.unsqueeze(-1))
         )
         if is_normalised:
             q, k = _normalised(q), _normalised(k)
