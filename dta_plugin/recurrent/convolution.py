@@ -1,0 +1,131 @@
+"""Short causal convolutions over a prefix tree: a token sees its nearest ancestors, wherever in the row they stand.
+
+Most tokens stand right behind their parent: the ordinary convolution along the row is true for them. The few within a
+convolution's width behind a fork, or behind the state that comes in, are computed from their ancestors and put in their
+places; no gradient passes through what stood there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from dta_plugin.dtypes import accumulation_dtype, compute_dtype
+from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.recurrent.plan import StatePlan
+from dta_plugin.upload import upload
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"silu": F.silu, "swish": F.silu}
+
+
+def tree_causal_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str | Callable[[torch.Tensor], torch.Tensor] | None,
+    plan: StatePlan,
+    initial: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """transformers' depthwise `causal_conv1d_fn` on one row.
+
+    Args:
+        x: [1, D, T]; weight: [D, W], of the token itself last; bias: [D].
+        activation: a function, or the name of one.
+        initial: [1, D, W - 1] what came before tokens without a parent, latest last; None for zeros.
+
+    Returns:
+        [1, D, T] and the last W - 1 inputs up to each of `plan.leaves`, [K, D, W - 1], both in the dtype of x.
+
+    Raises:
+        UnsupportedModelError: no activation of that name.
+    """
+    act, (width, device) = _activation(activation), (weight.shape[1], x.device)
+    near = plan.cached(("convolution", width, device), lambda: _near(plan, width, device))
+    before = x.new_zeros(width - 1, len(weight)) if initial is None else initial.squeeze(0).to(x.dtype).T
+    row = torch.cat([before, x.squeeze(0).T])
+    states = row.index_select(0, near.states).view(len(plan.leaves), width - 1, len(weight)).transpose(1, 2)
+    dtype = compute_dtype(device.type, weight.dtype)
+    y = _Convolution.apply(*(None if t is None else _rounded(t, dtype) for t in (row, weight.T, bias)), near)
+    return act(y.to(dtype).T.unsqueeze(0)).to(x.dtype), states
+
+
+def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What a convolution in `dtype` reads, in what it sums in."""
+    return x.to(dtype).to(accumulation_dtype(dtype))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Near:
+    """What a convolution along the row gets wrong. Rows count from the first of the W - 1 that came before.
+
+    Attributes:
+        tokens: int64 [m] those with an ancestor that does not stand right before them.
+        taps: int64 [W, m] the rows of their windows, their own last.
+        states: int64 [K * (W - 1)] the rows of the states that leave.
+    """
+
+    tokens: torch.Tensor
+    taps: torch.Tensor
+    states: torch.Tensor
+
+
+def _near(plan: StatePlan, width: int, device: torch.device) -> _Near:
+    own = np.arange(len(plan))[:, None] + width - 1
+    ancestors = plan.ancestors(width - 1, torch.device("cpu")).numpy()
+    tokens = np.flatnonzero((ancestors != own - 1 - np.arange(width - 1)).any(1))
+    windows = np.concatenate([ancestors[:, ::-1], own], 1)
+    taps, states = windows[tokens].T.reshape(-1), windows[plan.leaves][:, 1:].reshape(-1)
+    sent = upload([tokens, taps, states], device)
+    return _Near(sent[0], sent[1].view(width, -1), sent[2])
+
+
+class _Convolution(torch.autograd.Function):
+    """Shifted products summed in place: no [T, D, W], and several times as fast on a CPU as a depthwise conv1d."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, row: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, near: _Near
+    ) -> torch.Tensor:
+        """row: [W - 1 + T, D]; weight: [W, D]; bias: [D] -> [T, D]."""
+        ctx.save_for_backward(row, weight)
+        ctx.near, ctx.has_bias = near, bias is not None
+        total = len(row) + 1 - len(weight)
+        bias = row.new_zeros(row.shape[1]) if bias is None else bias
+        y = torch.addcmul(bias, row[:total], weight[0])
+        own = torch.addcmul(bias, row.index_select(0, near.taps[0]), weight[0])
+        for step in range(1, len(weight)):
+            y.addcmul_(row[step : step + total], weight[step])
+            own.addcmul_(row.index_select(0, near.taps[step]), weight[step])
+        return y.index_copy_(0, near.tokens, own)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (row, weight), near = ctx.saved_tensors, ctx.near
+        total = len(grad)
+        own, along = grad.index_select(0, near.tokens), grad.index_fill(0, near.tokens, 0)
+        d_row, d_weight, product = torch.zeros_like(row), torch.empty_like(weight), torch.empty_like(along)
+        for step, tap in enumerate(near.taps):
+            d_row[step : step + total].addcmul_(along, weight[step])
+            d_row.index_add_(0, tap, own * weight[step])
+            torch.mul(along, row[step : step + total], out=product)
+            d_weight[step] = product.sum(0) + (own * row.index_select(0, tap)).sum(0)
+        return d_row, d_weight, grad.sum(0) if ctx.has_bias else None, None
+
+
+def _activation(given: str | Callable[[torch.Tensor], torch.Tensor] | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    if given is None:
+        return torch.nn.Identity()
+    if callable(given):
+        return given
+    found = _ACTIVATIONS.get(given) or getattr(F, given, None)
+    if found is None:
+        raise UnsupportedModelError(
+            f"Got a convolution whose activation is {given!r}. Expected {sorted(_ACTIVATIONS)} or the name of a "
+            "function of torch.nn.functional; pass the function itself."
+        )
+    return found
