@@ -5,7 +5,7 @@ A stand-in takes what the mixer's forward gives to the function, for one packed 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,26 +32,31 @@ class MixerCall:
         self.states = tree.states
         self._mixer, self._number = mixer, tree.state_call_number(id(mixer))
         self._asked: list[str] = []
+        self._running = ""
 
     def key(self, name: str) -> tuple[int, int, str, int]:
         """Of the next state of this name; every pass asks in the same order."""
         self._asked.append(name)
         return id(self._mixer), self._number, name, self._asked.count(name)
 
-    def carry(
-        self, name: str, inputs: tuple[torch.Tensor, ...], run: Callable[[torch.Tensor | None], Handover]
-    ) -> torch.Tensor:
+    def run(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """What stands in for the known function `name`."""
+        self._running = name
+        return OPERATIONS[name].run(self, *args, **kwargs)
+
+    def carry(self, inputs: tuple[torch.Tensor, ...], run: Callable[[torch.Tensor | None], Handover]) -> torch.Tensor:
         """Run a function between the state that comes in and those that leave. inputs: beside the state."""
-        key = self.key(name)
+        key = self.key(self._running)
         out, states = run(self.states.enter(key, inputs))
         return self.states.leave(key, out, states)
 
-    def check_carried(self) -> None:
-        """Raises UnsupportedError where a mixer has called none of its known functions."""
-        if not self._asked:
+    def check_carried(self, names: Iterable[str]) -> None:
+        """Raises UnsupportedError where a mixer has not called some of its known functions."""
+        missing = {name for name in names if OPERATIONS[name].carries_state}.difference(self._asked)
+        if missing:
             raise UnsupportedError(
-                f"{type(self._mixer).__name__} did not call the functions by which it carries its state. Expected it "
-                "to; switch off whatever replaces its forward, or use on_unsupported='dense'."
+                f"{type(self._mixer).__name__} did not call {', '.join(sorted(missing))}, by which it carries its "
+                "state. Expected it to; switch off whatever replaces its forward, or use on_unsupported='dense'."
             )
 
 
@@ -64,9 +69,7 @@ def _convolution(
     **_: Any,
 ) -> torch.Tensor:
     act = None if activation is None else ACT2FN[activation]
-    return call.carry(
-        "convolution", (x, weight), lambda state: tree_causal_conv1d(x, weight, bias, act, call.plan, state)
-    )
+    return call.carry((x, weight), lambda state: tree_causal_conv1d(x, weight, bias, act, call.plan, state))
 
 
 def _gated_delta_rule(
@@ -82,7 +85,7 @@ def _gated_delta_rule(
     def run(state: torch.Tensor | None) -> Handover:
         return tree_gated_delta_rule(query, key, value, g, beta, call.plan, state, use_qk_l2norm_in_kernel)
 
-    return call.carry("delta rule", (query, key, value, g, beta), run), None
+    return call.carry((query, key, value, g, beta), run), None
 
 
 def _kimi_delta_attention(
@@ -98,7 +101,7 @@ def _kimi_delta_attention(
     def run(state: torch.Tensor | None) -> Handover:
         return tree_kda(query, key, value, g, beta, call.plan, state, use_qk_l2norm_in_kernel)
 
-    return call.carry("delta rule", (query, key, value, g, beta), run), None
+    return call.carry((query, key, value, g, beta), run), None
 
 
 def _mamba2_scan(
@@ -121,7 +124,7 @@ def _mamba2_scan(
             hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, plan=call.plan, initial=state
         )
 
-    return call.carry("scan", (hidden_states, dt, A, B, C), run)
+    return call.carry((hidden_states, dt, A, B, C), run)
 
 
 def _selective_scan(
@@ -142,7 +145,7 @@ def _selective_scan(
             hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, plan=call.plan, initial=state
         )
 
-    return call.carry("scan", (hidden_states, dt, A, B, C), run)
+    return call.carry((hidden_states, dt, A, B, C), run)
 
 
 def _no_shortcut(*_: Any, **__: Any) -> None:

@@ -43,7 +43,9 @@ class Nodes:
 def mixers(model: PreTrainedModel) -> Iterator[nn.Module]:
     """The modules that carry a state along a sequence; each knows the index of its layer."""
     for module in model.modules():
-        if isinstance(vars(module).get("layer_idx"), int) and _is_recurrent(type(module), type(module).forward):
+        if isinstance(vars(module).get("layer_idx"), int) and (
+            _is_recurrent(type(module), type(module).forward) or _attributes(module)
+        ):
             yield module
 
 
@@ -54,13 +56,17 @@ def way(mixer: nn.Module) -> Functions | Nodes | None:
 
 def functions(mixer: nn.Module) -> Functions | None:
     """The known functions that it calls, of which some carry its state."""
+    if own := _attributes(mixer):
+        return Functions(vars(mixer), own)
     file = _file(type(mixer).forward)
-    own = tuple(name for name in OPERATIONS if name in vars(mixer))
     called = tuple(name for name in OPERATIONS if name in file and forward_has(mixer, name))
-    for place, names in ((vars(mixer), own), (file, called)):
-        if any(OPERATIONS[name].carries_state for name in names):
-            return Functions(place, names)
-    return None
+    return Functions(file, called) if any(OPERATIONS[name].carries_state for name in called) else None
+
+
+def _attributes(mixer: nn.Module) -> tuple[str, ...]:
+    """The known functions that it has as attributes: a delta rule, and the convolution before it."""
+    own = tuple(name for name in OPERATIONS if name in vars(mixer))
+    return own if len(own) > 1 else ()
 
 
 def _nodes(mixer: nn.Module) -> Nodes | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,10 +23,10 @@ from transformers import PreTrainedModel
 from dta_plugin.attention.mask import TreeMask
 from dta_plugin.errors import UnsupportedError
 from dta_plugin.models.attention_registry import carried
-from dta_plugin.models.recurrent_functions import OPERATIONS, MixerCall
+from dta_plugin.models.recurrent_functions import MixerCall
 from dta_plugin.models.recurrent_layers import Functions, functions, mixers, way
 from dta_plugin.models.recurrent_nodes import run_by_nodes
-from dta_plugin.models.stand_in import Place, StandIn
+from dta_plugin.models.stand_in import StandIn
 
 
 def install(model: PreTrainedModel) -> None:
@@ -94,9 +95,9 @@ class _Mixer(StandIn):
         call = MixerCall(tree, mixer)
         own = way(mixer)
         if isinstance(own, Functions):
-            with _in_the_middle(call=call), _own_functions(mixer, own):
+            with _in_the_middle(call=call), _own_functions(mixer, own, call):
                 out = self.behind(mixer, *args, **kwargs)
-            call.check_carried()
+            call.check_carried(own.names)
         elif own is not None:
             out = run_by_nodes(call, mixer, self.behind, own.cache, args, kwargs)
         else:
@@ -108,34 +109,23 @@ class _Mixer(StandIn):
 class _Function(StandIn):
     """A function by which mixers carry state: along the tree within a mixer's call that has one."""
 
-    def __init__(self, place: Place, key: str) -> None:
-        super().__init__(place, key)
-        self._along_tree = OPERATIONS[key].run
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = _now.call
-        return self.behind(*args, **kwargs) if call is None else self._along_tree(call, *args, **kwargs)
+        return self.behind(*args, **kwargs) if call is None else call.run(self._key, *args, **kwargs)
 
 
 @contextmanager
-def _own_functions(mixer: nn.Module, own: Functions) -> Iterator[None]:
+def _own_functions(mixer: nn.Module, own: Functions, call: MixerCall) -> Iterator[None]:
     """Functions that are attributes of the mixer are exchanged for the time of a call."""
     if own.place is not vars(mixer):
         yield
         return
     before = {name: own.place[name] for name in own.names}
-    own.place.update({name: _bound(name) for name in own.names})
+    own.place.update({name: partial(call.run, name) for name in own.names})
     try:
         yield
     finally:
         own.place.update(before)
-
-
-def _bound(name: str) -> Any:
-    def along_tree(*args: Any, **kwargs: Any) -> Any:
-        return OPERATIONS[name].run(_now.call, *args, **kwargs)
-
-    return along_tree
 
 
 def no_way(mixer: nn.Module) -> str:

@@ -160,7 +160,7 @@ def _position_obstacle(model: PreTrainedModel, config: Any) -> str | None:
 
 
 def _has_no_positions(model: PreTrainedModel) -> bool:
-    """Recurrent layers tell tokens apart by their order: then attention may go without, and nothing embeds positions."""
+    """Recurrent layers tell the order of tokens: attention may do without, and nothing embeds positions."""
     return any(True for _ in mixers(model)) and sum(isinstance(each, nn.Embedding) for each in model.modules()) == 1
 
 
