@@ -18,7 +18,7 @@ from dta_plugin.models.dispatch import install
 from dta_plugin.models.introspection import causal_lm, decoder_of, lm_head, tree_forward
 from dta_plugin.models.layers import attention_modules
 from dta_plugin.models.lm_head import LMHead, edge_logprobs
-from dta_plugin.models.recurrent_layers import mixers
+from dta_plugin.models.recurrent_layers import layer_of, mixers
 from dta_plugin.tree.layout import ScoredEdges, TreeLayout
 from dta_plugin.tree.trie import PrefixTree
 
@@ -163,7 +163,7 @@ def check_every_layer_hit(model: PreTrainedModel, mask: TreeMask) -> None:
             "attention function. Expected every layer to call transformers' AttentionInterface; switch off whatever "
             "patches attention (custom kernels, other plugins), or use on_unsupported='dense'."
         )
-    missed = sorted({mixer.layer_idx for mixer in recurrent if not mask.state_calls[id(mixer)]})  # type: ignore[misc]
+    missed = sorted({layer_of(mixer) for mixer in recurrent if not mask.state_calls[id(mixer)]})
     if missed:
         raise UnsupportedError(
             f"Recurrent layer(s) {missed} of {type(model).__name__} did not use the tree: something replaced their "

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -49,6 +49,11 @@ def mixers(model: PreTrainedModel) -> Iterator[nn.Module]:
             yield module
 
 
+def layer_of(mixer: nn.Module) -> int:
+    """The index of its layer."""
+    return cast(int, mixer.layer_idx)
+
+
 def way(mixer: nn.Module) -> Functions | Nodes | None:
     """How it runs on a tree; None if no way is known."""
     return functions(mixer) or _nodes(mixer)
@@ -76,8 +81,8 @@ def _nodes(mixer: nn.Module) -> Nodes | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _is_recurrent(kind: type[nn.Module], forward: Any) -> bool:
-    """forward: that of the class, which may be exchanged."""
+def _is_recurrent(kind: Any, forward: Any) -> bool:
+    """kind: the class of a module. forward: the class's, which may be exchanged."""
     return any(class_has(kind, name) for name in (*_TELLS, *OPERATIONS.keys() & _file(forward).keys()))
 
 

@@ -36,8 +36,9 @@ def install(model: PreTrainedModel) -> None:
         if module in found:
             _Mixer.install(_definer(type(module)), "forward", model)
             own = functions(module)
-            for name in () if own is None or own.place is vars(module) else own.names:
-                _Function.install(own.place, name, model)
+            if own is not None and own.place is not vars(module):
+                for name in own.names:
+                    _Function.install(own.place, name, model)
         elif any(child in found for child in module.children()):
             _Layer.install(_definer(type(module)), "forward", model)
 

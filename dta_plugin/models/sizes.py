@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dta_plugin.models.layers import attention_modules, layer_types, number
-from dta_plugin.models.recurrent_layers import mixers
+from dta_plugin.models.recurrent_layers import layer_of, mixers
 from dta_plugin.tree.cost import ModelCost
 
 _OUTPUTS = ("o_proj", "out_proj", "dense", "wo", "c_proj")
@@ -37,7 +37,7 @@ def attention_sizes(model: PreTrainedModel) -> list[AttentionSizes]:
     """The sizes of every layer that attends, as its module has them, or else as the config says."""
     config = model.config.get_text_config()
     modules = attention_modules(model)
-    without = {mixer.layer_idx for mixer in mixers(model)} - set(modules)
+    without = {layer_of(mixer) for mixer in mixers(model)} - set(modules)
     kinds = enumerate(layer_types(config))
     return [_sizes(modules.get(index), config, kind) for index, kind in kinds if index not in without]
 

@@ -17,7 +17,7 @@ from dta_plugin.models.attention_registry import is_installable
 from dta_plugin.models.introspection import causal_lm
 from dta_plugin.models.layers import attention_modules, forward_has, layer_types, one_size
 from dta_plugin.models.peft_methods import adapter_obstacle
-from dta_plugin.models.recurrent_layers import mixers, way
+from dta_plugin.models.recurrent_layers import layer_of, mixers, way
 from dta_plugin.models.recurrent_registry import no_way
 from dta_plugin.models.rotary import rotary_obstacle
 
@@ -80,7 +80,7 @@ def _attention_obstacle(model: PreTrainedModel, config: Any) -> str | None:
     if is_bidirectional or getattr(config, "is_causal", None) is False:
         return f"{name} attends in both directions; use a causal model"
     recurrent = list(mixers(model))
-    reason = _layer_obstacle(name, config, {mixer.layer_idx for mixer in recurrent})
+    reason = _layer_obstacle(name, config, {layer_of(mixer) for mixer in recurrent})
     reason = reason or _mixer_obstacle(model, recurrent)
     if reason is None and None in attention_modules(model):
         reason = (
@@ -94,7 +94,7 @@ def _attention_obstacle(model: PreTrainedModel, config: Any) -> str | None:
     return reason or _window_obstacle(model, config)
 
 
-def _layer_obstacle(name: str, config: Any, recurrent: set[Any]) -> str | None:
+def _layer_obstacle(name: str, config: Any, recurrent: set[int]) -> str | None:
     """recurrent: indices of the layers whose state is known."""
     kinds: dict[str, list[str]] = {}
     stated = {

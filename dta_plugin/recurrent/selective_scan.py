@@ -7,6 +7,7 @@ blocks of a level go token by token together, and the backward pass goes through
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,8 @@ from dta_plugin.upload import upload
 _BLOCK = 32
 """Tokens between states that are kept for the backward pass."""
 
-_ENTRIES = 2**20
-"""Entries of states that are held at once, where a block has fewer."""
+_CACHE_ENTRIES, _GPU_ENTRIES = 2**20, 2**24
+"""Entries of states that are held at once, where a block has fewer: a CPU's caches are small, a GPU wants work."""
 
 
 def tree_selective_scan(
@@ -59,11 +60,8 @@ def tree_selective_scan(
             out = out + D.to(dtype) * x
         if z is not None:
             out = out * F.silu(z[0].T.to(dtype))
-    given = [tensor.dtype for tensor in (D, z) if tensor is not None]
-    result = hidden_states.dtype
-    for one in given:
-        result = torch.promote_types(result, one)
-    return out.T[None].to(result), states.mT
+    others = (tensor.dtype for tensor in (D, z) if tensor is not None)
+    return out.T[None].to(reduce(torch.promote_types, others, hidden_states.dtype)), states.mT
 
 
 class _Scan(torch.autograd.Function):
@@ -75,25 +73,27 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, step, fed, A, B, C, initial, cut: _Cut) -> Any:
-        ctx.save_for_backward(step, fed, A, B, C)
+        given = step, fed, A, B, C
         step, fed, B, C = map(_with_nobody, (step, fed, B, C))
         out = torch.empty_like(step)
         behind = step.new_empty(cut.count + 1, *A.shape)  # each block, and in the last row what comes in
         behind[-1] = initial
         for part in cut.parts:
-            _, states = _run(step[part.tokens], fed[part.tokens], A, B[part.tokens], behind[part.above])
+            at = part.tokens
+            _, states = _run(step[at], fed[at], A, B[at], behind[part.above])
             behind[part.blocks] = states[-1]
-            out[part.tokens] = (C[part.tokens][:, :, None] @ states)[:, :, 0]
-        ctx.behind, ctx.cut = behind, cut
+            out[at] = (C[at][:, :, None] @ states)[:, :, 0]
+        ctx.save_for_backward(*given, behind)
+        ctx.cut = cut
         return out[:-1], behind[cut.leaves]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out, grad_states) -> Any:
-        *_, A, _, _ = ctx.saved_tensors
+        step, fed, A, B, C, behind = ctx.saved_tensors
         cut: _Cut = ctx.cut
-        step, fed, _, B, C = ctx.saved_tensors
         step, fed, B, C, grad_out = map(_with_nobody, (step, fed, B, C, grad_out))
+<<<<<<< HEAD
         grads = [torch.empty_like(tensor) for tensor in (step, fed, B, C)]
         grad_A = torch.zeros_like(A)
         behind = torch.zeros_like(ctx.behind).index_add_(0, cut.leaves, grad_states)
@@ -106,10 +106,28 @@ class _Scan(torch.autograd.Function):
             behind.index_add_(0, part.above, of_before)
         grad_step, grad_fed, grad_B, grad_C = (grad[:-1] for grad in grads)
         return grad_step, grad_fed, grad_A, grad_B, grad_C, behind[-1], None
+=======
+        of_tokens = [torch.empty_like(tensor) for tensor in (step, fed, B, C)]
+        of_A = torch.zeros_like(A)
+        of_behind = torch.zeros_like(behind).index_add_(0, cut.leaves, grad_states)
+        with torch.autocast(step.device.type, enabled=False):
+            for part in reversed(cut.parts):
+                at = part.tokens
+                inputs = step[at], fed[at], A, B[at], behind[part.above], C[at], grad_out[at], of_behind[part.blocks]
+                *own, own_A, of_above = _run_back(*inputs)
+                for grad, values in zip(of_tokens, own, strict=True):
+                    grad[at] = values
+                of_A += own_A
+                of_behind.index_add_(0, part.above, of_above)
+        of_step, of_fed, of_B, of_C = (grad[:-1] for grad in of_tokens)
+        return of_step, of_fed, of_A, of_B, of_C, of_behind[-1], None
+>>>>>>> x-scan
 
 
-def _run(step, fed, A, B, before) -> tuple[torch.Tensor, torch.Tensor]:
-    """([l, b, N, W] what stays of the states, the states): b blocks, from the states before them, l tokens."""
+def _run(
+    step: torch.Tensor, fed: torch.Tensor, A: torch.Tensor, B: torch.Tensor, before: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """l tokens of b blocks from the states before them: ([l, b, N, W] what stays of the last state, the states)."""
     kept = (step[:, :, None] * A).exp_()
     states = fed[:, :, None] * B[..., None]
     for place in range(len(kept)):
@@ -117,28 +135,30 @@ def _run(step, fed, A, B, before) -> tuple[torch.Tensor, torch.Tensor]:
     return kept, states
 
 
-def _run_back(step, fed, A, B, before, C, grad_out, grad_behind) -> tuple[torch.Tensor, ...]:
-    """Gradients of step, fed, B, C, A and the states before the blocks."""
+def _run_back(
+    step: torch.Tensor,
+    fed: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    before: torch.Tensor,
+    C: torch.Tensor,
+    grad_out: torch.Tensor,
+    grad_behind: torch.Tensor,
+) -> list[torch.Tensor]:
+    """Gradients of step, fed, B, C, A and the states before the blocks, whose states are computed once more."""
     kept, states = _run(step, fed, A, B, before)
     grad = grad_out[:, :, None] * C[..., None]  # of the states
     grad[-1] += grad_behind
     for place in range(len(kept) - 1, 0, -1):
         grad[place - 1].addcmul_(kept[place], grad[place])
-    grad_before = kept[0] * grad[0]
-    grad_C = (states @ grad_out[..., None])[..., 0]
-    grad_fed = (B[:, :, None] @ grad)[:, :, 0]
-    grad_B = (grad @ fed[..., None])[..., 0]
+    of_fed, of_B = (B[:, :, None] @ grad)[:, :, 0], (grad @ fed[..., None])[..., 0]
+    of_C = (states @ grad_out[..., None])[..., 0]
+    of_before = kept[0] * grad[0]
     exponent = kept.mul_(grad)
     exponent[0] *= before
     exponent[1:] *= states[:-1]
-    return (
-        (exponent * A).sum(2),
-        grad_fed,
-        grad_B,
-        grad_C,
-        exponent.mul_(step[:, :, None]).sum((0, 1)),
-        grad_before,
-    )
+    of_step = (exponent * A).sum(2)
+    return [of_step, of_fed, of_B, of_C, exponent.mul_(step[:, :, None]).sum((0, 1)), of_before]
 
 
 def _with_nobody(x: torch.Tensor) -> torch.Tensor:
@@ -168,7 +188,8 @@ class _Cut:
 
 
 def _cut(plan: StatePlan, entries: int, device: torch.device) -> _Cut:
-    together = max(1, _ENTRIES // (_BLOCK * entries))
+    held = _CACHE_ENTRIES if device.type == "cpu" else _GPU_ENTRIES
+    together = max(1, held // (_BLOCK * entries))
     return plan.cached(("selective scan", together, device), lambda: _build(plan, together, device))
 
 

@@ -43,7 +43,7 @@ def tree_mamba2_scan(
         (out [1, T, H, P], states [K, H, P, N] behind `plan.leaves`)
     """
     dtype = accumulation_dtype(hidden_states.dtype)
-    step = step_lengths(dt, None if dt_bias is None else dt_bias, dt_softplus).clamp(*dt_limit)
+    step = step_lengths(dt, dt_bias, dt_softplus).clamp(*dt_limit)
     with torch.autocast(hidden_states.device.type, enabled=False):
         x, step, A, B, C = (tensor.to(dtype) for tensor in (hidden_states[0], step[0], A, B[0], C[0]))
         cut = _cut(plan, x.shape[-1], B.shape[-1], x.device)
@@ -105,7 +105,7 @@ class _Levels(torch.autograd.Function):
     def forward(ctx: Any, added: torch.Tensor, kept: torch.Tensor, initial: torch.Tensor | None, cut: _Cut) -> Any:
         kept = kept[..., None, None]
         # Behind each block, and in the last row what comes in.
-        behind = torch.cat([added, (torch.zeros_like(added[:1]) if initial is None else initial[None])])
+        behind = torch.cat([added, torch.zeros_like(added[:1]) if initial is None else initial[None]])
         for level in cut.levels:
             behind[level].addcmul_(kept[level], behind[cut.above[level]])
         before = behind[cut.above]
@@ -131,18 +131,18 @@ class _Cut:
 
     Attributes:
         count, size: blocks, and places in each.
+        levels: slices of the blocks.
         slots: [T] the place of each token among all.
         above: [B] the block above, B for the state that comes in.
         leaves: [K] the block behind which each state leaves.
-        levels: slices of the blocks.
     """
 
     count: int
     size: int
+    levels: list[slice]
     slots: torch.Tensor
     above: torch.Tensor
     leaves: torch.Tensor
-    levels: list[slice]
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         """[T, ...] -> [B, size, ...], zero where there is no token."""
@@ -165,7 +165,8 @@ def _build(plan: StatePlan, width: int, states: int, device: torch.device) -> _C
     slots = np.empty(len(plan), dtype=np.int64)
     slots[token] = np.repeat(np.arange(len(blocks)) * size, blocks.length) + offset
     above = np.where(blocks.parent < 0, len(blocks), blocks.parent)
-    return _Cut(len(blocks), size, *upload([slots, above, blocks.leaves], device), blocks.levels)
+    on_device = upload([slots, above, blocks.leaves], device)
+    return _Cut(len(blocks), size, blocks.levels, *on_device)
 
 
 def _block_size(nodes: np.ndarray, width: int, states: int) -> int:
@@ -173,6 +174,6 @@ def _block_size(nodes: np.ndarray, width: int, states: int) -> int:
 
     def work(size: int) -> int:
         inside = size * size * (width + 32) + 2 * size * width * states
-        return int((-(-nodes // size)).sum()) * (inside + 16 * width * states)
+        return int((-(-nodes // size)).sum()) * (inside + 48 * width * states)
 
     return min(range(16, 129, 8), key=work)

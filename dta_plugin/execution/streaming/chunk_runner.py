@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from dta_plugin.execution.streaming.kv_arena import Arena, ChunkMask
 from dta_plugin.execution.streaming.recomputation import Autocast, plain_checkpointing
 from dta_plugin.models.dispatch import install
 from dta_plugin.models.introspection import decoder_of, is_checkpointed, lm_head, tree_forward
-from dta_plugin.models.recurrent_layers import mixers
+from dta_plugin.models.recurrent_layers import layer_of, mixers
 from dta_plugin.models.rotary import as_long_as
 from dta_plugin.tree.layout import ScoredEdges
 from dta_plugin.tree.trie import PrefixTree
@@ -129,7 +129,7 @@ class ChunkRunner:
 
 def _check_repeats(model: PreTrainedModel, mask: ChunkMask) -> None:
     """Recomputed in the backward pass, the calls of one layer come in an order that nothing tells them apart by."""
-    recurrent = {id(mixer): cast(int, mixer.layer_idx) for mixer in mixers(model)}
+    recurrent = {id(mixer): layer_of(mixer) for mixer in mixers(model)}
     attending = {layer for layer, calls in mask.calls.items() if calls > 1}
     repeated = sorted(attending | {recurrent[mixer] for mixer, calls in mask.state_calls.items() if calls > 1})
     if repeated and model.training and is_checkpointed(model):
