@@ -93,20 +93,6 @@ class _Scan(torch.autograd.Function):
         step, fed, A, B, C, behind = ctx.saved_tensors
         cut: _Cut = ctx.cut
         step, fed, B, C, grad_out = map(_with_nobody, (step, fed, B, C, grad_out))
-<<<<<<< HEAD
-        grads = [torch.empty_like(tensor) for tensor in (step, fed, B, C)]
-        grad_A = torch.zeros_like(A)
-        behind = torch.zeros_like(ctx.behind).index_add_(0, cut.leaves, grad_states)
-        for part in reversed(cut.parts):
-            inputs = step[part.tokens], fed[part.tokens], A, B[part.tokens], ctx.behind[part.above]
-            *of_tokens, of_A, of_before = _run_back(*inputs, C[part.tokens], grad_out[part.tokens], behind[part.blocks])
-            for grad, own in zip(grads, of_tokens, strict=True):
-                grad[part.tokens] = own
-            grad_A += of_A
-            behind.index_add_(0, part.above, of_before)
-        grad_step, grad_fed, grad_B, grad_C = (grad[:-1] for grad in grads)
-        return grad_step, grad_fed, grad_A, grad_B, grad_C, behind[-1], None
-=======
         of_tokens = [torch.empty_like(tensor) for tensor in (step, fed, B, C)]
         of_A = torch.zeros_like(A)
         of_behind = torch.zeros_like(behind).index_add_(0, cut.leaves, grad_states)
@@ -121,7 +107,6 @@ class _Scan(torch.autograd.Function):
                 of_behind.index_add_(0, part.above, of_above)
         of_step, of_fed, of_B, of_C = (grad[:-1] for grad in of_tokens)
         return of_step, of_fed, of_A, of_B, of_C, of_behind[-1], None
->>>>>>> x-scan
 
 
 def _run(
