@@ -44,7 +44,7 @@ def mixers(model: PreTrainedModel) -> Iterator[nn.Module]:
     """The modules that carry a state along a sequence; each knows the index of its layer."""
     for module in model.modules():
         if isinstance(vars(module).get("layer_idx"), int) and (
-            _is_recurrent(type(module), type(module).forward) or _attributes(module)
+            _is_recurrent(cast(Any, type(module)), type(module).forward) or _attributes(module)
         ):
             yield module
 
