@@ -59,6 +59,42 @@ def _head_dim(config: Any) -> int:
     return number(config, "head_dim") or config.hidden_size // config.num_attention_heads
 
 
+@dataclass(frozen=True, slots=True)
+class StateSizes:
+    """One recurrent layer. channels: that its convolutions have. state: numbers, of all heads; 0 without a scan.
+
+    width: how many numbers of a state's rows and columns, over all heads, a token reads or writes.
+    """
+
+    channels: int
+    state: int
+    width: int
+
+
+def state_sizes(model: PreTrainedModel) -> list[StateSizes]:
+    """The sizes of every recurrent layer, as far as its module has them."""
+    return [_state_sizes(mixer) for mixer in mixers(model)]
+
+
+def _state_sizes(mixer: nn.Module) -> StateSizes:
+    channels = sum(child.in_channels for child in mixer.children() if isinstance(child, nn.Conv1d))
+    keys = number(mixer, "head_k_dim", "ssm_state_size", "head_dim") or 0
+    heads = number(mixer, "num_v_heads", "num_heads")
+    if heads is None:  # Mamba 1 has a state for every channel, LFM2 none
+        return StateSizes(channels, channels * keys, 0)
+    values = number(mixer, "head_v_dim", "head_dim") or 0
+    return StateSizes(channels, heads * keys * values, heads * (keys + values))
+
+
+# Tokens per block within which a scan compares all with all.
+_BLOCK = 64
+
+
+def _scan_flops(layer: StateSizes) -> float:
+    """Per token: to read the state, to take from it and to write to it, and two triangles within its block."""
+    return 6.0 * layer.state + 2.0 * _BLOCK * layer.width
+
+
 def counted_cost(model: PreTrainedModel) -> ModelCost:
     """FLOPs of the forward pass, two per multiply-add."""
     config = model.config.get_text_config()
@@ -70,8 +106,9 @@ def counted_cost(model: PreTrainedModel) -> ModelCost:
             per_pair += flops
         else:
             per_window[layer.window] = per_window.get(layer.window, 0.0) + flops
+    scans = sum(map(_scan_flops, state_sizes(model)))
     return ModelCost(
-        per_token=2.0 * sum(numbers for _, numbers in active_matrices(model)),
+        per_token=2.0 * sum(numbers for _, numbers in active_matrices(model)) + scans,
         per_pair=per_pair,
         per_scored=2.0 * config.hidden_size * config.vocab_size,
         per_window_pair=tuple(sorted(per_window.items())),
