@@ -15,6 +15,7 @@ from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.execution.calibration_store import Calibration, calibration_of
 from dta_plugin.execution.memory import token_budget
 from dta_plugin.execution.ranks import gathered, is_collective
+from dta_plugin.models.indexers import index_length_obstacle
 from dta_plugin.models.introspection import causal_lm, input_device, model_cost
 from dta_plugin.models.rotary import length_obstacle
 from dta_plugin.models.support import tree_obstacle
@@ -96,7 +97,7 @@ def prepare_batch(
     """
     is_dummy = not len(sequences) and is_collective(model)
     tree = PrefixTree.from_sequences([DUMMY_SEQUENCE] if is_dummy else sequences)
-    reason = tree_obstacle(model) or length_obstacle(causal_lm(model), [len(sequence) for sequence in sequences])
+    reason = tree_obstacle(model) or _lengths_obstacle(causal_lm(model), [len(sequence) for sequence in sequences])
     if reason is not None and config.on_unsupported == "error":
         raise UnsupportedError(f"Prefix-tree execution is not exact here: {reason}; or on_unsupported='dense'.")
     base = causal_lm(model)
@@ -114,6 +115,11 @@ def prepare_batch(
     seconds = None if speeds is None else _predicted(speeds, weights, tree, edges, dense_batches)
     use_tree, reason = _gate(model, cost, seconds, config.min_saving)
     return PreparedBatch(list(sequences), scored, tree, edges, cost, use_tree, reason, not use_tree, temperatures)
+
+
+def _lengths_obstacle(model: PreTrainedModel, lengths: list[int]) -> str | None:
+    """Why rows of these lengths cannot be exact together."""
+    return length_obstacle(model, lengths) or index_length_obstacle(model, lengths)
 
 
 def saving_obstacle(

@@ -17,6 +17,7 @@ import inspect
 from collections.abc import Iterator, MutableMapping
 from types import FunctionType
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -31,6 +32,9 @@ from dta_plugin.models.layers import indexed_modules
 from dta_plugin.models.stand_in import SHARED_ATTENTION, StandIn
 
 Entries = MutableMapping[str, Any]
+
+# Classes of attention whose masks are of keys chosen by an index: along a tree all are (indexers.py).
+INDEXED: WeakSet[type[nn.Module]] = WeakSet()
 
 
 def install(model: PreTrainedModel) -> None:
@@ -96,7 +100,7 @@ def _tree_call(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    if attention_mask is not None and attention_mask.numel() > 1:
+    if attention_mask is not None and attention_mask.numel() > 1 and type(module) not in INDEXED:
         raise UnsupportedError(
             f"{type(module).__name__} adds a mask or bias of its own to attention, of shape "
             f"{tuple(attention_mask.shape)}. Expected the causal mask alone, which the tree replaces; use another "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from dta_plugin.models import attention_registry, recurrent_registry
+from dta_plugin.models import attention_registry, indexers, recurrent_registry
+from dta_plugin.models.layer_calls import LayerCall
 from dta_plugin.models.recurrent_layers import mixers
 
 
@@ -16,9 +17,12 @@ def install(model: PreTrainedModel) -> None:
     if attention_registry.is_installable(model) or not any(True for _ in mixers(model)):
         attention_registry.install(model)
     recurrent_registry.install(model)
+    indexers.install(model)
 
 
 def uninstall(model: PreTrainedModel | None = None) -> None:
     """The model has no need of it any more; None: no model has. See `attention_registry.uninstall`."""
     attention_registry.uninstall(model)
     recurrent_registry.uninstall(model)
+    indexers.uninstall(model)
+    LayerCall.uninstall(model)

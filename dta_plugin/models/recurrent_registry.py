@@ -5,7 +5,7 @@ before with the arguments it came with, and dispatchers stay until `uninstall` a
 alive, because a checkpointed layer runs again in the backward pass.
 
 A mixer learns of the tree by the keyword ``dta_tree``, or, where its decoder layer hands no keywords on to it, from the
-layer: a dispatcher stands in front of layers, too. Checkpointing gives a layer the same keywords again.
+layer (layer_calls.py).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from dta_plugin.attention.mask import TreeMask
 from dta_plugin.errors import UnsupportedError
 from dta_plugin.models.attention_registry import carried
+from dta_plugin.models.layer_calls import definer, install_around, tree_of_layer
 from dta_plugin.models.recurrent_functions import MixerCall
 from dta_plugin.models.recurrent_layers import Functions, functions, mixers, way
 from dta_plugin.models.recurrent_nodes import run_by_nodes
@@ -32,32 +33,24 @@ from dta_plugin.models.stand_in import StandIn
 def install(model: PreTrainedModel) -> None:
     """Route the recurrent modules of a language model along trees whenever a call carries one. Idempotent."""
     found = set(mixers(model))
-    for module in model.modules():
-        if module in found:
-            _Mixer.install(_definer(type(module)), "forward", model)
-            own = functions(module)
-            if own is not None and own.place is not vars(module):
-                for name in own.names:
-                    _Function.install(own.place, name, model)
-        elif any(child in found for child in module.children()):
-            _Layer.install(_definer(type(module)), "forward", model)
+    for mixer in found:
+        _Mixer.install(definer(type(mixer)), "forward", model)
+        own = functions(mixer)
+        if own is not None and own.place is not vars(mixer):
+            for name in own.names:
+                _Function.install(own.place, name, model)
+    install_around(model, found)
 
 
 def uninstall(model: PreTrainedModel | None = None) -> None:
     """The model has no need of dispatchers any more; None: no model has. See `attention_registry.uninstall`."""
-    for kind in (_Mixer, _Function, _Layer):
+    for kind in (_Mixer, _Function):
         kind.uninstall(model)
 
 
-def _definer(kind: type) -> type:
-    """The class that a class has its forward from."""
-    return next(parent for parent in kind.__mro__ if "forward" in vars(parent))
-
-
 class _Now(threading.local):
-    """What this thread is in the middle of. tree: of a decoder layer's call. call: of a mixer's."""
+    """The mixer's call that this thread is in."""
 
-    tree: TreeMask | None = None
     call: MixerCall | None = None
 
 
@@ -65,22 +58,12 @@ _now = _Now()
 
 
 @contextmanager
-def _in_the_middle(**of: Any) -> Iterator[None]:
-    before = {name: getattr(_now, name) for name in of}
-    vars(_now).update(of)
+def _in_the_middle_of(call: MixerCall) -> Iterator[None]:
+    before, _now.call = _now.call, call
     try:
         yield
     finally:
-        vars(_now).update(before)
-
-
-class _Layer(StandIn):
-    """A decoder layer: tells its mixers of the tree."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        tree = kwargs.get("dta_tree") or carried(kwargs.get("attention_mask"))
-        with _in_the_middle(tree=tree):
-            return self.behind(*args, **kwargs)
+        _now.call = before
 
 
 class _Mixer(StandIn):
@@ -88,7 +71,7 @@ class _Mixer(StandIn):
 
     def __call__(self, mixer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         mask = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and carried(x)), None)
-        tree: TreeMask | None = kwargs.get("dta_tree") or carried(mask) or _now.tree
+        tree: TreeMask | None = kwargs.get("dta_tree") or carried(mask) or tree_of_layer()
         if tree is None:
             return self.behind(mixer, *args, **kwargs)
         args = tuple(None if x is mask else x for x in args)
@@ -96,7 +79,7 @@ class _Mixer(StandIn):
         call = MixerCall(tree, mixer)
         own = way(mixer)
         if isinstance(own, Functions):
-            with _in_the_middle(call=call), _own_functions(mixer, own, call):
+            with _in_the_middle_of(call), _own_functions(mixer, own, call):
                 out = self.behind(mixer, *args, **kwargs)
             call.check_carried(own.names)
         elif own is not None:

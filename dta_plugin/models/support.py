@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from dta_plugin.errors import UnsupportedError
 from dta_plugin.models.attention_registry import is_installable
+from dta_plugin.models.indexers import indexers
 from dta_plugin.models.introspection import causal_lm
 from dta_plugin.models.layers import attention_modules, forward_has, layer_types, one_size
 from dta_plugin.models.peft_methods import adapter_obstacle
@@ -80,7 +81,7 @@ def _attention_obstacle(model: PreTrainedModel, config: Any) -> str | None:
     if is_bidirectional or getattr(config, "is_causal", None) is False:
         return f"{name} attends in both directions; use a causal model"
     recurrent = list(mixers(model))
-    reason = _layer_obstacle(name, config, {layer_of(mixer) for mixer in recurrent})
+    reason = _layer_obstacle(name, config, {layer_of(mixer) for mixer in recurrent}, any(True for _ in indexers(model)))
     reason = reason or _mixer_obstacle(model, recurrent)
     if reason is None and None in attention_modules(model):
         reason = (
@@ -94,13 +95,15 @@ def _attention_obstacle(model: PreTrainedModel, config: Any) -> str | None:
     return reason or _window_obstacle(model, config)
 
 
-def _layer_obstacle(name: str, config: Any, recurrent: set[int]) -> str | None:
-    """recurrent: indices of the layers whose state is known."""
+def _layer_obstacle(name: str, config: Any, recurrent: set[int], indexes_keys: bool) -> str | None:
+    """recurrent: indices of the layers whose state is known. indexes_keys: by indexers that are."""
     kinds: dict[str, list[str]] = {}
     stated = {
         kind for index, kind in enumerate(layer_types(config)) if kind not in _STATE_LAYERS or index not in recurrent
     }
-    unstated = {"indexed_attention"} if getattr(config, "index_topk", None) else set()
+    if indexes_keys:
+        stated.discard("indexed_attention")
+    unstated = {"indexed_attention"} if getattr(config, "index_topk", None) and not indexes_keys else set()
     for kind in sorted(stated - _TREE_LAYERS or unstated):
         kinds.setdefault(_OTHER_LAYERS.get(kind, "of which the tree knows nothing"), []).append(kind)
     if not kinds:

@@ -26,6 +26,7 @@ from dta_plugin.execution.packed import check_every_layer_hit, model_inputs
 from dta_plugin.execution.probing.probe import probe
 from dta_plugin.execution.ranks import is_fsdp
 from dta_plugin.models.dispatch import install, uninstall
+from dta_plugin.models.indexers import index_length_obstacle
 from dta_plugin.models.introspection import causal_lm, decoder_of, model_cost
 from dta_plugin.models.rotary import padded_length_obstacle
 from dta_plugin.models.support import dropout_obstacle
@@ -181,7 +182,9 @@ class PrefixSharing:
     def _call_obstacle(self, decoder: PreTrainedModel, arguments: dict[str, Any]) -> str | None:
         """Why this call takes the model's own path, by what may change from call to call."""
         ids = arguments.get("input_ids")
-        obstacle = dropout_obstacle(decoder) or padded_length_obstacle(decoder, 0 if ids is None else ids.shape[1])
+        width = 0 if ids is None else ids.shape[1]
+        obstacle = dropout_obstacle(decoder) or padded_length_obstacle(decoder, width)
+        obstacle = obstacle or index_length_obstacle(decoder, [width])
         if obstacle is not None and self.config.on_unsupported == "error":
             raise UnsupportedError(f"Prefixes cannot be shared exactly here: {obstacle}; or on_unsupported='dense'.")
         if obstacle is not None:
