@@ -39,7 +39,7 @@ class Operation:
 def operations(heads: int, width: int) -> dict[str, Operation]:
     """By name. Convolutions are as wide as queries, keys and values together."""
     channels = 3 * heads * width
-    weight, bias = torch.randn(channels, 4), torch.randn(channels)
+    weight, bias = torch.randn(channels, 4, requires_grad=True), torch.randn(channels, requires_grad=True)
 
     def delta(*decay: int) -> Callable[[int], Tensors]:
         return lambda tokens: [

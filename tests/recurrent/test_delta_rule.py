@@ -71,7 +71,7 @@ def test_equals_transformers_on_every_path(op: Op, sequences: list[list[int]]) -
     plan = plan_of(sequences)
 
     def stock(*x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        outs = {}
+        outs: dict[int, torch.Tensor] = {}
         for path in reference.paths(plan):
             own = [t[:, path] for t in x[:5]]
             out, _ = _STOCK[op](*own, initial_state=x[5], use_qk_l2norm_in_kernel=True)
