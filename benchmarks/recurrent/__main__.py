@@ -48,6 +48,9 @@ def operations(heads: int, width: int) -> dict[str, Operation]:
             torch.rand(1, tokens, heads),
         ]
 
+    def on_tree(op: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Callable[[Tensors, StatePlan], torch.Tensor]:
+        return lambda x, plan: op(*x, plan, use_qk_l2norm_in_kernel=True)[0]
+
     return {
         "conv": Operation(
             lambda tokens: [torch.randn(1, tokens, channels)],
@@ -56,12 +59,12 @@ def operations(heads: int, width: int) -> dict[str, Operation]:
         ),
         "delta": Operation(
             delta(),
-            lambda x, plan: tree_gated_delta_rule(*x, plan, use_qk_l2norm_in_kernel=True)[0],
+            on_tree(tree_gated_delta_rule),
             lambda x: torch_chunk_gated_delta_rule(*x, use_qk_l2norm_in_kernel=True)[0],
         ),
         "kda": Operation(
             delta(width),
-            lambda x, plan: tree_kda(*x, plan, use_qk_l2norm_in_kernel=True)[0],
+            on_tree(tree_kda),
             lambda x: chunk_kimi_delta_attention(*x, use_qk_l2norm_in_kernel=True)[0],
         ),
     }
