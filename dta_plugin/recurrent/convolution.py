@@ -81,7 +81,7 @@ def _near(plan: StatePlan, width: int, device: torch.device) -> _Near:
     windows = np.concatenate([ancestors[:, ::-1], own], 1)
     taps, states = windows[tokens].T.reshape(-1), windows[plan.leaves][:, 1:].reshape(-1)
     sent = upload([tokens, taps, states], device)
-    return _Near(sent[0], sent[1].view(width, -1), sent[2])
+    return _Near(sent[0], sent[1].view(width, len(tokens)), sent[2])
 
 
 class _Convolution(torch.autograd.Function):
@@ -93,28 +93,35 @@ class _Convolution(torch.autograd.Function):
     ) -> torch.Tensor:
         """row: [W - 1 + T, D]; weight: [W, D]; bias: [D] -> [T, D]."""
         ctx.save_for_backward(row, weight)
-        ctx.near, ctx.has_bias = near, bias is not None
+        ctx.near = near
         total = len(row) + 1 - len(weight)
         bias = row.new_zeros(row.shape[1]) if bias is None else bias
         y = torch.addcmul(bias, row[:total], weight[0])
-        own = torch.addcmul(bias, row.index_select(0, near.taps[0]), weight[0])
         for step in range(1, len(weight)):
             y.addcmul_(row[step : step + total], weight[step])
-            own.addcmul_(row.index_select(0, near.taps[step]), weight[step])
-        return y.index_copy_(0, near.tokens, own)
+        return y.index_copy_(0, near.tokens, (_windows(row, near) * weight.unsqueeze(1)).sum(0).add_(bias))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (row, weight), near = ctx.saved_tensors, ctx.near
         total = len(grad)
         own, along = grad.index_select(0, near.tokens), grad.index_fill(0, near.tokens, 0)
-        d_row, d_weight, product = torch.zeros_like(row), torch.empty_like(weight), torch.empty_like(along)
-        for step, tap in enumerate(near.taps):
-            d_row[step : step + total].addcmul_(along, weight[step])
-            d_row.index_add_(0, tap, own * weight[step])
-            torch.mul(along, row[step : step + total], out=product)
-            d_weight[step] = product.sum(0) + (own * row.index_select(0, tap)).sum(0)
-        return d_row, d_weight, grad.sum(0) if ctx.has_bias else None, None
+        d_row = d_weight = None
+        if ctx.needs_input_grad[0]:
+            d_row = torch.zeros_like(row)
+            for step in range(len(weight)):
+                d_row[step : step + total].addcmul_(along, weight[step])
+            d_row.index_add_(0, near.taps.view(-1), (own * weight.unsqueeze(1)).flatten(0, 1))
+        if ctx.needs_input_grad[1]:
+            d_weight, product = (_windows(row, near) * own).sum(1), torch.empty_like(along)
+            for step in range(len(weight)):
+                d_weight[step] += torch.mul(along, row[step : step + total], out=product).sum(0)
+        return d_row, d_weight, grad.sum(0) if ctx.needs_input_grad[2] else None, None
+
+
+def _windows(row: torch.Tensor, near: _Near) -> torch.Tensor:
+    """[W, m, D]"""
+    return row.index_select(0, near.taps.view(-1)).view(*near.taps.shape, row.shape[1])
 
 
 def _activation(given: str | Callable[[torch.Tensor], torch.Tensor] | None) -> Callable[[torch.Tensor], torch.Tensor]:

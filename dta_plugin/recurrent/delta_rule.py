@@ -103,9 +103,9 @@ def _block_size(plan: StatePlan, width: int, is_per_channel: bool) -> int:
     lengths = plan.nodes().length
 
     def cost(size: int) -> int:
-        return int((-(-lengths // size)).sum()) * (size * size + size * (width + 32) + width * width // 2)
+        return int((-(-lengths // size)).sum()) * (size * size + size * (width + 32) + 3 * width * width // 4)
 
-    sizes = (16, 32, 64) if is_per_channel else range(64, 8, -4)
+    sizes = (16, 32, 64) if is_per_channel else range(64, 8, -8)
     return plan.cached(("delta rule", width, is_per_channel), lambda: min(sizes, key=cost))
 
 
@@ -170,7 +170,7 @@ class _Scan(torch.autograd.Function):
         """
         behind = came_in.new_empty(1 + len(known), *came_in.shape[1:])
         behind[:1] = came_in
-        written = known.contiguous().clone()
+        written = known.clone(memory_format=torch.contiguous_format)
         for level in levels:
             before = behind.index_select(0, above[level])
             new, state = written[level], behind[1:][level]
@@ -193,7 +193,7 @@ class _Scan(torch.autograd.Function):
             d_behind.index_add_(0, above[level], d_before)
         before, d_states = behind.index_select(0, above), d_behind[1:]
         d_decay = (before * d_states).sum_to_size(decay.shape)
-        return d_behind[:1], d_written, -(d_written @ before.mT), written @ d_states.mT, d_decay, None, None
+        return d_behind[:1], d_written, (d_written @ before.mT).neg_(), written @ d_states.mT, d_decay, None, None
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:

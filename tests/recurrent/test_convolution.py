@@ -57,14 +57,14 @@ def test_equals_transformers_on_every_path(width: int) -> None:
     plan = plan_of([*star(6, 3, 3), [0] * 6 + [1, 9], [8, 8]])
 
     def stock(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        outs = {}
+        outs: dict[int, torch.Tensor] = {}
         for path in reference.paths(plan):
             out = causal_conv1d_fn(x[..., path], weight, bias, "silu")
             outs |= {token: out[0, :, i] for i, token in enumerate(path) if token not in outs}
         return torch.stack([outs[token] for token in range(len(plan))], -1).unsqueeze(0), x.new_zeros(0, 5, width - 1)
 
     inputs = _inputs(len(plan), width)[:3]
-    found = outcome(lambda *x: tree_causal_conv1d(*x, "silu", plan), inputs, torch.float64)
+    found = outcome(lambda x, w, b: tree_causal_conv1d(x, w, b, "silu", plan), inputs, torch.float64)
     assert error(found, outcome(stock, inputs, torch.float64)) < _FLOAT64
 
 
@@ -87,11 +87,11 @@ def test_a_row_in_two_pieces(cut: bool) -> None:
 @pytest.mark.parametrize("is_autocast", [False, True])
 def test_half_precision_rounds_where_transformers_does(is_autocast: bool) -> None:
     plan = plan_of(star(0, 20, 1))
-    inputs = [t.to(torch.float32 if is_autocast else torch.bfloat16) for t in _inputs(len(plan))[:3]]
+    x, weight, bias, _ = (t.to(torch.float32 if is_autocast else torch.bfloat16) for t in _inputs(len(plan)))
     with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
-        found, states = tree_causal_conv1d(*inputs, "silu", plan)
-        expected = causal_conv1d_fn(*inputs, "silu")
-    assert found.dtype == states.dtype == expected.dtype == inputs[0].dtype
+        found, states = tree_causal_conv1d(x, weight, bias, "silu", plan)
+        expected = causal_conv1d_fn(x, weight, bias, "silu")
+    assert found.dtype == states.dtype == expected.dtype == x.dtype
     assert error([found], [expected]) < 2e-2
     if not is_autocast:
         assert (found == expected).float().mean() > 0.95

@@ -71,7 +71,7 @@ def test_equals_transformers_on_every_path(op: Op, sequences: list[list[int]]) -
     plan = plan_of(sequences)
 
     def stock(*x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        outs = {}
+        outs: dict[int, torch.Tensor] = {}
         for path in reference.paths(plan):
             own = [t[:, path] for t in x[:5]]
             out, _ = _STOCK[op](*own, initial_state=x[5], use_qk_l2norm_in_kernel=True)
@@ -131,3 +131,12 @@ def test_another_parent_is_noticed(op: Op, break_it: Callable[[StatePlan], State
     inputs = _inputs(op, len(plan), strength=0.1)
     expected = outcome(_on(_SPECIFIED[op], plan), inputs, torch.float64)
     assert error(outcome(_on(op, break_it(plan)), inputs, torch.float64), expected) > 1e-3
+
+
+@pytest.mark.parametrize("is_kda", [False, True])
+def test_blocks_are_short_where_nodes_are(is_kda: bool) -> None:
+    sizes = [
+        delta_rule._block_size(plan, 64, is_kda)
+        for plan in (plan_of(star(0, 512, 2)), plan_of(star(130, 37, 5)), plan_of(star(8, 5, 40)))
+    ]
+    assert sizes[0] == 64 and sizes == sorted(sizes, reverse=True) and sizes[2] == 16
