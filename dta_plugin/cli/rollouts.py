@@ -97,7 +97,8 @@ def iter_rollouts(path: str | Path, grouping: Grouping) -> Generator[Rollout]:
             has_ids = rollout.tokens is not None
             yield rollout
     if has_ids is None:
-        raise InvalidInputError(f"{path} holds no rollouts. Expected one JSON value per line; see dta inspect --help.")
+        name = "standard input" if str(path) == "-" else path
+        raise InvalidInputError(f"{name} holds no rollouts. Expected one JSON value per line; see dta inspect --help.")
 
 
 def trajectory_sequences(rollouts: Iterable[Rollout], encoder: ByteEncoder) -> list[TokenizedSequence]:
