@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Qwen3Config
 from trl import GRPOConfig, GRPOTrainer
 
 from dta_plugin.adapters.trl import TreeGRPOConfig, TreeGRPOTrainer
 from tests.adapters.trl.launch import SCRIPTS, Site
-from tests.adapters.trl.support import TOLERANCE, Run, moved, train, weight_difference
+from tests.adapters.trl.support import GEOMETRY, TOLERANCE, Run, moved, save_model, train, weight_difference
 
 Layer = torch.nn.Module
 OVERFLOWS: dict[str, Callable[[torch.Tensor], torch.Tensor | None]] = {
@@ -121,3 +122,31 @@ def test_a_signal_within_a_step(site: Site, undisturbed: dict[str, torch.Tensor]
     for key, weight in load_file(checkpoint / "model.safetensors").items():
         torch.testing.assert_close(resumed[key], undisturbed[key], rtol=0, atol=1e-6)
         assert (weight - resumed[key]).abs().max() > 1e-4, "there was nothing left to do"
+
+
+@pytest.mark.long
+def test_within_600_megabytes(site: Site) -> None:
+    """Stock TRL runs out of memory where a tree trains chunk by chunk, to the weights of a run that has enough."""
+    wide = Qwen3Config(**GEOMETRY | {"hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": 3})
+    wide_model = save_model(site.folder / "wide", config=wide)
+    rows = {"per_device_train_batch_size": 96, "num_generations": 12, "max_completion_length": 64, "max_steps": 2}
+
+    def trained(name: str, flag: str, *options: object) -> tuple[int, str]:
+        recipe = site.yaml(name, f"use_dta: {flag}", **rows)
+        script = ("-m", "dta_plugin.run", SCRIPTS / "train_disturbed.py")
+        data = ("--data", site.folder / "data" / "train.jsonl", "--result", site.result(name))
+        done = site.run("python", *script, "--config", recipe, "--model", wide_model, *data, *options)
+        return done.returncode, done.stdout + done.stderr
+
+    little = ("--megabytes", 600)
+    (free, _), (tree, printed), (stock, error) = (
+        trained("free", "true"),
+        trained("tree", "true", *little),
+        trained("stock", "false", *little),
+    )
+    assert (free, tree) == (0, 0), printed[-4000:]
+    assert "streamed on cpu in" in printed
+    assert stock != 0 and "can't allocate memory" in error
+    expected, found = torch.load(site.result("free")), torch.load(site.result("tree"))
+    for key, weight in expected.items():
+        torch.testing.assert_close(found[key], weight, rtol=0, atol=1e-5)

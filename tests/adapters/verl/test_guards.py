@@ -177,7 +177,10 @@ def test_reference_engine(strategy: str, folder: Path) -> None:
     assert all((y[: begin - 1] == 0).all() for y, begin in zip(b, begins, strict=True))
 
 
-REMEDIES = {"fsdp": r"cannot be streamed: a model that FSDP1 shards.*Use smaller", "fsdp2": r"max_tree_tokens_per_chunk"}
+REMEDIES = {
+    "fsdp": r"cannot be streamed: a model that FSDP1 shards.*Use smaller",
+    "fsdp2": "max_tree_tokens_per_chunk",
+}
 
 
 @pytest.mark.parametrize("strategy", REMEDIES)
