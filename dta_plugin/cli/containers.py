@@ -1,6 +1,6 @@
 """Files and folders -> rows: whatever holds rollouts, recognised by its first bytes, not by its name.
 
-JSONL, JSON arrays; Parquet, Arrow      each also compressed by gzip, bzip2 or xz
+JSONL, JSON arrays; Parquet, Arrow      each also compressed by gzip, bzip2 or xz, twice even
 a folder                                its files in natural order: TRL's completion logs, verl's dumps, a data set
                                         that `datasets` saved
 -                                       standard input

@@ -1,4 +1,4 @@
-"""A file's rollouts and their groups, and the token sequences that they become: what `dta inspect` and `verify` read.
+"""A file's rollouts and their groups, and the token sequences that they become: what `dta` reads.
 
 Which files: cli/containers.py. Which rows: cli/parsing.py. Rollouts of one group answer the same prompt. The group is
 read from the first of GROUP_KEYS that the first object has, or from the key that the caller names; failing that,
