@@ -7,7 +7,7 @@ backward, tree and dense in turn, several rounds; the fastest run counts. They a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -98,6 +98,7 @@ def calibrate(
     dense_path: str = "padded",
     return_entropy: bool = False,
     autocast: torch.dtype | None = None,
+    batches: Callable[[int], Iterable[Case]] | None = None,
     clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[str], None] = lambda line: None,
 ) -> tuple[Calibration, list[Sample]]:
@@ -110,6 +111,7 @@ def calibrate(
         dense_path: what it is called in the result.
         return_entropy: the tree gives entropies too.
         autocast: dtype of torch.autocast around forward passes, as with a trainer's bf16=True; None: without.
+        batches: what to time, four batches or more, given the dense tokens of the largest; None for random tokens.
         clock: seconds; process time suits one CPU thread on a machine that is busy otherwise.
         progress: gets a line per round.
 
@@ -125,8 +127,10 @@ def calibrate(
     vocab, device_type = model.config.get_text_config().vocab_size, input_device(model).type
     forward = nullcontext if autocast is None else partial(torch.autocast, device_type, autocast)
 
+    batches = batches or partial(cases, vocab)
+
     def benches_of(tokens: int) -> list[Bench]:
-        return [Bench(model, case, dense, return_entropy, clock, forward) for case in cases(vocab, tokens)]
+        return [Bench(model, case, dense, return_entropy, clock, forward) for case in batches(tokens)]
 
     tokens, benches = _LEAST, benches_of(_LEAST)
     _once(benches)

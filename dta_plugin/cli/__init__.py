@@ -21,7 +21,7 @@ from pathlib import Path
 
 from dta_plugin import __version__
 from dta_plugin.cli import calibrate_command, doctor_command, inspect_command, verify_command
-from dta_plugin.cli.terminal import printable, reason
+from dta_plugin.cli.terminal import one_line, reason
 from dta_plugin.errors import InvalidInputError, UnsupportedError
 
 _EPILOG = """\
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return 0
-        print(f"dta: {printable(reason(error))}", file=sys.stderr)
+        print(f"dta: {one_line(reason(error))}", file=sys.stderr)
         return 2
 
 
@@ -79,7 +79,7 @@ def _run(args: argparse.Namespace) -> int:
         code, message = 2, str(error)
     except Exception as error:
         code, message = 2, _unforeseen(error)
-    print(f"dta {args.command}: {printable(' '.join(message.split()))}", file=sys.stderr)
+    print(f"dta {args.command}: {one_line(message)}", file=sys.stderr)
     return code
 
 

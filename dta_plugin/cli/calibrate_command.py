@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dta_plugin.cli.terminal import printable
 from dta_plugin.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -18,11 +19,14 @@ if TYPE_CHECKING:
     from dta_plugin.tree.cost import ModelCost
     from dta_plugin.tree.time_model import SecondsPerFlop
 
+_NAMES = 32  # characters of the table's first column
+
 _EPILOG = """\
 examples:
   dta calibrate --model Qwen/Qwen3-0.6B --autocast bfloat16 --gradient-checkpointing   as TRL trains by default
   dta calibrate --model PATH --lora --seconds 120                                      adapters, measured for longer
   dta calibrate --model PATH --output speeds.json                                      and --dta_calibration speeds.json
+  dta calibrate --model PATH rollouts.jsonl --tokenizer PATH                           batches of your own rollouts
 
 what it is for: with measured seconds instead of FLOPs, training
   runs a micro-batch densely where the tree is predicted to be slower (min_saving asks for more than that),
@@ -32,6 +36,9 @@ what it is for: with measured seconds instead of FLOPs, training
 The result is stored in the Hugging Face cache and found again for the same model class and sizes, dtype, autocast,
 gradient checkpointing, adapters or all weights, device, CPU threads and version of torch: measure as you train, and
 with nothing else running. "dense" is what TRL runs, where TRL is installed, else a plain padded forward pass.
+
+Batches are random tokens, or rollouts of FILE, which is what dta inspect reads: one alone, one of each of several
+groups, several of one group around the place where they part, as long as the time allows.
 """
 
 
@@ -43,7 +50,10 @@ def add_parser(commands: Any) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("file", nargs="?", metavar="FILE", help="rollouts, as for dta inspect; default: random tokens")
     parser.add_argument("--model", required=True, metavar="PATH", help="folder, config.json or hub name")
+    parser.add_argument("--tokenizer", metavar="PATH", help="folder, tokenizer.json or hub name, for messages in FILE")
+    parser.add_argument("--limit", type=int, default=64, metavar="N", help="the first N rollouts of FILE (default 64)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
     parser.add_argument("--autocast", choices=("bfloat16", "float16"), help="as a trainer's bf16=True or fp16=True")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ..; default: a GPU if there is one")
@@ -59,12 +69,14 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from dta_plugin.calibrate import calibrate
+    from dta_plugin.cli.calibrate_batches import file_batches
     from dta_plugin.cli.model_loading import add_lora, device_named, load_model
     from dta_plugin.execution.calibration_store import check_writable
     from dta_plugin.models.introspection import causal_lm, model_cost
 
     if args.output is not None:
         check_writable(args.output)
+    rollouts = None if args.file is None else file_batches(args.file, args.tokenizer, args.limit)
     name = args.dense or ("trl" if find_spec("trl") else "padded")
     model, weights = load_model(args.model, getattr(torch, args.dtype), device_named(args.device))
     dense = _dense_path(name, model)
@@ -74,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     print(f"{args.model}: {weights}, {args.dtype} on {next(model.parameters()).device}, dense as {name}", flush=True)
+    print(printable(rollouts.origin) if rollouts else "batches of random tokens", flush=True)
     found, samples = calibrate(
         model,
         seconds=args.seconds,
@@ -81,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
         dense_path=name,
         return_entropy=name == "trl",
         autocast=getattr(torch, args.autocast) if args.autocast else None,
+        batches=rollouts.cases if rollouts else None,
         progress=lambda line: print(f"  {line}", flush=True),
     )
     print("\n".join(_report(found, samples, model_cost(model))), flush=True)
@@ -103,11 +117,12 @@ def _dense_path(name: str, model: PreTrainedModel) -> DensePath:
 
 def _report(found: Calibration, samples: list[Sample], cost: ModelCost) -> Iterator[str]:
     yield ""
-    yield f"{'batch':<32}{'dense':>9}{'tree':>10}{'':>8}{'predicted':>20}"
+    yield f"{'batch':<{_NAMES}}{'dense':>9}{'tree':>10}{'':>8}{'predicted':>20}"
     for s in samples:
         dense, tree = found.dense.seconds(s.dense_work), found.tree.seconds(s.tree_work)
+        name = printable(s.name)[: _NAMES - 1]
         yield (
-            f"{s.name:<32}{_ms(s.dense_seconds)}{_ms(s.tree_seconds)}{s.dense_seconds / s.tree_seconds:>7.2f}x"
+            f"{name:<{_NAMES}}{_ms(s.dense_seconds)}{_ms(s.tree_seconds)}{s.dense_seconds / s.tree_seconds:>7.2f}x"
             f"{_ms(dense)}{_ms(tree)}"
         )
     yield ""

@@ -1,6 +1,6 @@
 """Files and folders -> rows: whatever holds rollouts, recognised by its first bytes, not by its name.
 
-JSONL, JSON arrays; Parquet, Arrow      each also compressed by gzip, bzip2 or xz
+JSONL, JSON arrays; Parquet, Arrow      each also compressed by gzip, bzip2 or xz, twice even
 a folder                                its files in natural order: TRL's completion logs, verl's dumps, a data set
                                         that `datasets` saved
 -                                       standard input
@@ -39,30 +39,31 @@ _ABOUT_DATASET = ("state.json", "dataset_info.json", "dataset_dict.json")
 
 def rows(path: str | Path) -> Iterator[Row]:
     """(file and line, value) of every row. Raises InvalidInputError for what cannot be read, naming file and line."""
-    files = _files_in(Path(path)) if Path(path).is_dir() else [Path(path)]
-    for file in files:
-        is_input = str(file) == "-"
-        name = "standard input" if is_input else str(file)
-        try:
+    name = str(path)
+    try:
+        for file in _files_in(Path(path)) if Path(path).is_dir() else [Path(path)]:
+            is_input = str(file) == "-"
+            name = "standard input" if is_input else str(file)
             with closing(_standard_input() if is_input else file.open("rb")) as stream:
                 yield from _rows_of(name, stream, is_array=".json" in file.suffixes)
-        except (OSError, ValueError) as error:
-            if isinstance(error, InvalidInputError):
-                raise
-            why = error.strerror if isinstance(error, OSError) and error.strerror else reason(error)
-            raise InvalidInputError(f"{name} cannot be read: {why}. Expected a file of rollouts.") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, InvalidInputError):
+            raise
+        why = error.strerror if isinstance(error, OSError) and error.strerror else reason(error)
+        raise InvalidInputError(f"{name} cannot be read: {why}. Expected a file of rollouts.") from error
 
 
 def _standard_input() -> io.BufferedReader:
+    if sys.stdin is None:
+        raise InvalidInputError("standard input is closed. Expected rollouts, as in: dta inspect - < rollouts.jsonl")
     return io.BufferedReader(io.FileIO(sys.stdin.fileno(), closefd=False))
 
 
 def _rows_of(name: str, stream: io.BufferedReader, is_array: bool) -> Iterator[Row]:
     where = name
     head = stream.peek(32)[:32]
-    opener = next((opener for magic, opener in _COMPRESSED.items() if head.startswith(magic)), None)
     try:
-        if opener is not None:
+        while opener := next((opener for magic, opener in _COMPRESSED.items() if head.startswith(magic)), None):
             stream = io.BufferedReader(opener(stream))
             head = stream.peek(32)[:32]
         refusal = next((what for magic, what in _REFUSED.items() if head.startswith(magic)), None)
@@ -79,11 +80,7 @@ def _rows_of(name: str, stream: io.BufferedReader, is_array: bool) -> Iterator[R
 def _files_in(folder: Path) -> list[Path]:
     """A folder's files of rollouts: step 2 comes before step 10."""
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith((".", "_"))]
-    files = [
-        entry
-        for entry in entries
-        if entry.is_file() and entry.name.endswith(_SUFFIXES) and entry.name not in _ABOUT_DATASET
-    ]
+    files = [entry for entry in entries if entry.is_file() and _holds_rollouts(entry.name)]
     if files:
         return sorted(files, key=_natural)
     folders = sorted((entry for entry in entries if entry.is_dir()), key=_natural)
@@ -93,6 +90,11 @@ def _files_in(folder: Path) -> list[Path]:
     raise InvalidInputError(
         f"{folder} is a folder. Expected files of rollouts ({', '.join(_SUFFIXES)}), found {found}."
     )
+
+
+def _holds_rollouts(name: str) -> bool:
+    is_cache = name.startswith("cache-") and name.endswith(".arrow")  # what `datasets` computed from the others
+    return name.lower().endswith(_SUFFIXES) and name not in _ABOUT_DATASET and not is_cache
 
 
 def _natural(path: Path) -> list[Any]:

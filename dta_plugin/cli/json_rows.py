@@ -28,17 +28,18 @@ def json_rows(name: str, stream: io.BufferedReader, is_array: bool) -> Iterator[
     is_array: whether lists within a list on the first line are rollouts of their own (.json) or one row (.jsonl).
     """
     encoding = json.detect_encoding(stream.peek(4)[:4])
-    file = io.TextIOWrapper(stream, encoding, errors="surrogateescape" if "8" in encoding else "strict")
+    # Halves of surrogate pairs are read, as they are where JSON escapes them; what is not UTF-8 is found line by line.
+    file = io.TextIOWrapper(stream, encoding, errors="surrogateescape" if "8" in encoding else "surrogatepass")
     line, is_first = 0, True
     try:
         for line, text in enumerate(iter(lambda: file.readline(MAX_VALUE + 1), ""), 1):
             where = f"{name}, line {line}"
-            _check_encoding(text, where)
+            _check_encoding(text, file, where)
             value = text.strip(_BLANK)
             if not value:
                 continue
             if is_first and _goes_on(value, len(text)):
-                yield from _values(name, file, text, line)
+                yield from _array_or_row(_values(name, file, text, line), value)
                 return
             row = _parse(value, where)
             if is_first and isinstance(row, list) and _holds_rows(row, is_array):
@@ -47,13 +48,13 @@ def json_rows(name: str, stream: io.BufferedReader, is_array: bool) -> Iterator[
                 yield where, row
             is_first = False
     except UnicodeDecodeError as error:
-        raise InvalidInputError(f"{name} is not {encoding} after line {line}: {error.reason}.") from error
+        raise InvalidInputError(f"{name} is not {encoding} from line {line + 1} on: {error.reason}.") from error
     finally:
         file.detach()
 
 
-def _check_encoding(text: str, where: str) -> None:
-    if text.isascii():
+def _check_encoding(text: str, file: TextIO, where: str) -> None:
+    if text.isascii() or file.errors == "surrogatepass":
         return
     try:
         text.encode()
@@ -94,7 +95,24 @@ def _holds_rows(row: list[Any], is_array: bool) -> bool:
     """Whether a list is an array of rows: not one rollout's token ids, nor one rollout's messages."""
     if is_array and any(isinstance(item, list) for item in row):
         return True
-    return any(isinstance(item, dict) and not {"role", "from"} & item.keys() for item in row)
+    return any(isinstance(item, dict) and not _is_message(item) for item in row)
+
+
+def _is_message(item: Any) -> bool:
+    return isinstance(item, dict) and bool({"role", "from"} & item.keys())
+
+
+def _array_or_row(values: Iterator[Row], beginning: str) -> Iterator[Row]:
+    """The values; those of an array of messages or token ids are one row."""
+    first = next(values, None)
+    if first is None:
+        return
+    where, value = first
+    if beginning.startswith("[") and (_is_message(value) or type(value) is int):
+        yield where, [value, *(item for _, item in values)]
+    else:
+        yield first
+        yield from values
 
 
 def _values(name: str, file: TextIO, buffer: str, line: int) -> Iterator[Row]:
@@ -138,7 +156,7 @@ def _values(name: str, file: TextIO, buffer: str, line: int) -> Iterator[Row]:
             raise _too_long(where)
         else:
             more = file.read(max(_CHUNK, len(buffer) - at))
-            _check_encoding(more, f"{name}, after line {line}")
+            _check_encoding(more, file, f"{name}, after line {line}")
             buffer, at, has_ended = buffer[at:] + more, 0, not more
 
 

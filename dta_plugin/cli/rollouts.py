@@ -1,4 +1,4 @@
-"""A file's rollouts and their groups, and the token sequences that they become: what `dta inspect` and `verify` read.
+"""A file's rollouts and their groups, and the token sequences that they become: what `dta` reads.
 
 Which files: cli/containers.py. Which rows: cli/parsing.py. Rollouts of one group answer the same prompt. The group is
 read from the first of GROUP_KEYS that the first object has, or from the key that the caller names; failing that,
@@ -97,7 +97,8 @@ def iter_rollouts(path: str | Path, grouping: Grouping) -> Generator[Rollout]:
             has_ids = rollout.tokens is not None
             yield rollout
     if has_ids is None:
-        raise InvalidInputError(f"{path} holds no rollouts. Expected one JSON value per line; see dta inspect --help.")
+        name = "standard input" if str(path) == "-" else path
+        raise InvalidInputError(f"{name} holds no rollouts. Expected one JSON value per line; see dta inspect --help.")
 
 
 def trajectory_sequences(rollouts: Iterable[Rollout], encoder: ByteEncoder) -> list[TokenizedSequence]:

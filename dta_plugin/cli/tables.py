@@ -27,14 +27,23 @@ def table_rows(name: str, stream: io.BufferedReader, kind: str) -> Iterator[Row]
     number = 0
     try:
         for batch in _batches(stream):
+            batch.validate(full=True)  # damaged offsets would lead out of its memory
             for start in range(0, batch.num_rows, _ROWS):
-                for row in batch.slice(start, _ROWS).to_pylist():
+                for row in _readable(batch.slice(start, _ROWS)).to_pylist():
                     number += 1
                     yield f"{name}, row {number}", row
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, ArithmeticError, TypeError) as error:
         raise InvalidInputError(
-            f"{name} cannot be read as a {kind} file after row {number}: {reason(error)}. Is it complete?"
+            f"{name} cannot be read as {kind} after row {number}: {reason(error)}. Is it complete?"
         ) from error
+
+
+def _readable(batch: Any) -> Any:
+    """The batch without dates and times, which Python may not be able to hold, and which no rollout needs."""
+    from pyarrow import types
+
+    kept = [index for index, column in enumerate(batch.schema) if not types.is_temporal(column.type)]
+    return batch if len(kept) == batch.num_columns else batch.select(kept)
 
 
 def _batches(stream: io.BufferedReader) -> Iterator[Any]:

@@ -14,6 +14,7 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 _PATIENCE = 2.0  # seconds without a word
+_LONGEST = 1200  # characters of a message; what is left out is in its middle
 
 
 def printable(text: str) -> str:
@@ -21,6 +22,14 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(message: str) -> str:
+    """The message as one printable line that a terminal can hold, whatever of a file it quotes."""
+    line = " ".join(message.split())
+    if len(line) > _LONGEST:
+        line = f"{line[: _LONGEST // 2]} .. {line[-_LONGEST // 2 :]}"
+    return printable(line)
 
 
 def reason(error: BaseException) -> str:

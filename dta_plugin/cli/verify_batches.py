@@ -42,12 +42,17 @@ def file_batch(file: str, tokenizer: str | None, limit: int, max_tokens: int) ->
     rollouts = _first_groups(file, limit)
     encoder = load_encoder(tokenizer)
     sequences = [sequence.tokens for sequence in trajectory_sequences(rollouts, encoder)]
-    parting = first_fork_depth(PrefixTree.from_sequences(sequences)) or 0
-    start = max(0, parting - max_tokens // 2)
+    start = excerpt_start(sequences, max_tokens)
     cut = [tokens[start : start + max_tokens] for tokens in sequences]
     cut = [tokens for tokens in cut if len(tokens)]
     kind = "token ids" if rollouts[0].tokens is not None else encoder.description
     return VerifyBatch(cut, f"{len(cut)} rollouts, tokens {start:,} to {start + max_tokens:,}; {kind}")
+
+
+def excerpt_start(sequences: list[np.ndarray], width: int) -> int:
+    """Where `width` tokens begin that have the place where the sequences first part in their middle."""
+    parting = first_fork_depth(PrefixTree.from_sequences(sequences)) or 0
+    return max(0, parting - width // 2)
 
 
 def _first_groups(file: str, limit: int) -> list[Rollout]:

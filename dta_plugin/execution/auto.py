@@ -19,7 +19,7 @@ from dta_plugin.execution.packed import EdgeOutputs, run_packed
 from dta_plugin.execution.prepared_batch import DUMMY_SEQUENCE, PreparedBatch, SequenceLogProbs
 from dta_plugin.execution.probing.probe import probe
 from dta_plugin.execution.ranks import gathered, has_tensor_parallel, is_collective, is_fsdp1, is_sharded, is_zero3
-from dta_plugin.execution.recovery import run_recoverable
+from dta_plugin.execution.recovery import forget_tree, out_of_memory, remember_tree, run_recoverable
 from dta_plugin.execution.streaming.autograd import run_streamed
 from dta_plugin.execution.streaming.chunk_plan import ChunkPlan
 from dta_plugin.models.introspection import attention_kinds, causal_lm
@@ -51,6 +51,7 @@ def run_tree(
         "return_entropy": return_entropy,
         "allow_nonfinite": config.on_nonfinite == "pass" or (config.on_nonfinite == "auto" and has_scaler),
     }
+    forget_tree(model)
     budget, obstacle = _stream_budget(model, batch, config, return_router_loss)
     if budget is not None:
         return _result(batch, *run_streamed(model, batch.tree, batch.edges, budget, **options), return_entropy)
@@ -67,17 +68,10 @@ def run_tree(
     except (RuntimeError, MemoryError) as error:
         if config.executor == "packed" or not is_out_of_memory(error):
             raise
-        raise torch.OutOfMemoryError(_out_of_memory(batch.tree.tree_tokens, obstacle)) from error
+        raise out_of_memory(batch.tree.tree_tokens, obstacle) from error
+    if config.executor != "packed" and torch.is_grad_enabled():
+        remember_tree(model, batch.tree.tree_tokens, obstacle)
     return _result(batch, output, None, return_entropy)
-
-
-def _out_of_memory(tokens: int, obstacle: str | None) -> str:
-    if obstacle is not None:
-        return f"Out of memory with a tree of {tokens} tokens in one call, which cannot be streamed: {obstacle}."
-    return (
-        f"Out of memory with a tree of {tokens} tokens in one call. One rank cannot begin anew alone where ranks train "
-        f"together: set max_tree_tokens_per_chunk below {tokens}."
-    )
 
 
 def _stream_budget(

@@ -5,11 +5,17 @@ function of all parameters: where the pass through the tree's graph breaks off, 
 gradients are computed in chunks. The function hands them out at its end, so that a pass that fails leaves nothing in
 any `.grad`, and one that is repeated adds nothing twice. Under gradient accumulation that holds the gradients of one
 pass besides the sum; ``executor="packed"`` does without both.
+
+Ranks that are tied together go on together or not at all. There the error says what to set: forward, `out_of_memory` is
+raised in place of torch's own error; backward, within `remedy_named`, which adapters put around the backward pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -55,6 +61,46 @@ def _half(model: nn.Module, tree: PrefixTree, error: Exception) -> int:
     if budget is None:
         raise error
     return budget
+
+
+def out_of_memory(tokens: int, obstacle: str | None, when: str = "") -> torch.OutOfMemoryError:
+    """The error of a tree in one call that cannot go on in chunks by itself. obstacle: to streaming, where there is."""
+    what = f"Out of memory {when}with a tree of {tokens} tokens in one call"
+    if obstacle is not None:
+        return torch.OutOfMemoryError(f"{what}, which cannot be streamed: {obstacle}. Use smaller micro-batches.")
+    return torch.OutOfMemoryError(
+        f"{what}. One rank cannot begin anew alone where ranks train together: set max_tree_tokens_per_chunk below "
+        f"{tokens}, or executor='streamed'."
+    )
+
+
+# (tokens, obstacle) of the tree that goes backward next, per model: of those that cannot go on in chunks by themselves.
+_trees: WeakKeyDictionary[nn.Module, tuple[int, str | None]] = WeakKeyDictionary()
+
+
+def remember_tree(model: nn.Module, tokens: int, obstacle: str | None) -> None:
+    """What goes backward next through the model is such a tree."""
+    _trees[causal_lm(model)] = tokens, obstacle
+
+
+def forget_tree(model: nn.Module) -> None:
+    """It is something else."""
+    for base in [base for base in _trees if any(base is module for module in model.modules())]:
+        del _trees[base]
+
+
+@contextmanager
+def remedy_named(model: nn.Module) -> Iterator[None]:
+    """Within the context, a backward pass through such a tree that runs out of memory raises an error with a remedy."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        tree = next((tree for base, tree in _trees.items() if any(base is module for module in model.modules())), None)
+        if tree is None or not is_out_of_memory(error):
+            raise
+        raise out_of_memory(*tree, "backward ") from error
+    finally:
+        forget_tree(model)
 
 
 class _PackedRun:

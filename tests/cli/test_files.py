@@ -44,7 +44,7 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "truncated gzip": (gzip.compress(LINES.encode())[:-12], "cannot be decompressed"),
     "gzip with a wrong checksum": (gzip.compress(LINES.encode())[:-8] + b"12345678", "cannot be decompressed"),
     "not UTF-8": (LINES.encode() + b'{"prompt": "\xff"}\n', "line 3 is not UTF-8: byte 0xff"),
-    "half a UTF-16 character": (LINES.encode("utf-16")[:-1], "is not utf-16 after line"),
+    "half a UTF-16 character": (LINES.encode("utf-16")[:-1], "is not utf-16 from line 2 on: truncated data"),
     "truncated line": (LINES.encode()[:-9], "line 2 is not JSON"),
     "truncated array": (json.dumps(ROWS, indent=1).encode()[:-3], "is not JSON"),
     "array with an error": (b'[\n{"tokens": [5]},\n{"tokens": oops}\n]', "line 3 is not JSON"),
@@ -61,8 +61,8 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
     "csv": (b"prompt,completion\na,b\n", "line 1 is not JSON"),
     "escape in a key": (b'{"\\u001b[31m": 1}\n', r"has the keys \x1b[31m."),
     "nothing": (b"", "holds no rollouts"),
-    "Parquet": (b"PAR1\x15\x04\x15\x10PAR1", "as a Parquet file"),
-    "Arrow": (b"ARROW1\x00\x00" + bytes(20), "as a Arrow file"),
+    "Parquet": (b"PAR1\x15\x04\x15\x10PAR1", "as Parquet after row 0"),
+    "Arrow": (b"ARROW1\x00\x00" + bytes(20), "as Arrow after row 0"),
 }
 
 

@@ -9,12 +9,14 @@ import copy
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 import dta_plugin
@@ -23,6 +25,7 @@ from dta_plugin.execution import memory, packed
 from dta_plugin.execution.auto import run_tree
 from dta_plugin.execution.host_memory import free_host_bytes
 from dta_plugin.execution.prepared_batch import prepare_batch
+from dta_plugin.execution.recovery import remedy_named
 from dta_plugin.execution.streaming import chunk_runner
 from tests.support.models import softmax_in_own_dtype, tiny_model
 from tests.support.oracle import dense, difference, functional, result_of
@@ -221,6 +224,37 @@ def test_what_is_not_finite(choice: str, has_scaler: bool, raises: bool) -> None
                 run_tree(model, batch, config, has_scaler=has_scaler)
         else:
             assert not torch.cat(run_tree(model, batch, config, has_scaler=has_scaler).logprobs).isfinite().any()
+
+
+@pytest.fixture
+def ranks_of_one(tmp_path: Path) -> Iterator[None]:
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("unprobed", "ranks_of_one")
+@pytest.mark.parametrize("place", ["forward", "backward"])
+@pytest.mark.parametrize("kind", ERRORS)
+def test_tied_ranks_are_told_what_to_set(place: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = tiny_model("llama"), dta_plugin.PrefixTree.from_sequences(SEQUENCES).tree_tokens
+    PLACES[place](model, Fault(ERRORS[kind]), monkeypatch)
+    tied, remedy = DistributedDataParallel(model), f"set max_tree_tokens_per_chunk below {tokens}, or executor='stream"
+    with pytest.raises(torch.OutOfMemoryError, match=remedy), remedy_named(tied):
+        torch.cat(dta_plugin.sequence_logprobs(tied, SEQUENCES).logprobs).sum().backward()
+
+
+@pytest.mark.usefixtures("unprobed", "ranks_of_one")
+@pytest.mark.parametrize("case", ["another error", "to be packed", "dense"])
+def test_errors_that_no_option_helps_stay_as_they_are(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    tied = DistributedDataParallel(model)
+    with remedy_named(tied):  # a tree that could be told, and is over
+        torch.cat(dta_plugin.sequence_logprobs(tied, SEQUENCES).logprobs).sum().backward()
+    options = {"to be packed": {"executor": "packed"}, "dense": {"min_saving": 0.99}}.get(case, {})
+    in_backward(model, Fault(ERRORS["cpu"] if options else lambda: RuntimeError("killed")), monkeypatch)
+    with pytest.raises(RuntimeError, match=r"^killed|can't allocate memory"), remedy_named(tied):
+        torch.cat(dta_plugin.sequence_logprobs(tied, SEQUENCES, TreeConfig(**options)).logprobs).sum().backward()
 
 
 def test_two_threads_with_one_model() -> None:

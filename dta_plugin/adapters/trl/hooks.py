@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,7 @@ from dta_plugin.adapters.trl.window import merges, window_size
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.execution.calibration_store import tree_cost
+from dta_plugin.execution.recovery import remedy_named
 from dta_plugin.models.support import tree_obstacle
 
 
@@ -77,7 +79,20 @@ def _state(trainer: GRPOLike, config: TreeConfig) -> TreeState:
     """The trainer's; at its first use, the trainer is checked for what the plugin reads of it."""
     if not TreeState.exists(trainer):
         check_trainer(trainer)
+        _name_remedies(trainer)
     return TreeState.for_trainer(trainer, config)
+
+
+def _name_remedies(trainer: GRPOLike) -> None:
+    """From now on the trainer's backward passes say what to set where a tree runs out of memory."""
+    own = trainer.accelerator.backward
+
+    @functools.wraps(own)
+    def backward(*args: Any, **kwargs: Any) -> None:
+        with remedy_named(trainer.model):
+            own(*args, **kwargs)
+
+    vars(trainer.accelerator)["backward"] = backward
 
 
 def _for_our_hook(trainer: GRPOLike, inputs: Inputs) -> Inputs:

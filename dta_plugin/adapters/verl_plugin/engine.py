@@ -34,6 +34,7 @@ from dta_plugin.config import TreeConfig
 from dta_plugin.errors import UnsupportedError
 from dta_plugin.execution.prepared_batch import prepare_batch
 from dta_plugin.execution.probing.probe import latest_outcome
+from dta_plugin.execution.recovery import remedy_named
 from dta_plugin.models.dispatch import uninstall
 from dta_plugin.models.introspection import causal_lm, model_cost
 from dta_plugin.training.notices import Notices
@@ -89,7 +90,8 @@ class TreeEngine(FSDPEngineWithLMHead):
             self._dta_run = run = self._begin(data, self._dta_config, loss_function, forward_only)
             if run.drawn is not None:
                 loss_function = weighted(loss_function)
-            outputs = super().forward_backward_batch(data, loss_function, forward_only, **kwargs)
+            with remedy_named(self.module):
+                outputs = super().forward_backward_batch(data, loss_function, forward_only, **kwargs)
         finally:
             self._dta_run = None
             clear_plan(data)

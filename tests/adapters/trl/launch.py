@@ -35,6 +35,12 @@ class Site:
 
     def run(self, *command: object) -> subprocess.CompletedProcess[str]:
         """Run a command of this virtual environment (`python`, `torchrun`, `trl`, ...) in the user's folder."""
+        process = self.start(*command)
+        out, err = process.communicate()
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def start(self, *command: object, **variables: str) -> subprocess.Popen[str]:
+        """The same, without waiting for its end. variables: more of its environment."""
         program, *arguments = map(str, command)
         environment = os.environ | {
             "HF_HOME": str(self.folder / "huggingface"),
@@ -42,11 +48,12 @@ class Site:
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join(map(str, self.path)),
         }
-        return subprocess.run(
+        return subprocess.Popen(
             [Path(sys.executable).with_name(program), *arguments],
             cwd=self.folder,
-            env=environment,
-            capture_output=True,
+            env=environment | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
         )
 

@@ -175,3 +175,24 @@ def test_reference_engine(strategy: str, folder: Path) -> None:
     begins = data["prompts"].offsets().diff().tolist()
     assert max((x - y)[begin - 1 : -1].abs().max() for x, y, begin in zip(a, b, begins, strict=True)) < 1e-5
     assert all((y[: begin - 1] == 0).all() for y, begin in zip(b, begins, strict=True))
+
+
+REMEDIES = {
+    "fsdp": r"cannot be streamed: a model that FSDP1 shards.*Use smaller",
+    "fsdp2": "max_tree_tokens_per_chunk",
+}
+
+
+@pytest.mark.parametrize("strategy", REMEDIES)
+def test_a_backward_pass_without_memory_names_the_remedy(strategy: str, folder: Path) -> None:
+    def no_memory(_: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def hook(_: torch.nn.Module, __: Any, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(no_memory)
+
+    engine = build(Setup(strategy, checkpointing=False), folder, tree=True)
+    causal_lm(engine.module).model.norm.register_forward_hook(hook)
+    with pytest.raises(torch.OutOfMemoryError, match=f"^Out of memory backward.*{REMEDIES[strategy]}"):
+        train(engine, [Step()])
