@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd.function import once_differentiable
 
 from dta_plugin.recurrent.plan import StatePlan
 from dta_plugin.upload import upload
@@ -64,6 +65,7 @@ class _Move(torch.autograd.Function):
         return _moved(x, where, is_into_blocks)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return _moved(grad, ctx.where, not ctx.is_into_blocks), None, None
 
