@@ -23,6 +23,7 @@ from dta_plugin.execution.recovery import forget_tree, out_of_memory, remember_t
 from dta_plugin.execution.streaming.autograd import run_streamed
 from dta_plugin.execution.streaming.chunk_plan import ChunkPlan
 from dta_plugin.models.introspection import attention_kinds, causal_lm
+from dta_plugin.models.layers import attention_modules, chunk_size
 from dta_plugin.tree.report import TreeReport
 
 
@@ -118,6 +119,7 @@ def _probed(model: nn.Module, config: TreeConfig, executors: list[str], device: 
 def _streaming_obstacle(
     model: nn.Module, batch: PreparedBatch, config: TreeConfig, return_router_loss: bool
 ) -> str | None:
+    base = causal_lm(model)
     if return_router_loss:
         return "a router loss, which needs the whole batch at once"
     if is_fsdp1(model):
@@ -126,11 +128,15 @@ def _streaming_obstacle(
         return "tensor-parallel parameters, which this version cannot stream"
     if is_zero3(model):
         return "a model that DeepSpeed ZeRO-3 shards; FSDP2, or ZeRO-1 or 2, can stream"
+    ranges = [chunk_size(base.config.get_text_config(), layer) for layer in attention_modules(base)]
+    longest = int(batch.tree.depth.max()) + 1
+    if any(chunk is not None and chunk < longest for chunk in ranges):
+        return f"attention in ranges of {max(filter(None, ranges))} positions, and a row of {longest} tokens"
     hooked = [name for name, parameter in model.named_parameters() if parameter._backward_hooks]
     if hooked:
         return f"a gradient hook on {hooked[0]}; register_post_accumulate_grad_hook sees what is summed over chunks"
     try:
-        kinds = attention_kinds(causal_lm(model), batch.edges.target.device)
+        kinds = attention_kinds(base, batch.edges.target.device)
     except Exception as error:
         return f"attention whose sizes cannot be read ({type(error).__name__}: {error})"
     backends = {serving_backend(config.backend, kind) for kind in kinds} - {"cpu", "triton"}

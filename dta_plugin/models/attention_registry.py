@@ -24,11 +24,12 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from dta_plugin.attention.api import tree_attention
+from dta_plugin.attention.chunked import chunked_tree_attention
 from dta_plugin.attention.mask import TreeMask
 from dta_plugin.dtypes import compute_dtype
 from dta_plugin.errors import UnsupportedError
 from dta_plugin.models.attention_keywords import check_keywords
-from dta_plugin.models.layers import indexed_modules
+from dta_plugin.models.layers import chunk_size, indexed_modules
 from dta_plugin.models.stand_in import SHARED_ATTENTION, StandIn
 
 Entries = MutableMapping[str, Any]
@@ -109,16 +110,17 @@ def _tree_call(
     check_keywords(module, kwargs)
     query, key, value = _autocast(query, key, value)
     layer = cast(int, module.layer_idx)
-    out = tree_attention(
-        query,
-        key,
-        value,
-        tree.at_layer(layer),
-        scale=kwargs.get("scaling"),
-        window=kwargs.get("sliding_window"),
-        softcap=kwargs.get("softcap"),
-        sinks=kwargs.get("s_aux"),
-    )
+    options = {
+        "scale": kwargs.get("scaling"),
+        "window": kwargs.get("sliding_window"),
+        "softcap": kwargs.get("softcap"),
+        "sinks": kwargs.get("s_aux"),
+    }
+    mask, chunk = tree.at_layer(layer), chunk_size(cast(Any, module).config, layer)
+    if chunk is None:
+        out = tree_attention(query, key, value, mask, **options)
+    else:
+        out = chunked_tree_attention(query, key, value, mask, chunk, **options)
     tree.calls[layer] += 1
     return out.transpose(1, 2), None
 

@@ -68,6 +68,13 @@ def layer_types(config: Any) -> list[str]:
     return [kind] * (number(config, "num_hidden_layers") or 0)
 
 
+def chunk_size(config: Any, layer: int) -> int | None:
+    """The ranges of positions within which a layer attends; None for most."""
+    kinds = layer_types(config)
+    is_chunked = layer < len(kinds) and kinds[layer] == "chunked_attention"
+    return number(config, "attention_chunk_size") if is_chunked else None
+
+
 def one_size(owner: Any, name: str) -> Any:
     """An attribute of a module or config; None where there is none, or where layers differ in it."""
     try:

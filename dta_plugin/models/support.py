@@ -33,7 +33,7 @@ _OTHER_LAYERS = {
     **dict.fromkeys(_STATE_LAYERS, _STATE),
     "indexed_attention": "which choose their keys by an index of their own",
     "minimax_m3_sparse": "which choose their keys by an index of their own",
-    "chunked_attention": "which attend within fixed ranges of positions",
+    "chunked_attention": "which attend within ranges of positions that the config does not tell",
     **dict.fromkeys(("compressed_sparse_attention", "heavily_compressed_attention"), _COMPRESSED),
 }
 # Families whose configs do not tell what stands in the way.
@@ -103,15 +103,14 @@ def _layer_obstacle(name: str, config: Any, recurrent: set[int], indexes_keys: b
     }
     if indexes_keys:
         stated.discard("indexed_attention")
+    if one_size(config, "attention_chunk_size"):
+        stated.discard("chunked_attention")
     unstated = {"indexed_attention"} if getattr(config, "index_topk", None) and not indexes_keys else set()
     for kind in sorted(stated - _TREE_LAYERS or unstated):
         kinds.setdefault(_OTHER_LAYERS.get(kind, "of which the tree knows nothing"), []).append(kind)
     if not kinds:
         return None
     remedy = "use a model with full or sliding-window attention only"
-    chunk = getattr(config, "attention_chunk_size", None)
-    if list(kinds.values()) == [["chunked_attention"]] and chunk:
-        remedy = f"if no sequence is longer than {chunk} tokens, set layer_types to 'full_attention' in the config"
     causes = [f"{', '.join(same)} layers, {what}" for what, same in kinds.items()]
     return f"{name} has {', and '.join(causes)}; {remedy}"
 

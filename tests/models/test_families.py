@@ -17,7 +17,6 @@ from dta_plugin.models import support
 from dta_plugin.models.support import tree_obstacle
 from tests.support import sweep as support_sweep
 from tests.support.family_table import table
-from tests.support.oracle import dense, difference
 from tests.support.sweep import (
     CRASH,
     EXACT,
@@ -26,13 +25,12 @@ from tests.support.sweep import (
     WRONG,
     Outcome,
     Row,
-    forest,
     outcome_of,
     row_of,
     sweep,
 )
 from tests.support.tiny_families import NAMES, config_of, random_causal_lm
-from tests.support.tree_run import make_siblings_visible, through_tree
+from tests.support.tree_run import make_siblings_visible
 
 pytestmark = pytest.mark.skipif(
     Version(version("transformers")) < Version("5.24"), reason="families, and how their layers are called, are newer"
@@ -50,8 +48,6 @@ SMOKE = {
     "musicgen": (NOT_BUILDABLE, None),
 }
 REASONS = {
-    "llama4_text": r"chunked_attention layers, which attend within .* longer than 5 tokens, set layer_types to 'full_",
-    "deepseek_v32": r"has indexed_attention layers, which choose their keys by an index of their own; use",
     "qwen4_exp_text": r"has indexed_attention layers, which choose their keys by an index of their own; use",
     "minimax": r"has linear_attention layers, whose state",
     "inkling2_text": r"Inkling2DynamicShortConvolution carries its state by functions that are not known",
@@ -82,20 +78,12 @@ def test_reasons(family: str) -> None:
 def test_reasons_of_models_whose_config_states_no_kinds_of_layers(
     family: str, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As those of older transformers do not; recurrent layers then have no way that is known."""
-    monkeypatch.setattr(support, "mixers", lambda _: iter(()))
+    """As those of older transformers do not; their recurrent layers and indexers are not known."""
+    for known in ("mixers", "indexers"):
+        monkeypatch.setattr(support, known, lambda _: iter(()))
     model = random_causal_lm(config_of(family))
     model.config.layer_types = ["full_attention"] * len(model.config.layer_types)
     assert what in str(tree_obstacle(model))
-
-
-def test_chunks_longer_than_every_sequence_are_full_attention() -> None:
-    """What the reason tells to do gives the same model, and an exact one."""
-    chunked, full = config_of("llama4_text"), config_of("llama4_text")
-    chunked.attention_chunk_size = 64
-    full.layer_types = ["full_attention"] * len(full.layer_types)
-    expected, model = dense(random_causal_lm(chunked), forest()), random_causal_lm(full)
-    assert difference(through_tree(model, forest()), expected).worst <= 1e-5
 
 
 @pytest.mark.usefixtures("unprobed")
