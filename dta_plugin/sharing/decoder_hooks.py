@@ -47,8 +47,9 @@ def share_prefixes(model: nn.Module, config: TreeConfig | None = None) -> Prefix
     shared. Outputs at real tokens and all gradients are those of the model's own path up to the order of sums; hidden
     states of padding are 0. A batch that shares nothing is one packed row, which is exact, too, and spares the padding.
     Other calls take the model's own path, untouched: caches (generation), embeddings as inputs, packed sequences,
-    hidden states or attention weights in the output, labels that score what is read from padding. In evaluation mode,
-    so does a call that leaves ``use_cache`` to a config that has it on: its caller may want the cache.
+    hidden states or attention weights in the output, labels that score what is read from padding. In evaluation mode
+    or without gradients, so does a call that leaves ``use_cache`` to a config that has it on: its caller may want the
+    cache.
 
     Args:
         model: a decoder of Hugging Face with any head (AutoModelForCausalLM, AutoModelForSequenceClassification, ...),
@@ -89,8 +90,8 @@ class PrefixSharing:
     calls, shared_calls, flat_tokens, tree_tokens: counted since the handle was made; tokens of shared calls only.
     cached_calls: those that read a cache or ask for one, as generation does.
     padding_reader: who may read the hidden states of padding, in words; then padded rows take the model's own path.
-    reads_caches: whether callers in evaluation mode may want a cache that they did not ask for. is_paused: calls take
-    the model's own path for now, and are not counted.
+    reads_caches: whether callers in evaluation mode, or without gradients, may want a cache that they did not ask for.
+    is_paused: calls take the model's own path for now, and are not counted.
     """
 
     def __init__(self) -> None:
@@ -189,8 +190,8 @@ class PrefixSharing:
             raise UnsupportedError(f"Prefixes cannot be shared exactly here: {obstacle}; or on_unsupported='dense'.")
         if obstacle is not None:
             return obstacle
-        may_want_cache = self.reads_caches and not decoder.training and getattr(decoder.config, "use_cache", True)
-        if may_want_cache and arguments.get("use_cache") is None:
+        may_decode = self.reads_caches and not (decoder.training and torch.is_grad_enabled())
+        if may_decode and getattr(decoder.config, "use_cache", True) and arguments.get("use_cache") is None:
             return "the config's use_cache makes it return a cache; pass use_cache=False"
         outputs = ("output_attentions", "output_hidden_states")
         return next((f"the config's {name} is on" for name in outputs if getattr(decoder.config, name, False)), None)

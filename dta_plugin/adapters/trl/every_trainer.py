@@ -12,8 +12,10 @@ model's own path where rows are padded.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib import metadata
@@ -59,6 +61,8 @@ _METHODS = (
     "get_batch_loss_metrics",
     "prediction_step",
 )
+# Methods of TRL's within a step that call functions of the user, with the completions or to make them.
+_WITH_FUNCTIONS = ("_generate", "_calculate_rewards", "_calculate_rewards_from_functions")
 
 
 def by_hook(trainer: object) -> bool:
@@ -91,6 +95,7 @@ def sharing_while_it_trains(trainer: Trainer, config: TreeConfig) -> Iterator[No
         # None of TRL's own wants a cache that it did not ask for.
         "_dta_reads_caches": foreign_method(trainer, _METHODS, _OF_ANY_RELEASE) is not None,
         "_dta_only_in_steps": True,
+        **_without_sharing(own),
     }
     try:
         trainer.__class__ = type(own.__name__, (mixin, own), settings)
@@ -105,6 +110,21 @@ def sharing_while_it_trains(trainer: Trainer, config: TreeConfig) -> Iterator[No
     finally:
         shared._dta_end()
         trainer.__class__ = own
+
+
+def _without_sharing(trainer_class: type) -> dict[str, Callable[..., Any]]:
+    """The methods of a class that call functions of the user, each as one in which models are stock."""
+
+    def paused(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(self: SharedPrefixesMixin, *args: Any, **kwargs: Any) -> Any:
+            with self._dta_functions_of_others():
+                return method(self, *args, **kwargs)
+
+        return call
+
+    methods = {name: inspect.getattr_static(trainer_class, name, None) for name in _WITH_FUNCTIONS}
+    return {name: paused(method) for name, method in methods.items() if inspect.isfunction(method)}
 
 
 def _reads_batches(trainer: Trainer) -> bool:

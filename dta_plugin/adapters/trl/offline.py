@@ -58,6 +58,8 @@ class SiblingBatchesMixin(SharedPrefixesMixin):
         dataset = self.train_dataset if train_dataset is None else train_dataset  # type: ignore[attr-defined]
         if _order_obstacle(self, dataset) is not None:
             return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+        if self._dta_only_in_steps:  # by the flag, on a trainer whose class does not say so
+            self._dta_say("batches are made of siblings, other ones than without the plugin: steps log other losses")
         return sibling_sampler(cast(OfflineLike, self), dataset)
 
 

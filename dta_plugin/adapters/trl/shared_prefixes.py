@@ -21,6 +21,7 @@ from dta_plugin.adapters.trl.state import TreeState
 from dta_plugin.config import TreeConfig
 from dta_plugin.models.introspection import causal_lm, decoder_of, wrappings
 from dta_plugin.sharing.decoder_hooks import PrefixSharing, handle_of, share_prefixes
+from dta_plugin.sharing.rehearsal import rehearse
 
 _NOTHING = (0, 0, 0, 0)
 
@@ -80,6 +81,7 @@ class SharedPrefixesMixin:
     def _dta_begin(self) -> None:
         """All models of the trainer share from now on: the one that is trained, references, teachers, rewards."""
         self._dta_begun: list[PrefixSharing] = []
+        self._dta_unrehearsed: list[PrefixSharing] = []
         self._sharing = self._dta_share(self.model, self.tree_config)
         self._dta_counted = _NOTHING
         self._dta_since: dict[str, tuple[int, ...]] = {"": _NOTHING, "eval_": _NOTHING}  # since the last entry
@@ -101,11 +103,26 @@ class SharedPrefixesMixin:
             sharing.padding_reader, sharing.reads_caches = self._dta_padding_reader, self._dta_reads_caches
             sharing.is_paused = self._dta_only_in_steps
             self._dta_begun.append(sharing)
+            self._dta_unrehearsed.append(sharing)
         return sharing
+
+    @contextmanager
+    def _dta_functions_of_others(self) -> Iterator[None]:
+        """Within the context, in a step, what the user wrote may call the models: of those only reward models share."""
+        scorers = [handle_of(decoder_of(causal_lm(model))) for model in _reward_models(self)]
+        sharing_now = [each for each in self._dta_begun if not each.is_paused and each not in scorers]
+        for sharing in sharing_now:
+            sharing.is_paused = True
+        try:
+            yield
+        finally:
+            for sharing in sharing_now:
+                sharing.is_paused = False
 
     @contextmanager
     def _dta_step(self) -> Iterator[None]:
         """Within the context the models share."""
+        self._dta_rehearse()
         begun = self._dta_begun if self._dta_only_in_steps else []
         for sharing in begun:
             sharing.is_paused = False
@@ -114,6 +131,19 @@ class SharedPrefixesMixin:
         finally:
             for sharing in begun:
                 sharing.is_paused = True
+
+    def _dta_rehearse(self) -> None:
+        """Once, where all ranks begin a step together: models that are not to raise in the middle of one."""
+        waiting, self._dta_unrehearsed = self._dta_unrehearsed, []
+        for model in (self.model, *models_of(self)):
+            sharing = handle_of(decoder_of(causal_lm(model)))
+            if sharing not in waiting:
+                continue
+            waiting.remove(sharing)
+            obstacle = rehearse(model, sharing) if sharing.config.on_unsupported == "dense" else None
+            if obstacle is not None and sharing is not self._sharing:
+                name = type(causal_lm(model)).__name__
+                self._dta_say(f"a {name} beside the trained model takes its own path: {obstacle}", logging.WARNING)
 
     def _dta_count(self, prefix: str) -> None:
         """What the model was called with since the last count belongs to training, or to an evaluation."""
@@ -132,6 +162,11 @@ class SharedPrefixesMixin:
 def models_of(trainer: object) -> list[nn.Module]:
     """The models of transformers among a trainer's attributes, those in lists too, wrapped as they are."""
     return [value for value in _attributes(trainer) if _is_model(value)]
+
+
+def _reward_models(trainer: object) -> list[nn.Module]:
+    functions = getattr(trainer, "reward_funcs", None)
+    return [function for function in functions if _is_model(function)] if isinstance(functions, list) else []
 
 
 def settings_obstacle(trainer: TrainerLike) -> str | None:

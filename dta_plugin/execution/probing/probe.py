@@ -105,7 +105,7 @@ def _probe(
     if skipped is not None:
         return Outcome(dict.fromkeys(executors), Gap(0.0, 0.0), 0.0, skipped)
     try:
-        with _undisturbed(inner, base, device):
+        with undisturbed(inner, base, device):
             comparison = Comparison(inner, base, probe_forest(base), backend, device)
             obstacles = {executor: _executor_obstacle(comparison, executor) for executor in executors}
     except Exception as error:  # what a model cannot do with the forest, it may do with the user's rows
@@ -119,7 +119,7 @@ def _probe(
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, base: PreTrainedModel, device: torch.device) -> Iterator[None]:
+def undisturbed(model: nn.Module, base: PreTrainedModel, device: torch.device) -> Iterator[None]:
     """Whatever runs inside leaves no trace: modes, random numbers, budgets, weights that autocast has cast."""
     devices = [device] if device.type == "cuda" else []
     try:

@@ -23,6 +23,7 @@ from tests.adapters.trl.support import TRAINING, VOCABULARY, reward, tokenizer
 
 STEPS = {name: TRAINING[name] for name in TRAINING if name not in ("num_generations", "max_completion_length")}
 STEPS |= {"per_device_train_batch_size": 4, "max_steps": 2}
+OF_THE_TRAINER = ("peft_config", "reward_funcs")
 Recipe = Callable[[type, str, dict[str, Any]], Trainer]
 
 
@@ -102,7 +103,7 @@ def _config_of(trainer_class: type) -> Any:
 
 def _offline(data: Callable[[], Dataset], **options: Any) -> Recipe:
     def build(trainer_class: type, model: str, args: dict[str, Any]) -> Trainer:
-        return trainer_class(model=_model(model), args=_args(trainer_class, args | options), **_common(model, data()))
+        return trainer_class(model=_model(model), **_args(trainer_class, args | options), **_common(model, data()))
 
     return build
 
@@ -114,15 +115,15 @@ def _taught(data: Callable[[], Dataset], **options: Any) -> Recipe:
         for parameter in teacher.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
         settings = _args(trainer_class, args | options)
-        return trainer_class(model=_model(model), teacher_model=teacher, args=settings, **_common(model, data()))
+        return trainer_class(model=_model(model), teacher_model=teacher, **settings, **_common(model, data()))
 
     return build
 
 
 def _rewarded(data: Callable[[], Dataset], **options: Any) -> Recipe:
     def build(trainer_class: type, model: str, args: dict[str, Any]) -> Trainer:
-        settings = _args(trainer_class, args | options)
-        return trainer_class(model=_model(model), reward_funcs=reward, args=settings, **_common(model, data()))
+        settings = {"reward_funcs": reward} | _args(trainer_class, args | options)
+        return trainer_class(model=_model(model), **settings, **_common(model, data()))
 
     return build
 
@@ -131,8 +132,11 @@ def _model(folder: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def _args(trainer_class: type, options: dict[str, Any]) -> Any:
-    return _config_of(trainer_class)(**options)
+def _args(trainer_class: type, options: dict[str, Any]) -> dict[str, Any]:
+    """The config as `args`, and those of the options that are the trainer's own."""
+    own = {name: value for name, value in options.items() if name in OF_THE_TRAINER}
+    config = {name: value for name, value in options.items() if name not in OF_THE_TRAINER}
+    return {"args": _config_of(trainer_class)(**config)} | own
 
 
 def _common(folder: str, data: Dataset) -> dict[str, Any]:
@@ -148,7 +152,7 @@ def _of_bytes(trainer_class: type, model: str, args: dict[str, Any]) -> Trainer:
 def _scored(trainer_class: type, model: str, args: dict[str, Any]) -> Trainer:
     set_seed(1)
     scorer = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32)
-    return trainer_class(model=scorer, args=_args(trainer_class, args), **_common(model, pairs(margin=True)))
+    return trainer_class(model=scorer, **_args(trainer_class, args), **_common(model, pairs(margin=True)))
 
 
 class _TeacherServer:
@@ -212,7 +216,7 @@ def _asynchronous(trainer_class: type, model: str, args: dict[str, Any]) -> Trai
     settings = _args(trainer_class, args | options)
     common = _common(model, prompts())
     with patch.object(module, "get_peak_flops_per_device", return_value=1.0):  # asks for a GPU
-        return trainer_class(model=model, args=settings, rollout_worker=rollouts, weight_transfer=rollouts, **common)
+        return trainer_class(model=model, rollout_worker=rollouts, weight_transfer=rollouts, **settings, **common)
 
 
 GENERATION = {"num_generations": 4, "max_completion_length": 6}
@@ -243,7 +247,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def build(trainer_class: type[Trainer], model: str, output: Path, **options: Any) -> Trainer:
-    """A trainer with fixed seeds, whose training is two steps."""
+    """A trainer with fixed seeds, whose training is two steps. options: of its config, and `OF_THE_TRAINER`."""
     set_seed(11)
     trainer = RECIPES[trainer_class.__name__](trainer_class, model, STEPS | {"output_dir": str(output)} | options)
     trainer.remove_callback(PrinterCallback)

@@ -21,7 +21,6 @@ from transformers import (
     DataCollatorWithPadding,
     Qwen3ForCausalLM,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     ViTConfig,
     ViTForImageClassification,
@@ -36,8 +35,7 @@ from dta_plugin.adapters.trl import every_trainer, idle
 from dta_plugin.sharing.padded import PaddedBatch
 from tests.adapters.trl.all_trainers import RECIPES, STEPS, build, texts, trainers_of_trl
 from tests.adapters.trl.support import TOLERANCE, Run, difference, enabled, moved, tokenizer
-from tests.adapters.trl.trainer_table import HOOK, NOT_RUN, REFUSED, SIBLINGS, Outcome, compare, row, run
-from tests.support.models import tiny_model
+from tests.adapters.trl.trainer_table import HOOK, NOT_RUN, REFUSED, SIBLINGS, Outcome, compare, lora, row, run
 
 PAGE = Path(__file__).parents[3] / "docs" / "trainers.md"
 ALL = trainers_of_trl()
@@ -73,16 +71,28 @@ def test_every_trainer_is_in_the_table(model: str, tmp_path: Path) -> None:
     lines = []
     for name, trainer_class in ALL.items():
         if trainer_class.__name__ in NOT_RUN:
-            lines.append(row(name, None))
+            lines.append(row(name, None, None))
             continue
-        outcome = compare(trainer_class, model, tmp_path)
-        print(f"{name}: {outcome.how}, worst difference {outcome.worst:.1e}")
-        check(outcome)
-        lines.append(row(name, outcome))
+        outcome, adapted = compare(trainer_class, model, tmp_path), lora(trainer_class, model, tmp_path)
+        for each in (outcome, adapted):
+            if each is not None:
+                print(f"{name}: {each.how}, worst difference {each.worst:.1e}")
+                check(each)
+        lines.append(row(name, outcome, adapted))
     listed = [line for line in PAGE.read_text().splitlines() if line.startswith("| `trl.")]
-    assert [line.rpartition("|")[0].rpartition("|")[0] for line in listed] == [
-        line.rpartition("|")[0].rpartition("|")[0] for line in lines
-    ]
+    assert list(map(without_figures, listed)) == list(map(without_figures, lines))
+
+
+def without_figures(line: str) -> str:
+    return "|".join(line.split("|")[:4])
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_lora_equals_stock(name: str, model: str, tmp_path: Path) -> None:
+    outcome = lora(ALL[name], model, tmp_path)
+    assert outcome is not None
+    check(outcome)
+    assert all("lora_" in weight for weight in outcome.stock.weights)
 
 
 def test_every_trainer_has_a_recipe_and_a_line() -> None:
@@ -184,6 +194,7 @@ def test_options_that_say_nothing_here(model: str, tmp_path: Path, caplog: pytes
     with enabled(prune="never", min_saving=0.9):
         trainer = build(SFTTrainer, model, tmp_path)
         trainer.train()
+    assert len([line for line in caplog.messages if "batches are made of siblings" in line]) == 1
     assert any("prune='never' say nothing about SFTTrainer" in line for line in caplog.messages)
     assert any("use_dta did nothing" in line and "min_saving 90%" in line for line in caplog.messages)
 
@@ -241,6 +252,7 @@ def test_data_that_cannot_be_sorted_keeps_its_order(
     trainer = unsorted(kind, model, tmp_path)
     with enabled():
         flagged = run(trainer)
+    assert not any("batches are made of siblings" in line for line in caplog.messages)
     assert Outcome(SIBLINGS, "", [], stock, flagged).worst <= TOLERANCE
     assert trainer._sharing.shared_calls == 2
     assert len([line for line in caplog.messages if "batches are the trainer's own" in line]) == 1
@@ -259,51 +271,6 @@ def test_other_models_are_left_alone(kind: str, tmp_path: Path) -> None:
     make, reason = OTHER_MODELS[kind]
     trainer = Trainer(make(), TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]), train_dataset=texts())
     assert reason in str(every_trainer.sharing_obstacle(trainer))
-
-
-class Decoding(TrainerCallback):
-    """Decodes by hand with a cache that the config's `use_cache` gives, as a user's own logging does."""
-
-    def __init__(self) -> None:
-        self.tokens: list[list[int]] = []
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        model, past = kwargs["model"], None
-        model.eval()
-        ids, found = torch.tensor([[5, 6, 7], [5, 6, 8]]), []
-        with torch.no_grad():
-            for _ in range(4):
-                output = model(input_ids=ids, past_key_values=past)
-                ids, past = output.logits[:, -1:].argmax(-1), output.past_key_values
-                found += ids.flatten().tolist()
-        model.train()
-        self.tokens.append(found)
-
-
-class CountingTrainer(Trainer):
-    """Has methods of its own under names that a mixin might take."""
-
-    def _count(self, inputs: dict[str, Any]) -> int:
-        return len(inputs["input_ids"])
-
-    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        assert self._count(inputs)
-        return super().training_step(model, inputs, *args, **kwargs)
-
-
-def test_what_others_call_within_a_training_is_stock(tmp_path: Path) -> None:
-    rows = [{"input_ids": [1, 2, 3, 4 + i], "labels": [1, 2, 3, 4 + i]} for i in range(4)]
-    tokens, shared = [], []
-    for flag in (False, True):
-        model, callback = tiny_model("qwen3"), Decoding()
-        model.config.use_cache = True
-        args = TrainingArguments(str(tmp_path), per_device_train_batch_size=4, max_steps=2, logging_steps=1)
-        trainer = CountingTrainer(model, args, train_dataset=rows, callbacks=[callback])
-        with enabled() if flag else nullcontext():
-            trainer.train()
-        tokens.append(callback.tokens)
-        shared.append(any("dta/tree_tokens" in entry for entry in trainer.state.log_history))
-    assert tokens[0] == tokens[1] and shared == [False, True]
 
 
 @pytest.mark.parametrize(

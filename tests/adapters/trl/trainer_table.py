@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import trl
+from peft import LoraConfig
 from transformers import Trainer, TrainerCallback
 
 from dta_plugin.adapters.trl import SiblingBatchesMixin
@@ -29,13 +30,18 @@ HOOK, SIBLINGS, CALLS, EQUAL_LENGTHS, REFUSED = (
 )
 # Stock needs a GPU; it has tests of its own against the model alone.
 NOT_RUN = {"AsyncGRPOTrainer": "tree, TRL's own rows on any device (`tests/adapters/trl/test_async_grpo.py`)"}
+TAKES_NO_ADAPTER = ("A2POTrainer",)
+# Both factors random from the start: a new adapter does nothing, and its reference would be the model itself.
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
 
 _HEAD = """# One flag, every trainer
 
 What `use_dta` does to every trainer class of TRL {version}. Each line is from two trainings of a tiny model, stock and
 with the flag: final weights and every logged metric agree to 1e-5 (`tests/adapters/trl/test_every_trainer.py`;
 `python -m tests.adapters.trl.trainer_table` writes this page). Shared: flat over tree tokens of that training, and how
-many models shared prefixes, references and teachers included.
+many models shared prefixes, references and teachers included; then the same of two trainings with a LoRA `peft_config`,
+whose reference is the model without its adapter. SFT, DPO and KTO are tried on two ranks as well, under DDP and FSDP2
+(`tests/adapters/trl/test_trainers_on_ranks.py`).
 
 - **tree, by the log-prob hook**: siblings meet in a micro-batch or window, log-probs come from the tree.
 - **tree, batches of siblings**: what TreeSFTTrainer and its like do. Data that cannot be sorted keeps its order.
@@ -46,10 +52,11 @@ many models shared prefixes, references and teachers included.
 
 A trainer of your own is served by its methods: with TRL's loss as above; with a loss of its own, or with functions for
 metrics, as the fourth. `packing`, `padding_free`, `torch_compile` and NEFTune are refused, with the reason in one line
-before the training.
+before the training. A model that cannot run as a tree after all, which two short rows show before the first step, takes
+its own path from there on, on all ranks. What reward functions and callbacks call is stock.
 
-| package | trainer | with the flag | shared, models |
-|---|---|---|---|"""
+| package | trainer | with the flag | shared, models | with LoRA |
+|---|---|---|---|---|"""
 
 
 @dataclass
@@ -77,9 +84,11 @@ class _Mixin(TrainerCallback):
         self.is_of_siblings = isinstance(self.trainer, SiblingBatchesMixin)
 
 
-def compare(trainer_class: type[Trainer], model: str, output: Path, **options: Any) -> Outcome:
-    """Train with the flag and stock, with the same seeds and batches."""
-    with enabled():
+def compare(
+    trainer_class: type[Trainer], model: str, output: Path, dta: dict[str, Any] | None = None, **options: Any
+) -> Outcome:
+    """Train with the flag and stock, with the same seeds and batches. dta: options of the first."""
+    with enabled(**(dta or {})):
         trainer = build(trainer_class, model, output, **options)
         mixin = _Mixin(trainer)
         trainer.add_callback(mixin)
@@ -117,16 +126,27 @@ def run(trainer: Trainer) -> Run:
     )
 
 
-def row(name: str, outcome: Outcome | None) -> str:
-    """A trainer's line of the page. outcome: None where it cannot be run."""
+def lora(trainer_class: type[Trainer], model: str, output: Path) -> Outcome | None:
+    """The same as `compare`, of a model with adapters; None for a trainer without a `peft_config`."""
+    if trainer_class.__name__ in TAKES_NO_ADAPTER:
+        return None
+    return compare(trainer_class, model, output, peft_config=LORA)
+
+
+def row(name: str, outcome: Outcome | None, adapted: Outcome | None) -> str:
+    """A trainer's line of the page. outcome: None where it cannot be run. adapted: with LoRA, None without."""
     package, _, short = name.removeprefix("trl.").rpartition(".")
     folder = ".".join(part for part in package.split(".") if not part.endswith("_trainer"))
     if outcome is None:
-        return f"| `trl.{folder}` | `{short}` | {NOT_RUN[short]} | |"
+        return f"| `trl.{folder}` | `{short}` | {NOT_RUN[short]} | | |"
     how = f"{outcome.how}: {outcome.reason}" if outcome.reason else outcome.how
+    without = "takes no `peft_config`" if adapted is None else _shared(adapted)
+    return f"| `trl.{folder}` | `{short}` | {how} | {_shared(outcome)} | {without} |"
+
+
+def _shared(outcome: Outcome) -> str:
     ratios = [entry["dta/compression_ratio"] for entry in outcome.flagged.dta if "dta/compression_ratio" in entry]
-    shared = f"{sum(ratios) / len(ratios):.1f}x, {max(1, len(outcome.models))}" if ratios else ""
-    return f"| `trl.{folder}` | `{short}` | {how} | {shared} |"
+    return f"{sum(ratios) / len(ratios):.1f}x, {max(1, len(outcome.models))}" if ratios else ""
 
 
 def page(rows: list[str]) -> str:
@@ -139,10 +159,13 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         model = save_model(Path(folder) / "model")
         for name, trainer_class in trainers_of_trl().items():
-            is_run = trainer_class.__name__ not in NOT_RUN
-            outcome = compare(trainer_class, model, Path(folder) / "output") if is_run else None
-            assert outcome is None or outcome.worst <= TOLERANCE, name
-            rows.append(row(name, outcome))
+            output = Path(folder) / "output"
+            if trainer_class.__name__ in NOT_RUN:
+                rows.append(row(name, None, None))
+                continue
+            outcomes = compare(trainer_class, model, output), lora(trainer_class, model, output)
+            assert all(outcome is None or outcome.worst <= TOLERANCE for outcome in outcomes), name
+            rows.append(row(name, *outcomes))
     Path("docs/trainers.md").write_text(page(rows))
 
 
