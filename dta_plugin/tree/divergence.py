@@ -16,11 +16,10 @@ from typing import Protocol
 import numpy as np
 
 from dta_plugin.errors import InvalidInputError
-from dta_plugin.tree.fingerprints import Fingerprints
+from dta_plugin.tree.fingerprints import Fingerprints, repeated_ids
 from dta_plugin.tree.trie import PrefixTree
 
 _SHOWN_TOKENS = 64  # decoded on either side of a fork
-_MOST_BITS = 22  # of ids, to look up whether they are repeated
 _SAME_TEXT = 16  # characters that two branches must begin with to be called the same text
 
 
@@ -118,19 +117,6 @@ def rank_forks(tree: PrefixTree, limit: int | None = None, run_length: int = 16)
     return candidates[:limit]
 
 
-def _of_repeated(ids: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """Where `whole` is set, the tokens whose ids occur more than once, and few others.
-
-    Half of each id tells most of them apart; sorted, equal ones are neighbours. Only what is left is compared in full.
-    """
-    half = (ids >> np.uint64(32)).astype(np.uint32)[whole]
-    half.sort()
-    bits = min(_MOST_BITS, len(ids).bit_length() + 2)
-    is_repeated = np.zeros(1 << bits, dtype=bool)
-    is_repeated[half[1:][half[1:] == half[:-1]] >> np.uint32(32 - bits)] = True
-    return np.flatnonzero(is_repeated[ids >> np.uint64(64 - bits)] & whole)
-
-
 def _branches_of_forks(tree: PrefixTree) -> dict[int, np.ndarray]:
     """Fork -> layout index of each branch's first token. Fork: layout index of the last common token, -1 for roots."""
     starts = tree.node_start[:-1]
@@ -171,7 +157,7 @@ class ForkCandidate:
         below = slice(start, start + int(self.sizes.sum()))
         whole = tree.depth[below] >= self.depth + fingerprints.length - 1  # the run lies behind the fork
         ids = fingerprints.ids[below]
-        tokens = _of_repeated(ids, whole)
+        tokens = repeated_ids(ids, whole)
         by_place = np.argsort(self.starts)
         rank = by_place[np.searchsorted(self.starts[by_place], start + tokens, side="right") - 1]
         _, group = np.unique(ids[tokens], return_inverse=True)

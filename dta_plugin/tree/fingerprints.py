@@ -19,6 +19,7 @@ _BASE = 0x9E3779B97F4A7C15
 _BLOCK = 1 << 15
 _LARGE = 1 << 18  # tokens of a tree, from which on it matters how they are gone through
 _FEW = 1 / 16  # share of tokens behind a fork
+_MOST_BITS = 22  # of ids, to look up whether they are repeated
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class Fingerprints:
             _spread(is_bent, length, forward=True)
             bent = np.flatnonzero(is_bent)
             if len(bent) <= _FEW * tree.tree_tokens:
-                ids = _of_straight_runs(tree.tokens, length)
+                ids = of_straight_runs(tree.tokens, length)
                 ids[bent] = _of_paths(tree, bent, length)
                 return cls(length, ids, [], is_bent, tree.parent)
         ids, jumps = _doubled(tree, length)
@@ -67,6 +68,34 @@ class Fingerprints:
             inside[token - start] = True
             token = self.parent[token]
         return inside
+
+
+def of_straight_runs(tokens: np.ndarray, length: int) -> np.ndarray:
+    """uint64 [T] of the `length` tokens of the layout, or as many as there are, up to each."""
+    ids = np.empty(len(tokens), dtype=np.uint64)
+    for start in range(0, len(tokens), _BLOCK):
+        first = max(0, start - length)
+        block = _of_tokens(tokens[first : start + _BLOCK])
+        base, step = _BASE, 1
+        while step < length:
+            block[step:] += np.uint64(base) * block[:-step]
+            base = base * base % 2**64
+            step *= 2
+        ids[start : start + _BLOCK] = block[start - first :]
+    return ids
+
+
+def repeated_ids(ids: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Where `whole` is set, the tokens whose ids occur more than once, and few others.
+
+    Half of each id tells most of them apart; sorted, equal ones are neighbours. Only what is left is compared in full.
+    """
+    half = (ids >> np.uint64(32)).astype(np.uint32)[whole]
+    half.sort()
+    bits = min(_MOST_BITS, len(ids).bit_length() + 2)
+    is_repeated = np.zeros(1 << bits, dtype=bool)
+    is_repeated[half[1:][half[1:] == half[:-1]] >> np.uint32(32 - bits)] = True
+    return np.flatnonzero(is_repeated[ids >> np.uint64(64 - bits)] & whole)
 
 
 def _doubled(tree: PrefixTree, length: int) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -92,21 +121,6 @@ def _spread(flags: np.ndarray, length: int, forward: bool) -> None:
         else:
             behind |= ahead.copy()
         step *= 2
-
-
-def _of_straight_runs(tokens: np.ndarray, length: int) -> np.ndarray:
-    """uint64 [T] of the `length` tokens of the layout, or as many as there are, up to each."""
-    ids = np.empty(len(tokens), dtype=np.uint64)
-    for start in range(0, len(tokens), _BLOCK):
-        first = max(0, start - length)
-        block = _of_tokens(tokens[first : start + _BLOCK])
-        base, step = _BASE, 1
-        while step < length:
-            block[step:] += np.uint64(base) * block[:-step]
-            base = base * base % 2**64
-            step *= 2
-        ids[start : start + _BLOCK] = block[start - first :]
-    return ids
 
 
 def _of_paths(tree: PrefixTree, ends: np.ndarray, length: int) -> np.ndarray:

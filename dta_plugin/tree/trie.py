@@ -12,17 +12,20 @@ bytes per flat token besides.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, Union
 
 import numpy as np
-import torch
 
 from dta_plugin.errors import InvalidInputError
 
-TokenSequence = Sequence[int] | torch.Tensor | np.ndarray
+if TYPE_CHECKING:
+    import torch
+
+TokenSequence: TypeAlias = Union[Sequence[int], "torch.Tensor", np.ndarray]
 
 _MAX_TOKEN = 2**32 - 1
 _SHORT = 64  # tokens per sequence on average: up to here, a Python step per sequence costs more than its tokens
@@ -235,9 +238,15 @@ def _rows_of_ints(rows: list[TokenSequence]) -> list[np.ndarray] | None:
     return [flat[start:stop] for start, stop in pairwise([0, *ends])]
 
 
+def _is_tensor(sequence: TokenSequence) -> TypeGuard[torch.Tensor]:
+    """Without torch, which whoever has a tensor has loaded."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(sequence, torch.Tensor)
+
+
 def _as_token_array(sequence: TokenSequence, index: int) -> np.ndarray:
     try:
-        row = sequence.detach().cpu().numpy() if isinstance(sequence, torch.Tensor) else np.asarray(sequence)
+        row = sequence.detach().cpu().numpy() if _is_tensor(sequence) else np.asarray(sequence)
     except (TypeError, ValueError) as error:  # rows of different lengths, a bfloat16 tensor
         raise InvalidInputError(
             f"Sequence {index} is a {type(sequence).__name__} that is no row of integers ({error}). Expected a 1-D row "
