@@ -55,7 +55,5 @@ def _repeats(
     place = np.arange(lengths.sum()) - np.repeat(offsets, lengths)
     ids = of_straight_runs(flat[place + np.repeat(begins, lengths)], run_length)
     ids ^= np.repeat(group.astype(np.uint64) * _ODD, lengths)
-    tokens = repeated_ids(ids, place >= run_length - 1)
-    _, kind, times = np.unique(ids[tokens], return_inverse=True, return_counts=True)
-    tokens = tokens[times[kind] > 1]
+    tokens = repeated_ids(ids, place, run_length - 1)
     return np.bincount(group[np.searchsorted(offsets, tokens, side="right") - 1], minlength=groups)
