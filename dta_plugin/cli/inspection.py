@@ -115,31 +115,51 @@ def inspect_sequences(
     if group is not None and group not in members:
         shown = ", ".join(names[:8]) + (", .." if len(names) > 8 else "")
         raise InvalidInputError(f"There is no group {group!r}. Expected one of: {shown}.")
+    group_of_row = np.empty(len(sequences), dtype=np.int64)
+    for number, own in enumerate(members.values()):
+        group_of_row[own] = number
     with waiting("counting what is shared"):
-        rows = TokenRows.from_arrays([sequence.tokens for sequence in sequences])
-        first_scored = np.array([sequence.first_scored for sequence in sequences])
-        group_of_row = np.zeros(len(sequences), dtype=np.int64)
-        whole = TreeCounts.from_rows(rows, group_of_row, first_scored)
-        for number, own in enumerate(members.values()):
-            group_of_row[own] = number
-        within = TreeCounts.from_rows(rows, group_of_row, first_scored)
-        repeated, apart = fork_bounds(rows, within, run_length)
+        whole, within, groups = _counted(sequences, names, group_of_row, run_length)
     most = int(within.tree_tokens.argmax()) if group is None else names.index(group)
-    groups = [_Group(name, number, int(repeated[number]), int(apart[number])) for number, name in enumerate(names)]
 
     def merged(group: _Group) -> PrefixTree:
-        return PrefixTree.from_sequences([sequences[row].tokens for row in members[group.name]])
+        own = members[group.name]
+        order, lcp = within.group(group.number)
+        rows = [sequences[row].tokens for row in own]
+        return PrefixTree.from_sorted(rows, np.searchsorted(own, order), lcp, is_compact=True)
 
     tree = merged(groups[most])
-    searched = groups if group is None else [groups[most]]
     return Inspection(
         _sharing(within, model),
         _sharing(whole, model),
         int(whole.common_tokens()[0]),
         _first_forks(within),
-        _top(searched, lambda group: tree if group.number == most else merged(group), decoder, forks, run_length),
+        _top(
+            groups if group is None else [groups[most]],
+            lambda group: tree if group.number == most else merged(group),
+            decoder,
+            forks,
+            run_length,
+        ),
         names[most],
         tree,
+    )
+
+
+def _counted(
+    sequences: Sequence[TokenizedSequence], names: list[str], group_of_row: np.ndarray, run_length: int
+) -> tuple[TreeCounts, TreeCounts, list[_Group]]:
+    """Counts of all sequences as one tree, of a tree per group, and the groups."""
+    rows = TokenRows.from_arrays([sequence.tokens for sequence in sequences])
+    first_scored = np.array([sequence.first_scored for sequence in sequences])
+    whole = TreeCounts.from_rows(rows, np.zeros_like(group_of_row), first_scored)
+    within = whole if len(names) == 1 else TreeCounts.from_rows(rows, group_of_row, first_scored)
+    repeated, apart = fork_bounds(rows, within, run_length)
+    bounds = zip(repeated.tolist(), apart.tolist(), strict=True)
+    return (
+        whole,
+        within,
+        [_Group(name, number, *most) for number, (name, most) in enumerate(zip(names, bounds, strict=True))],
     )
 
 

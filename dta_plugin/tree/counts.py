@@ -88,6 +88,11 @@ class TreeCounts:
         lcp[starts] = 0
         return cls(order, starts, rows.lengths[order], lcp, first_scored[order])
 
+    def group(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [n], int64 [n]: order and lcp of one group."""
+        own = slice(self.starts[number], self.starts[number] + self.sequences[number])
+        return self.order[own], self.lcp[own]
+
     def _per_group(self, values: np.ndarray) -> np.ndarray:
         return np.add.reduceat(values, self.starts)
 
