@@ -129,18 +129,14 @@ def inspect_sequences(
         return PrefixTree.from_sorted(rows, np.searchsorted(own, order), lcp, is_compact=True)
 
     tree = merged(groups[most])
+    searched = groups if group is None else [groups[most]]
+    shared = _sharing(within, model)
     return Inspection(
-        _sharing(within, model),
-        _sharing(whole, model),
+        shared,
+        shared if whole is within else _sharing(whole, model),
         int(whole.common_tokens()[0]),
         _first_forks(within),
-        _top(
-            groups if group is None else [groups[most]],
-            lambda group: tree if group.number == most else merged(group),
-            decoder,
-            forks,
-            run_length,
-        ),
+        _top(searched, lambda group: tree if group.number == most else merged(group), decoder, forks, run_length),
         names[most],
         tree,
     )
@@ -153,14 +149,12 @@ def _counted(
     rows = TokenRows.from_arrays([sequence.tokens for sequence in sequences])
     first_scored = np.array([sequence.first_scored for sequence in sequences])
     whole = TreeCounts.from_rows(rows, np.zeros_like(group_of_row), first_scored)
-    within = whole if len(names) == 1 else TreeCounts.from_rows(rows, group_of_row, first_scored)
+    if len(names) == 1:
+        return whole, whole, [_Group(names[0], 0, 0, 0)]  # searched in any case
+    within = TreeCounts.from_rows(rows, group_of_row, first_scored)
     repeated, apart = fork_bounds(rows, within, run_length)
-    bounds = zip(repeated.tolist(), apart.tolist(), strict=True)
-    return (
-        whole,
-        within,
-        [_Group(name, number, *most) for number, (name, most) in enumerate(zip(names, bounds, strict=True))],
-    )
+    numbered = enumerate(zip(names, repeated.tolist(), apart.tolist(), strict=True))
+    return whole, within, [_Group(name, number, *bounds) for number, (name, *bounds) in numbered]
 
 
 def _sharing(counts: TreeCounts, model: ModelCost) -> Sharing:

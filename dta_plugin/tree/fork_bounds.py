@@ -33,8 +33,8 @@ def fork_bounds(rows: TokenRows, counts: TreeCounts, run_length: int) -> tuple[n
     lengths = (counts.lengths - whole)[own] + run_length - 1
     for start, stop in _blocks(group, lengths):
         part = slice(start, stop)
-        repeated += _repeats(rows.flat, begins[part], lengths[part], group[part], run_length, len(first))
-    return np.minimum(repeated * run_length, apart), apart
+        repeated += _in_repeats(rows.flat, begins[part], lengths[part], group[part], run_length, len(first))
+    return np.minimum(repeated, apart), apart
 
 
 def _blocks(group: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -47,13 +47,17 @@ def _blocks(group: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[int, int]]
     yield from pairwise([*cuts.tolist(), len(group)])
 
 
-def _repeats(
+def _in_repeats(
     flat: np.ndarray, begins: np.ndarray, lengths: np.ndarray, group: np.ndarray, run_length: int, groups: int
 ) -> np.ndarray:
-    """int64 [groups]: how many runs of the stretches begins [K], lengths [K] of `flat` occur twice in their group."""
+    """int64 [groups]: how many tokens of the stretches begins [K], lengths [K] of `flat` are in runs that their group
+    has twice."""
     offsets = np.cumsum(lengths) - lengths
     place = np.arange(lengths.sum()) - np.repeat(offsets, lengths)
     ids = of_straight_runs(flat[place + np.repeat(begins, lengths)], run_length)
     ids ^= np.repeat(group.astype(np.uint64) * _ODD, lengths)
     tokens = repeated_ids(ids, place, run_length - 1)
-    return np.bincount(group[np.searchsorted(offsets, tokens, side="right") - 1], minlength=groups)
+    stretch = np.searchsorted(offsets, tokens, side="right") - 1
+    new = np.minimum(np.diff(tokens, prepend=-run_length), run_length)
+    new[np.diff(stretch, prepend=-1) > 0] = run_length
+    return np.bincount(group[stretch], weights=new, minlength=groups).astype(np.int64)

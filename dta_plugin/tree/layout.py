@@ -4,7 +4,7 @@ A log-prob belongs to an *edge*: token t given its ancestors, read from the hidd
 last token is one LM-head row with one edge per child, and an edge shared by many sequences is computed once; its
 gradient is the sum over those sequences, taken in the log-probs' own precision (float32 or float64).
 
-Memory: a map of 8 bytes per flat token, 24 per scored tree token; while it is made, 1 per flat and 6 per tree token more.
+Memory: a map of 8 bytes per flat token, 24 per scored tree token; while it is made, 1 per flat and 6 per tree token.
 """
 
 from __future__ import annotations
