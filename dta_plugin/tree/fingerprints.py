@@ -102,24 +102,25 @@ def _blocks(count: int, size: int) -> Iterator[slice]:
 
 def _mend(ids: np.ndarray, tree: PrefixTree, jumps: np.ndarray, nexts: np.ndarray, length: int) -> None:
     """Set the ids of the tokens from `jumps` [J] on, up to the next jump, whose runs begin before the jump."""
-    reach = length - 1
-    before = np.empty((len(jumps), reach), dtype=np.int64)  # ancestors, the parent last, -1 above a root
+    above = min(length - 1, int(tree.depth[jumps].max()))
+    own = min(length - 1, int((nexts - jumps).max()))
+    before = np.empty((len(jumps), above), dtype=np.int64)  # ancestors, the parent last, -1 above a root
     up = tree.parent[jumps]
-    for column in range(reach - 1, -1, -1):
+    for column in range(above - 1, -1, -1):
         before[:, column] = up
         up = np.where(up >= 0, tree.parent[up], -1)
-    after = jumps[:, None] + np.arange(reach)
+    after = jumps[:, None] + np.arange(own)
     run = np.concatenate([before, np.minimum(after, len(ids) - 1)], axis=1)
     hashes = np.where(run >= 0, _of_tokens(tree.tokens[run]), np.uint64(0))
     is_own = after < nexts[:, None]
-    ids[after[is_own]] = _of_runs(hashes.reshape(-1), length).reshape(run.shape)[:, reach:][is_own]
+    ids[after[is_own]] = _of_runs(hashes, length)[:, above:][is_own]
 
 
 def _of_runs(hashes: np.ndarray, length: int) -> np.ndarray:
-    """uint64 hashes [n] of tokens -> in place, of the `length` tokens, or as many as there are, up to each."""
+    """uint64 hashes [..., n] of tokens -> in place, of the `length` tokens, or as many as there are, up to each."""
     base, step = _BASE, 1
     while step < length:
-        hashes[step:] += np.uint64(base) * hashes[:-step]
+        hashes[..., step:] += np.uint64(base) * hashes[..., :-step]
         base = base * base % 2**64
         step *= 2
     return hashes
