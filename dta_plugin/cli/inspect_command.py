@@ -86,16 +86,17 @@ def run(args: argparse.Namespace) -> int:
     cost, model = cost_of(args.model, args.geometry)
     file = read_file(args.file, args.group_by, args.limit)
     encoder = load_encoder(args.tokenizer)
-    are_ids = file.rollouts[0].tokens is not None
+    count, grouped_by, are_ids = len(file.rollouts), file.grouped_by, file.rollouts[0].tokens is not None
     sequences = (per_turn_sequences if args.per_turn else trajectory_sequences)(file.rollouts, encoder)
+    del file  # texts, of which only the tokens are needed
     decoder = None if are_ids and args.tokenizer is None else encoder
     run_length = 16 if are_ids else encoder.run_length
     found = inspect_sequences(sequences, cost, decoder, args.forks, run_length, args.group)
     about = {
         "file": "standard input" if args.file == "-" else Path(args.file).name,
-        "rollouts": len(file.rollouts),
+        "rollouts": count,
         "unit": "assistant turn" if args.per_turn else "rollout",
-        "grouped_by": file.grouped_by,
+        "grouped_by": grouped_by,
         "tokens": "token ids" if are_ids else encoder.description,
         "model": model,
     }

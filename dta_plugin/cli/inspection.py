@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,9 +10,11 @@ import numpy as np
 from dta_plugin.cli.rollouts import TokenizedSequence
 from dta_plugin.cli.terminal import progress, waiting
 from dta_plugin.errors import InvalidInputError
-from dta_plugin.tree import PrefixTree, ScoredEdges
-from dta_plugin.tree.cost import ModelCost, estimate
-from dta_plugin.tree.divergence import Decoder, Fork, first_fork_depth, rank_forks
+from dta_plugin.tree import PrefixTree
+from dta_plugin.tree.cost import ModelCost
+from dta_plugin.tree.counts import TokenRows, TreeCounts
+from dta_plugin.tree.divergence import Decoder, Fork, ForkCandidate, rank_forks
+from dta_plugin.tree.fork_bounds import fork_bounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +36,6 @@ class Sharing:
     def ceiling(self) -> float:
         """Largest possible speed-up over dense."""
         return self.dense_flops / self.tree_flops
-
-    def __add__(self, other: Sharing) -> Sharing:
-        return Sharing(
-            self.trees + other.trees,
-            self.sequences + other.sequences,
-            self.flat_tokens + other.flat_tokens,
-            self.tree_tokens + other.tree_tokens,
-            self.dense_flops + other.dense_flops,
-            self.tree_flops + other.tree_flops,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +72,30 @@ class Inspection:
     tree: PrefixTree
 
 
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """A group, and the most tokens that a fork of it may have repeated, and apart; apart is -1 where nothing forks."""
+
+    name: str
+    number: int
+    repeated: int
+    apart: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Found:
+    """A fork, the `place`-th most expensive one of its group, whose tree this is."""
+
+    group: _Group
+    place: int
+    tree: PrefixTree
+    fork: ForkCandidate
+
+    @property
+    def cost(self) -> tuple[int, int]:
+        return self.fork.repeated, self.fork.apart
+
+
 def inspect_sequences(
     sequences: Sequence[TokenizedSequence],
     model: ModelCost,
@@ -92,53 +108,95 @@ def inspect_sequences(
 
     group: the one to draw and to list forks of; None for the one with most tree tokens, and forks of all groups.
     """
-    members: dict[str, list[TokenizedSequence]] = {}
-    for sequence in sequences:
-        members.setdefault(sequence.group, []).append(sequence)
+    members: dict[str, list[int]] = {}
+    for row, sequence in enumerate(sequences):
+        members.setdefault(sequence.group, []).append(row)
+    names = list(members)
     if group is not None and group not in members:
-        names = ", ".join(list(members)[:8]) + (", .." if len(members) > 8 else "")
-        raise InvalidInputError(f"There is no group {group!r}. Expected one of: {names}.")
-    trees = {
-        name: PrefixTree.from_sequences([member.tokens for member in own])
-        for name, own in progress(members.items(), "groups merged")
-    }
-    shares = [_sharing(trees[name], own, model) for name, own in members.items()]
-    within = sum(shares[1:], start=shares[0])
-    if len(trees) == 1:
-        tree, whole = next(iter(trees.values())), within
-    else:
-        with waiting("merging the whole file"):
-            tree = PrefixTree.from_sequences([sequence.tokens for sequence in sequences])
-            whole = _sharing(tree, sequences, model)
-    common = int((tree.multiplicity == len(sequences)).sum())
-    shown = group if group is not None else max(trees, key=lambda name: trees[name].tree_tokens)
-    searched = trees if group is None else {group: trees[group]}
+        shown = ", ".join(names[:8]) + (", .." if len(names) > 8 else "")
+        raise InvalidInputError(f"There is no group {group!r}. Expected one of: {shown}.")
+    group_of_row = np.empty(len(sequences), dtype=np.int64)
+    for number, own in enumerate(members.values()):
+        group_of_row[own] = number
+    with waiting("counting what is shared"):
+        whole, within, groups = _counted(sequences, names, group_of_row, run_length)
+    most = int(within.tree_tokens.argmax()) if group is None else names.index(group)
+
+    def merged(group: _Group) -> PrefixTree:
+        own = members[group.name]
+        order, lcp = within.group(group.number)
+        rows = [sequences[row].tokens for row in own]
+        return PrefixTree.from_sorted(rows, np.searchsorted(own, order), lcp, is_compact=True)
+
+    tree = merged(groups[most])
+    searched = groups if group is None else [groups[most]]
+    shared = _sharing(within, model)
     return Inspection(
-        within, whole, common, _first_forks(trees), _top(searched, decoder, forks, run_length), shown, trees[shown]
+        shared,
+        shared if whole is within else _sharing(whole, model),
+        int(whole.common_tokens()[0]),
+        _first_forks(within),
+        _top(searched, lambda group: tree if group.number == most else merged(group), decoder, forks, run_length),
+        names[most],
+        tree,
     )
 
 
-def _sharing(tree: PrefixTree, sequences: Sequence[TokenizedSequence], model: ModelCost) -> Sharing:
-    edges = ScoredEdges.from_tree(tree, [sequence.first_scored for sequence in sequences])
-    scored = sum(max(0, len(sequence.tokens) - sequence.first_scored) for sequence in sequences)
-    cost = estimate(tree, model, scored, len(edges.rows))
-    return Sharing(1, tree.num_sequences, tree.flat_tokens, tree.tree_tokens, cost.dense, cost.tree)
+def _counted(
+    sequences: Sequence[TokenizedSequence], names: list[str], group_of_row: np.ndarray, run_length: int
+) -> tuple[TreeCounts, TreeCounts, list[_Group]]:
+    """Counts of all sequences as one tree, of a tree per group, and the groups."""
+    rows = TokenRows.from_arrays([sequence.tokens for sequence in sequences])
+    first_scored = np.array([sequence.first_scored for sequence in sequences])
+    whole = TreeCounts.from_rows(rows, np.zeros_like(group_of_row), first_scored)
+    if len(names) == 1:
+        return whole, whole, [_Group(names[0], 0, 0, 0)]  # searched in any case
+    within = TreeCounts.from_rows(rows, group_of_row, first_scored)
+    repeated, apart = fork_bounds(rows, within, run_length)
+    numbered = enumerate(zip(names, repeated.tolist(), apart.tolist(), strict=True))
+    return whole, within, [_Group(name, number, *bounds) for number, (name, *bounds) in numbered]
 
 
-def _first_forks(trees: dict[str, PrefixTree]) -> FirstForks | None:
-    depths = [depth for tree in trees.values() if (depth := first_fork_depth(tree)) is not None]
-    if not depths:
+def _sharing(counts: TreeCounts, model: ModelCost) -> Sharing:
+    """Of all trees together; costs are added up in their order."""
+    dense = model.flops_of_pairs(counts.flat_tokens, counts.flat_pairs, counts.scored_tokens())
+    tree = model.flops_of_pairs(counts.tree_tokens, counts.tree_pairs, counts.scored_rows())
+    return Sharing(
+        trees=len(counts.starts),
+        sequences=len(counts.order),
+        flat_tokens=int(counts.flat_tokens.sum()),
+        tree_tokens=int(counts.tree_tokens.sum()),
+        dense_flops=float(np.cumsum(dense)[-1]),
+        tree_flops=float(np.cumsum(tree)[-1]),
+    )
+
+
+def _first_forks(counts: TreeCounts) -> FirstForks | None:
+    depths = counts.first_forks()
+    depths = depths[depths >= 0]
+    if not len(depths):
         return None
-    return FirstForks(len(depths), min(depths), int(np.median(depths)), max(depths))
+    return FirstForks(len(depths), int(depths.min()), int(np.median(depths)), int(depths.max()))
 
 
-def _top(trees: dict[str, PrefixTree], decoder: Decoder | None, limit: int, run_length: int) -> list[GroupFork]:
-    if limit < 1:
-        return []
-    ranked = [
-        (name, fork)
-        for name, tree in progress(trees.items(), "groups searched")
-        for fork in rank_forks(tree, limit, run_length)
-    ]
-    ranked.sort(key=lambda item: (-item[1].repeated, -item[1].apart))
-    return [GroupFork(name, fork.describe(trees[name], decoder, run_length)) for name, fork in ranked[:limit]]
+def _top(
+    groups: list[_Group],
+    merged: Callable[[_Group], PrefixTree],
+    decoder: Decoder | None,
+    limit: int,
+    run_length: int,
+) -> list[GroupFork]:
+    """The most expensive forks. Groups are searched in the order of what they may hold, until no other can be among
+    the first `limit`; equal forks are listed in the order of groups."""
+    best: list[_Found] = []
+    for group in progress(sorted(groups, key=lambda group: (-group.repeated, -group.apart)), "groups searched"):
+        if limit < 1 or group.apart < 0:
+            break
+        if len(best) == limit and best[-1].cost > (group.repeated, group.apart):
+            break
+        tree = merged(group)
+        ranked = rank_forks(tree, limit, run_length)
+        best += [_Found(group, place, tree, fork) for place, fork in enumerate(ranked)]
+        best.sort(key=lambda found: (-found.fork.repeated, -found.fork.apart, found.group.number, found.place))
+        del best[limit:]
+    return [GroupFork(found.group.name, found.fork.describe(found.tree, decoder, run_length)) for found in best]

@@ -7,6 +7,7 @@ and the ceiling column of the benchmarks. Seconds come from a measured `SecondsP
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +76,15 @@ class ModelCost:
     def flops(self, tokens: int, depths: np.ndarray, scored: int) -> float:
         """Cost of `work` without that of the call."""
         return self.work(tokens, depths, scored).flops
+
+    def flops_of_pairs(
+        self, tokens: np.ndarray, pairs: Callable[[int | None], np.ndarray], scored: np.ndarray
+    ) -> np.ndarray:
+        """`flops` of many calls, float64 [...]: tokens and scored int [...], pairs(window) those visible in each."""
+        attention = self.per_pair * pairs(None)
+        for window, cost in self.per_window_pair:
+            attention = attention + cost * pairs(window)
+        return self.per_token * tokens + attention + self.per_scored * scored
 
     def path_flops(self, lengths: np.ndarray) -> np.ndarray:
         """Cost of the first `lengths` tokens of a sequence, without LM head and call. lengths: int [...]."""

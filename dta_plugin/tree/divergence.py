@@ -16,11 +16,10 @@ from typing import Protocol
 import numpy as np
 
 from dta_plugin.errors import InvalidInputError
-from dta_plugin.tree.fingerprints import Fingerprints
+from dta_plugin.tree.fingerprints import Fingerprints, repeated_ids
 from dta_plugin.tree.trie import PrefixTree
 
 _SHOWN_TOKENS = 64  # decoded on either side of a fork
-_MOST_BITS = 22  # of ids, to look up whether they are repeated
 _SAME_TEXT = 16  # characters that two branches must begin with to be called the same text
 
 
@@ -106,29 +105,18 @@ def rank_forks(tree: PrefixTree, limit: int | None = None, run_length: int = 16)
     fingerprints = Fingerprints.from_tree(tree, run_length)
     candidates = [ForkCandidate.from_fork(tree, fork, starts) for fork, starts in _branches_of_forks(tree).items()]
     candidates.sort(key=lambda candidate: -candidate.apart)
+    first = min((candidate.depth for candidate in candidates), default=0)
+    repeated = repeated_ids(fingerprints.ids, tree.depth, first + run_length - 1)
     best: list[int] = []  # heap of the `limit` highest repeated counts so far
     for candidate in candidates:
         if limit is not None and len(best) == limit and candidate.apart < best[0]:
             break  # `apart` bounds `repeated` from above: nothing later can make the list
-        candidate.compare(tree, fingerprints)
+        candidate.compare(tree, fingerprints, repeated)
         heapq.heappush(best, candidate.repeated)
         if limit is not None and len(best) > limit:
             heapq.heappop(best)
     candidates.sort(key=lambda candidate: (-candidate.repeated, -candidate.apart, candidate.depth))
     return candidates[:limit]
-
-
-def _of_repeated(ids: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """Where `whole` is set, the tokens whose ids occur more than once, and few others.
-
-    Half of each id tells most of them apart; sorted, equal ones are neighbours. Only what is left is compared in full.
-    """
-    half = (ids >> np.uint64(32)).astype(np.uint32)[whole]
-    half.sort()
-    bits = min(_MOST_BITS, len(ids).bit_length() + 2)
-    is_repeated = np.zeros(1 << bits, dtype=bool)
-    is_repeated[half[1:][half[1:] == half[:-1]] >> np.uint32(32 - bits)] = True
-    return np.flatnonzero(is_repeated[ids >> np.uint64(64 - bits)] & whole)
 
 
 def _branches_of_forks(tree: PrefixTree) -> dict[int, np.ndarray]:
@@ -163,23 +151,25 @@ class ForkCandidate:
         order = np.argsort(-sizes, kind="stable")
         return cls(fork, _common_tokens(tree, fork), starts[order], sizes[order], int(sizes.sum() - sizes.max()))
 
-    def compare(self, tree: PrefixTree, fingerprints: Fingerprints) -> None:
-        """Find the tokens of every branch that occur, in runs, in a larger one."""
+    def compare(self, tree: PrefixTree, fingerprints: Fingerprints, repeated: np.ndarray) -> None:
+        """Find the tokens of every branch that occur, in runs, in a larger one.
+
+        repeated: the tokens of the tree at which a run ends that occurs twice, in order.
+        """
         if self.apart < fingerprints.length:
             return
         start = int(self.starts.min())
-        below = slice(start, start + int(self.sizes.sum()))
-        whole = tree.depth[below] >= self.depth + fingerprints.length - 1  # the run lies behind the fork
-        ids = fingerprints.ids[below]
-        tokens = _of_repeated(ids, whole)
+        stop = start + int(self.sizes.sum())
+        tokens = repeated[slice(*np.searchsorted(repeated, [start, stop]))]
+        tokens = tokens[tree.depth[tokens] >= self.depth + fingerprints.length - 1]  # the run lies behind the fork
+        if not len(tokens):
+            return
         by_place = np.argsort(self.starts)
-        rank = by_place[np.searchsorted(self.starts[by_place], start + tokens, side="right") - 1]
-        _, group = np.unique(ids[tokens], return_inverse=True)
+        rank = by_place[np.searchsorted(self.starts[by_place], tokens, side="right") - 1]
+        _, group = np.unique(fingerprints.ids[tokens], return_inverse=True)
         smallest = np.full(len(tokens), len(self.starts), dtype=np.int64)
         np.minimum.at(smallest, group, rank)
-        ends = np.zeros(len(ids), dtype=bool)
-        ends[tokens] = smallest[group] < rank
-        self.covered = fingerprints.covered(ends, start)
+        self.covered = fingerprints.covered(tokens[smallest[group] < rank], start, stop)
         self.repeated = int(self.covered.sum())
 
     def describe(self, tree: PrefixTree, tokenizer: Decoder | None, run_length: int) -> Fork:

@@ -4,13 +4,15 @@ A log-prob belongs to an *edge*: token t given its ancestors, read from the hidd
 last token is one LM-head row with one edge per child, and an edge shared by many sequences is computed once; its
 gradient is the sum over those sequences, taken in the log-probs' own precision (float32 or float64).
 
-Memory: a map of 8 bytes per flat token, 24 per scored tree token, and about as much again while it is made.
+Memory: a map of 8 bytes per flat token, 24 per scored tree token; while it is made, 1 per flat and 6 per tree token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +20,8 @@ import torch
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.tree.trie import PrefixTree
 from dta_plugin.upload import upload
+
+_BLOCK = 1 << 16  # tokens, or a sequence, that are gone through at once: what is on the way stays in the cache
 
 Scored = Sequence[int | Sequence[bool] | torch.Tensor | np.ndarray]
 
@@ -94,34 +98,35 @@ class ScoredEdges:
 
         temperatures: one per sequence, None if all have the same.
         """
-        values, kind_of_token = _temperature_kinds(tree, temperatures)
-        kinds = len(values)
-        is_scored = _scored_mask(tree, scored)
-        inner = np.ones(tree.flat_tokens, dtype=bool)
-        inner[tree.offsets[:-1]] = False
-        is_scored = is_scored[inner]
-        keys = tree.paths[inner]  # a place in the layout and a temperature
-        if kinds > 1:
-            keys = keys * kinds + kind_of_token[inner]
+        values, kind = _temperature_kinds(tree, temperatures)
+        kinds, is_scored = len(values), _scored_mask(tree, scored)
         is_edge = np.zeros(tree.tree_tokens * kinds, dtype=bool)
-        is_edge[keys if is_scored.all() else keys[is_scored]] = True
+        scored_tokens = 0
+        for part in _parts(tree, is_scored, kind):
+            edges = part.keys[part.is_scored]
+            is_edge[edges] = True
+            scored_tokens += len(edges)
         target, kind_of_edge = _places(is_edge, kinds)
-        row_of_edge = tree.parent[target]
-        if kinds > 1:
-            row_of_edge = row_of_edge * kinds + kind_of_edge
+        row_of_edge = np.empty(len(target), dtype=np.int64)
+        for block in _blocks(len(target)):
+            parents = tree.parent[target[block]]
+            row_of_edge[block] = parents if kinds == 1 else parents * kinds + kind_of_edge[block]
         is_row = np.zeros(tree.tree_tokens * kinds, dtype=bool)
         is_row[row_of_edge] = True
         rows, kind_of_row = _places(is_row, kinds)
-        row_of_edge = _ranks(is_row)[row_of_edge]
-        edge_of_token = _ranks(is_edge)[keys]
-        edge_of_token[~is_scored] = len(target)
-        temperature = (
-            None if temperatures is None else upload([values[np.broadcast_to(kind_of_row, rows.shape)]], device)[0]
-        )
-        arrays = [x.astype(np.int64, copy=False) for x in (target, rows, row_of_edge, edge_of_token)]
+        ranks = np.empty(len(is_edge), dtype=np.int32 if len(is_edge) < 2**31 else np.int64)
+        _rank(is_row, ranks)
+        for block in _blocks(len(target)):
+            row_of_edge[block] = ranks[row_of_edge[block]]
+        _rank(is_edge, ranks)
+        edge_of_token = np.empty(tree.flat_tokens - tree.num_sequences, dtype=np.int64)
+        for part in _parts(tree, is_scored, kind):
+            edge_of_token[part.place] = np.where(part.is_scored, ranks[part.keys], len(target))
+        temperature = None if temperatures is None else upload([values[kind_of_row]], device)[0]
+        arrays = (target, rows, row_of_edge, edge_of_token)
         on_device = dict(zip(("target", "rows", "row_of_edge", "edge_of_token"), upload(arrays, device), strict=True))
         lengths = (np.diff(tree.offsets) - 1).tolist()
-        host = HostEdges(target, rows, row_of_edge, int(is_scored.sum()))
+        host = HostEdges(target, rows, row_of_edge, scored_tokens)
         return cls(**on_device, lengths=lengths, host=host, temperature=temperature)
 
     def per_token(self, edge_values: torch.Tensor) -> torch.Tensor:
@@ -133,29 +138,57 @@ class ScoredEdges:
         return list(self.per_token(edge_values).split(self.lengths))
 
 
-def _places(flags: np.ndarray, kinds: int) -> tuple[np.ndarray, np.ndarray | int]:
-    """Layout indices and temperatures of the flags [T * kinds] that are set."""
+class _Part(NamedTuple):
+    """Tokens 1.. of some sequences: where they are among all such [N - S], their place in the layout and, where there
+    are several temperatures, of these [n], and which are scored [n]."""
+
+    place: slice
+    keys: np.ndarray
+    is_scored: np.ndarray
+
+
+def _parts(tree: PrefixTree, is_scored: np.ndarray, kind: np.ndarray | None) -> Iterator[_Part]:
+    """All tokens 1.., a cache's worth of sequences at a time. is_scored: bool [N]. kind: int64 [S] of temperature."""
+    starts = tree.offsets[:-1]
+    cuts = np.flatnonzero(np.diff(starts // _BLOCK, prepend=-1)).tolist()
+    for first, stop in pairwise([*cuts, tree.num_sequences]):
+        start, end = int(tree.offsets[first]), int(tree.offsets[stop])
+        inner = np.ones(end - start, dtype=bool)
+        inner[starts[first:stop] - start] = False
+        keys = tree.paths[start:end][inner]
+        if kind is not None:
+            lengths = np.diff(tree.offsets[first : stop + 1]) - 1
+            keys = keys * (int(kind.max()) + 1) + np.repeat(kind[first:stop], lengths)
+        yield _Part(slice(start - first, end - stop), keys, is_scored[start:end][inner])
+
+
+def _blocks(count: int) -> Iterator[slice]:
+    for start in range(0, count, _BLOCK):
+        yield slice(start, start + _BLOCK)
+
+
+def _places(flags: np.ndarray, kinds: int) -> tuple[np.ndarray, np.ndarray]:
+    """Layout indices of the flags [T * kinds] that are set, and their temperatures, for a single one as a view."""
     places = np.flatnonzero(flags)
-    return np.divmod(places, kinds) if kinds > 1 else (places, 0)
+    return np.divmod(places, kinds) if kinds > 1 else (places, np.broadcast_to(0, places.shape))
 
 
-def _ranks(flags: np.ndarray) -> np.ndarray:
-    """Of every flag that is set, how many are set before it."""
-    ranks = np.cumsum(flags)
+def _rank(flags: np.ndarray, ranks: np.ndarray) -> None:
+    """Set `ranks`, for every flag that is set, to how many are set before it."""
+    np.cumsum(flags, dtype=ranks.dtype, out=ranks)
     ranks -= 1
-    return ranks
 
 
-def _temperature_kinds(tree: PrefixTree, temperatures: Sequence[float] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct temperatures, float64, and int64 [N] which of them each token of a sequence has; empty without any."""
+def _temperature_kinds(tree: PrefixTree, temperatures: Sequence[float] | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Distinct temperatures, float64, and int64 [S] which of them each sequence has; None if all have the same."""
     if temperatures is None:
-        return np.ones(1), np.zeros(0, dtype=np.int64)
+        return np.ones(1), None
     if len(temperatures) != tree.num_sequences or min(temperatures) <= 0:
         raise InvalidInputError(
             f"Got temperatures={list(temperatures)} for {tree.num_sequences} sequences. Expected one above 0 for each."
         )
     values, kind = np.unique(np.asarray(temperatures, dtype=np.float64), return_inverse=True)
-    return values, np.repeat(kind, np.diff(tree.offsets))
+    return values, kind if len(values) > 1 else None
 
 
 def _scored_mask(tree: PrefixTree, scored: Scored | None) -> np.ndarray:

@@ -12,17 +12,20 @@ bytes per flat token besides.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, Union
 
 import numpy as np
-import torch
 
 from dta_plugin.errors import InvalidInputError
 
-TokenSequence = Sequence[int] | torch.Tensor | np.ndarray
+if TYPE_CHECKING:
+    import torch
+
+TokenSequence: TypeAlias = Union[Sequence[int], "torch.Tensor", np.ndarray]
 
 _MAX_TOKEN = 2**32 - 1
 _SHORT = 64  # tokens per sequence on average: up to here, a Python step per sequence costs more than its tokens
@@ -78,28 +81,46 @@ class PrefixTree:
                 "Got an empty batch: 0 sequences. Expected at least one token sequence; skip the call for an "
                 "empty micro-batch."
             )
-        return cls._from_sorted(rows, *depth_first(rows))
+        return cls.from_sorted(rows, *depth_first(rows))
 
     @classmethod
-    def _from_sorted(cls, rows: list[np.ndarray], order: np.ndarray, lcp: np.ndarray) -> PrefixTree:
+    def from_sorted(
+        cls, rows: Sequence[np.ndarray], order: np.ndarray, lcp: np.ndarray, is_compact: bool = False
+    ) -> PrefixTree:
+        """The tree of rows whose order is known.
+
+        Args:
+            rows: integers [len] of one dtype, at least one in each.
+            order: int64 [S] row indices in lexicographic order.
+            lcp: int64 [S] tokens that each of these has in common with the one before it.
+            is_compact: less than half the memory, where no tensors are made of the tree: int32 arrays, if it has less
+                than 2**31 tokens, and tokens as the rows have them.
+
+        Returns:
+            The tree, in the CPU's memory.
+        """
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         tails = lengths[order] - lcp
         starts = np.concatenate([[0], np.cumsum(tails)])
         total = int(starts[-1])
         offsets = np.concatenate([[0], np.cumsum(lengths)])
+        dtype = np.dtype(np.int32 if is_compact and offsets[-1] < 2**31 else np.int64)
 
         tokens = np.concatenate([rows[s][shared:] for s, shared in zip(order.tolist(), lcp.tolist(), strict=True)])
-        depth = np.arange(total)
-        depth -= np.repeat(starts[:-1] - lcp, tails)
+        depth = np.arange(total, dtype=dtype)
+        depth -= np.repeat((starts[:-1] - lcp).astype(dtype), tails)
         found = _Paths(
-            np.arange(-1, total - 1), np.full(total, total), np.ones(total, np.int64), np.empty(offsets[-1], np.int64)
+            parent=np.arange(-1, total - 1, dtype=dtype),
+            exit=np.full(total, total, dtype=dtype),
+            multiplicity=np.ones(total, dtype=dtype),
+            paths=np.empty(offsets[-1], dtype=dtype),
         )
         fill = _by_position if _are_short(rows) else _by_sequence
         fill(found, lcp, lengths[order], starts, offsets[order])
         parent, exit_ = found.parent, found.exit
 
         is_start = np.ones(total, dtype=bool)
-        is_start[1:] = (exit_[1:] != exit_[:-1]) | (parent[1:] != np.arange(total - 1))
+        is_start[1:] = (exit_[1:] != exit_[:-1]) | (parent[1:] != np.arange(total - 1, dtype=dtype))
         node_start = np.append(np.flatnonzero(is_start), total)
         return cls(tokens, parent, depth, exit_, found.multiplicity, node_start, found.paths, offsets, order)
 
@@ -153,8 +174,9 @@ class _Paths:
 
 def _by_sequence(found: _Paths, lcp: np.ndarray, lengths: np.ndarray, starts: np.ndarray, offsets: np.ndarray) -> None:
     """Fill in `found` sequence by sequence. All but starts [S + 1] are [S], in depth-first order."""
-    path = np.empty(int(lengths.max()), dtype=np.int64)  # layout indices of the current sequence
-    first_rank = np.repeat(np.arange(len(lcp)), np.diff(starts))
+    dtype = found.paths.dtype
+    path = np.empty(int(lengths.max()), dtype=dtype)  # layout indices of the current sequence
+    first_rank = np.repeat(np.arange(len(lcp), dtype=dtype), np.diff(starts))
     found.multiplicity[:] = len(lcp)
     length = start = 0
     columns = (x.tolist() for x in (lcp, lengths, starts[1:], offsets))
@@ -235,9 +257,15 @@ def _rows_of_ints(rows: list[TokenSequence]) -> list[np.ndarray] | None:
     return [flat[start:stop] for start, stop in pairwise([0, *ends])]
 
 
+def _is_tensor(sequence: TokenSequence) -> TypeGuard[torch.Tensor]:
+    """Without torch, which whoever has a tensor has loaded."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(sequence, torch.Tensor)
+
+
 def _as_token_array(sequence: TokenSequence, index: int) -> np.ndarray:
     try:
-        row = sequence.detach().cpu().numpy() if isinstance(sequence, torch.Tensor) else np.asarray(sequence)
+        row = sequence.detach().cpu().numpy() if _is_tensor(sequence) else np.asarray(sequence)
     except (TypeError, ValueError) as error:  # rows of different lengths, a bfloat16 tensor
         raise InvalidInputError(
             f"Sequence {index} is a {type(sequence).__name__} that is no row of integers ({error}). Expected a 1-D row "

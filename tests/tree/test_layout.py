@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dta_plugin import InvalidInputError, PrefixTree, TreeLayout
-from dta_plugin.tree import ScoredEdges
+from dta_plugin.tree import ScoredEdges, layout
 from tests.support.trees import SHAPES, Sequences, sequence_batches
 
 
@@ -46,6 +46,23 @@ def test_every_token_scored(name: str) -> None:
 def test_random_masks(data: st.DataObject, sequences: Sequences) -> None:
     scored = [data.draw(st.lists(st.booleans(), min_size=len(s), max_size=len(s))) for s in sequences]
     check_against_definition(sequences, scored)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), sequences=sequence_batches(), block=st.sampled_from([1, 7]))
+def test_whatever_is_gone_through_at_once(
+    data: st.DataObject, sequences: Sequences, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored = [data.draw(st.lists(st.booleans(), min_size=len(s), max_size=len(s))) for s in sequences]
+    temperatures = [data.draw(st.sampled_from([0.5, 0.7, 1.0])) for _ in sequences]
+    tree = PrefixTree.from_sequences(sequences)
+    expected = ScoredEdges.from_tree(tree, scored, temperatures=temperatures)
+    with monkeypatch.context() as patch:
+        patch.setattr(layout, "_BLOCK", block)
+        check_against_definition(sequences, scored)
+        actual = ScoredEdges.from_tree(tree, scored, temperatures=temperatures)
+    for name in ("target", "rows", "row_of_edge", "edge_of_token", "temperature"):
+        assert torch.equal(getattr(actual, name), getattr(expected, name))
 
 
 @given(st.data(), sequence_batches())

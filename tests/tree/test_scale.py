@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,7 +13,7 @@ from dta_plugin import PrefixTree
 from dta_plugin.execution.streaming import chunking
 from dta_plugin.tree import fingerprints, trie
 from dta_plugin.tree.divergence import find_forks
-from dta_plugin.tree.fingerprints import Fingerprints
+from dta_plugin.tree.fingerprints import Fingerprints, repeated_ids
 from tests.support.trees import SHAPES, Sequences, sequence_batches, star
 
 _PATCHES_ARE_FINE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -59,19 +61,31 @@ def test_a_bad_row_among_many_short_ones_is_named(bad: list[object], message: st
         PrefixTree.from_sequences(rows)  # type: ignore[arg-type]
 
 
+def hash_of(run: list[int]) -> int:
+    """The polynomial of a run of tokens, the last one first."""
+    hashes = [((token + 1) * 0xD6E8FEB86659FD93) % 2**64 for token in reversed(run)]
+    return sum((x ^ x >> 32) * fingerprints._BASE**place for place, x in enumerate(hashes)) % 2**64
+
+
 @_PATCHES_ARE_FINE
 @given(sequences=sequence_batches(max_length=40), length=st.sampled_from([2, 4, 16]), block=st.sampled_from([3, 64]))
-def test_fingerprints_of_large_trees(
+def test_fingerprints_whatever_the_block(
     sequences: Sequences, length: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = PrefixTree.from_sequences(sequences)
-    expected, forks = Fingerprints.from_tree(tree, length), find_forks(tree, run_length=length)
+    forks = find_forks(tree, run_length=length)
     with monkeypatch.context() as patch:
-        for name, value in {"_LARGE": 1, "_FEW": 1.0, "_BLOCK": block}.items():
-            patch.setattr(fingerprints, name, value)
-        actual = Fingerprints.from_tree(tree, length)
-        assert not actual.jumps and np.array_equal(actual.ids, expected.ids)
+        patch.setattr(fingerprints, "_BLOCK", block)
+        found = Fingerprints.from_tree(tree, length)
         assert find_forks(tree, run_length=length) == forks
+        repeated = repeated_ids(found.ids, tree.depth, length - 1)
+    runs: dict[int, tuple[int, ...]] = {}  # of every token of the tree, the run of its path that ends there
+    for sequence, tokens in enumerate(sequences):
+        for place, token in enumerate(tree.path(sequence).tolist()):
+            runs[token] = tuple(tokens[max(0, place + 1 - length) : place + 1])
+    assert found.ids.tolist() == [hash_of(list(runs[token])) for token in range(tree.tree_tokens)]
+    times = Counter(run for run in runs.values() if len(run) == length)
+    assert repeated.tolist() == [token for token in range(tree.tree_tokens) if times[runs[token]] > 1]
 
 
 def test_placing_many_roots_takes_a_step_each(monkeypatch: pytest.MonkeyPatch) -> None:
