@@ -59,9 +59,15 @@ class SequenceCosts:
 
     @classmethod
     def from_sequences(
-        cls, sequences: Sequence[TokenSequence], model: ModelCost = TYPICAL, first_scored: Sequence[int] | None = None
+        cls,
+        sequences: Sequence[TokenSequence],
+        model: ModelCost = TYPICAL,
+        first_scored: Sequence[int] | None = None,
+        beside: ModelCost | None = None,
     ) -> SequenceCosts:
         """model: FLOPs, or seconds, of a model's parts. first_scored: per sequence, where its completion begins.
+
+        beside: those of another model, which runs every sequence by itself.
 
         A shared token is scored once if one of two neighbours scores it; of more sequences, perhaps more than once.
         """
@@ -79,7 +85,10 @@ class SequenceCosts:
         def cost(tokens: np.ndarray, begin: np.ndarray) -> np.ndarray:
             return model.path_flops(tokens) + model.per_scored * np.maximum(tokens - begin, 0)
 
-        return cls(order, cost(lengths, begin), cost(lcp, both_score), model.per_call)
+        path = cost(lengths, begin)
+        if beside is not None:
+            path += beside.path_flops(lengths)
+        return cls(order, path, cost(lcp, both_score), model.per_call)
 
     def __len__(self) -> int:
         return len(self.order)

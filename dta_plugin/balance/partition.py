@@ -78,6 +78,7 @@ def partition(
     sizes: Sequence[int] | Literal["equal"] | None = None,
     allow_empty: bool = False,
     whole_trees: bool = False,
+    beside: ModelCost | None = None,
 ) -> Partition:
     """Deal `sequences` out to `bins` bins.
 
@@ -86,6 +87,7 @@ def partition(
         "equal", for frameworks that need equal counts; None: whatever balances, see `Partition.weights`.
     allow_empty: with sizes=None, bins stay empty where using them would lower nothing. whole_trees: with sizes given,
         trees are cut where counts need it, not where it pays; a tree is what shares more than all sequences do.
+    beside: costs of another model that the bins run, dense, such as a critic.
 
     Raises InvalidInputError for no sequences, fewer than one bin, fewer sequences than bins unless allow_empty, and
     sizes, first_scored or whole_trees that do not fit.
@@ -101,7 +103,7 @@ def partition(
         raise InvalidInputError("Got whole_trees=True with sizes=None. Expected sizes, such as 'equal'.")
     if counts is None and not allow_empty:
         check_enough(len(sequences), bins)
-    costs = SequenceCosts.from_sequences(sequences, model, first_scored)
+    costs = SequenceCosts.from_sequences(sequences, model, first_scored, beside)
     variable = costs.without_fixed_cost()
     if counts is not None:
         starts = whole_starts(variable, counts) if whole_trees else sized_starts(variable, counts)

@@ -270,3 +270,17 @@ def test_errors() -> None:
 def test_errors_that_name_the_argument(sequences: Sequences, first_scored: list[int] | None, message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         partition(sequences, 2, first_scored=first_scored)
+
+
+def test_a_dense_model_beside_the_trees_counts_what_it_runs() -> None:
+    """Two groups that cost alike as trees, one of which has a long prompt that a dense model runs for every row."""
+    long, short = run(1000, seed=1), run(10, seed=2)
+    rows = [long + run(20, seed=s) for s in range(3, 11)] + [short + run(143, seed=s) for s in range(11, 19)]
+    linear = ModelCost(per_token=1.0, per_pair=0.0, per_scored=0.0)
+
+    def dense_loads(**options: Any) -> list[float]:
+        bins = partition(rows, 2, model=linear, sizes="equal", **options).bins
+        return [sum(len(rows[s]) for s in members) for members in bins]
+
+    alone, both = dense_loads(), dense_loads(beside=ModelCost(per_token=10.0, per_pair=0.0, per_scored=0.0))
+    assert max(alone) / min(alone) > 6 and max(both) / min(both) < 1.1

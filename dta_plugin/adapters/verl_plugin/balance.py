@@ -24,7 +24,9 @@ import torch
 from dta_plugin.adapters.verl_plugin.config import KEY, tree_config
 from dta_plugin.adapters.verl_plugin.groups import UnusableBatch, grouped_rows, uids_of
 from dta_plugin.adapters.verl_plugin.protocols import Trainer
+from dta_plugin.adapters.verl_plugin.run_checks import critic_obstacle
 from dta_plugin.adapters.verl_plugin.upstream import TRAINERS, check_trainer
+from dta_plugin.balance.costs import TYPICAL
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import UnsupportedError
 from dta_plugin.training.notices import Notices
@@ -78,7 +80,9 @@ def keeping_groups(balance_batch: Callable[..., Any]) -> Callable[..., Any]:
         result = balance_batch(trainer, batch, metrics, *args, **kwargs)
         balanced = batch if result is None else result  # v0 reorders in place
         rows = grouped_rows(balanced, order)
-        placement = place_rows(rows, *_ranks_and_steps(trainer, balanced, len(rows)))
+        has_dense_critic = getattr(trainer, "use_critic", False) and critic_obstacle(trainer.config) is not None
+        beside = TYPICAL if has_dense_critic else None
+        placement = place_rows(rows, *_ranks_and_steps(trainer, balanced, len(rows)), beside)
         _reorder(balanced, [row for rank in placement.ranks for row in rank])
         prefix = kwargs.get("logging_prefix", args[0] if args else "global_seqlen")
         metrics.update(_metrics(placement, rows, prefix))

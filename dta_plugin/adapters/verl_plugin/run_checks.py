@@ -39,12 +39,18 @@ def has_tree_critic(config: Any) -> bool:
     """Whether the critic of a PPO run that has one is to run as a tree; says so where it is to, and cannot."""
     if tree_config(config.actor_rollout_ref.rollout) is None:
         return False
-    strategy, reason = config.critic.strategy, no_entry_point()
-    if strategy not in STRATEGIES:
-        reason = f"critic.strategy={strategy}; {' or '.join(STRATEGIES)} run trees"
+    reason = critic_obstacle(config)
     if reason is not None:
-        say(f"the critic runs dense, on the rows that the actor's trees are balanced by: {reason}", logging.WARNING)
+        say(f"the critic runs dense, and counts as such where rows are dealt out to ranks: {reason}", logging.WARNING)
     return reason is None
+
+
+def critic_obstacle(config: Any) -> str | None:
+    """What keeps the critic of a PPO run from being a tree."""
+    strategy = config.critic.strategy
+    if strategy not in STRATEGIES:
+        return f"critic.strategy={strategy}; {' or '.join(STRATEGIES)} run trees"
+    return no_entry_point()
 
 
 def refuse_strategy(config: TreeConfig | None, found: str) -> None:

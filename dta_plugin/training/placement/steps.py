@@ -18,6 +18,7 @@ import numpy as np
 from dta_plugin.balance import Partition, partition_each
 from dta_plugin.balance.costs import TOKENS, TYPICAL, SequenceCosts, loads
 from dta_plugin.balance.starts import filled_in_order
+from dta_plugin.tree.cost import ModelCost
 
 # By how much more cuts than counts need have to relieve the costliest rank.
 _WORTH_CUTTING = 0.05
@@ -79,14 +80,14 @@ class Placement:
         )
 
 
-def place_rows(batch: GroupedRows, ranks: int, steps: int) -> Placement:
-    """Place a batch. ranks * steps must divide its rows.
+def place_rows(batch: GroupedRows, ranks: int, steps: int, beside: ModelCost | None = None) -> Placement:
+    """Place a batch. ranks * steps must divide its rows. beside: costs of a model that runs every row dense.
 
     Groups keep the order in which they were sampled: the first ones that fill a step are the first step, and so on.
     What a row costs has no influence on its step, only on its rank. Padding rows, which cost next to nothing, are dealt
     out to all steps, so that these have about as many rows to learn from.
     """
-    costs = SequenceCosts.from_sequences(batch.sequences, TYPICAL)
+    costs = SequenceCosts.from_sequences(batch.sequences, TYPICAL, beside=beside)
     groups = batch.groups
     waiting = _groups_in_order(costs.order, groups)
     real = [rows for rows in waiting if len(batch.sequences[rows[0]]) > 1]
@@ -98,7 +99,7 @@ def place_rows(batch: GroupedRows, ranks: int, steps: int) -> Placement:
         missing = size - len(rows)
         of_steps.append(rows + padding[:missing])
         padding = padding[missing:]
-    by_rank = _to_ranks([_step(batch.sequences, groups, rows, ranks) for rows in of_steps])
+    by_rank = _to_ranks([_step(batch.sequences, groups, rows, ranks, beside) for rows in of_steps])
     shares = [[_costliest_first(costs, groups, share) for share, _ in step] for step in by_rank]
     return _described(batch, shares, [[load for _, load in step] for step in by_rank])
 
@@ -124,15 +125,17 @@ def _groups_in_order(order: np.ndarray, groups: np.ndarray) -> list[np.ndarray]:
     return np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
 
 
-def _step(sequences: list[np.ndarray], groups: np.ndarray, rows: list[int], ranks: int) -> Partition:
+def _step(
+    sequences: list[np.ndarray], groups: np.ndarray, rows: list[int], ranks: int, beside: ModelCost | None
+) -> Partition:
     """The rows of one optimizer step over the ranks."""
-    (whole,) = partition_each(sequences, [rows], ranks, sizes="equal", whole_trees=True)
+    (whole,) = partition_each(sequences, [rows], ranks, sizes="equal", whole_trees=True, beside=beside)
     pieces = sum(len(set(groups[share].tolist())) for share in whole.bins)
     is_cut = pieces > len(set(groups[rows].tolist()))
-    without_sharing = SequenceCosts.from_sequences([sequences[row] for row in rows], TYPICAL).path.sum()
+    without_sharing = SequenceCosts.from_sequences([sequences[row] for row in rows], TYPICAL, beside=beside).path.sum()
     if not is_cut and max(whole.loads) <= without_sharing / ranks:
         return whole
-    (cut,) = partition_each(sequences, [rows], ranks, sizes="equal")
+    (cut,) = partition_each(sequences, [rows], ranks, sizes="equal", beside=beside)
     return cut if max(cut.loads) < (1 - _WORTH_CUTTING) * max(whole.loads) else whole
 
 

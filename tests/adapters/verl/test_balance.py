@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -307,3 +308,17 @@ def test_what_is_said_is_said_once(shuffle: bool, caplog: pytest.LogCaptureFixtu
     first, *others = caplog.messages
     assert "64 rows of 16 groups; ranks: 2, optimizer steps: 2, groups split: 0" in first
     assert [("shuffle=True" in message) for message in others] == [True] * shuffle
+
+
+def test_a_dense_critic_counts_what_it_runs() -> None:
+    """Groups of long prompts cost the actor little and a dense critic much: ranks even out both."""
+    short = [replace(row, uid=f"s{row.uid}") for row in star_rows(1, 8, prompt=10, median=30, seed=1)]
+    rows = in_random_order(star_rows(1, 8, prompt=1000, median=20) + short, 0)
+    spread = {}
+    for strategy in (None, "fsdp", "megatron"):
+        one = trainer("v0", 2, mini_batch=2, n=8)
+        one.use_critic, one.config.critic = strategy is not None, {"strategy": strategy}
+        order = balanced("v0", rows, {}, one)
+        lengths = [sum(len(row.tokens) for row in rank if row) for rank in (order[:8], order[8:])]
+        spread[strategy] = max(lengths) / min(lengths)
+    assert 2 * spread["megatron"] < spread[None] == spread["fsdp"]

@@ -176,7 +176,7 @@ def test_a_critic_gets_the_plugin_from_the_actor(
     assert not named(_config({})) and not named(_config({"use_dta": False}, critic="fsdp2"))
     assert "the critic runs dense" not in caplog.text
     assert not named(_config({}, critic="megatron"))
-    assert "the critic runs dense, on the rows" in caplog.text and "critic.strategy=megatron" in caplog.text
+    assert "the critic runs dense, and counts as such" in caplog.text and "critic.strategy=megatron" in caplog.text
     entry_points.clear()
     assert not named(_config({}, critic="fsdp2"))
     assert "not an installed package" in caplog.text
