@@ -1,4 +1,4 @@
-"""The models that the benchmarks train: Qwen3 with random weights, small or of the released sizes."""
+"""The models that the benchmarks train: Qwen3, small or of the released sizes, and a small Qwen3.5, at random."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen3Config
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 LORA_RANK = 32
@@ -41,6 +41,28 @@ def qwen3(layers: int = 4, hidden: int = 256, vocab: int = 8192) -> Qwen3Config:
     )
 
 
+def qwen3_5() -> PretrainedConfig:
+    """Three gated delta nets to one attention layer, as Qwen3.5 has them; transformers 5.2 and newer."""
+    from transformers import Qwen3_5TextConfig
+
+    return Qwen3_5TextConfig(
+        num_hidden_layers=4,
+        layer_types=["linear_attention"] * 3 + ["full_attention"],
+        hidden_size=256,
+        intermediate_size=768,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        linear_num_key_heads=4,
+        linear_num_value_heads=8,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+        vocab_size=8192,
+        tie_word_embeddings=False,
+        max_position_embeddings=32768,
+    )
+
+
 def released(layers: int, hidden: int, intermediate: int, heads: int) -> Qwen3Config:
     """The sizes of a released Qwen3; its vocabulary, its heads of 128 and 8 key-value heads."""
     return Qwen3Config(
@@ -56,18 +78,20 @@ def released(layers: int, hidden: int, intermediate: int, heads: int) -> Qwen3Co
     )
 
 
-MODELS: dict[str, Callable[[], Qwen3Config]] = {
+MODELS: dict[str, Callable[[], PretrainedConfig]] = {
     "small": qwen3,
+    "small-hybrid": qwen3_5,
     "qwen3-0.6b": lambda: released(28, 1024, 3072, 16),
     "qwen3-4b": lambda: released(36, 2560, 9728, 32),
 }
 
 
-def random_model(config: Qwen3Config, device: torch.device | None = None) -> Qwen3ForCausalLM:
+def random_model(config: PretrainedConfig, device: torch.device | None = None) -> PreTrainedModel:
     """The same weights every time on a device; its attention setting is the model's own."""
     torch.manual_seed(0)
     with device or torch.device("cpu"):
-        return Qwen3ForCausalLM(copy.deepcopy(config)).train()
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+        return model.train()
 
 
 def with_lora(model: PreTrainedModel) -> torch.nn.Module:

@@ -2,6 +2,7 @@ r"""Forward and backward of one policy update: dta-plugin against stock TRL and 
 
     python -m benchmarks.policy_update            # about 20 minutes on one CPU core
     python -m benchmarks.policy_update --rows 1024/64/8 "no sharing"
+    python -m benchmarks.policy_update --model small-hybrid --contenders trl dense nodes tree    # Qwen3.5's layers
     python -m benchmarks.policy_update --smoke    # seconds: tiny shapes, checks the benchmark itself
     python -m benchmarks.policy_update --device cuda --dtype bfloat16 --model qwen3-4b --checkpointing \
         --micro-batch 1 --contenders trl prefix_grouper flex tree --rows 4096/1024/16 rollouts
@@ -224,7 +225,8 @@ def _measure(work: Workload, reference: Any, names: list[str], rounds: int, cloc
 def _steps(work: Workload, reference: Any, names: list[str]) -> tuple[dict[str, Any], dict[str, Step]]:
     """Per contender a model, all with the same parameters, and its step."""
     on_cpu = work.advantages.device.type == "cpu"
-    impossible = {"prefix_grouper": not work.is_group, "flex": on_cpu}
+    is_hybrid = "linear_attention" in (getattr(without_adapters(reference).config, "layer_types", None) or ())
+    impossible = {"prefix_grouper": is_hybrid or not work.is_group, "flex": on_cpu, "nodes": not is_hybrid}
     models = {name: twin(reference) for name in names if not impossible.get(name)}
     for name in models.keys() & PREPARE.keys():
         PREPARE[name](models[name])

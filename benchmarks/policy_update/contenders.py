@@ -7,6 +7,7 @@
 * `prefix_grouper`: PrefixGrouper 0.0.1.post1 with the same LM head. Its own adapter fails on CPUs, so it gets the
   attention function below.
 * `tree`: dta-plugin as its TRL adapter calls it, building the tree included.
+* `nodes`: the same with every recurrent layer's own forward node after node, the way of layers that are not known.
 * `flex`: the same with attention by torch's FlexAttention, which on CPUs has no backward pass.
 """
 
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +37,21 @@ from benchmarks.common.updates import (
     tree,
 )
 from benchmarks.common.workloads import Workload
+from dta_plugin.models import recurrent_layers, recurrent_registry
 
 
 def flex(model: PreTrainedModel, work: Workload) -> Step:
     return tree(model, work, backend="flex")
+
+
+def nodes(model: PreTrainedModel, work: Workload) -> Step:
+    step = tree(model, work)
+
+    def node_after_node() -> Outcome:
+        with patch.object(recurrent_registry, "way", lambda mixer: recurrent_layers.Nodes("cache")):
+            return step()
+
+    return node_after_node
 
 
 def trl(model: PreTrainedModel, work: Workload) -> Step:
@@ -165,6 +178,7 @@ CONTENDERS: dict[str, Callable[[PreTrainedModel, Workload], Step]] = {
     "dense": dense,
     "prefix_grouper": prefix_grouper,
     "flex": flex,
+    "nodes": nodes,
     "tree": tree,
 }
 PREPARE = {"trl": prepare_for_trl, "prefix_grouper": prepare_for_prefix_grouper}

@@ -11,6 +11,7 @@ NAMES = {
     "dense": "lean dense",
     "prefix_grouper": "PrefixGrouper",
     "flex": "FlexAttention",
+    "nodes": "node by node",
     "tree": "ours",
 }
 
