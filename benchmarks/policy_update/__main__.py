@@ -227,6 +227,7 @@ def _steps(work: Workload, reference: Any, names: list[str]) -> tuple[dict[str, 
     on_cpu = work.advantages.device.type == "cpu"
     is_hybrid = "linear_attention" in (getattr(without_adapters(reference).config, "layer_types", None) or ())
     impossible = {"prefix_grouper": is_hybrid or not work.is_group, "flex": on_cpu, "nodes": not is_hybrid}
+    impossible["tree_recurrence"] = not is_hybrid or find_spec("tree_recurrence") is None
     models = {name: twin(reference) for name in names if not impossible.get(name)}
     for name in models.keys() & PREPARE.keys():
         PREPARE[name](models[name])

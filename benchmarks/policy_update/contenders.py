@@ -8,6 +8,7 @@
   attention function below.
 * `tree`: dta-plugin as its TRL adapter calls it, building the tree included.
 * `nodes`: the same with every recurrent layer's own forward node after node, the way of layers that are not known.
+* `tree_recurrence`: the same with recurrent layers as peer.py has them, if that package is installed.
 * `flex`: the same with attention by torch's FlexAttention, which on CPUs has no backward pass.
 """
 
@@ -37,6 +38,7 @@ from benchmarks.common.updates import (
     tree,
 )
 from benchmarks.common.workloads import Workload
+from benchmarks.policy_update import peer
 from dta_plugin.models import recurrent_layers, recurrent_registry
 
 
@@ -179,6 +181,11 @@ CONTENDERS: dict[str, Callable[[PreTrainedModel, Workload], Step]] = {
     "prefix_grouper": prefix_grouper,
     "flex": flex,
     "nodes": nodes,
+    "tree_recurrence": peer.tree_recurrence,
     "tree": tree,
 }
-PREPARE = {"trl": prepare_for_trl, "prefix_grouper": prepare_for_prefix_grouper}
+PREPARE = {
+    "trl": prepare_for_trl,
+    "prefix_grouper": prepare_for_prefix_grouper,
+    "tree_recurrence": peer.prepare,
+}

@@ -12,6 +12,7 @@ NAMES = {
     "prefix_grouper": "PrefixGrouper",
     "flex": "FlexAttention",
     "nodes": "node by node",
+    "tree_recurrence": "tree-recurrence",
     "tree": "ours",
 }
 
