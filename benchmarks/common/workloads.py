@@ -69,6 +69,16 @@ def unrelated(prompt: int, completion: int, count: int, vocab: int) -> Workload:
     return Workload("no sharing", list(rows), [prompt] * count, _advantages(count))
 
 
+def comb(turns: int, turn: int, answer: int, vocab: int) -> Workload:
+    """An agent whose every turn of `turn` tokens has a completion of `answer` tokens that the next one does not see."""
+    generator = torch.Generator().manual_seed(0)
+    trunk = torch.randint(vocab, (turns * turn,), generator=generator)
+    answers = torch.randint(vocab, (turns, answer), generator=generator)
+    prompts = [turn * (index + 1) for index in range(turns)]
+    sequences = [torch.cat([trunk[:end], own]) for end, own in zip(prompts, answers, strict=True)]
+    return Workload("comb", sequences, prompts, _advantages(turns))
+
+
 def rollouts(path: Path, vocab: int) -> Workload:
     """All trials of the task whose tree is of median size, one sequence per assistant turn, micro-batches of one."""
     task, trials = _median_task(path, vocab)

@@ -11,7 +11,7 @@ Measured per row: the milliseconds of one forward pass, GRPO-like loss and backw
 4-layer Qwen3, or of one of a released size, without sampling and without the optimizer. Rows (common/workloads.py) are
 stars `prompt/completion/group`, 8 unrelated sequences, and recorded agent rollouts. For these the dense path runs one
 sequence at a time and accumulates gradients: padded into one batch they would not fit in memory. `--micro-batch` makes
-it do so on stars.
+it do so on stars. `--rows comb` is one agent: 12 turns of 200 tokens, each with 100 of its own behind it.
 
 The ceiling is the largest possible speed-up over a dense path that wastes nothing: linear layers counted on tokens,
 attention on visible pairs, the LM head on scored tokens (dta_plugin/tree/cost.py). Stock TRL does waste something on
@@ -43,7 +43,7 @@ from transformers import PreTrainedModel
 from benchmarks.common.harness import CLOCKS, environment, interleaved, median_ratio, write_json
 from benchmarks.common.models import MODEL_KEYS, MODELS, qwen3, random_model, twin, with_lora, without_adapters
 from benchmarks.common.updates import Outcome, Step
-from benchmarks.common.workloads import ROLLOUTS, Workload, rollouts, star, unrelated
+from benchmarks.common.workloads import ROLLOUTS, Workload, comb, rollouts, star, unrelated
 from benchmarks.policy_update.contenders import CONTENDERS, PREPARE
 from benchmarks.policy_update.report import NAMES, last_line, summary, update_table
 from dta_plugin import PrefixTree
@@ -142,7 +142,12 @@ def _workloads(args: argparse.Namespace, vocab: int) -> dict[str, Callable[[], W
     stars = {f"{p}/{c}/{g}": lambda s=(p, c, g): star(*s, vocab) for p, c, g in shapes}
     if args.smoke:
         return {**stars, "no sharing": lambda: unrelated(16, 16, 3, vocab)}
-    return {**stars, "no sharing": lambda: unrelated(256, 256, 8, vocab), "rollouts": recorded}
+    found: dict[str, Callable[[], Workload | None]] = {
+        **stars,
+        "no sharing": lambda: unrelated(256, 256, 8, vocab),
+        "rollouts": recorded,
+    }
+    return found | ({"comb": lambda: comb(12, 200, 100, vocab)} if "comb" in (args.rows or ()) else {})
 
 
 def _reference(args: argparse.Namespace, config: Any, device: torch.device, dtype: torch.dtype) -> Any:
