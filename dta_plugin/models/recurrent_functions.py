@@ -19,7 +19,8 @@ from dta_plugin.dtypes import compute_dtype
 from dta_plugin.errors import UnsupportedError
 from dta_plugin.recurrent.choice import TORCH_SCAN, delta_rule_way
 from dta_plugin.recurrent.convolution import tree_causal_conv1d
-from dta_plugin.recurrent.fla import CONVOLUTION, GATED_DELTA_RULE, KDA, Kernel, serving_kernel
+from dta_plugin.recurrent.fla import CONVOLUTION, GATED_DELTA_RULE, KDA, Kernel
+from dta_plugin.recurrent.fla_check import trusted_kernel
 from dta_plugin.recurrent.plan import StatePlan
 from dta_plugin.recurrent.selective_scan import tree_selective_scan
 from dta_plugin.recurrent.state_space import tree_mamba2_scan
@@ -57,7 +58,7 @@ class MixerCall:
     def kernel(self, name: str, x: torch.Tensor, *widths: int) -> Kernel | None:
         """FLA's function for tensors such as x, where it serves and Triton's kernels are welcome. widths: of heads."""
         is_welcome = self._tree.backend in ("auto", "triton")
-        return serving_kernel(name, x.device, compute_dtype(x.device.type, x.dtype), *widths) if is_welcome else None
+        return trusted_kernel(name, x.device, compute_dtype(x.device.type, x.dtype), *widths) if is_welcome else None
 
     def ran_by(self, way: str) -> None:
         """For the report: who has computed the mixer's function."""

@@ -53,4 +53,5 @@ def convolution(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """FLA's `causal_conv1d`, [1, T, D], of one sequence without an activation."""
     plan = StatePlan(np.arange(-1, x.shape[1] - 1), np.array([], dtype=np.int64))
+    bias = None if bias is None else bias.double()  # once, for gradients are summed in its dtype
     return reference.causal_conv1d(x.mT, weight, bias, None, plan)[0].mT, None
