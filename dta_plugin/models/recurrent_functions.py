@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -55,10 +55,10 @@ class MixerCall:
         out, states = run(self.states.enter(key, inputs))
         return self.states.leave(key, out, states)
 
-    def kernel(self, name: str, x: torch.Tensor, *widths: int) -> Kernel | None:
-        """FLA's function for tensors such as x, where it serves and Triton's kernels are welcome. widths: of heads."""
+    def kernel(self, name: str, device: torch.device, dtype: torch.dtype, *widths: int) -> Kernel | None:
+        """FLA's function, where it serves and Triton's kernels are welcome. widths: of heads."""
         is_welcome = self._tree.backend in ("auto", "triton")
-        return trusted_kernel(name, x.device, compute_dtype(x.device.type, x.dtype), *widths) if is_welcome else None
+        return trusted_kernel(name, device, dtype, *widths) if is_welcome else None
 
     def ran_by(self, way: str) -> None:
         """For the report: who has computed the mixer's function."""
@@ -83,7 +83,7 @@ def _convolution(
     **_: Any,
 ) -> torch.Tensor:
     act = None if activation is None else ACT2FN[activation]
-    kernel = call.kernel(CONVOLUTION, x)
+    kernel = call.kernel(CONVOLUTION, x.device, compute_dtype(x.device.type, weight.dtype))
     if kernel is not None:
         call.ran_by("fla convolution")
     return call.carry((x, weight), lambda state: tree_causal_conv1d(x, weight, bias, act, call.plan, state, kernel))
@@ -102,7 +102,9 @@ def _delta_rule(
 ) -> tuple[torch.Tensor, None]:
     """name: what FLA calls the rule."""
     inputs = Inputs(query, key, value, g, beta)
-    way = delta_rule_way(name, call.kernel(name, query, key.shape[-1], value.shape[-1]), call.plan)
+    dtype = reduce(torch.promote_types, (query.dtype, key.dtype, value.dtype))
+    kernel = call.kernel(name, query.device, dtype, key.shape[-1], value.shape[-1])
+    way = delta_rule_way(name, kernel, call.plan)
     call.ran_by(way.name)
     return call.carry(inputs, lambda state: way.run(inputs, call.plan, state, use_qk_l2norm_in_kernel)), None
 
