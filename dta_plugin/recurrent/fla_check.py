@@ -5,8 +5,9 @@ mismatch, or an error of the compiler or the launch, is one warning, and torch's
 decides for itself: they are as exact, only slower.
 
 The check runs in a thread of its own, which neither sees nor disturbs autocast, hooks and modes. Autograd computes on a
-GPU in one thread: inside of a backward pass, which is that one, there is no check. The tree has two heads whatever the
-model has: FLA keeps the launch settings that were fastest first per number of heads, and the model's rows are to decide.
+GPU in one thread: inside of a backward pass, which is that one, there is no check. The tree has two heads, whatever the
+model has: FLA keeps the launch settings that were fastest at first for a number of heads, and the model's rows are to
+decide these.
 """
 
 from __future__ import annotations
