@@ -11,7 +11,6 @@ import importlib
 import logging
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import torch
 
@@ -51,14 +50,20 @@ def _imported(name: str) -> Kernel | None:
             ", ".join(_RELEASES),
         )
         return None
+    failures: list[str] = []
     for file in _FILES[name]:
         try:
-            found: Any = getattr(importlib.import_module(file), name, None)
-        except ImportError:
-            continue
-        if found is not None:
+            found: Kernel = getattr(importlib.import_module(file), name)
+        except Exception as failure:  # whatever FLA raises with a Triton that it does not know
+            failures.append(f"{type(failure).__name__}: {failure}")
+        else:
             return found
-    log.warning("dta: flash-linear-attention %s has no %s that can be imported: torch's functions run.", release, name)
+    log.warning(
+        "dta: %s of flash-linear-attention %s cannot be imported (%s): torch's functions run.",
+        name,
+        release,
+        "; ".join(failures),
+    )
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -136,16 +137,36 @@ def test_kernels_serve_half_precision_on_gpus(device: str, monkeypatch: pytest.M
     assert served == ([True, True, False, False, False] if device == "cuda" else [False] * 5)
 
 
-@pytest.mark.parametrize(("release", "warns"), [(None, False), ("0.3.2", True), ("0.7.0", True), ("0.6.1", True)])
+@pytest.mark.parametrize(
+    ("release", "said"),
+    [
+        (None, ""),
+        ("0.3.2", "are known in 0.4, 0.5, 0.6"),
+        ("0.7.0", "are known in"),
+        ("0.6.1", "ValueError: no such key"),
+    ],
+)
 def test_what_cannot_be_used_leaves_torch(
-    release: str | None, warns: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    release: str | None, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """0.6.1 cannot be imported: it is not here."""
+    def fail(_: str) -> None:
+        raise ValueError("no such key")
+
     monkeypatch.setattr(fla, "_release", lambda: release)
-    monkeypatch.setattr(fla, "_FILES", dict.fromkeys(fla._FILES, ("fla_that_is_not_there",)))
+    monkeypatch.setattr(fla.importlib, "import_module", fail)
     for name in (GATED_DELTA_RULE, KDA, CONVOLUTION):
         assert fla._imported.__wrapped__(name) is None
-    assert bool(caplog.records) == warns
+    assert said in caplog.text and len(caplog.records) == (3 if said else 0)
+
+
+def test_the_function_is_found_where_the_release_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fla, "_release", lambda: "0.5.2")
+    files = {
+        "fla.modules.convolution": SimpleNamespace(causal_conv1d="it"),
+        "fla.ops.kda": SimpleNamespace(chunk_kda="it"),
+    }
+    monkeypatch.setattr(fla.importlib, "import_module", files.__getitem__)
+    assert fla._imported.__wrapped__(CONVOLUTION) == fla._imported.__wrapped__(KDA) == "it"
 
 
 def test_the_way_that_costs_least(monkeypatch: pytest.MonkeyPatch) -> None:
