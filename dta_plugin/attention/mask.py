@@ -36,7 +36,7 @@ class TreeMask:
 
     Attributes:
         calls: how often each attention layer has used this mask, by index, for the check that none was bypassed.
-        backends_used: who computed it.
+        backends_used: who computed it, and by which way recurrent layers ran.
         state_calls: how often each recurrent module has used it, by the module's `id`.
         place: where the keys lie, see `Place` in attention/function.py.
         states: what comes in before the row and leaves it, see `States` in recurrent/states.py.

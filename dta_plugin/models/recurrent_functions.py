@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -14,12 +15,16 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from dta_plugin.attention.mask import TreeMask
+from dta_plugin.dtypes import compute_dtype
 from dta_plugin.errors import UnsupportedError
+from dta_plugin.recurrent.choice import TORCH_SCAN, delta_rule_way
 from dta_plugin.recurrent.convolution import tree_causal_conv1d
-from dta_plugin.recurrent.delta_rule import tree_gated_delta_rule, tree_kda
+from dta_plugin.recurrent.fla import CONVOLUTION, GATED_DELTA_RULE, KDA, Kernel
+from dta_plugin.recurrent.fla_check import trusted_kernel
 from dta_plugin.recurrent.plan import StatePlan
 from dta_plugin.recurrent.selective_scan import tree_selective_scan
 from dta_plugin.recurrent.state_space import tree_mamba2_scan
+from dta_plugin.recurrent.varlen import Inputs
 
 Handover = tuple[torch.Tensor, torch.Tensor]  # what a function gives, and the states that leave the row
 
@@ -30,7 +35,7 @@ class MixerCall:
     def __init__(self, tree: TreeMask, mixer: nn.Module) -> None:
         self.plan: StatePlan = tree.state_plan()
         self.states = tree.states
-        self._mixer, self._number = mixer, tree.state_call_number(id(mixer))
+        self._tree, self._mixer, self._number = tree, mixer, tree.state_call_number(id(mixer))
         self._asked: list[str] = []
         self._running = ""
 
@@ -49,6 +54,15 @@ class MixerCall:
         key = self.key(self._running)
         out, states = run(self.states.enter(key, inputs))
         return self.states.leave(key, out, states)
+
+    def kernel(self, name: str, device: torch.device, dtype: torch.dtype, *widths: int) -> Kernel | None:
+        """FLA's function, where it serves and Triton's kernels are welcome. widths: of heads."""
+        is_welcome = self._tree.backend in ("auto", "triton")
+        return trusted_kernel(name, device, dtype, *widths) if is_welcome else None
+
+    def ran_by(self, way: str) -> None:
+        """For the report: who has computed the mixer's function."""
+        self._tree.backends_used.add(way)
 
     def check_carried(self, names: Iterable[str]) -> None:
         """Raises UnsupportedError where a mixer has not called some of its known functions."""
@@ -69,10 +83,14 @@ def _convolution(
     **_: Any,
 ) -> torch.Tensor:
     act = None if activation is None else ACT2FN[activation]
-    return call.carry((x, weight), lambda state: tree_causal_conv1d(x, weight, bias, act, call.plan, state))
+    kernel = call.kernel(CONVOLUTION, x.device, compute_dtype(x.device.type, weight.dtype))
+    if kernel is not None:
+        call.ran_by("fla convolution")
+    return call.carry((x, weight), lambda state: tree_causal_conv1d(x, weight, bias, act, call.plan, state, kernel))
 
 
-def _gated_delta_rule(
+def _delta_rule(
+    name: str,
     call: MixerCall,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -82,26 +100,13 @@ def _gated_delta_rule(
     use_qk_l2norm_in_kernel: bool = False,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    def run(state: torch.Tensor | None) -> Handover:
-        return tree_gated_delta_rule(query, key, value, g, beta, call.plan, state, use_qk_l2norm_in_kernel)
-
-    return call.carry((query, key, value, g, beta), run), None
-
-
-def _kimi_delta_attention(
-    call: MixerCall,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    use_qk_l2norm_in_kernel: bool = False,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    def run(state: torch.Tensor | None) -> Handover:
-        return tree_kda(query, key, value, g, beta, call.plan, state, use_qk_l2norm_in_kernel)
-
-    return call.carry((query, key, value, g, beta), run), None
+    """name: what FLA calls the rule."""
+    inputs = Inputs(query, key, value, g, beta)
+    dtype = reduce(torch.promote_types, (query.dtype, key.dtype, value.dtype))
+    kernel = call.kernel(name, query.device, dtype, key.shape[-1], value.shape[-1])
+    way = delta_rule_way(name, kernel, call.plan)
+    call.ran_by(way.name)
+    return call.carry(inputs, lambda state: way.run(inputs, call.plan, state, use_qk_l2norm_in_kernel)), None
 
 
 def _mamba2_scan(
@@ -119,6 +124,8 @@ def _mamba2_scan(
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     **_: Any,
 ) -> torch.Tensor:
+    call.ran_by(TORCH_SCAN)
+
     def run(state: torch.Tensor | None) -> Handover:
         return tree_mamba2_scan(
             hidden_states, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit, plan=call.plan, initial=state
@@ -140,6 +147,8 @@ def _selective_scan(
     delta_softplus: bool = False,
     **_: Any,
 ) -> torch.Tensor:
+    call.ran_by(TORCH_SCAN)
+
     def run(state: torch.Tensor | None) -> Handover:
         return tree_selective_scan(
             hidden_states, dt, A, B, C, D, z, delta_bias, delta_softplus, plan=call.plan, initial=state
@@ -162,9 +171,9 @@ class Operation:
 
 OPERATIONS: dict[str, Operation] = {
     "causal_conv1d_fn": Operation(_convolution),
-    "torch_chunk_gated_delta_rule": Operation(_gated_delta_rule),
-    "chunk_gated_delta_rule": Operation(_gated_delta_rule),
-    "chunk_kimi_delta_attention": Operation(_kimi_delta_attention),
+    "torch_chunk_gated_delta_rule": Operation(partial(_delta_rule, GATED_DELTA_RULE)),
+    "chunk_gated_delta_rule": Operation(partial(_delta_rule, GATED_DELTA_RULE)),
+    "chunk_kimi_delta_attention": Operation(partial(_delta_rule, KDA)),
     "mamba2_chunk_scan": Operation(_mamba2_scan),
     "mamba_selective_scan": Operation(_selective_scan),
     "mamba2_split_conv1d_scan_combined": Operation(_no_shortcut, carries_state=False),

@@ -38,6 +38,7 @@ def run_by_nodes(
     """
     bound = inspect.signature(forward).bind(mixer, *args, **kwargs)
     hidden: torch.Tensor = bound.arguments["hidden_states"]
+    call.ran_by("nodes")
     nodes = call.plan.nodes()
     states = _States(call, nodes, [hidden, *mixer.parameters()])
     pieces: list[torch.Tensor] = []

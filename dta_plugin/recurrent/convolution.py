@@ -3,6 +3,9 @@
 Most tokens stand right behind their parent: the ordinary convolution along the row is true for them. The few within a
 convolution's width behind a fork, or behind the state that comes in, are computed from their ancestors and put in their
 places; no gradient passes through what stood there.
+
+FLA's kernel computes one long row: before each run of tokens that does not stand behind its parent, the nearest
+ancestors come again, and what is computed for those is dropped.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from torch.nn import functional as F
 
 from dta_plugin.dtypes import accumulation_dtype, compute_dtype
 from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.recurrent.fla import Kernel
+from dta_plugin.recurrent.gather import take
 from dta_plugin.recurrent.plan import StatePlan
 from dta_plugin.upload import upload
 
@@ -31,6 +36,7 @@ def tree_causal_conv1d(
     activation: str | Callable[[torch.Tensor], torch.Tensor] | None,
     plan: StatePlan,
     initial: torch.Tensor | None = None,
+    kernel: Kernel | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """transformers' depthwise `causal_conv1d_fn` on one row.
 
@@ -38,6 +44,7 @@ def tree_causal_conv1d(
         x: [1, D, T]; weight: [D, W], of the token itself last; bias: [D].
         activation: a function, or the name of one.
         initial: [1, D, W - 1] what came before tokens without a parent, latest last; None for zeros.
+        kernel: FLA's `causal_conv1d`, None for torch's operations.
 
     Returns:
         [1, D, T] and the last W - 1 inputs up to each of `plan.leaves`, [K, D, W - 1], both in the dtype of x.
@@ -51,7 +58,10 @@ def tree_causal_conv1d(
     row = torch.cat([before, x.squeeze(0).T])
     states = row.index_select(0, near.states).view(len(plan.leaves), width - 1, len(weight)).transpose(1, 2)
     dtype = compute_dtype(device.type, weight.dtype)
-    y = _Convolution.apply(*(None if t is None else _rounded(t, dtype) for t in (row, weight.T, bias)), near)
+    if kernel is None:
+        y = _Convolution.apply(*(None if t is None else _rounded(t, dtype) for t in (row, weight.T, bias)), near)
+    else:
+        y = _by_kernel(kernel, row.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), plan)
     return act(y.to(dtype).T.unsqueeze(0)).to(x.dtype), states
 
 
@@ -83,6 +93,31 @@ def _near(plan: StatePlan, width: int, device: torch.device) -> _Near:
     taps, states = windows[tokens].T.reshape(-1), windows[plan.leaves][:, 1:].reshape(-1)
     sent = upload([tokens, taps, states], device)
     return _Near(sent[0], sent[1].view(width, len(tokens)), sent[2])
+
+
+def _by_kernel(
+    kernel: Kernel, row: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, plan: StatePlan
+) -> torch.Tensor:
+    """As `_Convolution`, with weight [D, W]."""
+    width, device = weight.shape[1], row.device
+    rows, own = plan.cached(("long row", width, device), lambda: _long_row(plan, width, device))
+    long, _ = kernel(take(row, rows).unsqueeze(0), weight, bias)
+    return long.squeeze(0).index_select(0, own)
+
+
+def _long_row(plan: StatePlan, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which tokens stand in the long row, counted as in `_Near`, and where in it each token's output is taken."""
+    start = np.flatnonzero(plan.parent != np.arange(-1, len(plan) - 1))
+    start = np.union1d(start, [0]).astype(np.int64)
+    length = np.diff(np.append(start, len(plan)))
+    ancestors = plan.ancestors(width - 1, torch.device("cpu")).numpy()[start, ::-1]
+    rows = np.empty(len(plan) + ancestors.size, dtype=np.int64)
+    own = np.arange(len(plan)) + np.repeat(np.arange(1, len(start) + 1) * (width - 1), length)
+    is_own = np.zeros(len(rows), dtype=bool)
+    is_own[own] = True
+    rows[own], rows[~is_own] = np.arange(len(plan)) + width - 1, ancestors.reshape(-1)
+    on_device = upload([rows, own], device)
+    return on_device[0], on_device[1]
 
 
 class _Convolution(torch.autograd.Function):

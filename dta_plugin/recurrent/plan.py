@@ -60,6 +60,14 @@ class StatePlan:
         """The row in runs of tokens between which nothing forks, joins or leaves, however long."""
         return self.blocks(max(1, len(self)))
 
+    def ends(self) -> np.ndarray:
+        """int64 [P] the nodes at which paths from the top of the row end: no child follows, or a state leaves."""
+        return self.cached("ends", lambda: _ends(self.nodes()))
+
+    def path_tokens(self) -> int:
+        """Tokens on all paths, what they share counted in each."""
+        return self.cached("path tokens", lambda: _path_tokens(self.nodes(), self.ends()))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Blocks:
@@ -137,3 +145,16 @@ def _blocks(plan: StatePlan, size: int) -> Blocks:
         list(starmap(slice, pairwise(bounds))),
         rank[block_of[plan.leaves]],
     )
+
+
+def _ends(nodes: Blocks) -> np.ndarray:
+    has_child = np.zeros(len(nodes), dtype=bool)
+    has_child[nodes.parent[nodes.parent >= 0]] = True
+    return np.union1d(np.flatnonzero(~has_child), nodes.leaves)
+
+
+def _path_tokens(nodes: Blocks, ends: np.ndarray) -> int:
+    down_to = nodes.length.copy()
+    for level in nodes.levels[1:]:
+        down_to[level] += down_to[nodes.parent[level]]
+    return int(down_to[ends].sum())

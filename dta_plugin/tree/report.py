@@ -17,7 +17,8 @@ class TreeReport:
         tree: the prefix tree of the batch.
         chunks: model calls.
         executor: "packed", "streamed" or "dense".
-        backend: attention backend that ran; several are joined by "+".
+        backend: what ran, joined by "+": attention backends, and for recurrent layers "torch scan", "fla levels", "fla
+            rescan" and "fla convolution" (flash-linear-attention), or "nodes" (the model's own forward, node by node).
         reason: why tree or dense, and what keeps a tree above the token budget from being streamed.
         ceiling: largest possible speed-up over dense by FLOP count, 1 or more (see tree/cost.py).
         peak_tokens: streamed only, most tokens whose activations are alive at once.

@@ -27,6 +27,15 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
+def delta_rule_inputs(is_kda: bool, tokens: int, strength: float = 1.0) -> list[torch.Tensor]:
+    """query, key, value, g, beta and the state that comes in. strength: how fast states decay."""
+    heads, width, out = 2 if is_kda else 4, 4, 3
+    g = -strength * random(1, tokens, heads, *([width] if is_kda else []), seed=3).exp()
+    beta = random(1, tokens, heads, seed=4).sigmoid()
+    keys = [random(1, tokens, 2, width, seed=seed) for seed in (0, 1)]
+    return [*keys, random(1, tokens, heads, out, seed=2), g, beta, random(1, heads, width, out, seed=5)]
+
+
 def outcome(op: Op, inputs: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
     """Output, states and the gradients of a random weighting of both, for every input."""
     leaves = [x.to(dtype, copy=True).requires_grad_() for x in inputs]

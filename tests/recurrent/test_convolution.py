@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from dta_plugin.recurrent import reference
 from dta_plugin.recurrent.convolution import tree_causal_conv1d
 from dta_plugin.recurrent.plan import StatePlan
 from tests.recurrent.cases import TREES, Op, error, outcome, plan_of, random, star, swapped
+from tests.recurrent.kernels import convolution
 
 _FLOAT32, _FLOAT64 = 1e-5, 1e-10
 
@@ -40,6 +43,22 @@ def test_random_trees(trees: list[list[int]], width: int, activation: str | None
     expected = outcome(_on(reference.causal_conv1d, plan, activation), inputs, torch.float64)
     assert error(outcome(_on(tree_causal_conv1d, plan, activation), inputs, torch.float64), expected) < _FLOAT64
     assert error(outcome(_on(tree_causal_conv1d, plan, activation), inputs, torch.float32), expected) < _FLOAT32
+
+
+def _by_kernel(*x: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return tree_causal_conv1d(*x, convolution)
+
+
+@settings(max_examples=20, deadline=None)
+@given(TREES, st.integers(1, 5), st.sampled_from(["silu", None]), st.data())
+def test_one_long_row_for_a_kernel(
+    trees: list[list[int]], width: int, activation: str | None, data: st.DataObject
+) -> None:
+    tokens = len(plan_of(trees))
+    plan = plan_of(trees, sorted(data.draw(st.sets(st.integers(0, tokens - 1), max_size=3))))
+    inputs = _inputs(tokens, width)
+    expected = outcome(_on(reference.causal_conv1d, plan, activation), inputs, torch.float64)
+    assert error(outcome(_on(_by_kernel, plan, activation), inputs, torch.float64), expected) < _FLOAT64
 
 
 def test_nothing_comes_in() -> None:

@@ -15,7 +15,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated
 from dta_plugin.recurrent import delta_rule, reference
 from dta_plugin.recurrent.delta_rule import tree_gated_delta_rule, tree_kda
 from dta_plugin.recurrent.plan import StatePlan
-from tests.recurrent.cases import TREES, Op, error, outcome, plan_of, random, star, swapped
+from tests.recurrent.cases import TREES, Op, delta_rule_inputs, error, outcome, plan_of, star, swapped
 
 _FLOAT32, _FLOAT64 = 1e-5, 1e-10
 _STOCK = {tree_gated_delta_rule: torch_chunk_gated_delta_rule, tree_kda: chunk_kimi_delta_attention}
@@ -24,13 +24,7 @@ both = pytest.mark.parametrize("op", [tree_gated_delta_rule, tree_kda])
 
 
 def _inputs(op: Op, tokens: int, strength: float = 1.0) -> list[torch.Tensor]:
-    """query, key, value, g, beta and the state that comes in. strength: how fast states decay."""
-    is_kda = op is tree_kda
-    heads, width, out = 2 if is_kda else 4, 4, 3
-    g = -strength * random(1, tokens, heads, *([width] if is_kda else []), seed=3).exp()
-    beta = random(1, tokens, heads, seed=4).sigmoid()
-    keys = [random(1, tokens, 2, width, seed=seed) for seed in (0, 1)]
-    return [*keys, random(1, tokens, heads, out, seed=2), g, beta, random(1, heads, width, out, seed=5)]
+    return delta_rule_inputs(op is tree_kda, tokens, strength)
 
 
 def _on(op: Op, plan: StatePlan, normalised: bool = True) -> Op:
