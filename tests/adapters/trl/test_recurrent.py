@@ -25,10 +25,11 @@ from tests.adapters.trl.support import (
     train,
     weight_difference,
 )
+from tests.adapters.trl.test_offline import CHANGES, assert_shares
 from tests.adapters.trl.test_pruning import flat_for_some
 from tests.adapters.trl.test_selection import SCHEMES, apart, average, one_step, rows, trainer_of
 from tests.adapters.trl.test_window import SMALL
-from tests.support.tree_run import make_siblings_visible
+from tests.support.tree_run import carry_states_across_branches
 
 pytestmark = needs_them
 
@@ -124,6 +125,15 @@ def test_the_average_of_a_selection_is_all_tokens(hybrid: str, tmp_path: Path, s
     assert found[2]["kl"] == pytest.approx(metrics["kl"], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "name,change",
+    [("dpo", "lora"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("sft", "reentrant"), ("dpo", "plain")))],
+)
+def test_offline_trainers(hybrid: str, tmp_path: Path, name: str, change: str) -> None:
+    lora = {"peft_config": MIXER_LORA} if change == "lora" else {}
+    assert_shares(hybrid, tmp_path, name, **CHANGES[change] | lora)
+
+
 @pytest.mark.slow
 def test_a_tree_is_as_near_as_other_padding(tmp_path: Path) -> None:
     """With the epsilon that Qwen3.5 has, a norm amplifies rounding: a tree's is no larger than that of more padding."""
@@ -141,7 +151,7 @@ def runs_with_fault(model: str, output: Path, **dta: Any) -> tuple[Run, Run]:
 
 @pytest.mark.usefixtures("unprobed")
 def test_negative_control_states_of_siblings(hybrid: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_siblings_visible(monkeypatch)
+    carry_states_across_branches(monkeypatch)
     dense, tree = runs_with_fault(hybrid, tmp_path)
     assert weight_difference(dense, tree) > 100 * TOLERANCE
 
