@@ -44,13 +44,13 @@ def on_two_ranks(module: str, folder: Path, *arguments: str, dies: bool = False)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(len(back))]
 
 
-def under_torchrun(module: str, model: str, folder: Path) -> tuple[list[Any], str]:
+def under_torchrun(module: str, model: str, folder: Path, **environment: str) -> tuple[list[Any], str]:
     """What two ranks of `torchrun -m module model folder` saved as <folder>/rank<n>.pt, and what they printed."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
     done = subprocess.run(
         [*launcher, "-m", module, model, str(folder)],
         cwd=REPOSITORY,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment,
         capture_output=True,
         text=True,
         timeout=300,

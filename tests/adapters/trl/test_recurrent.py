@@ -31,7 +31,7 @@ from tests.adapters.trl.test_selection import SCHEMES, apart, average, one_step,
 from tests.adapters.trl.test_window import SMALL
 from tests.support.tree_run import carry_states_across_branches
 
-pytestmark = needs_them
+pytestmark = [needs_them, pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path`")]
 
 TWICE = {"num_iterations": 2, "max_steps": 4}
 REENTRANT, NON_REENTRANT = (
