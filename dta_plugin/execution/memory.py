@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from dta_plugin.execution.host_memory import free_host_bytes
 from dta_plugin.models.introspection import is_checkpointed, say_guessed
-from dta_plugin.models.sizes import attention_sizes, feed_forward_numbers
+from dta_plugin.models.sizes import attention_sizes, feed_forward_numbers, mixer_numbers
 from dta_plugin.models.tiled_logprobs import KEEP_BYTES
 
 log = logging.getLogger("dta_plugin")
@@ -74,8 +74,8 @@ _estimates: WeakKeyDictionary[nn.Module, dict[bool, int]] = WeakKeyDictionary()
 def bytes_per_token(model: PreTrainedModel) -> int:
     """Estimate of what one token's forward pass saves for the backward pass in the decoder layers; never raises.
 
-    Counts the usual pre-norm decoder: two norms, attention, a gated MLP, two residuals. With gradient checkpointing
-    one hidden state per layer and a single layer in full.
+    Counts the usual pre-norm decoder: two norms, attention or a recurrent module, a gated MLP, two residuals. With
+    gradient checkpointing one hidden state per layer and a single layer in full.
     """
     recomputes = model.training and is_checkpointed(model)
     estimates = _estimates.setdefault(model, {})
@@ -89,6 +89,9 @@ def bytes_per_token(model: PreTrainedModel) -> int:
     return estimates[recomputes]
 
 
+# What a recurrent module saves, in units of the width of its projections: as measured for delta rules and Mamba 2;
+# convolutions alone save less.
+_MIXER_WIDTHS = 5
 # Of a model that cannot be read: 30 layers in full with hidden states of 4096.
 _GUESSED_ELEMENTS = 30 * 30 * 4096
 
@@ -96,6 +99,7 @@ _GUESSED_ELEMENTS = 30 * 30 * 4096
 def _saved_elements(model: PreTrainedModel, recomputes: bool) -> int:
     hidden, attention = model.config.get_text_config().hidden_size, attention_sizes(model)
     per_layer = [8 * hidden + sum(x.head_dims) * (2 * x.heads + 3 * x.kv_heads) for x in attention]
+    per_layer += [8 * hidden + math.ceil(_MIXER_WIDTHS * numbers / hidden) for numbers in mixer_numbers(model)]
     # A gated MLP saves five times its width and has three matrices of it.
     feed_forward = math.ceil(5 * feed_forward_numbers(model) / (3 * hidden))
     if recomputes:

@@ -79,9 +79,16 @@ def counted_cost(model: PreTrainedModel) -> ModelCost:
 
 
 def feed_forward_numbers(model: PreTrainedModel) -> float:
-    """How many numbers of matrices outside attention multiply every token."""
-    within = {id(m) for attention in attention_modules(model).values() for m in attention.modules()}
+    """How many numbers of matrices outside attention and recurrent modules multiply every token."""
+    others = [module for module in (*attention_modules(model).values(), *mixers(model)) if module is not None]
+    within = {id(part) for module in others for part in module.modules()}
     return sum(numbers for module, numbers in active_matrices(model) if id(module) not in within)
+
+
+def mixer_numbers(model: PreTrainedModel) -> list[float]:
+    """How many numbers of each recurrent module's matrices multiply every token."""
+    numbers = {id(module): own for module, own in active_matrices(model)}
+    return [sum(numbers.get(id(part), 0.0) for part in mixer.modules()) for mixer in mixers(model)]
 
 
 def active_matrices(model: PreTrainedModel) -> Iterator[tuple[nn.Module, float]]:

@@ -21,13 +21,15 @@ from tests.support.sweep import forest
 from tests.support.tiny_families import config_of, random_causal_lm
 from tests.support.tree_run import carry_states_across_branches
 
-pytestmark = pytest.mark.skipif(Version(version("transformers")) < Version("5.15"), reason="mixers ask caches otherwise")
+pytestmark = pytest.mark.skipif(
+    Version(version("transformers")) < Version("5.15"), reason="mixers ask caches otherwise"
+)
 
 # Delta rule, convolution, Mamba 2 and Mamba without any attention; with attention.
 FAMILIES = ["qwen3_5_text", "lfm2", "mamba2", "mamba"]
 MORE = ["qwen3_next", "olmo_hybrid", "kimi_linear", "nemotron_h", "bamba", "falcon_h1", "granitemoehybrid", "jamba"]
-# Of a gradient, or of a hundredth of the largest one. In float32, stock is 1e-5 from itself in float64 (Jamba), and from
-# itself with padding on the other side (Qwen3.5).
+# Of a gradient, or of a hundredth of the largest one. In float32, stock is 1e-5 from itself in float64 (Jamba), and
+# from itself with padding on the other side (Qwen3.5).
 TOLERANCE = 3e-5
 
 

@@ -15,7 +15,13 @@ import pytest
 import torch
 from packaging.version import Version
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+    set_seed,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.adapters.trl.support import GEOMETRY, tokenizer
@@ -58,6 +64,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bamba": GEOMETRY | _MAMBA2,
     "lfm2": GEOMETRY | {"layer_types": ["conv", "full_attention"]},
 }
+
+
+class TextProcessor(ProcessorMixin):
+    """A processor of texts alone."""
+
+    image_token = None
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        super().__init__(tokenizer)
+
+    def __call__(self, text: Any = None, **_: Any) -> Any:
+        return self.tokenizer(text)
 
 
 def save_hybrid(family: str, folder: Path, **changes: Any) -> str:

@@ -1,4 +1,4 @@
-"""Run by test_recurrent_ranks.py under torchrun: every case stock and as a tree, on every rank; each rank saves its runs.
+"""Run by test_recurrent_ranks.py under torchrun: every case stock and as a tree; each rank saves its runs.
 
 torchrun --nproc-per-node 2 -m tests.adapters.trl.recurrent_ranks_script <model> <folder>
 

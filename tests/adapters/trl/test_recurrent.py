@@ -1,4 +1,4 @@
-"""Models with recurrent layers through TRL's trainers: equal to stock, metrics and weights, to the tolerance of all others.
+"""Models with recurrent layers through TRL's trainers: equal to stock in metrics and weights, as all others are.
 
 What the tolerance rests on is in hybrids.py, and in `test_a_tree_is_as_near_as_other_padding`.
 """
@@ -13,7 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from dta_plugin.adapters.trl import TreeGRPOConfig, TreeGRPOTrainer
 from dta_plugin.execution.streaming.state_arena import StateArena
-from tests.adapters.trl.hybrids import MIXER_LORA, needs_them, save_hybrid
+from tests.adapters.trl.hybrids import MIXER_LORA, TextProcessor, needs_them, save_hybrid
 from tests.adapters.trl.support import (
     TOLERANCE,
     Run,
@@ -97,7 +97,8 @@ def test_the_flag(hybrid: str, tmp_path: Path) -> None:
     ids=["merged", "streamed_lora"],
 )
 def test_a_model_with_images_on_text(with_images: str, tmp_path: Path, options: dict[str, Any]) -> None:
-    text = {"processing_class": tokenizer()} | options.get("trainer_options", {})
+    """With a processor, by which TRL knows that a model takes images."""
+    text = {"processing_class": TextProcessor(tokenizer())} | options.get("trainer_options", {})
     assert_equal(*dense_and_tree(with_images, tmp_path, **options | {"trainer_options": text}))
 
 
@@ -127,7 +128,10 @@ def test_the_average_of_a_selection_is_all_tokens(hybrid: str, tmp_path: Path, s
 
 @pytest.mark.parametrize(
     "name,change",
-    [("dpo", "lora"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("sft", "reentrant"), ("dpo", "plain")))],
+    [
+        ("dpo", "lora"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("sft", "reentrant"), ("dpo", "plain"))),
+    ],
 )
 def test_offline_trainers(hybrid: str, tmp_path: Path, name: str, change: str) -> None:
     lora = {"peft_config": MIXER_LORA} if change == "lora" else {}
