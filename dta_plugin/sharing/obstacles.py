@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from dta_plugin.models.introspection import causal_lm, decoder_of
+from dta_plugin.models.recurrent_layers import mixers
 from dta_plugin.models.support import tree_obstacle
 
 
@@ -76,6 +77,6 @@ def decoder_obstacle(decoder: PreTrainedModel) -> str | None:
         )
     layers = [module for module in decoder.modules() if hasattr(module, "layer_idx")]
     causal = [module.is_causal for module in layers if hasattr(module, "is_causal")]
-    if not causal or not all(causal):
+    if not all(causal) or not (causal or any(True for _ in mixers(decoder))):
         return f"{type(decoder).__name__} does not say that its attention is causal; use a causal model"
     return None

@@ -35,7 +35,8 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 PAD, EOS = "<pad>", "</s>"
 HOURS = range(5, 9)  # how many hours a clock shows: the rule of one notebook
@@ -95,26 +96,36 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=EOS)
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """About 0.13 M weights. Wide init and a short RoPE base: it learns to copy in seconds."""
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=32,
-            max_position_embeddings=1024,
-            rope_parameters={"rope_type": "default", "rope_theta": 100.0},
-            initializer_range=0.1,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+def make_model(tokenizer: PreTrainedTokenizerFast, hybrid: bool = False) -> PreTrainedModel:
+    """About 0.13 M weights. Wide init and a short RoPE base: it learns to copy in seconds.
+
+    hybrid: a Qwen3.5, whose first layer is a delta rule, in the place of a Qwen3.
+    """
+    options = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "max_position_embeddings": 1024,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+        "initializer_range": 0.1,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if hybrid:
+        options |= {
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 32,
+        }
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING["qwen3_5_text" if hybrid else "qwen3"](**options))
 
 
 def corpus_batch(
@@ -130,7 +141,7 @@ def corpus_batch(
 
 
 def pretrain(
-    model: Qwen3ForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     rng: random.Random,
     steps: int,
@@ -170,6 +181,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=400, help="pretraining steps")
+    parser.add_argument("--hybrid", action="store_true", help="a Qwen3.5, with a recurrent layer")
     parser.add_argument("--prompts", type=int, default=1024, help="rows of train.jsonl")
     args = parser.parse_args()
 
@@ -179,7 +191,7 @@ def main() -> None:
     torch.set_num_threads(1)  # the matrices are tiny, and the files must not depend on the machine's cores
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer)
+    model = make_model(tokenizer, args.hybrid)
 
     start = time.perf_counter()
     loss = pretrain(model, tokenizer, random.Random(f"corpus {args.seed}"), args.steps)

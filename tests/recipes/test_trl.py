@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,16 @@ from tests.support import recipes as support
 TRL = support.RECIPES / "trl"
 DIFFUSION = ("llada_8b_gsm8k", "quickstart_diffusion")
 YAMLS = sorted(path for path in TRL.glob("*.yaml") if path.stem not in DIFFUSION)
+HYBRID = "qwen3_5_9b_gsm8k"
+# Of an epsilon that keeps a norm from amplifying rounding, by which another token would be sampled in the second step.
+DELTA_RULE: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 32,
+    "rms_norm_eps": 1e-2,
+}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(support.RECIPES.parent)}
 SMALL = {
     "use_cpu": True,
@@ -131,6 +142,14 @@ def test_trains_as_stock_trl_does(
     assert_same(stock, tree)
 
 
+@pytest.mark.slow
+def test_a_hybrid_trains_as_stock_trl_does(
+    folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    support.save_model(folder / HYBRID, support.gsm8k_examples(), family="qwen3_5_text", **DELTA_RULE)
+    test_trains_as_stock_trl_does(HYBRID, folder, capsys, caplog)
+
+
 def test_trains_on_half_of_the_tokens(
     folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -208,7 +227,8 @@ def command(recipe: str, folder: Path, *more: str, **overrides: object) -> list[
     """The launcher's arguments for a recipe made small."""
     task = "tools" if "tools" in recipe else "gsm8k"
     own = {"stories": 1} if task == "tools" else {"dataset_name": folder / "data"}
-    options = SMALL | own | {"model_name_or_path": folder / task, "output_dir": folder / "out"} | overrides
+    model = HYBRID if recipe == HYBRID else task
+    options = SMALL | own | {"model_name_or_path": folder / model, "output_dir": folder / "out"} | overrides
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     return [str(TRL / f"{task}.py"), "--config", str(TRL / f"{recipe}.yaml"), *flags, *more]
 

@@ -22,7 +22,8 @@ import trl
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, set_seed
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import get_json_schema
 
 from dta_plugin import run
@@ -95,26 +96,29 @@ def tool_examples() -> list[Example]:
     return examples
 
 
-def save_model(folder: Path, examples: list[Example], steps: int = 30) -> str:
-    """A tiny Qwen3 that mostly imitates these examples, and its tokenizer; returns the folder's name."""
+def save_model(folder: Path, examples: list[Example], steps: int = 30, family: str = "qwen3", **changes: Any) -> str:
+    """A tiny Qwen3 that mostly imitates these examples, and its tokenizer; returns the folder's name.
+
+    family, changes: another family, and what its config has beside a Qwen3's.
+    """
     tokenizer = _tokenizer([json.dumps([example.messages, example.tools]) for example in examples])
     set_seed(0)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=32,
-            max_position_embeddings=2048,
-            initializer_range=0.08,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    config = CONFIG_MAPPING[family](
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=2048,
+        initializer_range=0.08,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **changes,
     )
+    model = AutoModelForCausalLM.from_config(config)
     _imitate(model, tokenizer, examples, steps)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -138,7 +142,7 @@ def _tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _imitate(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: list[Example], steps: int) -> None:
+def _imitate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, examples: list[Example], steps: int) -> None:
     """Supervised training on the turns alone."""
     batch = []
     for example in examples:

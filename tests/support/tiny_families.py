@@ -104,9 +104,9 @@ _OWN: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(name: str, options: bool = False) -> PretrainedConfig:
+def config_of(name: str, options: bool = False, **changes: Any) -> PretrainedConfig:
     """A tiny config of the family. options: with the features that are off by default."""
-    return _small(CONFIG_MAPPING[name], _OWN.get(name, {}), options)
+    return _small(CONFIG_MAPPING[name], _OWN.get(name, {}) | changes, options)
 
 
 def options_of(name: str) -> list[str]:

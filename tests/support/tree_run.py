@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -15,6 +16,7 @@ from dta_plugin.attention import cpu
 from dta_plugin.attention.cpu_plan import Piece
 from dta_plugin.execution import packed
 from dta_plugin.models.lm_head import LMHead
+from dta_plugin.recurrent import plan
 from tests.support.models import tiny_model
 from tests.support.oracle import Result, Rows, Scored, functional, result_of
 
@@ -63,6 +65,11 @@ def make_siblings_visible(patch: pytest.MonkeyPatch) -> None:
         return TreeMask(torch.full_like(layout.exit, len(layout.exit)), layout.depth, backend)
 
     patch.setattr(TreeMask, "from_layout", open_mask)
+
+
+def carry_states_across_branches(patch: pytest.MonkeyPatch) -> None:
+    """Recurrent layers go along the layout, from each token to the next, whatever branch it is on."""
+    patch.setattr(plan, "_parents", lambda depth: np.arange(-1, len(depth) - 1))
 
 
 def use_layout_positions(patch: pytest.MonkeyPatch) -> None:

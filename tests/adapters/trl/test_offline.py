@@ -151,8 +151,12 @@ CASES = [(name, "plain") for name in TRAINERS] + [
 
 @pytest.mark.parametrize("name,change", CASES)
 def test_equal_to_stock(model: str, tmp_path: Path, name: str, change: str) -> None:
+    assert_shares(model, tmp_path, name, **CHANGES[change])
+
+
+def assert_shares(model: str, tmp_path: Path, name: str, **config: Any) -> None:
+    """One of TRAINERS trains as stock does, and shares in every step."""
     base, tree_class = TRAINERS[name]
-    config = CHANGES[change]
     dense = run(stock(base), model, tmp_path, **config)
     tree = run(tree_class, model, tmp_path, **config)
     worst = difference(dense, tree)

@@ -18,6 +18,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import transformers
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch import distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -29,8 +31,9 @@ import dta_plugin
 from dta_plugin import TreeConfig
 from dta_plugin.execution.streaming.chunk_runner import ChunkGraph
 from dta_plugin.execution.streaming.streamed_run import StreamedRun
-from tests.support.models import softmax_in_own_dtype, tiny_model
+from tests.support.models import VOCABULARY, norm_in_own_dtype, softmax_in_own_dtype, tiny_model
 from tests.support.oracle import functional
+from tests.support.tiny_families import config_of, random_causal_lm
 from tests.support.trees import Sequences, binary, branching_comb, run, star
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
@@ -44,6 +47,19 @@ def plain(family: str = "qwen3", **changes: Any) -> nn.Module:
 def with_lora(family: str = "qwen3") -> nn.Module:
     torch.manual_seed(0)
     return get_peft_model(plain(family), LORA).double()
+
+
+def with_convolutions() -> nn.Module:
+    model = random_causal_lm(config_of("lfm2", vocab_size=VOCABULARY))
+    norm_in_own_dtype(model)
+    return model.double()
+
+
+def with_delta_rules() -> nn.Module:
+    """In float32, as transformers computes them; adapters on their projections, too."""
+    model = random_causal_lm(config_of("qwen3_5_text", vocab_size=VOCABULARY, rms_norm_eps=1e-2))
+    torch.manual_seed(0)
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
 
 
 def checkpointed(model: nn.Module, reentrant: bool) -> nn.Module:
@@ -79,6 +95,12 @@ WRAPPINGS: dict[str, Wrapping] = {
     "fsdp2, LoRA, checkpointing": (lambda: checkpointed(with_lora(), True), sharded),
     "fsdp2, experts": (lambda: plain("qwen3_moe"), sharded),
 }
+if Version(transformers.__version__) >= Version("5.15"):  # before, mixers ask caches differently
+    WRAPPINGS |= {
+        "ddp, convolutions": (with_convolutions, DistributedDataParallel),
+        "fsdp2, convolutions": (with_convolutions, sharded),
+        "fsdp2, delta rules, LoRA, checkpointing": (lambda: checkpointed(with_delta_rules(), False), sharded),
+    }
 STREAMED = TreeConfig(executor="streamed", max_tree_tokens_per_chunk=6)
 # Chunks per rank at a budget of 6 tokens: some against one against none.
 SPLITS: dict[str, Batches] = {

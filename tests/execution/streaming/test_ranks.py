@@ -55,7 +55,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_equal_to_one_process(ranks: list[dict[str, Any]], name: str, split: str) -> None:
     truth = expected(name, SPLITS[split.removesuffix(", auto")])
     results = [rank[f"splits:{name}"][split] for rank in ranks]
-    assert max(error(gradients, truth) for _, gradients in results) < 1e-9
+    assert max(error(gradients, truth) for _, gradients in results) < (3e-5 if "delta rules" in name else 1e-9)
     if split in ("5 and 1", "5 and 0"):
         assert [chunks for chunks, _ in results] == [5, 1]
 

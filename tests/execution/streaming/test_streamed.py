@@ -338,8 +338,9 @@ def sessions(count: int) -> Sequences:
     ]
 
 
-def peak_of(sequences: Sequences, config: TreeConfig) -> int:
-    model, saved = tiny_model("qwen3").train(), SavedBytes()
+def peak_of(sequences: Sequences, config: TreeConfig, model: nn.Module | None = None) -> int:
+    """model: a tiny Qwen3 for None."""
+    model, saved = model or tiny_model("qwen3").train(), SavedBytes()
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda held: held.tensor):
         out = dta_plugin.sequence_logprobs(model, sequences, config)
         torch.cat(out.logprobs).mean().backward()
