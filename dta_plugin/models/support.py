@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -25,6 +27,8 @@ from dta_plugin.models.rotary import rotary_obstacle
 _TREE_LAYERS = {"full_attention", "sliding_attention", "mlp", "moe"}
 # Those that carry a state, some beside attention.
 _STATE_LAYERS = {"linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding"}
+# Before, the layers of most families do not ask functions or caches that can be told from outside.
+_STATES_KNOWN_SINCE = Version("5.15")
 _STATE = "whose state would run across branches of the tree"
 _COMPRESSED = "whose keys are made of several neighbouring tokens"
 # What other kinds do.
@@ -106,6 +110,8 @@ def _layer_obstacle(name: str, config: Any, recurrent: set[int]) -> str | None:
     if not kinds:
         return None
     remedy = "use a model with full or sliding-window attention only"
+    if _STATE in kinds and Version(transformers.__version__) < _STATES_KNOWN_SINCE:
+        remedy += f", or transformers {_STATES_KNOWN_SINCE} or newer, of which most recurrent layers are known"
     chunk = getattr(config, "attention_chunk_size", None)
     if list(kinds.values()) == [["chunked_attention"]] and chunk:
         remedy = f"if no sequence is longer than {chunk} tokens, set layer_types to 'full_attention' in the config"
