@@ -9,7 +9,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel
 from transformers.models.qwen3_5 import modeling_qwen3_5
-from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5ForCausalLM, Qwen3_5ForConditionalGeneration
+from transformers.models.qwen3_5.modeling_qwen3_5 import (
+    Qwen3_5DecoderLayer,
+    Qwen3_5ForCausalLM,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5GatedDeltaNet,
+)
 
 from dta_plugin.config import TreeConfig
 from tests.adapters.verl.support import VOCABULARY, Step
@@ -26,6 +31,8 @@ PADDED_ROWS = [
     Step(remove_padding=False, temperature=None),
 ]
 STREAMED = Step(shape="turns", config=TreeConfig(executor="streamed", max_tree_tokens_per_chunk=20))
+# What verl replaces, for good, when it builds the multimodal class.
+OWN_FORWARDS = {kind: kind.forward for kind in (Qwen3_5DecoderLayer, Qwen3_5GatedDeltaNet)}
 _SPECIAL = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 _own_rule = modeling_qwen3_5.torch_chunk_gated_delta_rule
 
@@ -42,6 +49,7 @@ def save_qwen3_5(folder: Path, family: str = "qwen3_5") -> Path:
     torch.manual_seed(0)
     model = KINDS[family](config)
     _shake(model, 0.05)
+    _shake(model, 0.3, "linear_attn.out_proj")  # recurrent layers have a say
     model.save_pretrained(folder)
     adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     _shake(adapted, 0.1, "lora_B")
