@@ -14,7 +14,7 @@ every hop, and land one hour off with probability `SLIP`. The second do the same
 with probability `HURRY` they just write `guess 3`. A base model imitates its corpus: it knows every
 hop, yet guesses more often than it works, and slips; it solves about 0.4 of the exercises. That gap
 is what GRPO closes with nothing but "was the answer right?". The model learns to think first (its
-completions double in length), then to think with care.
+completions double in length), then to think with care. `--family qwen3_5` makes it a Qwen3.5.
 
 Promises: the same seed gives the same files. `<output>/model` is what
 `from_pretrained` reads (model and tokenizer); `<output>/data/train.jsonl` has the columns `prompt`
@@ -35,7 +35,14 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 PAD, EOS = "<pad>", "</s>"
 HOURS = range(5, 9)  # how many hours a clock shows: the rule of one notebook
@@ -95,26 +102,33 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=EOS)
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
-    """About 0.13 M weights. Wide init and a short RoPE base: it learns to copy in seconds."""
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=32,
-            max_position_embeddings=1024,
-            rope_parameters={"rope_type": "default", "rope_theta": 100.0},
-            initializer_range=0.1,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+def make_model(tokenizer: PreTrainedTokenizerFast, family: str = "qwen3") -> PreTrainedModel:
+    """About 0.13 M weights. Wide init and a short RoPE base: it learns to copy in seconds.
+
+    family: "qwen3", or "qwen3_5", whose first layer is recurrent.
+    """
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "max_position_embeddings": 1024,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+        "initializer_range": 0.1,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if family == "qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(**sizes))
+    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
+    dims = {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
+    layers = ["linear_attention", "full_attention"]
+    return Qwen3_5ForCausalLM(Qwen3_5TextConfig(**sizes, **heads, **dims, layer_types=layers))
 
 
 def corpus_batch(
@@ -130,7 +144,7 @@ def corpus_batch(
 
 
 def pretrain(
-    model: Qwen3ForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     rng: random.Random,
     steps: int,
@@ -168,6 +182,7 @@ def write_prompts(path: Path, rng: random.Random, count: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--family", choices=["qwen3", "qwen3_5"], default="qwen3")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=400, help="pretraining steps")
     parser.add_argument("--prompts", type=int, default=1024, help="rows of train.jsonl")
@@ -179,7 +194,7 @@ def main() -> None:
     torch.set_num_threads(1)  # the matrices are tiny, and the files must not depend on the machine's cores
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer)
+    model = make_model(tokenizer, args.family)
 
     start = time.perf_counter()
     loss = pretrain(model, tokenizer, random.Random(f"corpus {args.seed}"), args.steps)

@@ -1,6 +1,6 @@
 """Recurrent layers of the transformers that verl comes with, without verl's engine: exact, or refused with the reason.
 
-Before transformers 5.15, mixers with a delta rule have their functions as attributes, and others call none that is known.
+Before transformers 5.15, mixers with a delta rule have their functions as attributes; others call none that is known.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ pytestmark = [
     pytest.mark.usefixtures("unprobed"),
     pytest.mark.skipif(Version(version("transformers")) >= Version("5.15"), reason="tests/models has these"),
 ]
-# The rule computes in float32 in any case. Dense float32 itself is this far from dense float64.
+# The rule computes in float32 in any case. Against all of it in float64, measured on these models, gradients of the dense
+# float32 path are off by 5e-5, and those of the tree by 3e-5.
 TOLERANCE = 2e-4
 RULES = ["qwen3_5_text", "qwen3_next", "qwen3_5_moe_text"]
+OTHERS = ["lfm2", "bamba", "mamba2", "granitemoehybrid", "olmo_hybrid", "mamba", "falcon_mamba"]
 
 
 @pytest.mark.parametrize("family", RULES)
@@ -47,7 +49,7 @@ def test_negative_control(monkeypatch: pytest.MonkeyPatch) -> None:
     assert difference(through_tree(model, forest()), expected).worst > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["lfm2", "bamba", "mamba2", "granitemoehybrid", "olmo_hybrid", "mamba", "falcon_mamba"])
+@pytest.mark.parametrize("family", OTHERS)
 def test_others_are_refused(family: str) -> None:
     with pytest.raises(UnsupportedError, match=r"transformers 5\.15 or newer"):
         through_tree(random_causal_lm(config_of(family)), forest())
