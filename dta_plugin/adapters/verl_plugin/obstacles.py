@@ -90,8 +90,8 @@ def packing_fault(engine: Engine, data: TensorDict) -> str | None:
     if all(is_told and _keeps_rows_apart(getattr(mixer, "chunk_gated_delta_rule", None)) for mixer in mixers(model)):
         return None
     return (
-        f"recurrent layers of {type(model).__name__} run across packed rows, for nobody tells them where one begins; set "
-        "actor_rollout_ref.model.use_remove_padding=False (trees are exact with either)"
+        f"recurrent layers of {type(model).__name__} run across packed rows, for nobody tells them where one begins; "
+        "set actor_rollout_ref.model.use_remove_padding=False (trees are exact with either)"
     )
 
 
