@@ -60,11 +60,14 @@ def way(mixer: nn.Module) -> Functions | Nodes | None:
 
 
 def functions(mixer: nn.Module) -> Functions | None:
-    """The known functions that it calls, of which some carry its state."""
+    """The known functions that it calls, of which some carry its state.
+
+    Before transformers 5.15, a file has None for a function whose kernel is not installed, and goes without.
+    """
     if own := _attributes(mixer):
         return Functions(vars(mixer), own)
     file = _file(type(mixer).forward)
-    called = tuple(name for name in OPERATIONS if name in file and forward_has(mixer, name))
+    called = tuple(name for name in OPERATIONS if callable(file.get(name)) and forward_has(mixer, name))
     return Functions(file, called) if any(OPERATIONS[name].carries_state for name in called) else None
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -26,6 +28,8 @@ from dta_plugin.models.rotary import rotary_obstacle
 _TREE_LAYERS = {"full_attention", "sliding_attention", "mlp", "moe"}
 # Those that carry a state, some beside attention.
 _STATE_LAYERS = {"linear_attention", "conv", "mamba", "recurrent", "hybrid", "hybrid_sliding"}
+# Before, the layers of most families do not ask functions or caches that can be told from outside.
+_STATES_KNOWN_SINCE = Version("5.15")
 _STATE = "whose state would run across branches of the tree"
 _COMPRESSED = "whose keys are made of several neighbouring tokens"
 # What other kinds do.
@@ -111,6 +115,8 @@ def _layer_obstacle(name: str, config: Any, recurrent: set[int], indexes_keys: b
     if not kinds:
         return None
     remedy = "use a model with full or sliding-window attention only"
+    if _STATE in kinds and Version(transformers.__version__) < _STATES_KNOWN_SINCE:
+        remedy += f", or transformers {_STATES_KNOWN_SINCE} or newer, of which most recurrent layers are known"
     causes = [f"{', '.join(same)} layers, {what}" for what, same in kinds.items()]
     return f"{name} has {', and '.join(causes)}; {remedy}"
 

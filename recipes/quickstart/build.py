@@ -14,7 +14,7 @@ every hop, and land one hour off with probability `SLIP`. The second do the same
 with probability `HURRY` they just write `guess 3`. A base model imitates its corpus: it knows every
 hop, yet guesses more often than it works, and slips; it solves about 0.4 of the exercises. That gap
 is what GRPO closes with nothing but "was the answer right?". The model learns to think first (its
-completions double in length), then to think with care.
+completions double in length), then to think with care. `--hybrid` makes it a Qwen3.5.
 
 Promises: the same seed gives the same files. `<output>/model` is what
 `from_pretrained` reads (model and tokenizer); `<output>/data/train.jsonl` has the columns `prompt`

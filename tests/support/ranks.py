@@ -27,20 +27,21 @@ def on_two_ranks(module: str, folder: Path, *arguments: str, dies: bool = False)
     """
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
+    said = [folder / f"rank{rank}.txt" for rank in range(2)]  # a pipe that nobody reads would fill up
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", module, str(folder), *arguments],
             cwd=REPOSITORY,
             env=os.environ | shared | quiet | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
+            stderr=file.open("w"),
         )
-        for rank in range(2)
+        for rank, file in enumerate(said)
     ]
-    errors = [process.communicate(timeout=500)[1] for process in processes]
+    for process in processes:
+        process.wait(timeout=500)
     back = processes[:1] if dies else processes
-    assert all(process.returncode == 0 for process in back), "\n".join(error[-3000:] for error in errors)
+    assert all(process.returncode == 0 for process in back), "\n".join(file.read_text()[-3000:] for file in said)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(len(back))]
 
 

@@ -25,6 +25,7 @@ from dta_plugin.adapters.verl_plugin.diffusion.updates import DiffusionUpdates, 
 from dta_plugin.adapters.verl_plugin.jagged import JaggedRows, clear_weights
 from dta_plugin.adapters.verl_plugin.micro_batches import agreed, clear_plan, set_plan
 from dta_plugin.adapters.verl_plugin.mini_batch import MiniBatchRun, config_of_micro_batches, decide, find
+from dta_plugin.adapters.verl_plugin.obstacles import packing_fault
 from dta_plugin.adapters.verl_plugin.run_checks import check_chunks
 from dta_plugin.adapters.verl_plugin.tokens import OptimizerPasses, choose_tokens, selection_obstacle
 from dta_plugin.adapters.verl_plugin.tree_call import TreeCall, TreeOutputs
@@ -160,6 +161,8 @@ class TreeEngine(FSDPEngineWithLMHead):
             self._dta_notices.say_once(
                 "verl's own path computes all tokens: token_selection weighs them in the loss, but saves nothing"
             )
+        if (fault := packing_fault(self, micro_batch)) is not None:
+            self._dta_notices.say_once(f"verl's own path is not exact: {fault}", level=logging.WARNING)
         run.counts.add_dense(int(micro_batch["input_ids"].offsets()[-1]))
         with suppress(UnsupportedError):
             uninstall(causal_lm(self.module))

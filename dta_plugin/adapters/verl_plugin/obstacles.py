@@ -1,16 +1,22 @@
 """Where verl asks for something that a tree cannot give exactly: a reason that names the setting and the remedy.
 
 `batch_obstacle` looks at one rank's mini-batch; the engine lets all ranks agree. What the model itself rules out
-(linear attention, dropout, prompt tuning) is `models.support`'s to say.
+(recurrent layers that are not known, dropout, prompt tuning) is `models.support`'s to say. `packing_fault` is of verl's
+own path.
 """
 
 from __future__ import annotations
+
+import inspect
+from typing import Any
 
 import torch
 from tensordict import NonTensorData, TensorDict
 from verl.utils import tensordict_utils as tu
 
 from dta_plugin.adapters.verl_plugin.protocols import Engine
+from dta_plugin.models.introspection import causal_lm
+from dta_plugin.models.recurrent_layers import mixers
 
 _NEEDS_LOGITS = {
     "calculate_sum_pi_squared": (
@@ -63,11 +69,36 @@ def _is_multimodal(data: TensorDict) -> bool:
 
 
 def _position_obstacle(data: TensorDict) -> str | None:
-    positions, offsets = data["position_ids"], data["input_ids"].offsets()
-    if positions.dim() != 2:
-        return "position ids have several dimensions (multimodal rotary positions); train a text model"
-    lengths = offsets.diff()
-    expected = torch.arange(int(offsets[-1]), device=offsets.device) - offsets[:-1].repeat_interleave(lengths)
-    if not torch.equal(positions.values().to(expected), expected):
-        return "position ids are not 0, 1, 2, ..., a token's depth in the tree; leave them as verl sets them"
-    return None
+    """Multimodal models have several rows of positions [rows, N], which are all the same on text."""
+    positions, offsets = data["position_ids"].values(), data["input_ids"].offsets()
+    expected = torch.arange(int(offsets[-1]), device=offsets.device) - offsets[:-1].repeat_interleave(offsets.diff())
+    if bool((positions.to(expected) == expected).all()):
+        return None
+    what = "position ids" if positions.dim() == 1 else "position ids (multimodal, several rows of them)"
+    return f"{what} are not 0, 1, 2, ..., a token's depth in the tree; train on text, with positions as verl sets them"
+
+
+def packing_fault(engine: Engine, data: TensorDict) -> str | None:
+    """Why verl's own path would carry recurrent states from one packed row into the next, or None.
+
+    verl tells the layers of Qwen3.5's multimodal class where rows begin, and nobody else's.
+    """
+    if not tu.get_non_tensor_data(data, "use_remove_padding", True):
+        return None
+    model = causal_lm(engine.module)
+    is_told = getattr(engine, "pass_packed_cu_seqlens", False)  # verl 0.9
+    if all(is_told and _keeps_rows_apart(getattr(mixer, "chunk_gated_delta_rule", None)) for mixer in mixers(model)):
+        return None
+    return (
+        f"recurrent layers of {type(model).__name__} run across packed rows, for nobody tells them where one begins; "
+        "set actor_rollout_ref.model.use_remove_padding=False (trees are exact with either)"
+    )
+
+
+def _keeps_rows_apart(rule: Any) -> bool:
+    """Whether a delta rule heeds `cu_seqlens`, or takes none, so that verl calls it row by row."""
+    if rule is None:
+        return False
+    parameters = inspect.signature(rule).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return "cu_seqlens" in parameters or not takes_any

@@ -7,17 +7,19 @@ Each rank saves, by these texts, the differences per step and the plugin's metri
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import distributed
 from verl.utils import tensordict_utils as tu
 
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedError
-from tests.adapters.verl import critics
+from tests.adapters.verl import critics, recurrent
 from tests.adapters.verl.steps import DYNAMIC, SMALL_BUDGET, STATIC, STREAMED, TEMPERATURES
 from tests.adapters.verl.support import (
     Setup,
@@ -96,6 +98,24 @@ def with_critic(folder: Path) -> dict[str, Any]:
     return {"differences": found, "metrics": [step["dta"] for step in tree]}
 
 
+def with_recurrent_layers(folder: Path, further: bool = False) -> dict[str, Any]:
+    """Qwen3.5, checkpointed; further: more steps, in chunks, too, and LoRA by the other strategy.
+
+    verl's own path keeps packed rows apart, as it does with kernels.
+    """
+    if distributed.get_rank() == 0:
+        recurrent.save_qwen3_5(folder / "qwen3_5")
+    distributed.barrier()
+    steps = [recurrent.PACKED_ROWS[0], recurrent.PADDED_ROWS[0]]
+    more = [recurrent.PACKED_ROWS[1], recurrent.STREAMED] if further else []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recurrent.modeling_qwen3_5, "torch_chunk_gated_delta_rule", recurrent.rule_that_takes_no_rows)
+        found, results = differences(Setup("fsdp2"), [*steps, *more], folder / "qwen3_5")
+        if further:
+            found += differences(Setup("fsdp", lora=True, checkpointing=False), steps, folder / "qwen3_5")[0]
+    return {"differences": found, "metrics": [step["dta"] for step in results]}
+
+
 def main() -> None:
     folder, jobs = Path(sys.argv[1]), sys.argv[2:]
     distributed.init_process_group("gloo")
@@ -104,7 +124,13 @@ def main() -> None:
         critics.save_critic(save_model(folder / "model"))
     distributed.barrier()
     results: dict[str, Any] = {}
-    special = {"disagreeing": disagreeing, "selecting": selecting, "critic": with_critic}
+    special = {
+        "disagreeing": disagreeing,
+        "selecting": selecting,
+        "critic": with_critic,
+        "recurrent": with_recurrent_layers,
+        "recurrent further": functools.partial(with_recurrent_layers, further=True),
+    }
     for job in jobs:
         if job in special:
             results[job] = special[job](folder / "model")

@@ -57,7 +57,8 @@ class Setup:
 class Step:
     """One optimizer step: data, loss, and what the tree runs with. stock_budget: stock's, where it needs more.
 
-    temperature: None for three different ones among the rows. rows: per micro-batch, if not dynamic.
+    temperature: None for three different ones among the rows. rows: per micro-batch, if not dynamic. position_rows:
+    of every sequence, as multimodal models have several.
     """
 
     shape: str = "groups"
@@ -67,6 +68,7 @@ class Step:
     budget: int = 90
     stock_budget: int | None = None
     rows: int = 4
+    position_rows: int = 1
     loss_mode: str = "vanilla"
     loss_agg_mode: str = "token-mean"
     extra: dict[str, Any] = field(default_factory=dict)
@@ -183,6 +185,11 @@ def nested(rows: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
 
 
+def positions(length: int, rows: int = 1) -> torch.Tensor:
+    """Of a sequence of text, [length] or [rows, length]."""
+    return torch.arange(length) if rows == 1 else torch.arange(length).repeat(rows, 1)
+
+
 def mini_batch(step: Step, seed: int = 0, budget: int | None = None) -> TensorDict:
     """This rank's part of a mini-batch, as `TrainingWorker.train_batch` hands it to an engine."""
     sequences, begins = SHAPES[step.shape](seed)
@@ -197,7 +204,7 @@ def mini_batch(step: Step, seed: int = 0, budget: int | None = None) -> TensorDi
         mask[1:2] = 0  # a token of a tool
     tensors = {
         "input_ids": nested(ids),
-        "position_ids": nested([torch.arange(len(row)) for row in ids]),
+        "position_ids": nested([positions(len(row), step.position_rows) for row in ids]),
         "prompts": nested([row[:begin] for row, begin in pairs]),
         "responses": nested([row[begin:] for row, begin in pairs]),
         "response_mask": nested(masks),

@@ -37,8 +37,8 @@ def _router_replay(data: TensorDict) -> None:
     data["routed_experts"] = torch.zeros(len(data), 1)
 
 
-def _several_dimensions(data: TensorDict) -> None:
-    data["position_ids"] = nested([row.expand(4, -1).contiguous() for row in data["position_ids"].unbind()])
+def _image_positions(data: TensorDict) -> None:
+    data["position_ids"] = nested([torch.stack([row, row, row // 2, row]) for row in data["position_ids"].unbind()])
 
 
 def _shifted(data: TensorDict) -> None:
@@ -51,7 +51,7 @@ BATCHES: dict[str, tuple[Callable[[TensorDict], None], str]] = {
     "distillation_only": (_flag("distillation_only"), "distillation"),
     "images": (_images, "train on text"),
     "router_replay": (_router_replay, "routed_experts"),
-    "mrope": (_several_dimensions, "several dimensions"),
+    "mrope": (_image_positions, r"position ids \(multimodal, several rows of them\) are not 0, 1, 2"),
     "positions": (_shifted, "position ids are not 0, 1, 2"),
 }
 

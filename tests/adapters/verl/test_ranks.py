@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 pytest.importorskip("verl", reason="verl is not installed: pip install 'dta-plugin[verl]'")
 
 from tests.support.ranks import on_two_ranks
 
+VERL_08 = Version(version("verl")) < Version("0.9")
 SCRIPT = "tests.adapters.verl.ranks_script"
 
 
@@ -45,6 +48,12 @@ def _check_selection(first: dict[str, Any], second: dict[str, Any]) -> None:
     assert first["metrics"]["dta/micro_batches"] == second["metrics"]["dta/micro_batches"]
     assert first["gradient"].any() and second["gradient"].any()
     assert first["error"] == second["error"] and "return_model_output" in first["error"]
+
+
+@pytest.mark.skipif(VERL_08, reason="verl 0.8 tells no layer where packed rows begin")
+@pytest.mark.parametrize("job", ["recurrent", pytest.param("recurrent further", marks=pytest.mark.slow)])
+def test_recurrent_layers_on_two_ranks(job: str, tmp_path: Path) -> None:
+    _check(on_two_ranks(SCRIPT, tmp_path, job), job)
 
 
 @pytest.mark.slow

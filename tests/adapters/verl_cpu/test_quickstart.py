@@ -34,23 +34,28 @@ needs_plugin = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(tmp_path_factory.mktemp("quickstart"))
+
+
+def built(path: Path, *options: str) -> Path:
     """The quickstart's model, hardly trained, and its data."""
-    path = tmp_path_factory.mktemp("quickstart")
-    build = RECIPES / "quickstart" / "build.py"
-    subprocess.run([sys.executable, build, "--output", path, "--steps", "40", "--prompts", "64"], check=True)
+    options = ("--steps", "40", "--prompts", "64", *options)
+    subprocess.run([sys.executable, RECIPES / "quickstart" / "build.py", "--output", path, *options], check=True)
     subprocess.run([sys.executable, RECIPES / "verl" / "build.py", path], check=True)
     return path
 
 
-def train(folder: Path, *overrides: str, modules: str = "", packages: str = "") -> tuple[Metrics, str]:
+def train(
+    folder: Path, *overrides: str, modules: str = "", packages: str = "", recipe: str = "quickstart"
+) -> tuple[Metrics, str]:
     """The recipe for a few steps: what it logged for every step, and what it said.
 
     modules: for every process. packages: a folder with some that pip has not installed.
     """
     variables = os.environ | variables_for(folder, packages) | {"VERL_USE_EXTERNAL_MODULES": modules}
-    done = run_recipe(overrides, variables)
+    done = run_recipe(overrides, variables, recipe)
     if done.returncode and CRASH in done.stdout:
-        done = run_recipe(overrides, variables)
+        done = run_recipe(overrides, variables, recipe)
     assert done.returncode == 0, done.stdout[-6000:]
     lines = (folder / "verl" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["data"] for line in lines], done.stdout
@@ -61,8 +66,10 @@ def variables_for(folder: Path, packages: str = "") -> dict[str, str]:
     return {"QUICKSTART": str(folder), "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
 
 
-def run_recipe(overrides: Sequence[str], variables: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    command = [str(RECIPES / "verl" / "quickstart.sh"), f"trainer.total_training_steps={STEPS}"]
+def run_recipe(
+    overrides: Sequence[str], variables: Mapping[str, str], recipe: str = "quickstart"
+) -> subprocess.CompletedProcess[str]:
+    command = [str(RECIPES / "verl" / f"{recipe}.sh"), f"trainer.total_training_steps={STEPS}"]
     return subprocess.run(
         [*command, "actor_rollout_ref.rollout.calculate_log_probs=True", *overrides],
         cwd=RECIPES.parent,
@@ -103,6 +110,19 @@ def test_plugin(folder: Path) -> None:
         assert step["actor/dta/compression_ratio"] > 5
         assert step["actor/dta/dense_fallback"] == 0
         assert step["dta/groups_split"] == 0
+
+
+@needs_plugin
+@pytest.mark.slow
+@pytest.mark.skipif(VERL_08, reason="verl 0.8 sends weights to rollouts in bfloat16")
+def test_recurrent_layers(tmp_path: Path) -> None:
+    """A Qwen3.5, sampled by transformers and trained as trees: both have the same probabilities."""
+    steps, said = train(built(tmp_path, "--hybrid"), recipe="quickstart_qwen3_5")
+    assert len(steps) == STEPS and "verl's own path" not in said
+    for step in steps:
+        assert step["training/rollout_probs_diff_max"] < SAMPLER[0]
+        assert step["actor/dta/compression_ratio"] > 5 and step["actor/dta/dense_fallback"] == 0
+        assert step["actor/grad_norm"] > 1e-3
 
 
 @needs_plugin

@@ -58,7 +58,7 @@ def config_of(script: Path, folder: Path) -> tuple[str, DictConfig]:
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_config(script: Path, tmp_path: Path) -> None:
     module, config = config_of(script, tmp_path)
-    on_cpu = script.stem in ("quickstart", "diffusion")
+    on_cpu = script.stem in ("quickstart", "quickstart_qwen3_5", "diffusion")
     assert module == ("dta_plugin.adapters.verl_cpu" if on_cpu else "verl.trainer.main_ppo")
     assert (diffusion_settings(config.actor_rollout_ref) is not None) == (script.stem == "diffusion")
     if module == "verl.trainer.main_ppo":
