@@ -47,7 +47,7 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("first_k_dense_replace", "max_window_layers", "n_layers_per_attn_res_block"), 1),
     **dict.fromkeys(("index_head_dim", "index_n_heads", "indexer_head_dim", "laurel_rank", "gated_norm_rank"), 4),
     "hidden_size_per_layer_input": 4,
-    **dict.fromkeys(("index_topk", "index_topk_blocks", "index_block_size"), 2),
+    **dict.fromkeys(("index_topk_blocks", "index_block_size"), 2),
     **dict.fromkeys(("num_kv_shared_layers", "altup_num_inputs"), 2),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "mamba_d_head"), 8),
     **dict.fromkeys(("mamba_headdim", "mamba_head_dim", "mamba_n_heads", "mamba_num_heads"), 8),
@@ -114,11 +114,16 @@ def _per_layer(stated: dict[str, Any]) -> dict[str, list[Any]]:
     return {name: [value[index] for index in kept] for name, value in lists.items()}
 
 
-def random_causal_lm(config: PretrainedConfig, seed: int = 0, **options: Any) -> PreTrainedModel:
-    """In training mode and float32; the same config and seed give the same weights. options: of the model's class."""
+def random_causal_lm(
+    config: PretrainedConfig, seed: int = 0, kind: Any = AutoModelForCausalLM, **options: Any
+) -> PreTrainedModel:
+    """In training mode and float32; the same config and seed give the same weights.
+
+    kind: which of transformers' classes for models of any family. options: of the model's class.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, **options)
+        model = kind.from_config(copy.deepcopy(config), dtype=torch.float32, **options)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.ndim > 1:
