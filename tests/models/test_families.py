@@ -51,7 +51,7 @@ SMOKE = {
 }
 REASONS = {
     "llama4_text": r"chunked_attention layers, which attend within .* longer than 5 tokens, set layer_types to 'full_",
-    "deepseek_v32": r"has indexed_attention layers, which choose their keys by an index of their own; use",
+    "recurrent_gemma": r"has linear_attention layers, whose state",
     "qwen4_exp_text": r"has indexed_attention layers, which choose their keys by an index of their own; use",
     "minimax": r"has linear_attention layers, whose state",
     "inkling2_text": r"Inkling2DynamicShortConvolution carries its state by functions that are not known",
@@ -82,8 +82,9 @@ def test_reasons(family: str) -> None:
 def test_reasons_of_models_whose_config_states_no_kinds_of_layers(
     family: str, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As those of older transformers do not; recurrent layers then have no way that is known."""
-    monkeypatch.setattr(support, "mixers", lambda _: iter(()))
+    """As those of older transformers do not; recurrent layers and indexers then have no way that is known."""
+    for known in ("mixers", "indexers"):
+        monkeypatch.setattr(support, known, lambda _: iter(()))
     model = random_causal_lm(config_of(family))
     model.config.layer_types = ["full_attention"] * len(model.config.layer_types)
     assert what in str(tree_obstacle(model))

@@ -12,7 +12,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
-from _pytest.mark.structures import ParameterSet
+from _pytest.mark import ParameterSet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
