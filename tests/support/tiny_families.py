@@ -100,7 +100,6 @@ _OWN: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "zamba": _ZAMBA,
     "zamba2": _ZAMBA,
-    "zaya": {"num_experts_per_tok": 1},
 }
 
 
