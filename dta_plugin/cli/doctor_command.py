@@ -213,6 +213,7 @@ def _probed(path: str) -> Finding:
 
 
 def _architecture(model: PreTrainedModel) -> Iterator[Finding]:
+    from dta_plugin.models.indexers import index_limit
     from dta_plugin.models.introspection import lm_head, model_cost
     from dta_plugin.models.layers import layer_types
 
@@ -222,8 +223,10 @@ def _architecture(model: PreTrainedModel) -> Iterator[Finding]:
     yield Finding("parameters", _count(parameters), f"{_count(active)} multiply every token, LM head aside")
     kinds = Counter(layer_types(config))
     window = getattr(config, "sliding_window", None)
-    note = f"window {window}" if "sliding_attention" in kinds and window else ""
-    yield Finding("layers", ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in kinds.items()), note)
+    notes = [f"window {window}"] if "sliding_attention" in kinds and window else []
+    notes += [] if (limit := index_limit(model)) is None else [f"rows of up to {limit} tokens (index_topk)"]
+    layers = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in kinds.items())
+    yield Finding("layers", layers, ", ".join(notes))
     try:
         head = lm_head(model)
     except UnsupportedError as error:

@@ -17,6 +17,9 @@ WINDOW = 5
 VOCABULARY = 96
 LAYERS = 4
 
+# Not more than stated, because classes may demand one.
+_AT_MOST = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+
 # What a size is called -> what it becomes, wherever a config has it and it is not None.
 _SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
@@ -41,13 +44,13 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("qk_rope_head_dim", "rotary_dim"), 4),
     **dict.fromkeys(("global_head_dim", "q_lora_rank", "kv_lora_rank", "o_lora_rank", "qk_head_dim"), 16),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "zero_expert_num"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"), 2),
+    **dict.fromkeys(_AT_MOST, 2),
     **dict.fromkeys(("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"), 1),
     **dict.fromkeys(("n_group", "num_expert_group", "topk_group", "moe_layer_start_index", "num_dense_layers"), 1),
     **dict.fromkeys(("first_k_dense_replace", "max_window_layers", "n_layers_per_attn_res_block"), 1),
     **dict.fromkeys(("index_head_dim", "index_n_heads", "indexer_head_dim", "laurel_rank", "gated_norm_rank"), 4),
     "hidden_size_per_layer_input": 4,
-    **dict.fromkeys(("index_topk", "index_topk_blocks", "index_block_size"), 2),
+    **dict.fromkeys(("index_topk_blocks", "index_block_size"), 2),
     **dict.fromkeys(("num_kv_shared_layers", "altup_num_inputs"), 2),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim", "mamba_d_head"), 8),
     **dict.fromkeys(("mamba_headdim", "mamba_head_dim", "mamba_n_heads", "mamba_num_heads"), 8),
@@ -95,6 +98,7 @@ def miniature_config(config: PretrainedConfig) -> PretrainedConfig:
 def small_sizes(stated: dict[str, Any]) -> dict[str, Any]:
     """What a config of these settings has to change to be small."""
     changes = {name: value for name, value in _SIZES.items() if stated.get(name) is not None}
+    changes |= {name: min(changes[name], stated[name]) for name in _AT_MOST if name in changes}
     changes |= {name: 0.0 for name, value in stated.items() if _is_random(name) and isinstance(value, float)}
     changes |= _LATENT if "qk_rope_head_dim" in stated else {}
     return changes | _per_layer(stated)
@@ -114,11 +118,16 @@ def _per_layer(stated: dict[str, Any]) -> dict[str, list[Any]]:
     return {name: [value[index] for index in kept] for name, value in lists.items()}
 
 
-def random_causal_lm(config: PretrainedConfig, seed: int = 0, **options: Any) -> PreTrainedModel:
-    """In training mode and float32; the same config and seed give the same weights. options: of the model's class."""
+def random_causal_lm(
+    config: PretrainedConfig, seed: int = 0, kind: Any = AutoModelForCausalLM, **options: Any
+) -> PreTrainedModel:
+    """In training mode and float32; the same config and seed give the same weights.
+
+    kind: which of transformers' classes for models of any family. options: of the model's class.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, **options)
+        model = kind.from_config(copy.deepcopy(config), dtype=torch.float32, **options)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.ndim > 1:

@@ -31,10 +31,15 @@ def indexers(model: PreTrainedModel) -> Iterator[nn.Module]:
             yield module
 
 
+def index_limit(model: PreTrainedModel) -> int | None:
+    """The most tokens of a row of which indexers would choose all; None: it has none."""
+    return min((cast(int, indexer.index_topk) for indexer in indexers(model)), default=None)
+
+
 def index_length_obstacle(model: PreTrainedModel, lengths: Sequence[int]) -> str | None:
     """Why a batch of rows of these lengths cannot be exact."""
-    limits = [cast(int, indexer.index_topk) for indexer in indexers(model)]
-    if not limits or max(lengths, default=0) <= (limit := min(limits)):
+    limit = index_limit(model)
+    if limit is None or max(lengths, default=0) <= limit:
         return None
     return (
         f"a row has {max(lengths)} tokens, and beyond {limit} (index_topk) attention chooses its keys by scores whose "

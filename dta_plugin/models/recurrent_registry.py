@@ -85,7 +85,7 @@ class _Mixer(StandIn):
         elif own is not None:
             out = run_by_nodes(call, mixer, self.behind, own.cache, args, kwargs)
         else:
-            raise UnsupportedError(no_way(mixer))
+            raise UnsupportedError(f"{no_way(mixer)}, or on_unsupported='dense'.")
         tree.state_calls[id(mixer)] += 1
         return out
 
@@ -115,7 +115,6 @@ def _own_functions(mixer: nn.Module, own: Functions, call: MixerCall) -> Iterato
 def no_way(mixer: nn.Module) -> str:
     """Why a mixer cannot run along a tree."""
     return (
-        f"{type(mixer).__name__} carries its state by functions that are not known, and asks no cache for it. Expected "
-        "a recurrent layer of transformers 5.15 or newer; use a current implementation of the model, or "
-        "on_unsupported='dense'."
+        f"{type(mixer).__name__} carries its state by functions that are not known, and asks no cache for it; use a "
+        "recurrent layer of transformers 5.15 or newer"
     )

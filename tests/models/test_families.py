@@ -48,6 +48,7 @@ SMOKE = {
     "musicgen": (NOT_BUILDABLE, None),
 }
 REASONS = {
+    "recurrent_gemma": r"has linear_attention layers, whose state",
     "qwen4_exp_text": r"has indexed_attention layers, which choose their keys by an index of their own; use",
     "minimax": r"has linear_attention layers, whose state",
     "inkling2_text": r"Inkling2DynamicShortConvolution carries its state by functions that are not known",

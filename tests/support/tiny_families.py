@@ -100,7 +100,6 @@ _OWN: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "zamba": _ZAMBA,
     "zamba2": _ZAMBA,
-    "zaya": {"num_experts_per_tok": 1},
 }
 
 
@@ -131,6 +130,6 @@ def _small(kind: type[PretrainedConfig], own: dict[str, Any], options: bool) -> 
     return kind(**(changes | (own.get(_WITH_OPTIONS, {}) if options else {})))
 
 
-def random_causal_lm(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
+def random_causal_lm(config: PretrainedConfig, seed: int = 0, **kind: Any) -> PreTrainedModel:
     """In training mode and float32, with experts that float64 can run; the same arguments give the same weights."""
-    return miniature.random_causal_lm(config, seed, **EAGER_EXPERTS)
+    return miniature.random_causal_lm(config, seed, **kind, **EAGER_EXPERTS)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from dta_plugin.models.indexers import index_limit
 from dta_plugin.models.rotary import length_limits
 from dta_plugin.models.sizes import attention_sizes
 
@@ -23,7 +24,8 @@ def probe_forest(model: PreTrainedModel) -> list[list[int]]:
     """Nine sequences: forks at three depths, siblings side by side, branches of one token, and an end inside the tree.
 
     The longest is longer than the smallest attention window where that is cheap, and shorter than any length at which
-    rotary frequencies change: what happens there is decided by batch. Tokens are random, none of them special.
+    rotary frequencies change or indexers choose keys: what happens there is decided by batch. Tokens are random, none
+    of them special.
     """
     length = _length(model)
     random = np.random.default_rng(0)
@@ -53,6 +55,7 @@ def _length(model: PreTrainedModel) -> int:
     windows = [layer.window for layer in attention_sizes(model) if layer.window is not None]
     length = max(_SHORTEST, min(windows, default=0) + _BEYOND)
     limits = [limit - 1 for _, limit in length_limits(model)]
+    limits += [] if (indexed := index_limit(model)) is None else [indexed]
     cheap = max(_SHORTEST, _LOGITS // model.config.get_text_config().vocab_size)
     return max(8, min(length, _LONGEST, cheap, *limits))
 

@@ -20,12 +20,14 @@ from transformers import PreTrainedModel
 
 from dta_plugin.attention.precision import allows_tf32
 from dta_plugin.dtypes import compute_dtype
+from dta_plugin.models.recurrent_layers import mixers
 
 # Times the noise: what a mean, or a largest value, of as many tokens may be.
 _MEAN, _MOST = 3.0, 3.0
 # Share of tokens whose largest values do not count where routers choose experts: rounding may choose another one.
 _REROUTED = 0.1
-# Looks at the noise: where few values show it, and where rounding reroutes tokens, each look finds others.
+# Looks at the noise: where few values show it, where rounding reroutes tokens, and where states carry it on and make
+# more of it in single tokens, each look finds others.
 _FEW, _LOOKS = 64, 4
 _HALF_PRECISION = 1e-4
 
@@ -84,7 +86,8 @@ def logprob_floor(logprobs: torch.Tensor, unit: float) -> float:
 def noise_seeds(model: PreTrainedModel, values: int) -> range:
     """Seeds for `perturbed_embeddings`: how often to look at the noise of so many values."""
     is_shifty = is_routed(model) and rounding_unit(model) > _HALF_PRECISION
-    return range(_LOOKS if is_shifty or values < _FEW else 1)
+    is_recurrent = any(True for _ in mixers(model))
+    return range(_LOOKS if is_shifty or is_recurrent or values < _FEW else 1)
 
 
 @contextmanager

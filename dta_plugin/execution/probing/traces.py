@@ -93,6 +93,8 @@ def first_difference(
     rows = torch.from_numpy(paths).to(own[0][0].device)
     if any(len(calls) != len(own[0]) for calls in own):  # layers that are called more than once have no order
         return None
+    if any(sum(map(len, calls)) != len(paths) for calls in own):  # or return several states per token
+        return None
     for index, mine in enumerate(own):
         expected = torch.cat(mine)
         noise = Gap.largest(
