@@ -16,7 +16,7 @@ from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.models.attention_registry import carry
 from dta_plugin.models.dispatch import install
 from dta_plugin.models.introspection import causal_lm, decoder_of, lm_head, tree_forward
-from dta_plugin.models.layers import attention_modules
+from dta_plugin.models.layers import attention_modules, layer_types
 from dta_plugin.models.lm_head import LMHead, edge_logprobs
 from dta_plugin.models.recurrent_layers import layer_of, mixers
 from dta_plugin.tree.layout import ScoredEdges, TreeLayout
@@ -154,9 +154,10 @@ def check_every_layer_hit(model: PreTrainedModel, mask: TreeMask) -> None:
     """Raises UnsupportedError where an attention or recurrent layer has not used the tree."""
     layers = set(range(model.config.get_text_config().num_hidden_layers))
     # Models that loop over their layers state more than they have.
-    recurrent = list(mixers(model))
-    attending = layers & set(attention_modules(model)) or (set() if recurrent else layers)
-    missed = sorted(attending - mask.layers_seen)
+    recurrent = mixers(model)
+    known = {layer for layer in attention_modules(model) if layer in layers or layer < 0}  # shared ones count from -1
+    attending = known or (set() if recurrent else layers)
+    missed = sorted(layer for layer in attending if mask.calls[layer] < (1 if layer >= 0 else _shared_calls(model)))
     if missed:
         raise UnsupportedError(
             f"Attention layer(s) {missed} of {type(model).__name__} did not use the tree: something replaced their "
@@ -168,8 +169,13 @@ def check_every_layer_hit(model: PreTrainedModel, mask: TreeMask) -> None:
         raise UnsupportedError(
             f"Recurrent layer(s) {missed} of {type(model).__name__} did not use the tree: something replaced their "
             "forward. Expected every layer to be transformers' own; switch off whatever patches them (custom kernels, "
-            "other plugins), or use on_unsupported='dense'."
+            "other plugins, accelerate's hooks of a device_map), or use on_unsupported='dense'."
         )
+
+
+def _shared_calls(model: PreTrainedModel) -> int:
+    """In how many layers attention is called that several layers share."""
+    return sum(kind.startswith("hybrid") for kind in layer_types(model.config.get_text_config()))
 
 
 def check_finite(logprobs: torch.Tensor, model: nn.Module) -> None:

@@ -108,7 +108,7 @@ def _tree_call(
             "model, or on_unsupported='dense'."
         )
     check_keywords(module, kwargs)
-    query, key, value = _autocast(query, key, value)
+    query, key, value = _autocast(_tuned_by_depth(module, query, tree), key, value)
     layer = cast(int, module.layer_idx)
     options = {
         "scale": kwargs.get("scaling"),
@@ -123,6 +123,21 @@ def _tree_call(
         out = chunked_tree_attention(query, key, value, mask, chunk, **options)
     tree.calls[layer] += 1
     return out.transpose(1, 2), None
+
+
+def _tuned_by_depth(module: nn.Module, query: torch.Tensor, tree: TreeMask) -> torch.Tensor:
+    """Llama 4 scales queries by their position, which it counts along the row: here it is their depth."""
+    layer = cast(Any, module)
+    if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
+        return query
+
+    def scale(position: torch.Tensor) -> torch.Tensor:
+        steps: torch.Tensor = torch.log1p(torch.floor((position.float() + 1.0) / layer.floor_scale))
+        return steps * layer.attn_scale + 1.0
+
+    count = query.shape[2]
+    factor = scale(tree.depth[-count:]) / scale(torch.arange(count, device=query.device))
+    return (query * factor[:, None]).to(query.dtype)
 
 
 def _autocast(*inputs: torch.Tensor) -> Iterator[torch.Tensor]:

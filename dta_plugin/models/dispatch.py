@@ -14,7 +14,7 @@ def install(model: PreTrainedModel) -> None:
 
     Raises UnsupportedError for a model of which no layer can.
     """
-    if attention_registry.is_installable(model) or not any(True for _ in mixers(model)):
+    if not mixers(model) or attention_registry.is_installable(model):
         attention_registry.install(model)
     recurrent_registry.install(model)
     indexers.install(model)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from dta_plugin.models.attention_registry import INDEXED
 from dta_plugin.models.layer_calls import definer, install_around, tree_of_layer
-from dta_plugin.models.layers import class_has
+from dta_plugin.models.layers import class_has, one_size
 from dta_plugin.models.stand_in import StandIn
 
 # What the forward of indexers uses that choose other things than single tokens.
@@ -25,6 +25,8 @@ _OTHER_CHOICES = ("index_kpool", "topk_blocks", "compress_rate", "compressor", "
 
 def indexers(model: PreTrainedModel) -> Iterator[nn.Module]:
     """The modules that choose single tokens, as many as their `index_topk` says."""
+    if one_size(model.config.get_text_config(), "index_topk") is None:
+        return
     for name, module in model.named_modules():
         is_indexer = name.endswith(".indexer") and isinstance(getattr(module, "index_topk", None), int)
         if is_indexer and not any(class_has(type(module), other) for other in _OTHER_CHOICES):
@@ -50,6 +52,8 @@ def index_length_obstacle(model: PreTrainedModel, lengths: Sequence[int]) -> str
 def install(model: PreTrainedModel) -> None:
     """Indexers choose nothing where a call carries a tree. Idempotent."""
     found = set(indexers(model))
+    if not found:
+        return
     for indexer in found:
         _Indexer.install(definer(type(indexer)), "forward", model)
     INDEXED.update(type(module) for module in model.modules() if found.intersection(module.children()))

@@ -7,10 +7,12 @@ the same ones again when it runs them again.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from dta_plugin.attention.mask import TreeMask
@@ -52,8 +54,17 @@ def definer(kind: type) -> type:
     return next(parent for parent in kind.__mro__ if "forward" in vars(parent))
 
 
-def install_around(model: PreTrainedModel, found: set[Any]) -> None:
+# Looked for once per model and what they hold.
+_holders: WeakKeyDictionary[PreTrainedModel, dict[frozenset[int], list[nn.Module]]] = WeakKeyDictionary()
+
+
+def install_around(model: PreTrainedModel, found: Collection[nn.Module]) -> None:
     """Dispatchers in front of all modules that hold one of those found."""
-    for module in model.modules():
-        if any(child in found for child in module.children()):
-            LayerCall.install(definer(type(module)), "forward", model)
+    if not found:
+        return
+    of_model = _holders.setdefault(model, {})
+    key = frozenset(map(id, found))
+    if key not in of_model:
+        of_model[key] = [m for m in model.modules() if any(id(child) in key for child in m.children())]
+    for holder in of_model[key]:
+        LayerCall.install(definer(type(holder)), "forward", model)

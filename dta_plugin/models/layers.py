@@ -41,16 +41,26 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
 def forward_has(module: nn.Module, name: str) -> bool:
     """Whether the forward of the module's class has `name` in its code: an attribute, a keyword or a string.
 
-    True where there is no code to look at.
+    That of a parent counts where it is called. True where there is no code to look at.
     """
     return class_has(type(module), name, unseen=True)
 
 
 def class_has(kind: type[nn.Module], name: str, unseen: bool = False) -> bool:
     """As `forward_has`, of a class. unseen: the answer where there is no code to look at."""
-    own = (vars(parent)["forward"] for parent in kind.__mro__ if "forward" in vars(parent))
-    codes = [getattr(inspect.unwrap(forward), "__code__", None) for forward in own]
+    codes = (getattr(forward, "__code__", None) for forward in forwards(kind))
     return any(unseen if code is None else _has(code, name) for code in codes)
+
+
+def forwards(kind: type[nn.Module]) -> Iterator[Any]:
+    """The forward of a class, unwrapped, and those of its parents as far as one calls the next."""
+    for parent in kind.__mro__:
+        if "forward" in vars(parent):
+            own = inspect.unwrap(vars(parent)["forward"])
+            yield own
+            code = getattr(own, "__code__", None)
+            if code is not None and not {"super", "forward"} & {*code.co_names}:
+                return
 
 
 def _has(code: CodeType, name: str) -> bool:

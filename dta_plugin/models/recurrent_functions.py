@@ -52,7 +52,7 @@ class MixerCall:
     def carry(self, inputs: tuple[torch.Tensor, ...], run: Callable[[torch.Tensor | None], Handover]) -> torch.Tensor:
         """Run a function between the state that comes in and those that leave. inputs: beside the state."""
         key = self.key(self._running)
-        out, states = run(self.states.enter(key, inputs))
+        out, states = run(self.states.enter(key, [*inputs, *self._mixer.parameters()]))
         return self.states.leave(key, out, states)
 
     def kernel(self, name: str, device: torch.device, dtype: torch.dtype, *widths: int) -> Kernel | None:

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from dta_plugin.models.layers import class_has, forward_has
+from dta_plugin.models.layers import class_has, forwards
 from dta_plugin.models.recurrent_functions import OPERATIONS
 
 _CACHES = ("cache", "cache_params", "past_key_values")
@@ -40,13 +40,20 @@ class Nodes:
     cache: str
 
 
-def mixers(model: PreTrainedModel) -> Iterator[nn.Module]:
+# Looked for once per model, since every call asks.
+_mixers: WeakKeyDictionary[PreTrainedModel, list[nn.Module]] = WeakKeyDictionary()
+
+
+def mixers(model: PreTrainedModel) -> list[nn.Module]:
     """The modules that carry a state along a sequence; each knows the index of its layer."""
-    for module in model.modules():
-        if isinstance(vars(module).get("layer_idx"), int) and (
-            _is_recurrent(cast(Any, type(module)), type(module).forward) or _attributes(module)
-        ):
-            yield module
+    if model not in _mixers:
+        _mixers[model] = [
+            module
+            for module in model.modules()
+            if isinstance(vars(module).get("layer_idx"), int)
+            and (_is_recurrent(cast(Any, type(module)), inspect.unwrap(type(module).forward)) or _attributes(module))
+        ]
+    return _mixers[model]
 
 
 def layer_of(mixer: nn.Module) -> int:
@@ -66,9 +73,17 @@ def functions(mixer: nn.Module) -> Functions | None:
     """
     if own := _attributes(mixer):
         return Functions(vars(mixer), own)
-    file = _file(type(mixer).forward)
-    called = tuple(name for name in OPERATIONS if callable(file.get(name)) and forward_has(mixer, name))
-    return Functions(file, called) if any(OPERATIONS[name].carries_state for name in called) else None
+    return _file_functions(cast(Any, type(mixer)), inspect.unwrap(type(mixer).forward))
+
+
+@functools.lru_cache(maxsize=1024)
+def _file_functions(kind: Any, forward: Any) -> Functions | None:
+    """Those in the file of a class's forward, or of a parent's that it calls. forward: as for `_is_recurrent`."""
+    for file in _files(kind):
+        called = tuple(name for name in OPERATIONS if callable(file.get(name)) and class_has(kind, name, unseen=True))
+        if any(OPERATIONS[name].carries_state for name in called):
+            return Functions(file, called)
+    return None
 
 
 def _attributes(mixer: nn.Module) -> tuple[str, ...]:
@@ -86,9 +101,10 @@ def _nodes(mixer: nn.Module) -> Nodes | None:
 @functools.lru_cache(maxsize=1024)
 def _is_recurrent(kind: Any, forward: Any) -> bool:
     """kind: the class of a module. forward: the class's, which may be exchanged."""
-    return any(class_has(kind, name) for name in (*_TELLS, *OPERATIONS.keys() & _file(forward).keys()))
+    known = {name for file in _files(kind) for name in OPERATIONS if name in file}
+    return any(class_has(kind, name) for name in (*_TELLS, *known))
 
 
-def _file(forward: Any) -> dict[str, Any]:
-    forward = inspect.unwrap(forward)
-    return forward.__globals__ if isinstance(forward, FunctionType) else {}
+def _files(kind: type[nn.Module]) -> list[dict[str, Any]]:
+    """The globals of the forward of a class, and of those of its parents as far as one calls the next."""
+    return [forward.__globals__ for forward in forwards(kind) if isinstance(forward, FunctionType)]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,7 @@ from dta_plugin.models.stand_in import StandIn
 
 def install(model: PreTrainedModel) -> None:
     """Route the recurrent modules of a language model along trees whenever a call carries one. Idempotent."""
-    found = set(mixers(model))
+    found = mixers(model)
     for mixer in found:
         _Mixer.install(definer(type(mixer)), "forward", model)
         own = functions(mixer)
@@ -49,8 +49,9 @@ def uninstall(model: PreTrainedModel | None = None) -> None:
 
 
 class _Now(threading.local):
-    """The mixer's call that this thread is in."""
+    """mixer: whose forward this thread is in. call: along which tree, if functions go along it."""
 
+    mixer: nn.Module | None = None
     call: MixerCall | None = None
 
 
@@ -58,36 +59,43 @@ _now = _Now()
 
 
 @contextmanager
-def _in_the_middle_of(call: MixerCall) -> Iterator[None]:
-    before, _now.call = _now.call, call
+def _in_forward(mixer: nn.Module, call: MixerCall | None) -> Iterator[None]:
+    before = _now.mixer, _now.call
+    _now.mixer, _now.call = mixer, call
     try:
         yield
     finally:
-        _now.call = before
+        _now.mixer, _now.call = before
 
 
 class _Mixer(StandIn):
     """A recurrent module, along a tree where it has one."""
 
     def __call__(self, mixer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if _now.mixer is mixer:  # its class's forward has called that of a parent, or what it wraps
+            return self.behind(mixer, *args, **kwargs)
         mask = next((x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and carried(x)), None)
         tree: TreeMask | None = kwargs.get("dta_tree") or carried(mask) or tree_of_layer()
         if tree is None:
-            return self.behind(mixer, *args, **kwargs)
+            with _in_forward(mixer, None) if _now.call else nullcontext():
+                return self.behind(mixer, *args, **kwargs)
         args = tuple(None if x is mask else x for x in args)
         kwargs = {name: None if x is mask else x for name, x in kwargs.items() if name != "dta_tree"}
-        call = MixerCall(tree, mixer)
-        own = way(mixer)
-        if isinstance(own, Functions):
-            with _in_the_middle_of(call), _own_functions(mixer, own, call):
-                out = self.behind(mixer, *args, **kwargs)
-            call.check_carried(own.names)
-        elif own is not None:
-            out = run_by_nodes(call, mixer, self.behind, own.cache, args, kwargs)
-        else:
-            raise UnsupportedError(f"{no_way(mixer)}, or on_unsupported='dense'.")
+        out = self._along(tree, mixer, args, kwargs)
         tree.state_calls[id(mixer)] += 1
         return out
+
+    def _along(self, tree: TreeMask, mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call, own = MixerCall(tree, mixer), way(mixer)
+        if isinstance(own, Functions):
+            with _in_forward(mixer, call), _own_functions(mixer, own, call):
+                out = self.behind(mixer, *args, **kwargs)
+            call.check_carried(own.names)
+            return out
+        if own is None:
+            raise UnsupportedError(f"{no_way(mixer)}, or on_unsupported='dense'.")
+        with _in_forward(mixer, None):
+            return run_by_nodes(call, mixer, self.behind, own.cache, args, kwargs)
 
 
 class _Function(StandIn):

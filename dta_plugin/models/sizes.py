@@ -18,6 +18,10 @@ from dta_plugin.models.layers import attention_modules, layer_types, number
 from dta_plugin.models.recurrent_layers import layer_of, mixers
 from dta_plugin.tree.cost import ModelCost
 
+# The layer that attention says it is in where several layers share it.
+_SHARED = -1
+# Kinds of layers that only feed forward.
+_WITHOUT = ("mlp", "moe")
 _OUTPUTS = ("o_proj", "out_proj", "dense", "wo", "c_proj")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _ACTIVE_EXPERTS = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_top_k")
@@ -37,9 +41,14 @@ def attention_sizes(model: PreTrainedModel) -> list[AttentionSizes]:
     """The sizes of every layer that attends, as its module has them, or else as the config says."""
     config = model.config.get_text_config()
     modules = attention_modules(model)
-    without = {layer_of(mixer) for mixer in mixers(model)} - set(modules)
-    kinds = enumerate(layer_types(config))
-    return [_sizes(modules.get(index), config, kind) for index, kind in kinds if index not in without]
+    recurrent = {layer_of(mixer) for mixer in mixers(model)}
+    found = []
+    for index, kind in enumerate(layer_types(config)):
+        shared = modules.get(_SHARED) if kind.startswith("hybrid") else None
+        module = modules.get(index, shared)
+        if module is not None or not (index in recurrent or kind in _WITHOUT):
+            found.append(_sizes(module, config, kind))
+    return found
 
 
 def _sizes(module: nn.Module | None, config: Any, kind: str) -> AttentionSizes:

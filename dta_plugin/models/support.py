@@ -169,7 +169,7 @@ def _position_obstacle(model: PreTrainedModel, config: Any) -> str | None:
 
 def _has_no_positions(model: PreTrainedModel) -> bool:
     """Recurrent layers tell the order of tokens: attention may do without, and nothing embeds positions."""
-    return any(True for _ in mixers(model)) and sum(isinstance(each, nn.Embedding) for each in model.modules()) == 1
+    return bool(mixers(model)) and sum(isinstance(each, nn.Embedding) for each in model.modules()) == 1
 
 
 def dropout_obstacle(model: PreTrainedModel) -> str | None:

@@ -77,6 +77,6 @@ def decoder_obstacle(decoder: PreTrainedModel) -> str | None:
         )
     layers = [module for module in decoder.modules() if hasattr(module, "layer_idx")]
     causal = [module.is_causal for module in layers if hasattr(module, "is_causal")]
-    if not all(causal) or not (causal or any(True for _ in mixers(decoder))):
+    if not all(causal) or not (causal or mixers(decoder)):
         return f"{type(decoder).__name__} does not say that its attention is causal; use a causal model"
     return None

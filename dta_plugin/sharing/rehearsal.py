@@ -37,7 +37,8 @@ def rehearse(model: nn.Module, sharing: PrefixSharing) -> str | None:
         found = str(error)
     except Exception as error:  # wrong options, and models that need more than ids and a mask
         found = f"two short rows cannot be tried ({type(error).__name__}: {error})"
-    vars(sharing).update(before)
+    finally:
+        vars(sharing).update(before)
     obstacle = next((each for each in gathered(model, found) if each is not None), None)
     if obstacle is not None:
         sharing.remove()

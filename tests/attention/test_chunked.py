@@ -68,6 +68,22 @@ def test_streamed_within_the_first_range() -> None:
 
 
 @has_llama4
+@pytest.mark.parametrize("budget", [None, 7])
+def test_queries_are_scaled_by_their_depth(budget: int | None) -> None:
+    """Llama 4 counts positions along the row, in the layers without rotary ones."""
+
+    def tuned() -> torch.nn.Module:
+        config = config_of("llama4_text")
+        config.update({"attention_chunk_size": 64, "attn_temperature_tuning": True, "floor_scale": 4})
+        return random_causal_lm(config)
+
+    executor = "packed" if budget is None else "streamed"
+    config = TreeConfig(executor=executor, max_tree_tokens_per_chunk=budget)
+    found = through_tree(tuned(), forest(), config=config, executor=executor)
+    assert difference(found, dense(tuned(), forest())).worst <= 1e-5
+
+
+@has_llama4
 @pytest.mark.usefixtures("unprobed")
 def test_ranges_that_are_passed_over_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     def whole(q, k, v, mask, chunk, **options):

@@ -86,7 +86,7 @@ def logprob_floor(logprobs: torch.Tensor, unit: float) -> float:
 def noise_seeds(model: PreTrainedModel, values: int) -> range:
     """Seeds for `perturbed_embeddings`: how often to look at the noise of so many values."""
     is_shifty = is_routed(model) and rounding_unit(model) > _HALF_PRECISION
-    is_recurrent = any(True for _ in mixers(model))
+    is_recurrent = bool(mixers(model))
     return range(_LOOKS if is_shifty or is_recurrent or values < _FEW else 1)
 
 

@@ -114,7 +114,6 @@ def _backward_pass(
             ):  # other random numbers than those of the log-probs that the caller has
                 raise
             budget = _smaller(run, error)
-        run.forget()
         with torch.no_grad(), first.runner.autocast.entered():
             run, *_ = _first_pass(first.job, budget, is_differentiable=False)
     if first.handed_out is None:

@@ -59,26 +59,25 @@ class ChunkStates:
     def enter(self, key: Key, inputs: Iterable[torch.Tensor]) -> torch.Tensor | None:
         if not self.first:
             return None
-        trained = next((x for x in inputs if x.requires_grad), None)
-        return self.arena.read(key, self.first) if trained is None else _Enter.apply(trained, self, key)
+        return _Enter.apply(self, key, *(x for x in inputs if x.requires_grad))
 
     def leave(self, key: Key, out: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         return _Leave.apply(out, states, self, key) if self.depths else out
 
 
 class _Enter(torch.autograd.Function):
-    """The state above a chunk. trained: a tensor by whose gradient the backward pass comes anyway."""
+    """The state above a chunk. trained: tensors by whose gradients the backward pass comes anyway, to one at least."""
 
     @staticmethod
-    def forward(ctx: Any, trained, place: ChunkStates, key: Key):
-        ctx.place, ctx.key = place, key
+    def forward(ctx: Any, place: ChunkStates, key: Key, *trained):
+        ctx.place, ctx.key, ctx.count = place, key, len(trained)
         return place.arena.read(key, place.first).clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient):
         ctx.place.arena.add_gradient(ctx.key, ctx.place.first, gradient)
-        return None, None, None
+        return None, None, *(None,) * ctx.count
 
 
 class _Leave(torch.autograd.Function):

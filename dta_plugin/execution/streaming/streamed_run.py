@@ -88,12 +88,13 @@ class StreamedRun:
                     self._backward(0, gradients, sums.complete if self.job.is_sharded else sums.add)
                     self.arena.clear()
         except BaseException:
+            self.forget()
             reshard(self.job.model)
             raise
         return sums
 
     def forget(self) -> None:
-        """Drop what a backward pass that broke off has left."""
+        """Drop what a backward pass that breaks off has left."""
         self.kept.clear()
         self.arena.drop_gradients()
 
