@@ -81,8 +81,8 @@ def _position_obstacle(data: TensorDict) -> str | None:
 def packing_fault(engine: Engine, data: TensorDict) -> str | None:
     """Why verl's own path would carry recurrent states from one packed row into the next, or None.
 
-    verl tells the layers of Qwen3.5's multimodal class where rows begin, and no others. Raises UnsupportedError for what
-    is no causal LM.
+    verl tells the layers of Qwen3.5's multimodal class where rows begin, and no others. Raises UnsupportedError
+    where there is no causal LM.
     """
     if not tu.get_non_tensor_data(data, "use_remove_padding", True):
         return None
