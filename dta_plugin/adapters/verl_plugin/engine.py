@@ -161,11 +161,11 @@ class TreeEngine(FSDPEngineWithLMHead):
             self._dta_notices.say_once(
                 "verl's own path computes all tokens: token_selection weighs them in the loss, but saves nothing"
             )
-        if (fault := packing_fault(self, micro_batch)) is not None:
-            self._dta_notices.say_once(f"verl's own path is not exact: {fault}", level=logging.WARNING)
         run.counts.add_dense(int(micro_batch["input_ids"].offsets()[-1]))
         with suppress(UnsupportedError):
             uninstall(causal_lm(self.module))
+            if (fault := packing_fault(self, micro_batch)) is not None:
+                self._dta_notices.say_once(f"verl's own path is not exact: {fault}", level=logging.WARNING)
         return super().forward_step(micro_batch, loss_function, forward_only)
 
     @contextmanager

@@ -72,7 +72,7 @@ def _position_obstacle(data: TensorDict) -> str | None:
     """Multimodal models have several rows of positions [rows, N], which are all the same on text."""
     positions, offsets = data["position_ids"].values(), data["input_ids"].offsets()
     expected = torch.arange(int(offsets[-1]), device=offsets.device) - offsets[:-1].repeat_interleave(offsets.diff())
-    if bool((positions.to(expected) == expected).all()):
+    if positions.shape[-1] == len(expected) and bool((positions.to(expected) == expected).all()):
         return None
     what = "position ids" if positions.dim() == 1 else "position ids (multimodal, several rows of them)"
     return f"{what} are not 0, 1, 2, ..., a token's depth in the tree; train on text, with positions as verl sets them"
@@ -81,7 +81,8 @@ def _position_obstacle(data: TensorDict) -> str | None:
 def packing_fault(engine: Engine, data: TensorDict) -> str | None:
     """Why verl's own path would carry recurrent states from one packed row into the next, or None.
 
-    verl tells the layers of Qwen3.5's multimodal class where rows begin, and nobody else's.
+    verl tells the layers of Qwen3.5's multimodal class where rows begin, and no others. Raises UnsupportedError
+    where there is no causal LM.
     """
     if not tu.get_non_tensor_data(data, "use_remove_padding", True):
         return None
@@ -90,8 +91,8 @@ def packing_fault(engine: Engine, data: TensorDict) -> str | None:
     if all(is_told and _keeps_rows_apart(getattr(mixer, "chunk_gated_delta_rule", None)) for mixer in mixers(model)):
         return None
     return (
-        f"recurrent layers of {type(model).__name__} run across packed rows, for nobody tells them where one begins; "
-        "set actor_rollout_ref.model.use_remove_padding=False (trees are exact with either)"
+        f"recurrent layers of {type(model).__name__} run across packed rows: verl does not tell them where one begins, "
+        "or no kernel heeds it; set actor_rollout_ref.model.use_remove_padding=False (trees need neither)"
     )
 
 

@@ -104,7 +104,7 @@ def with_recurrent_layers(folder: Path, further: bool = False) -> dict[str, Any]
     verl's own path keeps packed rows apart, as it does with kernels.
     """
     if distributed.get_rank() == 0:
-        recurrent.save_qwen3_5(folder / "qwen3_5")
+        recurrent.save_recurrent(folder / "qwen3_5")
     distributed.barrier()
     steps = [recurrent.PACKED_ROWS[0], recurrent.PADDED_ROWS[0]]
     more = [recurrent.PACKED_ROWS[1], recurrent.STREAMED] if further else []

@@ -1,4 +1,4 @@
-"""Tiny Qwen3.5 models for verl, and the rule by which verl's own path keeps the rows of a packed batch apart."""
+"""Tiny models with recurrent layers for verl, and the rule by which verl's own path keeps packed rows apart."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen3_5MoeForConditionalGeneration, Qwen3NextForCausalLM
 from transformers.models.qwen3_5 import modeling_qwen3_5
 from transformers.models.qwen3_5.modeling_qwen3_5 import (
     Qwen3_5DecoderLayer,
@@ -23,6 +23,8 @@ from tests.support.tiny_families import config_of
 KINDS: dict[str, type[PreTrainedModel]] = {
     "qwen3_5_text": Qwen3_5ForCausalLM,
     "qwen3_5": Qwen3_5ForConditionalGeneration,
+    "qwen3_5_moe": Qwen3_5MoeForConditionalGeneration,
+    "qwen3_next": Qwen3NextForCausalLM,
 }
 # Steps with packed rows, with padded ones, and in chunks; with the positions of text alone and of multimodal models.
 PACKED_ROWS = [Step(position_rows=4), Step(shape="turns"), Step(dynamic=False, position_rows=4)]
@@ -37,7 +39,7 @@ _SPECIAL = ("image_token_id", "video_token_id", "vision_start_token_id", "vision
 _own_rule = modeling_qwen3_5.torch_chunk_gated_delta_rule
 
 
-def save_qwen3_5(folder: Path, family: str = "qwen3_5") -> Path:
+def save_recurrent(folder: Path, family: str = "qwen3_5") -> Path:
     """A model of `KINDS`, every parameter random, and an adapter for all its projections in `adapter`."""
     config = config_of(family)
     for part in (config, config.get_text_config()):

@@ -1,4 +1,4 @@
-"""Qwen3.5 in verl's engine, stock and with the plugin: recurrent layers whose forwards verl has replaced."""
+"""Recurrent layers in verl's engine, stock and with the plugin: Qwen3.5, whose forwards verl replaces, and its kin."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.adapters.verl.recurrent import (
     PADDED_ROWS,
     STREAMED,
     rule_that_takes_no_rows,
-    save_qwen3_5,
+    save_recurrent,
 )
 from tests.adapters.verl.support import Setup, Step, build, difference, differences, train
 from tests.support.tree_run import make_siblings_visible
@@ -37,12 +37,12 @@ ELSEWHERE = TreeConfig(min_saving=0.99)  # verl's own path
 @pytest.fixture(scope="module")
 def qwen3_5(rank: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The class of the released models, with a vision tower."""
-    return save_qwen3_5(tmp_path_factory.mktemp("qwen3_5"))
+    return save_recurrent(tmp_path_factory.mktemp("qwen3_5"))
 
 
 @pytest.fixture(scope="module")
 def text_alone(rank: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_qwen3_5(tmp_path_factory.mktemp("qwen3_5_text"), "qwen3_5_text")
+    return save_recurrent(tmp_path_factory.mktemp("qwen3_5_text"), "qwen3_5_text")
 
 
 @pytest.fixture
@@ -83,6 +83,11 @@ def test_in_chunks(qwen3_5: Path) -> None:
 def test_the_class_without_a_vision_tower(text_alone: Path) -> None:
     """verl replaces none of its forwards."""
     _check(Setup(checkpointing=False), PADDED_ROWS, text_alone)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_moe"])
+def test_other_families(family: str, rank: None, tmp_path: Path) -> None:
+    _check(Setup(), PADDED_ROWS[1:], save_recurrent(tmp_path, family))
 
 
 @pytest.mark.slow
