@@ -31,7 +31,8 @@ def tree_of_layer() -> TreeMask | None:
 
 
 @contextmanager
-def _running_along(tree: TreeMask | None) -> Iterator[None]:
+def running_along(tree: TreeMask | None) -> Iterator[None]:
+    """What `tree_of_layer` says within the context."""
     before, _now.tree = _now.tree, tree
     try:
         yield
@@ -43,7 +44,7 @@ class LayerCall(StandIn):
     """In front of a layer's forward."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _running_along(kwargs.get("dta_tree") or carried(kwargs.get("attention_mask"))):
+        with running_along(kwargs.get("dta_tree") or carried(kwargs.get("attention_mask"))):
             return self.behind(*args, **kwargs)
 
 

@@ -60,12 +60,14 @@ def way(mixer: nn.Module) -> Functions | Nodes | None:
 
 
 def functions(mixer: nn.Module) -> Functions | None:
-    """The known functions that it calls, of which some carry its state."""
+    """The known functions, of which some carry its state, that its forward calls, or the one that this extends."""
     if own := _attributes(mixer):
         return Functions(vars(mixer), own)
-    file = _file(type(mixer).forward)
-    called = tuple(name for name in OPERATIONS if name in file and forward_has(mixer, name))
-    return Functions(file, called) if any(OPERATIONS[name].carries_state for name in called) else None
+    for file in (_file(vars(kind)["forward"]) for kind in type(mixer).__mro__ if "forward" in vars(kind)):
+        called = tuple(name for name in OPERATIONS if name in file and forward_has(mixer, name))
+        if any(OPERATIONS[name].carries_state for name in called):
+            return Functions(file, called)
+    return None
 
 
 def _attributes(mixer: nn.Module) -> tuple[str, ...]:

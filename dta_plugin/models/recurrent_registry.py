@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from dta_plugin.attention.mask import TreeMask
 from dta_plugin.errors import UnsupportedError
 from dta_plugin.models.attention_registry import carried
-from dta_plugin.models.layer_calls import definer, install_around, tree_of_layer
+from dta_plugin.models.layer_calls import definer, install_around, running_along, tree_of_layer
 from dta_plugin.models.recurrent_functions import MixerCall
 from dta_plugin.models.recurrent_layers import Functions, functions, mixers, way
 from dta_plugin.models.recurrent_nodes import run_by_nodes
@@ -78,14 +78,15 @@ class _Mixer(StandIn):
         kwargs = {name: None if x is mask else x for name, x in kwargs.items() if name != "dta_tree"}
         call = MixerCall(tree, mixer)
         own = way(mixer)
-        if isinstance(own, Functions):
-            with _in_the_middle_of(call), _own_functions(mixer, own, call):
-                out = self.behind(mixer, *args, **kwargs)
-            call.check_carried(own.names)
-        elif own is not None:
-            out = run_by_nodes(call, mixer, self.behind, own.cache, args, kwargs)
-        else:
-            raise UnsupportedError(f"{no_way(mixer)}, or on_unsupported='dense'.")
+        with running_along(None):  # a forward that this one extends has a dispatcher, too
+            if isinstance(own, Functions):
+                with _in_the_middle_of(call), _own_functions(mixer, own, call):
+                    out = self.behind(mixer, *args, **kwargs)
+                call.check_carried(own.names)
+            elif own is not None:
+                out = run_by_nodes(call, mixer, self.behind, own.cache, args, kwargs)
+            else:
+                raise UnsupportedError(f"{no_way(mixer)}, or on_unsupported='dense'.")
         tree.state_calls[id(mixer)] += 1
         return out
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dta_plugin.dtypes import accumulation_dtype, compute_dtype
@@ -102,6 +103,7 @@ class _Convolution(torch.autograd.Function):
         return y.index_copy_(0, near.tokens, (_windows(row, near) * weight.unsqueeze(1)).sum(0).add_(bias))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (row, weight), near = ctx.saved_tensors, ctx.near
         total = len(grad)

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from dta_plugin.dtypes import accumulation_dtype
 from dta_plugin.recurrent.blocked import places, to_blocks, to_tokens
@@ -182,6 +183,7 @@ class _Scan(torch.autograd.Function):
         return behind, written
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_behind: torch.Tensor, d_written: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         behind, written, read, keys, decay, above = ctx.saved_tensors
         d_behind, d_written = d_behind.clone(), d_written.clone()
