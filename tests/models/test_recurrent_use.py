@@ -141,7 +141,7 @@ def test_generation_is_the_same_after_trees(family: str) -> None:
 def test_second_derivatives_are_an_error(config: TreeConfig) -> None:
     model = model_of("lfm2")
     logprobs = torch.cat(dta_plugin.sequence_logprobs(model, forest(), config).logprobs)
-    with pytest.raises(RuntimeError, match="differentiate twice|does not require grad"):
+    with pytest.raises(RuntimeError, match=r"differentiate twice|does not require grad"):
         found = torch.autograd.grad(logprobs.sum(), list(model.parameters()), create_graph=True)
         sum(gradient.square().sum() for gradient in found).backward()
 
@@ -149,9 +149,7 @@ def test_second_derivatives_are_an_error(config: TreeConfig) -> None:
 def test_weights_that_are_not_in_memory_are_an_error() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config_of("lfm2"))
-    with pytest.raises(
-        UnsupportedError, match="weights of Lfm2ForCausalLM are on the meta device, such as model.embed"
-    ):
+    with pytest.raises(UnsupportedError, match="weights of Lfm2ForCausalLM are on the meta device, such as"):
         dta_plugin.sequence_logprobs(model, forest())
 
 
