@@ -101,6 +101,7 @@ def prepare_batch(
     if reason is not None and config.on_unsupported == "error":
         raise UnsupportedError(f"Prefix-tree execution is not exact here: {reason}; or on_unsupported='dense'.")
     base = causal_lm(model)
+    _check_weights(base)
     _check_vocabulary(tree, base)
     if is_dummy:
         scored = temperatures = None
@@ -115,6 +116,15 @@ def prepare_batch(
     seconds = None if speeds is None else _predicted(speeds, weights, tree, edges, dense_batches)
     use_tree, reason = _gate(model, cost, seconds, config.min_saving)
     return PreparedBatch(list(sequences), scored, tree, edges, cost, use_tree, reason, not use_tree, temperatures)
+
+
+def _check_weights(model: PreTrainedModel) -> None:
+    missing = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
+    if missing:
+        raise UnsupportedError(
+            f"{len(missing)} weights of {type(model).__name__} are on the meta device, such as {missing[0]}. Expected "
+            "all in memory; load the model without offloading (device_map='auto' offloads what does not fit)."
+        )
 
 
 def _lengths_obstacle(model: PreTrainedModel, lengths: list[int]) -> str | None:

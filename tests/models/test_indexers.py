@@ -74,10 +74,9 @@ def test_checkpointing(reentrant: bool) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_longer_rows_are_refused_with_the_reason(family: str) -> None:
-    model = model_of(family, LONGEST - 1)
-    reason = (
-        rf"a row has {LONGEST} tokens, and beyond {LONGEST - 1} \(index_topk\) .* keep rows at {LONGEST - 1} tokens"
-    )
+    limit = LONGEST - 1
+    model = model_of(family, limit)
+    reason = rf"a row has {LONGEST} tokens, and beyond {limit} \(index_topk\) .* keep rows at {limit} tokens"
     with pytest.raises(UnsupportedError, match=reason):
         dta_plugin.sequence_logprobs(model, forest())
     out = dta_plugin.sequence_logprobs(model, forest(), TreeConfig(on_unsupported="dense"))

@@ -19,10 +19,9 @@ its own forward. Written by `make families` (Python {python}, torch {torch}), no
 Compared are log-probs, entropies and the gradient of every parameter, in training mode and float64, packed and
 streamed in chunks of at most {budget} tokens, on two trees with forks at several depths, an end inside, one-token
 branches and paths longer than any window. *Exact*: no difference above {tolerance:g} (transformers' float32 norms and
-softmaxes leave about 1e-7, and nothing where recurrent layers have them widened); with siblings made visible to each
-other, every one differs by more than {noticed:g}.
-*With options*: once more, with features that are off by default. A refused model runs by its own forward with
-`on_unsupported="dense"`.
+softmaxes leave about 1e-7; models with recurrent layers are compared without them); with siblings made visible to each
+other, every one differs by more than {noticed:g}. *With options*: once more, with features that are off by default. A
+refused model runs by its own forward with `on_unsupported="dense"`.
 
 {count} families: {exact} exact, {refused} refused with the reason, {missing} that cannot be built. {bugs} are silently
 wrong, raise anything else, or are not what `dta doctor` says of their config. Classes with images count by their text.

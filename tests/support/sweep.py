@@ -47,6 +47,8 @@ EXACT, REFUSED, NOT_BUILDABLE, WRONG, CRASH = "exact", "refused", "not buildable
 TOLERANCE = 1e-4
 # What siblings that see each other have to change in a log-prob, for the comparison to mean something.
 NOTICED = 1e-3
+# By which the dense path may differ where casts are widened: log-probs are then cast otherwise than the oracle's.
+LAST_BIT = 1e-14
 STREAMED = TreeConfig(executor="streamed", max_tree_tokens_per_chunk=7)
 INSTEAD = TreeConfig(on_unsupported="dense")
 UNPROBED = TreeConfig(probe="off")
@@ -150,7 +152,7 @@ def _largest_difference(model: PreTrainedModel, expected: Result) -> float:
         try:
             found = difference(through_tree(model, forest(), config=config, executor=executor), expected)
         except UnsupportedError:
-            assert _apart(model, expected, INSTEAD) == 0, "on_unsupported='dense' is not the dense path"
+            assert _apart(model, expected, INSTEAD) <= LAST_BIT, "on_unsupported='dense' is not the dense path"
             raise
         assert found.worst <= TOLERANCE, f"{executor}: {found}"
         worst = max(worst, found.worst)

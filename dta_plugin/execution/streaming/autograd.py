@@ -75,6 +75,7 @@ def run_streamed(
     return outputs, run.plan
 
 
+@torch.compiler.disable
 def _begun(job: StreamedJob, budget: int) -> tuple[StreamedRun, torch.Tensor, torch.Tensor]:
     """The first pass; its log-probs and entropies [E], differentiable where gradients are asked for."""
     is_differentiable = torch.is_grad_enabled() and any(p.requires_grad for p in job.model.parameters())
