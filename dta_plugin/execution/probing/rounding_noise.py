@@ -27,6 +27,8 @@ _MEAN, _MOST = 3.0, 3.0
 _REROUTED = 0.1
 # Looks at the noise: where few values show it, and where rounding reroutes tokens, each look finds others.
 _FEW, _LOOKS = 64, 4
+# A parameter of fewer numbers (a decay per head) may have a noise that is small by chance.
+_FEW_NUMBERS = 8
 _HALF_PRECISION = 1e-4
 
 
@@ -81,10 +83,13 @@ def logprob_floor(logprobs: torch.Tensor, unit: float) -> float:
     return unit + 8 * torch.finfo(torch.float32).eps * largest
 
 
-def noise_seeds(model: PreTrainedModel, values: int) -> range:
-    """Seeds for `perturbed_embeddings`: how often to look at the noise of so many values."""
+def noise_seeds(model: PreTrainedModel, values: int, numbers: int = _FEW_NUMBERS) -> range:
+    """Seeds for `perturbed_embeddings`: how often to look at the noise of so many values.
+
+    numbers: of the smallest parameter whose gradient is looked at.
+    """
     is_shifty = is_routed(model) and rounding_unit(model) > _HALF_PRECISION
-    return range(_LOOKS if is_shifty or values < _FEW else 1)
+    return range(_LOOKS if is_shifty or values < _FEW or numbers < _FEW_NUMBERS else 1)
 
 
 @contextmanager

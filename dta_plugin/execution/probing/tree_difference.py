@@ -90,7 +90,8 @@ def tree_difference(
     routed, noises, gradient_noises = is_routed(base), [], []
     with evaluation_mode(base), torch.set_grad_enabled(bool(parameters)):
         own, expected = _own(model, batch, temperature, parameters)
-        for seed in noise_seeds(base, scored):
+        smallest = min((p.numel() for p in parameters.values()), default=scored)
+        for seed in noise_seeds(base, scored, smallest):
             with perturbed_embeddings(base, seed):
                 moved, gradients = _own(model, batch, temperature, parameters)
             noises.append(Gap.from_differences(moved - own, routed))
