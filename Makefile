@@ -31,7 +31,7 @@ QUIET := HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
 
 .DEFAULT_GOAL := help
 .PHONY: help venv test test-long test-slow test-verl test-verl-oldest lint quickstart quickstart-lora quickstart-verl bench
-.PHONY: quickstart-diffusion bench-streamed bench-balance bench-nat bench-diffusion
+.PHONY: quickstart-diffusion quickstart-hybrid bench-streamed bench-balance bench-nat bench-diffusion
 .PHONY: families gpu gpu-trl gpu-more gpu-dry gpu-wheels
 
 help: ## list the targets
@@ -94,6 +94,11 @@ quickstart-lora: $(INSTALLED) ## the same with LoRA
 	$(QUIET) trl grpo --config recipes/trl/quickstart_lora.yaml | python recipes/quickstart/watch.py
 	$(QUIET) python recipes/quickstart/speed.py recipes/trl/quickstart_lora.yaml
 	python recipes/quickstart/report.py runs/quickstart --run lora
+
+quickstart-hybrid: $(INSTALLED) ## the same with a tiny Qwen3.5, which has a recurrent layer
+	$(QUIET) python recipes/quickstart/build.py --output runs/quickstart_hybrid --hybrid --steps 300
+	$(QUIET) trl grpo --config recipes/trl/quickstart_hybrid.yaml | python recipes/quickstart/watch.py
+	python recipes/quickstart/report.py runs/quickstart_hybrid
 
 quickstart-diffusion: $(INSTALLED) ## RL of a small diffusion language model with BGPO, on a CPU
 	python recipes/quickstart/diffusion.py --output runs/quickstart_diffusion

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from importlib.metadata import version
+
 import pytest
 import torch
+from packaging.version import Version
 
 import dta_plugin
 from dta_plugin import TreeConfig
 from dta_plugin.verify import VerificationError, compare
-from tests.support.models import FAMILIES, tiny_model
+from tests.support.models import FAMILIES, VOCABULARY, tiny_model
+from tests.support.tiny_families import config_of, random_causal_lm
 from tests.support.tree_run import make_siblings_visible
 from tests.support.trees import branching_comb, star
 
@@ -81,3 +86,17 @@ def test_compare_of_frozen_parameters_and_nothing_scored() -> None:
     assert "model.embed_tokens.weight" not in compare(model, SEQUENCES).gradients
     nothing = compare(model, SEQUENCES, scored=[len(s) for s in SEQUENCES])
     assert (nothing.logprobs.most, nothing.worst_gradient[1]) == (0.0, 0.0)
+
+
+@pytest.mark.skipif(Version(version("transformers")) < Version("5.15"), reason="mixers ask caches differently")
+def test_sums_of_decays_along_chunks_are_rounding() -> None:
+    """transformers' delta rule sums logarithms of decays over 64 tokens: where decays are large, their gradients lose
+    four digits.
+    """
+    model = random_causal_lm(config_of("qwen3_5_text", vocab_size=VOCABULARY))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("A_log"):
+                parameter.fill_(math.log(12.0))
+    found = compare(model, star(6, prefix=280, branch=5))
+    assert found.worst_gradient[1] > 5e-5 and not found.wrong_gradients

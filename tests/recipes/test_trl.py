@@ -146,7 +146,7 @@ def test_trains_as_stock_trl_does(
 def test_a_hybrid_trains_as_stock_trl_does(
     folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    support.save_model(folder / HYBRID, support.gsm8k_examples(), family="qwen3_5_text", **DELTA_RULE)
+    support.save_model(folder / "hybrid", support.gsm8k_examples(), family="qwen3_5_text", **DELTA_RULE)
     test_trains_as_stock_trl_does(HYBRID, folder, capsys, caplog)
 
 
@@ -227,7 +227,7 @@ def command(recipe: str, folder: Path, *more: str, **overrides: object) -> list[
     """The launcher's arguments for a recipe made small."""
     task = "tools" if "tools" in recipe else "gsm8k"
     own = {"stories": 1} if task == "tools" else {"dataset_name": folder / "data"}
-    model = HYBRID if recipe == HYBRID else task
+    model = "hybrid" if recipe == HYBRID else task
     options = SMALL | own | {"model_name_or_path": folder / model, "output_dir": folder / "out"} | overrides
     flags = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     return [str(TRL / f"{task}.py"), "--config", str(TRL / f"{recipe}.yaml"), *flags, *more]

@@ -29,6 +29,8 @@ _REROUTED = 0.1
 # Looks at the noise: where few values show it, where rounding reroutes tokens, and where states carry it on and make
 # more of it in single tokens, each look finds others.
 _FEW, _LOOKS = 64, 4
+# A parameter of fewer numbers (a decay per head) may have a noise that is small by chance.
+_FEW_NUMBERS = 8
 _HALF_PRECISION = 1e-4
 
 
@@ -83,11 +85,14 @@ def logprob_floor(logprobs: torch.Tensor, unit: float) -> float:
     return unit + 8 * torch.finfo(torch.float32).eps * largest
 
 
-def noise_seeds(model: PreTrainedModel, values: int) -> range:
-    """Seeds for `perturbed_embeddings`: how often to look at the noise of so many values."""
+def noise_seeds(model: PreTrainedModel, values: int, numbers: int = _FEW_NUMBERS) -> range:
+    """Seeds for `perturbed_embeddings`: how often to look at the noise of so many values.
+
+    numbers: of the smallest parameter whose gradient is looked at.
+    """
     is_shifty = is_routed(model) and rounding_unit(model) > _HALF_PRECISION
     is_recurrent = bool(mixers(model))
-    return range(_LOOKS if is_shifty or is_recurrent or values < _FEW else 1)
+    return range(_LOOKS if is_shifty or is_recurrent or values < _FEW or numbers < _FEW_NUMBERS else 1)
 
 
 @contextmanager

@@ -28,9 +28,13 @@ from dta_plugin.execution.probing.rounding_noise import (
 )
 from dta_plugin.execution.ranks import gathered, is_collective, is_fsdp, is_zero3
 from dta_plugin.models.introspection import causal_lm, evaluation_mode
+from dta_plugin.models.recurrent_layers import mixers
 
 # Times the noise, and rounding steps beyond it, that a parameter's gradient may be off.
 _GRADIENT, _STEPS = 4.0, 8
+# Delta rules and scans sum logarithms of decays along fixed chunks of a row. Embeddings that move a little do not draw
+# the rounding of large sums anew; other chunks do, those of rows behind so much padding, by look.
+_PADDING = (37, 23, 48, 11)
 Gradients = dict[str, torch.Tensor]
 
 
@@ -89,10 +93,13 @@ def tree_difference(
     scored = min(gathered(model, scored)) if is_collective(model) else scored  # ranks look equally often
     routed, noises, gradient_noises = is_routed(base), [], []
     with evaluation_mode(base), torch.set_grad_enabled(bool(parameters)):
+        is_recurrent = any(True for _ in mixers(base))
         own, expected = _own(model, batch, temperature, parameters)
-        for seed in noise_seeds(base, scored):
+        smallest = min((p.numel() for p in parameters.values()), default=scored)
+        for seed in noise_seeds(base, scored, smallest):
             with perturbed_embeddings(base, seed):
-                moved, gradients = _own(model, batch, temperature, parameters)
+                padding = _PADDING[seed] if is_recurrent else 0
+                moved, gradients = _own(model, batch, temperature, parameters, padding)
             noises.append(Gap.from_differences(moved - own, routed))
             gradient_noises.append(_errors(gradients, expected))
         result = run_tree(model, batch, config, temperature=temperature)
@@ -125,9 +132,12 @@ def _weights(batch: PreparedBatch) -> torch.Tensor:
 
 
 def _own(
-    model: nn.Module, batch: PreparedBatch, temperature: float, parameters: dict[str, nn.Parameter]
+    model: nn.Module, batch: PreparedBatch, temperature: float, parameters: dict[str, nn.Parameter], padding: int = 0
 ) -> tuple[torch.Tensor, Gradients]:
-    """Log-probs, flat, of the model's own path, and gradients: row by row, so that one row's graph is alive."""
+    """Log-probs, flat, of the model's own path, and gradients: row by row, so that one row's graph is alive.
+
+    padding: so many masked tokens in front of each row, where there are gradients.
+    """
     if not parameters:
         return _flat(run_dense(model, batch, temperature=temperature)), {}
     device, lengths = batch.edges.target.device, batch.edges.lengths
@@ -137,7 +147,7 @@ def _own(
     rows = zip(batch.sequences, batch.temperatures_or(temperature), batch.unscored(), weights_of, strict=True)
     for sequence, own, is_unscored, weights in rows:
         row = torch.as_tensor(sequence, dtype=torch.int64, device=device)
-        values = dense_logprobs(model, [row], own)[0][0].masked_fill(is_unscored, 0.0)
+        values = dense_logprobs(model, [row], own, padding=padding)[0][0].masked_fill(is_unscored, 0.0)
         logprobs.append(values.detach())
         if len(values):
             for name, gradient in _gradients(values, weights, parameters).items():
