@@ -15,7 +15,7 @@ import dta_plugin
 from dta_plugin import TreeConfig, UnsupportedError
 from dta_plugin.models.recurrent_layers import mixers
 from tests.support.oracle import dense, difference, gradient_error, gradients, result_of
-from tests.support.sweep import forest
+from tests.support.sweep import doctor_says, forest
 from tests.support.tiny_families import config_of, random_causal_lm
 from tests.support.tree_run import through_tree
 from tests.support.widened import widened
@@ -151,6 +151,11 @@ def test_weights_that_are_not_in_memory_are_an_error() -> None:
         model = AutoModelForCausalLM.from_config(config_of("lfm2"))
     with pytest.raises(UnsupportedError, match="weights of Lfm2ForCausalLM are on the meta device, such as"):
         dta_plugin.sequence_logprobs(model, forest())
+
+
+def test_the_probe_takes_the_rounding_of_a_delta_rule_for_what_it_is() -> None:
+    """One look at it is too few: this was refused."""
+    assert doctor_says(config_of("qwen3_5_text", options=True)) is None
 
 
 @pytest.mark.slow
