@@ -59,7 +59,8 @@ _SIZES: dict[str, Any] = {
     "mamba_d_ssm": 64,
     **dict.fromkeys(("n_groups", "mamba_ngroups", "mamba_n_groups"), 1),
     **dict.fromkeys(("sliding_window", "window_size", "attention_window_size", "sliding_window_size"), WINDOW),
-    **dict.fromkeys(("attention_chunk_size", "local_attention"), WINDOW),
+    "local_attention": WINDOW,
+    "attention_chunk_size": 256,  # rows longer than a range of positions do not stream
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "context_length"), 256),
     **dict.fromkeys(("max_target_positions", "max_source_positions", "model_max_length"), 256),
     "rel_extent": 32,
