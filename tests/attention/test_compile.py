@@ -108,6 +108,7 @@ def excesses(usages: dict[str, Usage], budget: dict[str, list[int]]) -> list[str
     ]
 
 
+@pytest.mark.long
 @each(SHIPPED)
 def test_fits_the_gpu(variant: Variant) -> None:
     assert misfits(variant, usages_of(variant)) == []
@@ -152,6 +153,7 @@ def test_a_new_length_compiles_nothing() -> None:
         assert len({report[variant.name][kernel].key for variant in lengths}) == 1, kernel
 
 
+@pytest.mark.long
 def test_negative_control_too_few_keys_for_two_groups_of_warps() -> None:
     """What Hopper's gradient of keys had once: both groups of four warps compute the same scores."""
     variant = Variant(90, "bfloat16", 128, tiles=(64, 64, 8, 3))

@@ -10,10 +10,10 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 from transformers import (
     BertConfig,
     GPT2Config,
+    MiniMaxConfig,
     ModernBertDecoderConfig,
     PhimoeConfig,
     PreTrainedModel,
-    Qwen3NextConfig,
 )
 
 import dta_plugin
@@ -70,10 +70,10 @@ def linear_attention() -> PreTrainedModel:
     return random_model(config)
 
 
-def qwen3_next() -> PreTrainedModel:
-    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "vocab_size": 99, "num_experts": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 2}
-    return random_model(Qwen3NextConfig(**small, **heads, head_dim=8, moe_intermediate_size=16))
+def lightning_attention() -> PreTrainedModel:
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 99, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 2}
+    return random_model(MiniMaxConfig(**small, **heads, layer_types=["linear_attention", "full_attention"]))
 
 
 def bidirectional() -> PreTrainedModel:
@@ -112,7 +112,7 @@ def prefix_tuning_in_a_wrapper() -> torch.nn.Module:
 UNSUPPORTED: dict[Callable[[], torch.nn.Module], str] = {
     gpt2: r"GPT2LMHeadModel has no rotary positions.*use a rotary model",
     linear_attention: r"LlamaForCausalLM has linear_attention layers.*full or sliding-window attention only",
-    qwen3_next: r"Qwen3NextForCausalLM has linear_attention layers",
+    lightning_attention: r"MiniMaxForCausalLM has linear_attention layers, whose state",
     bidirectional: r"Gemma3ForCausalLM attends in both directions; use a causal model",
     attention_dropout: r"attention_dropout is 0.1 in layer 0.*set attention_dropout=0 in the model config",
     window_in_the_mask_only: r"does not tell its attention function about the sliding window of 8; set sliding_window",

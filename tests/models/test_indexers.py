@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from packaging.version import Version
 from transformers import PreTrainedModel
 
 import dta_plugin
-from dta_plugin import TreeConfig, UnsupportedError, share_prefixes
+from dta_plugin import TreeConfig, TreeMask, UnsupportedError, share_prefixes
 from dta_plugin.cli.doctor_command import model_findings
 from dta_plugin.execution.probing.probe import probe
 from dta_plugin.models import dispatch, indexers
@@ -133,7 +134,8 @@ def test_bit_identical_without_a_tree() -> None:
     assert all(torch.equal(grads_a[name], grads_b[name]) for name in grads_a)
 
 
-def test_what_stood_there_comes_back() -> None:
+def test_what_stood_there_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TreeMask, "alive", WeakSet())  # without those of other tests
     dispatch.uninstall()
     model = model_of("axk2")
     indexer = next(indexers.indexers(model))

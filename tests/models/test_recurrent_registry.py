@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import gc
 import pickle
 from importlib.metadata import version
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 
 import dta_plugin
-from dta_plugin import TreeConfig, UnsupportedError
+from dta_plugin import TreeConfig, TreeMask, UnsupportedError
 from dta_plugin.execution.streaming.gradient_sums import GradientSums
 from dta_plugin.models import dispatch, recurrent_registry
 from dta_plugin.models.layers import attention_modules
@@ -51,9 +51,9 @@ def test_bit_identical_without_a_tree(family: str) -> None:
     assert all(torch.equal(grads_a[name], grads_b[name]) for name in grads_a)
 
 
-def test_what_stood_there_comes_back() -> None:
+def test_what_stood_there_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TreeMask, "alive", WeakSet())  # without those of other tests
     dispatch.uninstall()
-    gc.collect()  # trees of other tests
     model = random_causal_lm(config_of("qwen3_5_text"))
     (mixer, *_), layer = mixers(model), model.model.layers[0]
     own = type(mixer).forward, type(layer).forward, way(mixer)

@@ -72,7 +72,7 @@ def test_a_class_of_the_users_with_a_forward_of_its_own_is_refused() -> None:
                 return hidden_states.cumsum(1)
 
         mixer.__class__ = Sums
-    with pytest.raises(UnsupportedError, match="Sums did not call causal_conv1d_fn, by which it carries its state"):
+    with pytest.raises(UnsupportedError, match="Sums carries its state by functions that are not known"):
         dta_plugin.sequence_logprobs(model, forest(), PACKED)
 
 

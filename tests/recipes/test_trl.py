@@ -173,6 +173,7 @@ def test_trains_on_half_of_the_tokens(
     assert steps[0]["grad_norm"] != pytest.approx(runs["stock"].steps[0]["grad_norm"], rel=1e-3)
 
 
+@pytest.mark.long
 def test_fsdp2(folder: Path) -> None:
     """qwen3_8b_gsm8k.yaml in two processes, under FSDP2 as accelerate reads it from fsdp2.yaml; float32, to compare.
 

@@ -463,6 +463,7 @@ def test_labels_are_looked_at_in_every_model_of_a_decoder() -> None:
     assert torch.equal(model(**inputs).loss, stock(**inputs).loss)
 
 
+@pytest.mark.long
 def test_compiled_model_shares() -> None:
     model = built(AutoModelForCausalLM)
     sharing = share_prefixes(model)

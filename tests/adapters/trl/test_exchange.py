@@ -15,6 +15,8 @@ from tests.adapters.trl.support import Run, assert_equal, difference
 from tests.adapters.trl.test_regroup import EXTREMES, TOKEN_MEANS
 from tests.support.ranks import under_torchrun
 
+pytestmark = pytest.mark.long  # two processes each time
+
 Runs = dict[str, tuple[Run, Run]]
 EXACT = 5e-6
 # One micro-batch per step: whoever computes a row, TRL's metrics are over the same ones.

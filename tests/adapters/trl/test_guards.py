@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PromptTuningConfig, TaskType
-from transformers import GPT2Config, Lfm2Config, Qwen3Config
+from transformers import GPT2Config, MiniMaxConfig, Qwen3Config
 from trl import GRPOConfig, GRPOTrainer
 
 import dta_plugin
@@ -22,9 +22,9 @@ from tests.support.tree_run import make_siblings_visible
 GPT2 = {"n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
 UNSUPPORTED: dict[str, tuple[Any, dict[str, Any], str, str]] = {
     "linear_attention": (
-        Lfm2Config(**GEOMETRY, layer_types=["conv", "full_attention"]),
+        MiniMaxConfig(**GEOMETRY, layer_types=["linear_attention", "full_attention"], num_local_experts=2),
         {},
-        "Lfm2ForCausalLM has conv layers, whose state would run across branches",
+        "MiniMaxForCausalLM has linear_attention layers, whose state would run across branches",
         "use a model with full or sliding-window attention only",
     ),
     "absolute_positions": (

@@ -70,6 +70,7 @@ def test_a_config_whose_flag_nobody_reads(model: str, tmp_path: Path, caplog: py
     assert len(said(caplog)) == 1 and "use TreeGRPOTrainer" in said(caplog)[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("end", ["", "raise SystemExit(0)"])
 def test_a_script_that_trains_nothing(tmp_path: Path, end: str) -> None:
     (tmp_path / "script.py").write_text(f"print('ran')\n{end}\n")

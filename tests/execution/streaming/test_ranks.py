@@ -14,6 +14,8 @@ from tests.support.models import softmax_in_own_dtype
 from tests.support.oracle import GRADIENT_FLOOR, dense, functional
 from tests.support.ranks import on_two_ranks
 
+pytestmark = pytest.mark.long  # two processes each time
+
 SCRIPT = "tests.execution.streaming.ranks_script"
 
 
