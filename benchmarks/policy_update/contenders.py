@@ -184,8 +184,4 @@ CONTENDERS: dict[str, Callable[[PreTrainedModel, Workload], Step]] = {
     "tree_recurrence": peer.tree_recurrence,
     "tree": tree,
 }
-PREPARE = {
-    "trl": prepare_for_trl,
-    "prefix_grouper": prepare_for_prefix_grouper,
-    "tree_recurrence": peer.prepare,
-}
+PREPARE = {"trl": prepare_for_trl, "prefix_grouper": prepare_for_prefix_grouper}

@@ -25,24 +25,21 @@ from dta_plugin.tree.layout import TreeLayout
 
 
 def tree_recurrence(model: PreTrainedModel, work: Workload) -> Step:
-    """`model` must have been given to `prepare`."""
+    """`model` must be one whose recurrent layers that package knows."""
     step = tree(model, work)
 
     def along_its_plan() -> Outcome:
-        with _its_layers():
+        with _its_layers(without_adapters(model)):
             return step()
 
     return along_its_plan
 
 
-def prepare(model: PreTrainedModel) -> None:
-    import_module("tree_recurrence").install(without_adapters(model))
-
-
 @contextmanager
-def _its_layers() -> Iterator[None]:
+def _its_layers(model: PreTrainedModel) -> Iterator[None]:
     """Mixers get the tree as that package reads it, and ours are out of the way."""
-    names = import_module("tree_recurrence").TREE_KWARGS
+    package = import_module("tree_recurrence")
+    recurrent_registry.uninstall()  # it looks at what transformers' functions are
     ours = packed.model_inputs
 
     def past_ours(self: Any, *args: Any, dta_tree: Any = None, **kwargs: Any) -> Any:
@@ -52,10 +49,13 @@ def _its_layers() -> Iterator[None]:
         for owner, name, value in (
             (packed, "model_inputs", lambda layout, mask: ours(layout, mask) | _segments(layout)),
             (packed, "check_every_layer_hit", lambda model, mask: None),
-            (attention_keywords, "_KNOWN", attention_keywords._KNOWN | set(names)),
+            (attention_keywords, "_KNOWN", attention_keywords._KNOWN | set(package.TREE_KWARGS)),
+            (recurrent_registry, "install", lambda model: None),
             (recurrent_registry._Mixer, "__call__", past_ours),
         ):
             stack.enter_context(patch.object(owner, name, value))
+        package.install(model)
+        stack.callback(package.uninstall, model)
         yield
 
 
