@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from typing import Any
 from unittest.mock import patch
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from benchmarks.common.models import without_adapters
 from benchmarks.common.updates import Outcome, Step, tree
 from benchmarks.common.workloads import Workload
+from dta_plugin.attention.mask import TreeMask
 from dta_plugin.execution import packed
 from dta_plugin.models import attention_keywords, recurrent_registry
 from dta_plugin.tree.layout import TreeLayout
@@ -39,7 +41,8 @@ def tree_recurrence(model: PreTrainedModel, work: Workload) -> Step:
 def _its_layers(model: PreTrainedModel) -> Iterator[None]:
     """Mixers get the tree as that package reads it, and ours are out of the way."""
     package = import_module("tree_recurrence")
-    recurrent_registry.uninstall()  # it looks at what transformers' functions are
+    with patch.object(TreeMask, "alive", WeakSet()):  # no graph is needed any more
+        recurrent_registry.uninstall()  # it looks at what transformers' functions are
     ours = packed.model_inputs
 
     def past_ours(self: Any, *args: Any, dta_tree: Any = None, **kwargs: Any) -> Any:
