@@ -24,7 +24,7 @@ def fork_bounds(rows: TokenRows, counts: TreeCounts, run_length: int) -> tuple[n
     run_length: tokens in a row that count as a repetition, as in `rank_forks`.
     """
     first, sequences = counts.first_forks(), counts.sequences
-    apart = np.where(first < 0, -1, (counts.tree_tokens - first) * (sequences - 1) // sequences)
+    apart = np.where(first < 0, -1, _apart(counts, first))
     repeated = np.zeros(len(first), dtype=np.int64)
     group = np.repeat(np.arange(len(first)), sequences)
     whole = np.maximum(counts.lcp, first[group] + run_length - 1)  # from here on, a run lies behind the first fork
@@ -35,6 +35,21 @@ def fork_bounds(rows: TokenRows, counts: TreeCounts, run_length: int) -> tuple[n
         part = slice(start, stop)
         repeated += _in_repeats(rows.flat, begins[part], lengths[part], group[part], run_length, len(first))
     return np.minimum(repeated, apart), apart
+
+
+def _apart(counts: TreeCounts, first: np.ndarray) -> np.ndarray:
+    """int64 [G]: of the first fork exactly, of others at most what is behind its branches without an even share."""
+    group = np.repeat(np.arange(len(first)), counts.sequences)
+    begins = counts.lcp <= first[group]  # a branch of the first fork
+    starts = np.cumsum(counts.sequences) - counts.sequences
+    begins[starts] = True
+    branches = np.flatnonzero(begins)
+    behind = np.maximum(counts.lengths - np.maximum(counts.lcp, first[group]), 0)  # some end above the fork
+    size = np.add.reduceat(behind, branches)
+    sequences = np.diff(np.append(branches, len(group)))
+    of_group = np.searchsorted(branches, starts)
+    of_first = np.add.reduceat(size, of_group) - np.maximum.reduceat(size, of_group)
+    return np.maximum(of_first, np.maximum.reduceat(size * (sequences - 1) // sequences, of_group))
 
 
 def _blocks(group: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[int, int]]:
