@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -118,13 +119,20 @@ def prepare_batch(
     return PreparedBatch(list(sequences), scored, tree, edges, cost, use_tree, reason, not use_tree, temperatures)
 
 
+# Models whose weights have been found in memory: it takes a walk over all of them.
+_in_memory: WeakSet[PreTrainedModel] = WeakSet()
+
+
 def _check_weights(model: PreTrainedModel) -> None:
+    if model in _in_memory:
+        return
     missing = [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]
     if missing:
         raise UnsupportedError(
             f"{len(missing)} weights of {type(model).__name__} are on the meta device, such as {missing[0]}. Expected "
             "all in memory; load the model without offloading (device_map='auto' offloads what does not fit)."
         )
+    _in_memory.add(model)
 
 
 def _lengths_obstacle(model: PreTrainedModel, lengths: list[int]) -> str | None:

@@ -38,10 +38,13 @@ Entries = MutableMapping[str, Any]
 INDEXED: WeakSet[type[nn.Module]] = WeakSet()
 
 
-def install(model: PreTrainedModel) -> None:
-    """Route the language model's attention through `tree_attention` whenever a call carries a tree. Idempotent."""
+def install(model: PreTrainedModel, is_required: bool = True) -> None:
+    """Route the language model's attention through `tree_attention` whenever a call carries a tree. Idempotent.
+
+    is_required: UnsupportedError is raised for a model without any that can be.
+    """
     places = list(_places(model))
-    if not places:
+    if is_required and not places:
         raise UnsupportedError(
             f"No attention layer of {type(model).__name__} looks its implementation "
             f"{model.config.get_text_config()._attn_implementation!r} up in transformers' AttentionInterface. Expected "

@@ -14,8 +14,7 @@ def install(model: PreTrainedModel) -> None:
 
     Raises UnsupportedError for a model of which no layer can.
     """
-    if not mixers(model) or attention_registry.is_installable(model):
-        attention_registry.install(model)
+    attention_registry.install(model, is_required=not mixers(model))
     recurrent_registry.install(model)
     indexers.install(model)
 

@@ -80,9 +80,10 @@ def layer_types(config: Any) -> list[str]:
 
 def chunk_size(config: Any, layer: int) -> int | None:
     """The ranges of positions within which a layer attends; None for most."""
-    kinds = layer_types(config)
-    is_chunked = layer < len(kinds) and kinds[layer] == "chunked_attention"
-    return number(config, "attention_chunk_size") if is_chunked else None
+    chunk = number(config, "attention_chunk_size")
+    if chunk is None:
+        return None
+    return chunk if (layer, "chunked_attention") in enumerate(layer_types(config)) else None
 
 
 def one_size(owner: Any, name: str) -> Any:

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dta_plugin.dtypes import accumulation_dtype, compute_dtype
-from dta_plugin.errors import UnsupportedModelError
+from dta_plugin.errors import UnsupportedError
 from dta_plugin.recurrent.fla import Kernel
 from dta_plugin.recurrent.gather import take
 from dta_plugin.recurrent.plan import StatePlan
@@ -50,7 +50,7 @@ def tree_causal_conv1d(
         [1, D, T] and the last W - 1 inputs up to each of `plan.leaves`, [K, D, W - 1], both in the dtype of x.
 
     Raises:
-        UnsupportedModelError: no activation of that name.
+        UnsupportedError: no activation of that name.
     """
     act, (width, device) = _activation(activation), (weight.shape[1], x.device)
     near = plan.cached(("convolution", width, device), lambda: _near(plan, width, device))
@@ -168,7 +168,7 @@ def _activation(given: str | Callable[[torch.Tensor], torch.Tensor] | None) -> C
         return given
     found = _ACTIVATIONS.get(given) or getattr(F, given, None)
     if found is None:
-        raise UnsupportedModelError(
+        raise UnsupportedError(
             f"Got a convolution whose activation is {given!r}. Expected {sorted(_ACTIVATIONS)} or the name of a "
             "function of torch.nn.functional; pass the function itself."
         )

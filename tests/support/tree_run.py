@@ -17,7 +17,6 @@ from dta_plugin.attention.cpu_plan import Piece
 from dta_plugin.execution import packed
 from dta_plugin.models.lm_head import LMHead
 from dta_plugin.recurrent import plan
-from dta_plugin.recurrent.plan import StatePlan
 from tests.support.models import tiny_model
 from tests.support.oracle import Result, Rows, Scored, functional, result_of
 
@@ -65,11 +64,8 @@ def make_siblings_visible(patch: pytest.MonkeyPatch) -> None:
     def open_mask(layout: TreeLayout, backend: str = "auto") -> TreeMask:
         return TreeMask(torch.full_like(layout.exit, len(layout.exit)), layout.depth, backend)
 
-    def along(depth: np.ndarray, leaves: Sequence[int] | np.ndarray = ()) -> StatePlan:
-        return StatePlan(np.arange(-1, len(depth) - 1), np.asarray(leaves, dtype=np.int64))
-
     patch.setattr(TreeMask, "from_layout", open_mask)
-    patch.setattr(StatePlan, "from_depth", along)
+    carry_states_across_branches(patch)
 
 
 def carry_states_across_branches(patch: pytest.MonkeyPatch) -> None:
