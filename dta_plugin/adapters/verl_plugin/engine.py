@@ -110,7 +110,7 @@ class TreeEngine(FSDPEngineWithLMHead):
         if run.config is None:
             return self._dense_step(run, micro_batch, loss_function, forward_only)
         micro_batch = micro_batch.to(get_device_id())
-        rows = JaggedRows.from_data(micro_batch)
+        rows = JaggedRows.from_data(micro_batch, causal_lm(self.module))
         per_sequence = rows.temperature if isinstance(rows.temperature, list) else None
         batch = prepare_batch(
             self.module,
@@ -119,6 +119,7 @@ class TreeEngine(FSDPEngineWithLMHead):
             run.config,
             temperatures=per_sequence,
             device=rows.offsets.device,
+            images=rows.images,
         )
         call = TreeCall(self.module, batch, rows, run.config)
         call.wants_entropy = bool(tu.get_non_tensor_data(micro_batch, "calculate_entropy", False))
@@ -182,7 +183,7 @@ class TreeEngine(FSDPEngineWithLMHead):
         run = MiniBatchRun(None, not forward_only)
         if run.is_update and selection_obstacle(data, loss_function, config) is None:
             step, rank = self._dta_passes.next(self.lr_scheduler.last_epoch), self.get_data_parallel_rank()
-            run.drawn = choose_tokens(data, loss_function, config, step, rank)
+            run.drawn = choose_tokens(data, self.module, loss_function, config, step, rank)
         findings, plans = find(self, data, config, loss_function, forward_only)
         decision = decide(agreed(findings, self.get_data_parallel_group()))
         if decision.obstacle is not None:

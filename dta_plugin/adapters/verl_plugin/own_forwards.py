@@ -10,6 +10,7 @@ are verl's.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,6 +49,11 @@ class OwnForward(StandIn):
     def __init__(self, place: Place, key: str, own: Forward, along_trees: bool) -> None:
         super().__init__(place, key)
         self.own, self.along_trees = own, along_trees
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """Of the one that a call without a tree goes to."""
+        return inspect.signature(self.own if _depth else self.behind)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         has_tree = (kwargs.get("dta_tree") or carried(kwargs.get("attention_mask"))) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,24 @@ from transformers import (
     Qwen3_5ForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
 )
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention, Qwen2_5_VLModel
 
+from dta_plugin.adapters.verl_plugin.own_forwards import as_transformers_has_them
 from tests.adapters.verl.recurrent import shake
-from tests.adapters.verl.support import END, PLACE, SHAPES, START, VIDEO, VOCABULARY, Sequences, text_run
+from tests.adapters.verl.support import (
+    END,
+    PLACE,
+    SHAPES,
+    START,
+    VIDEO,
+    VOCABULARY,
+    Sequences,
+    Setup,
+    Step,
+    build,
+    text_run,
+    train,
+)
 
 _IDS = {
     "image_token_id": PLACE,
@@ -64,6 +80,8 @@ KINDS: dict[str, tuple[type[PreTrainedModel], dict[str, Any], dict[str, Any]]] =
     ),
     "qwen3_5": (Qwen3_5ForConditionalGeneration, _HYBRID, {"num_position_embeddings": 16}),
 }
+# What verl replaces, for good, when it builds Qwen2.5-VL.
+REPLACED = {kind: kind.forward for kind in (Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel, Qwen2_5_VLAttention)}
 _PATCH = 3 * 2 * 4 * 4
 Picture = dict[str, torch.Tensor]
 
@@ -83,6 +101,21 @@ def save_vision(folder: Path, family: str) -> Path:
     shake(adapted, 0.1, "lora_B")
     adapted.save_pretrained(folder / "adapter")
     return folder
+
+
+def weights(engine: Any) -> torch.Tensor:
+    """Of this rank, flat."""
+    found = (parameter.detach() for parameter in engine.module.parameters())
+    return torch.cat([(p.to_local() if hasattr(p, "to_local") else p).flatten() for p in found]).clone()
+
+
+def expected_of(setup: Setup, steps: Sequence[Step], folder: Path) -> list[dict[str, Any]]:
+    """verl's engine with transformers' forwards.
+
+    verl's own for Qwen2.5-VL need flash-attn where padding is removed, and fail on text alone.
+    """
+    with as_transformers_has_them():
+        return train(build(setup, folder, tree=False), steps)
 
 
 def picture(seed: int, height: int = 4, width: int = 4) -> Picture:

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("verl", reason="verl is not installed: pip install 'dta-plugin[verl]'")
 
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
-    Qwen2_5_VLAttention,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLModel,
-)
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention
 from verl.models.transformers import qwen2_vl
 
-from dta_plugin.adapters.verl_plugin import own_forwards
 from dta_plugin.adapters.verl_plugin.own_forwards import OwnForward, as_transformers_has_them
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import UnsupportedError
-from tests.adapters.verl.pictures import save_vision
+from tests.adapters.verl.pictures import REPLACED, expected_of, save_vision
 from tests.adapters.verl.support import Setup, Step, build, difference, differences, train
 from tests.support.tree_run import make_siblings_visible
 
+pytestmark = pytest.mark.usefixtures("not_replaced")
 TOLERANCE = 1e-5
-REPLACED = (Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel, Qwen2_5_VLAttention)
 STEPS = [Step(position_rows=4), Step(shape="turns", position_rows=4, remove_padding=False)]
 STREAMED = Step(shape="turns", position_rows=4, config=TreeConfig(executor="streamed", max_tree_tokens_per_chunk=20))
 
@@ -33,19 +27,6 @@ STREAMED = Step(shape="turns", position_rows=4, config=TreeConfig(executor="stre
 @pytest.fixture(scope="module")
 def qwen2_5_vl(rank: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_vision(tmp_path_factory.mktemp("qwen2_5_vl"), "qwen2_5_vl")
-
-
-@pytest.fixture(autouse=True)
-def _as_if_verl_had_built_none(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for kind in REPLACED:
-        monkeypatch.setattr(kind, "forward", own_forwards._own(kind))
-    yield
-
-
-def _expected(setup: Setup, steps: list[Step], folder: Path) -> list[dict]:
-    """verl's engine with transformers' own forwards: its own fail on text, and without flash-attn on packed rows."""
-    with as_transformers_has_them():
-        return train(build(setup, folder, tree=False), steps)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -56,7 +37,7 @@ def test_attention_that_goes_around_trees(
     """Qwen2.5-VL, checkpointed: layers that run again in the backward pass have their own attention, too."""
     setup = Setup(strategy, lora=lora)
     steps = [*STEPS, STREAMED] if strategy == "fsdp2" else STEPS
-    expected = _expected(setup, steps, qwen2_5_vl)
+    expected = expected_of(setup, steps, qwen2_5_vl)
     with caplog.at_level("INFO", logger="dta_plugin"):
         found = train(build(setup, qwen2_5_vl, tree=True), steps)
     worst = [difference(a, b) for a, b in zip(found, expected, strict=True)]
@@ -108,7 +89,7 @@ def test_qwen3_vl(remove_padding: bool, rank: None, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("unprobed")
 def test_negative_control(qwen2_5_vl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = Step(shape="turns", position_rows=4)
-    (expected,) = _expected(Setup(), [step], qwen2_5_vl)
+    (expected,) = expected_of(Setup(), [step], qwen2_5_vl)
     with pytest.MonkeyPatch.context() as patch:
         make_siblings_visible(patch)
         (found,) = train(build(Setup(), qwen2_5_vl, tree=True), [step])
