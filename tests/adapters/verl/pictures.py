@@ -160,4 +160,15 @@ def pictures(seed: int = 0) -> tuple[Sequences, list[int], list[Picture]]:
     return sequences, [len(prompt) for prompt, _, _ in rows], [inputs_of(found) for _, _, found in rows]
 
 
-SHAPES["pictures"] = pictures
+def one_sided(seed: int = 0) -> tuple[Sequences, list[int], list[Picture]]:
+    """Rows with pictures, and as many rows of text: on two ranks, one has none."""
+    rows = list(zip(*pictures(seed), strict=True))
+    with_pictures = [row for row in rows if row[2]]
+    for i in range(len(with_pictures)):
+        prompt = text_run(12, 1000 * seed + 60 + i % 2)
+        rows.append((prompt + text_run(3 + i, 1000 * seed + 70 + i), 12, {}))
+    text_alone = rows[-len(with_pictures) :]
+    return tuple(list(column) for column in zip(*with_pictures, *text_alone, strict=True))  # type: ignore[return-value]
+
+
+SHAPES["pictures"], SHAPES["one-sided"] = pictures, one_sided

@@ -56,6 +56,10 @@ def test_recurrent_layers_on_two_ranks(job: str, tmp_path: Path) -> None:
     _check(on_two_ranks(SCRIPT, tmp_path, job), job)
 
 
+def test_pictures_on_two_ranks(tmp_path: Path) -> None:
+    _check(on_two_ranks(SCRIPT, tmp_path, "pictures"), "pictures")
+
+
 @pytest.mark.slow
 def test_two_ranks_further(tmp_path: Path) -> None:
     ranks = on_two_ranks(SCRIPT, tmp_path, "fsdp:full", "fsdp2:lora")
