@@ -24,7 +24,13 @@ from dta_plugin.adapters.verl_plugin.diffusion.guards import check_model
 from dta_plugin.adapters.verl_plugin.diffusion.updates import DiffusionUpdates, Settings
 from dta_plugin.adapters.verl_plugin.jagged import JaggedRows, clear_weights
 from dta_plugin.adapters.verl_plugin.micro_batches import agreed, clear_plan, set_plan
-from dta_plugin.adapters.verl_plugin.mini_batch import MiniBatchRun, config_of_micro_batches, decide, find
+from dta_plugin.adapters.verl_plugin.mini_batch import (
+    MiniBatchRun,
+    config_of_micro_batches,
+    cost_on_all_ranks,
+    decide,
+    find,
+)
 from dta_plugin.adapters.verl_plugin.obstacles import packing_fault
 from dta_plugin.adapters.verl_plugin.run_checks import check_chunks
 from dta_plugin.adapters.verl_plugin.tokens import OptimizerPasses, choose_tokens, selection_obstacle
@@ -189,10 +195,12 @@ class TreeEngine(FSDPEngineWithLMHead):
         if decision.obstacle is not None:
             self._refuse(decision.obstacle)
             return run
-        if decision.cost is not None and decision.cost.saving < config.min_saving:
-            saved = f"{decision.cost.saving:.0%} of FLOPs saved, min_saving {config.min_saving:.0%}"
-            self._dta_notices.say_once(f"verl's own path: only {saved}", "min_saving")
-            return run
+        if config.min_saving:
+            saving = cost_on_all_ranks(self, data, decision.is_cut).saving
+            if saving < config.min_saving:
+                saved = f"{saving:.0%} of FLOPs saved, min_saving {config.min_saving:.0%}"
+                self._dta_notices.say_once(f"verl's own path: only {saved}", "min_saving")
+                return run
         if plans is not None and decision.micro_batches is not None:
             set_plan(data, plans.plan(decision.micro_batches))
         run.config = config_of_micro_batches(data, config, self.engine_config.strategy)

@@ -13,7 +13,7 @@ from verl.utils.metric import AggregationType, Metric
 
 from dta_plugin.adapters.verl_plugin.images import position_obstacle, row_images
 from dta_plugin.adapters.verl_plugin.jagged import JaggedRows
-from dta_plugin.adapters.verl_plugin.micro_batches import may_regroup, planner
+from dta_plugin.adapters.verl_plugin.micro_batches import agreed, may_regroup, planner
 from dta_plugin.adapters.verl_plugin.obstacles import batch_obstacle, engine_obstacle
 from dta_plugin.adapters.verl_plugin.protocols import Engine
 from dta_plugin.adapters.verl_plugin.tokens import selection_obstacle
@@ -61,24 +61,24 @@ class Findings:
     """What one rank finds in its part of a mini-batch, for all to decide on.
 
     invalid: why tokens cannot be drawn, or images do not fit their rows, which ends the run. obstacle: why a tree would
-    not be exact. cost: in FLOPs, where the gate asks for it. micro_batches: how many it would make, where rows may
-    move. rows: how many it has.
+    not be exact. micro_batches: how many it would make, where rows may move. rows: how many it has. is_cut: whether
+    some of their tokens do not run.
     """
 
     invalid: str | None
     obstacle: str | None
-    cost: CostEstimate | None
     micro_batches: int | None
     rows: int
+    is_cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The same on all ranks. obstacle: why verl's own path runs. cost: of all of them. micro_batches: how many each."""
+    """The same on all ranks. obstacle: why verl's own path runs. micro_batches: how many each. is_cut: any of them."""
 
     obstacle: str | None
-    cost: CostEstimate | None
     micro_batches: int | None
+    is_cut: bool = False
 
 
 def find(
@@ -87,22 +87,21 @@ def find(
     """Look at a mini-batch whose tokens have been chosen; with what plans its micro-batches, if anything may."""
     invalid = None if forward_only else selection_obstacle(data, loss_function, config)
     obstacle = engine_obstacle(engine) or tree_obstacle(engine.module) or batch_obstacle(data)
-    plans, cost = None, None
-    if obstacle is None:
-        try:
-            rows, images = _rows_and_images(data, causal_lm(engine.module))
-            obstacle = position_obstacle(data, images)
-        except InvalidInputError as error:
-            invalid = invalid or str(error)
-        except UnsupportedError as error:
-            obstacle = str(error)
-    if obstacle is None and invalid is None:
-        if may_regroup(data, config.regroup, loss_function, forward_only):
-            sequences = rows.runs.sequences if images is None else images.identities(rows.runs.sequences)
-            plans = planner(data, sequences, model_cost(causal_lm(engine.module)))
-        if config.min_saving:
-            cost = _cost(engine, data, rows)
-    return Findings(invalid, obstacle, cost, None if plans is None else plans.count, len(data)), plans
+    if invalid is not None or obstacle is not None:
+        return Findings(invalid, obstacle, None, len(data)), None
+    model = causal_lm(engine.module)
+    try:
+        rows, images = _rows_and_images(data, model)
+    except InvalidInputError as error:
+        return Findings(str(error), None, None, len(data)), None
+    except UnsupportedError as error:
+        return Findings(None, str(error), None, len(data)), None
+    obstacle, plans = position_obstacle(data, images), None
+    if obstacle is None and may_regroup(data, config.regroup, loss_function, forward_only):
+        sequences = rows.runs.sequences if images is None else images.identities(rows.runs.sequences)
+        plans = planner(data, sequences, model_cost(model))
+    count = None if plans is None else plans.count
+    return Findings(None, obstacle, count, len(data), rows.read is not None), plans
 
 
 def _rows_and_images(data: TensorDict, model: PreTrainedModel) -> tuple[JaggedRows, BatchImages | None]:
@@ -126,12 +125,29 @@ def decide(ranks: Sequence[Findings]) -> Decision:
         raise InvalidInputError(invalid)
     obstacle = next((rank.obstacle for rank in ranks if rank.obstacle is not None), None)
     if obstacle is not None:
-        return Decision(obstacle, None, None)
-    costs = [rank.cost for rank in ranks if rank.cost is not None]
-    cost = CostEstimate(sum(cost.dense for cost in costs), sum(cost.tree for cost in costs)) if costs else None
+        return Decision(obstacle, None)
     counts = [rank.micro_batches for rank in ranks if rank.micro_batches is not None]
     is_possible = len(counts) == len(ranks) and max(counts) <= min(rank.rows for rank in ranks)
-    return Decision(None, cost, max(counts) if is_possible else None)
+    return Decision(None, max(counts) if is_possible else None, any(rank.is_cut for rank in ranks))
+
+
+def cost_on_all_ranks(engine: Engine, data: TensorDict, is_cut: bool) -> CostEstimate:
+    """In FLOPs: of verl's own path, which computes all tokens, and of trees of those that are to run.
+
+    All ranks must call it, and prepare equally many batches: is_cut is as they have decided.
+    """
+
+    def cost_of(rows: JaggedRows) -> CostEstimate:
+        runs, device = rows.runs, rows.offsets.device
+        return prepare_batch(
+            engine.module, runs.sequences, runs.scored, TreeConfig(), device=device, images=rows.images
+        ).cost
+
+    cost = cost_of(JaggedRows.from_data(data, causal_lm(engine.module)))
+    if is_cut:
+        cost = CostEstimate(cost_of(JaggedRows.whole(data)).dense, cost.tree)
+    costs = agreed(cost, engine.get_data_parallel_group())
+    return CostEstimate(sum(cost.dense for cost in costs), sum(cost.tree for cost in costs))
 
 
 def config_of_micro_batches(data: TensorDict, config: TreeConfig, strategy: str) -> TreeConfig:
@@ -141,16 +157,3 @@ def config_of_micro_batches(data: TensorDict, config: TreeConfig, strategy: str)
         budget = config.max_tree_tokens_per_chunk or int(tu.get_non_tensor_data(data, "max_token_len_per_gpu", 0))
         return replace(config, max_tree_tokens_per_chunk=budget)
     return config
-
-
-def _cost(engine: Engine, data: TensorDict, rows: JaggedRows) -> CostEstimate:
-    """Of verl's own path, which computes all tokens, and of a tree of those that are to run."""
-
-    def cost_of(some: JaggedRows) -> CostEstimate:
-        runs, device = some.runs, some.offsets.device
-        return prepare_batch(
-            engine.module, runs.sequences, runs.scored, TreeConfig(), device=device, images=some.images
-        ).cost
-
-    cost = cost_of(rows)
-    return cost if rows.read is None else CostEstimate(cost_of(JaggedRows.whole(data)).dense, cost.tree)

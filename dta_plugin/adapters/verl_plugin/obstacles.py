@@ -13,6 +13,7 @@ from typing import Any
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
+from dta_plugin.adapters.verl_plugin.images import position_obstacle, row_images
 from dta_plugin.adapters.verl_plugin.protocols import Engine
 from dta_plugin.models.introspection import causal_lm
 from dta_plugin.models.recurrent_layers import mixers
@@ -47,13 +48,20 @@ def engine_obstacle(engine: Engine) -> str | None:
 
 
 def batch_obstacle(data: TensorDict) -> str | None:
-    """What in a mini-batch a tree cannot follow, or None."""
+    """What in a mini-batch a tree cannot follow, or None; of its rows' images and positions, see `images`."""
     for key, reason in _NEEDS_LOGITS.items():
         if tu.get_non_tensor_data(data, key, False):
             return reason
     if "routed_experts" in data.keys():  # noqa: SIM118 (a TensorDict)
         return "the batch has routed_experts (router replay), which are per row; switch the replay off"
     return None
+
+
+def text_obstacle(data: TensorDict) -> str | None:
+    """The same, of critics and diffusion LMs, which take text alone."""
+    if row_images(data) is not None:
+        return "the batch has images or other multimodal inputs, which only causal actors take along; train on text"
+    return batch_obstacle(data) or position_obstacle(data, None)
 
 
 def packing_fault(engine: Engine, data: TensorDict) -> str | None:

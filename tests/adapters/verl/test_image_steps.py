@@ -16,6 +16,7 @@ pytest.importorskip("verl", reason="verl is not installed: pip install 'dta-plug
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from dta_plugin.config import TreeConfig
+from dta_plugin.errors import InvalidInputError
 from dta_plugin.models.vision.batch_images import BatchImages
 from tests.adapters.verl.pictures import expected_of, save_vision, weights
 from tests.adapters.verl.recurrent import rule_that_takes_no_rows
@@ -49,7 +50,7 @@ def _steps(setup: Setup, steps: Sequence[Step], folder: Path, tree: bool) -> tup
     before = weights(engine)
     results = train(engine, steps)
     after = weights(engine)
-    assert (after - before).abs().max() > 100 * TOLERANCE
+    assert (after - before).abs().max() > 30 * TOLERANCE  # of a learning rate of 1e-3
     return results, after
 
 
@@ -97,8 +98,7 @@ def test_further_steps(family: str, strategy: str, lora: bool, checkpointing: bo
     _check(setup, [PACKED, STATIC, PADDED, Step(position_rows=4)], folders[family])
 
 
-@pytest.mark.parametrize("executor", ["packed", "streamed"])
-def test_what_is_not_read_does_not_run(executor: str, folders: dict[str, Path]) -> None:
+def test_what_is_not_read_does_not_run(folders: dict[str, Path]) -> None:
     """Pictures of later turns, too, behind the last token that is read; and with a drawing of tokens."""
     engine = build(Setup(), folders["qwen3_vl"], tree=True)
     data = sampled(engine, replace(PADDED, extra={"calculate_entropy": False}))
@@ -107,11 +107,10 @@ def test_what_is_not_read_does_not_run(executor: str, folders: dict[str, Path]) 
         row[2:] = 0
     data["advantages"] = torch.nested.as_nested_tensor(advantages, layout=torch.jagged)
     actor = without_regularisers(actor_config(Step()))
-    chunks = {} if executor == "packed" else {"executor": executor, "max_tree_tokens_per_chunk": 30}
-    full, pruned = (updated(engine, data, TreeConfig(prune=prune, **chunks), actor) for prune in ("never", "always"))
+    full, pruned = (updated(engine, data, TreeConfig(prune=prune), actor) for prune in ("never", "always"))
     assert relative(pruned.gradient, full.gradient) < TOLERANCE
     assert pruned.metrics["dta/pruned_tokens"] > 20 > full.metrics["dta/pruned_tokens"] == 0
-    drawn = updated(engine, data, TreeConfig(token_selection="rpc", token_budget=0.3, **chunks), actor)
+    drawn = updated(engine, data, TreeConfig(token_selection="rpc", token_budget=0.3), actor)
     assert drawn.metrics["dta/pruned_tokens"] > 20 and drawn.gradient.any()
 
 
@@ -124,9 +123,14 @@ def test_verified_and_measured(folders: dict[str, Path], caplog: pytest.LogCaptu
     assert found["dta"]["dta/dense_fallback"] == 1
 
 
-def test_streamed(folders: dict[str, Path]) -> None:
-    step = replace(PACKED, config=TreeConfig(executor="streamed", max_tree_tokens_per_chunk=20))
-    _check(Setup(), [step], folders["qwen3_vl"])
+def test_in_chunks(folders: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
+    """Weights that FSDP2 shards: asked for, an error; where there is a choice, such batches run packed."""
+    engine = build(Setup(), folders["qwen3_vl"], tree=True)
+    with pytest.raises(InvalidInputError, match=r"executor='streamed' with images.*executor='auto'"):
+        train(engine, [replace(PACKED, config=TreeConfig(executor="streamed"))])
+    with caplog.at_level("INFO", logger="dta_plugin"):
+        _check(Setup(), [replace(PACKED, config=TreeConfig(max_tree_tokens_per_chunk=20))], folders["qwen3_vl"])
+    assert "max_tree_tokens_per_chunk=20 is not kept: images" in caplog.text
 
 
 def _by_ids(patch: pytest.MonkeyPatch) -> None:
