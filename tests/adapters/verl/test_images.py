@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("verl", reason="verl is not installed: pip install 'dta-plugin[verl]'")
 
 from tensordict import NonTensorStack, TensorDict
-from transformers import PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 from verl.utils import tensordict_utils as tu
 
 from dta_plugin.adapters.verl_plugin.engine import TreeEngine
@@ -25,8 +25,9 @@ from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.models.introspection import causal_lm
 from dta_plugin.models.vision.batch_images import BatchImages
-from tests.adapters.verl.pictures import picture, pictures, save_vision, shown
-from tests.adapters.verl.support import PLACE, Setup, Step, build, log_probs, mini_batch, nested
+from tests.adapters.verl.agent_loop import image, row
+from tests.adapters.verl.pictures import KINDS, picture, pictures, save_vision, shown
+from tests.adapters.verl.support import END, PLACE, START, Setup, Step, build, log_probs, mini_batch, nested, text_run
 
 PICTURES = Step(shape="pictures", position_rows=4)
 
@@ -124,7 +125,7 @@ def test_rows_end_with_the_last_token_that_is_read(last: str, model: PreTrainedM
     BatchImages.from_rows(model, rows.runs.sequences, rows.images)  # they fit each other
 
 
-def _row(index: int, change: Callable[[torch.Tensor], torch.Tensor]) -> TensorDict:
+def _with_positions(index: int, change: Callable[[torch.Tensor], torch.Tensor]) -> TensorDict:
     data = mini_batch(PICTURES)
     rows = data["position_ids"].unbind()
     data["position_ids"] = nested([change(row) if i == index else row for i, row in enumerate(rows)])
@@ -140,14 +141,33 @@ def test_positions_are_the_models_own(model: PreTrainedModel) -> None:
     text = next(row for row, own in enumerate(rows.images) if own is None)
     shown_in = next(row for row, own in enumerate(rows.images) if own is not None)
     for axis in range(4):
-        wrong = _row(shown_in, lambda row, axis=axis: row + (torch.arange(4) == axis)[:, None])
+        wrong = _with_positions(shown_in, lambda row, axis=axis: row + (torch.arange(4) == axis)[:, None])
         assert f"row {shown_in}, which has images" in (position_obstacle(wrong, images) or "")
-        wrong = _row(text, lambda row, axis=axis: row + (torch.arange(4) == axis)[:, None])
+        wrong = _with_positions(text, lambda row, axis=axis: row + (torch.arange(4) == axis)[:, None])
         assert f"row {text} are not 0, 1, 2" in (position_obstacle(wrong, images) or "")
     assert "not 0, 1, 2" in (position_obstacle(data, None) or "")
     lengths = data["input_ids"].offsets().diff().tolist()
     data["position_ids"] = nested([torch.arange(length) for length in lengths])
     assert "which has images" in (position_obstacle(data, images) or "")
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_rows_as_verls_agent_loop_makes_them(family: str, tmp_path: Path) -> None:
+    """Positions by the function that verl binds to the processor, inputs with all that it adds and leaves."""
+    model = AutoModelForImageTextToText.from_pretrained(save_vision(tmp_path, family))
+    text = text_run(5, 0)
+    found = [([*text, START, *[PLACE] * 6, END, *text], [image(0, 16, 24)]), (text, [])]
+    found.append(([START, *[PLACE] * 4, END, *text, START, *[PLACE] * 6, END], [image(1), image(0, 24, 16)]))
+    rows = [row(model, ids, shown_in) for ids, shown_in in found]
+    assert {"images_seqlens"} < rows[0][0].keys()
+    data = TensorDict({"input_ids": nested([torch.tensor(ids) for ids, _ in found])}, batch_size=[3])
+    data["position_ids"] = nested([positions for _, positions in rows])
+    data["multi_modal_inputs"] = NonTensorStack(*[inputs for inputs, _ in rows])
+    images = row_images(data)
+    assert images is not None and images[1] is None
+    batch = BatchImages.from_rows(model, [ids for ids, _ in found], images)
+    assert [len(own) for own in batch.units_of_row] == [1, 0, 2]
+    assert position_obstacle(data, batch) is None
 
 
 INPUTS: dict[str, tuple[dict[str, Any], str]] = {
@@ -179,7 +199,7 @@ def test_pictures_that_do_not_fit_their_row(what: str, engine: TreeEngine) -> No
 def test_positions_that_are_others_are_refused(engine: TreeEngine) -> None:
     engine.configure(TreeConfig())
     with pytest.raises(UnsupportedError, match="get_rope_index"):
-        log_probs(engine, _row(0, lambda row: row[:1].expand(4, -1)))
+        log_probs(engine, _with_positions(0, lambda row: row[:1].expand(4, -1)))
 
 
 def test_a_model_without_a_tower(folder: Path) -> None:
