@@ -120,7 +120,7 @@ def with_recurrent_layers(folder: Path, further: bool = False) -> dict[str, Any]
     return {"differences": found, "metrics": [step["dta"] for step in results]}
 
 
-def with_pictures(folder: Path, family: str, strategies: Sequence[str]) -> dict[str, Any]:
+def with_pictures(folder: Path, family: str, strategies: Sequence[str] = ("fsdp2",)) -> dict[str, Any]:
     """Different pictures on each rank; on one of them in some micro-batches only; on one of them none at all."""
     if distributed.get_rank() == 0:
         pictures.save_vision(folder / family, family)
@@ -151,7 +151,8 @@ def main() -> None:
         "critic": with_critic,
         "recurrent": with_recurrent_layers,
         "recurrent further": functools.partial(with_recurrent_layers, further=True),
-        "pictures": functools.partial(with_pictures, family="qwen3_vl", strategies=("fsdp2", "fsdp")),
+        "pictures": functools.partial(with_pictures, family="qwen3_vl"),
+        "pictures further": functools.partial(with_pictures, family="qwen3_5", strategies=("fsdp", "fsdp2")),
     }
     for job in jobs:
         if job in special:
