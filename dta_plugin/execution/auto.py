@@ -46,6 +46,7 @@ def run_tree(
     where it gives other log-probs than the model.
     """
     options: dict[str, Any] = {
+        "images": batch.images,
         "backend": config.backend,
         "temperature": temperature,
         "head_dtype": head_dtype,
@@ -126,6 +127,8 @@ def _streaming_obstacle(
         return "a model that FSDP1 shards; FSDP2 (fully_shard) can stream"
     if has_tensor_parallel(model):
         return "tensor-parallel parameters, which this version cannot stream"
+    if batch.images is not None and is_sharded(model):
+        return "images and a model that FSDP2 shards"
     if is_zero3(model):
         return "a model that DeepSpeed ZeRO-3 shards; FSDP2, or ZeRO-1 or 2, can stream"
     ranges = [chunk_size(base.config.get_text_config(), layer) for layer in attention_modules(base)]
@@ -203,7 +206,8 @@ def run_dense(
     sequences = [*batch.sequences, *[DUMMY_SEQUENCE] * (calls - count)]
     rows = [torch.as_tensor(sequence, dtype=torch.int64, device=device) for sequence in sequences]
     temperatures = [*batch.temperatures_or(temperature), *[1.0] * (calls - count)]
-    logprobs, entropies = dense_logprobs(model, rows, temperatures, return_entropy)
+    images = batch.dense_images(causal_lm(model), rows)
+    logprobs, entropies = dense_logprobs(model, rows, temperatures, return_entropy, images=images)
     anchor = _zero(logprobs)
     unscored = batch.unscored()
     # The anchor makes the dummies go backward with the others.

@@ -9,6 +9,7 @@ import torch
 
 from dta_plugin.attention.mask import HostArrays
 from dta_plugin.execution.streaming.chunk_plan import ChunkPlan
+from dta_plugin.models.vision.batch_images import TreeImages
 from dta_plugin.tree.layout import ScoredEdges
 from dta_plugin.tree.trie import PrefixTree
 from dta_plugin.upload import upload
@@ -20,8 +21,9 @@ class ChunkInputs:
 
     cached: int64 [S] positions in the chunk, see `Chunk` in chunk_plan.py. edges: int64 [E'] those whose rows are in
     it; rows: [R'] positions in the chunk. temperature: [R'], where rows have their own. host: exit and depth, and
-    host_row_of_edge, in the CPU's memory, as are leaves: [K] positions behind which later chunks begin. reach,
-    host_reach: [C], where tokens attend both ways, with positions in the chunk; no chunk has a part of a block.
+    host_row_of_edge, in the CPU's memory, as are leaves: [K] positions behind which later chunks begin. images: of its
+    tokens, if the tree has any. reach, host_reach: [C], where tokens attend both ways, as positions in the chunk; no
+    chunk has a part of a block.
     """
 
     input_ids: torch.Tensor
@@ -37,6 +39,7 @@ class ChunkInputs:
     host_row_of_edge: np.ndarray
     leaves: np.ndarray
     temperature: torch.Tensor | None = None
+    images: TreeImages | None = None
     reach: torch.Tensor | None = None
     host_reach: np.ndarray | None = None
 
@@ -44,7 +47,8 @@ class ChunkInputs:
 class PlanInputs:
     """Chunks of a plan as tensors on the edges' device, made when they are needed."""
 
-    def __init__(self, tree: PrefixTree, edges: ScoredEdges, plan: ChunkPlan) -> None:
+    def __init__(self, tree: PrefixTree, edges: ScoredEdges, plan: ChunkPlan, images: TreeImages | None = None) -> None:
+        self.images = images
         self.tree, self.plan, self.device = tree, plan, edges.target.device
         self.target, self.rows, self.row_of_edge = edges.host.target, edges.host.rows, edges.host.row_of_edge
         self.temperature = edges.temperature
@@ -120,11 +124,13 @@ class PlanInputs:
         if reach is not None:
             arrays["reach"] = reach
         tensors = dict(zip(arrays, upload(list(arrays.values()), self.device), strict=True))
+        images = None if self.images is None else self.images.at(tokens)
         return ChunkInputs(
             **tensors,
             first=first,
             host=(exit_, depth),
             host_row_of_edge=row_of_edge,
             leaves=leaves,
+            images=images,
             host_reach=reach,
         )
