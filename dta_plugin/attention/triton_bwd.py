@@ -18,7 +18,6 @@ from dta_plugin.attention.triton_parts import (
     capped,
     first_column,
     is_visible,
-    limits,
     load_at,
     load_rows,
     load_values,
@@ -95,7 +94,11 @@ def query_gradient_kernel(
     lse = load_values(Lse + head * queries, row, queries, True) * LOG2_E
     delta = load_values(Delta + head * queries, row, queries, True)
     query_depth = tl.load(Depth + query, mask=row < queries, other=0)
-    last, near = limits(query, keys, Last, Near)
+    last, near = query, None
+    if Last is not None:
+        last = load_values(Last, query, keys, True)
+    if Near is not None:
+        near = load_values(Near, query, keys, True)
     first = first_column(GradQ)
 
     acc = zeros(QUERY_TILE, GradQ.share, scale)
@@ -135,7 +138,11 @@ def _key_gradient(
     if MASKED:
         query = first_query + row
         query_depth = tl.load(Depth + query, mask=row < queries, other=0)
-        last, near = limits(query, keys, Last, Near)
+        last, near = query, None
+        if Last is not None:
+            last = load_values(Last, query, keys, True)
+        if Near is not None:
+            near = load_values(Near, query, keys, True)
         visible = sees(query, last, near, query_depth, key, key_exit, key_depth, window, 0)
         weight = tl.where(visible & (row < queries)[None, :], weight, 0.0)
     if KEYS:

@@ -19,8 +19,8 @@ from dta_plugin.attention.triton_parts import (
     capped,
     first_column,
     is_visible,
-    limits,
     load_rows,
+    load_values,
     store_rows,
     visits_of,
     zeros,
@@ -61,14 +61,22 @@ def forward_kernel(
     queries, keys, first_query, scale, softcap, window,
     GROUPS: tl.constexpr, QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Out [Hq, queries, DV] and Lse float32 [Hq, queries], natural logarithm. Grid (Hq, query tiles, shares of DV)."""
+    """Out [Hq, queries, DV] and Lse float32 [Hq, queries], natural logarithm. Grid (Hq, query tiles, shares of DV).
+
+    Last, Near: int32 [keys] the last key that each token may see, and the first that it sees whatever the window; None
+    where that is itself, and where there is no such key.
+    """
     head = tl.program_id(0).to(tl.int64)
     tile = tl.load(Order + tl.program_id(1))
     row = tile * QUERY_TILE + tl.arange(0, QUERY_TILE)
     query = first_query + row
     q = load_rows(Q, head, row, queries, True)
     query_depth = tl.load(Depth + query, mask=row < queries, other=0)
-    last, near = limits(query, keys, Last, Near)
+    last, near = query, None
+    if Last is not None:
+        last = load_values(Last, query, keys, True)
+    if Near is not None:
+        near = load_values(Near, query, keys, True)
     first = first_column(V)
 
     acc = zeros(QUERY_TILE, V.share, scale)

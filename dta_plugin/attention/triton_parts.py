@@ -118,22 +118,11 @@ def visits_of(tile, Start, Masked):
 
 
 @triton.jit
-def limits(query, keys, Last, Near):
-    """The last key that each query may see, and the first that it sees whatever the window, or None.
-
-    Last, Near: int32 [keys] of every token; None where that is the query itself, and where there is no such key.
-    """
-    last, near = query, None
-    if Last is not None:
-        last = load_values(Last, query, keys, True)
-    if Near is not None:
-        near = load_values(Near, query, keys, True)
-    return last, near
-
-
-@triton.jit
 def sees(query, last, near, query_depth, key, key_exit, key_depth, window, AXIS: tl.constexpr):
-    """The mask, with keys along AXIS. Bool [len(query), len(key)] or transposed."""
+    """The mask, with keys along AXIS. Bool [len(query), len(key)] or transposed.
+
+    last: the last key that each query may see. near: the first that it sees whatever the window, or None.
+    """
     key, key_exit = tl.expand_dims(key, 1 - AXIS), tl.expand_dims(key_exit, 1 - AXIS)
     query = tl.expand_dims(query, AXIS)
     visible = (key <= tl.expand_dims(last, AXIS)) & (query < key_exit)
