@@ -30,7 +30,7 @@ def folder(rank: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Qwen2.5-VL as if verl had built no model of it in this process: it replaces forwards for good."""
+    """As if verl had built no Qwen2-VL in this process, nor Qwen2.5-VL: it replaces their forwards for good."""
     from tests.adapters.verl.pictures import REPLACED
 
     for kind, forward in REPLACED.items():

@@ -11,10 +11,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     PreTrainedModel,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLForConditionalGeneration,
     Qwen3_5ForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
 )
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention, Qwen2_5_VLModel
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLAttention, Qwen2VLModel
 
 from dta_plugin.adapters.verl_plugin.own_forwards import as_transformers_has_them
 from tests.adapters.verl.recurrent import shake
@@ -72,6 +74,7 @@ _HYBRID: dict[str, Any] = {
     "rope_parameters": _TEXT["rope_parameters"] | {"partial_rotary_factor": 0.5},
 }
 KINDS: dict[str, tuple[type[PreTrainedModel], dict[str, Any], dict[str, Any]]] = {
+    "qwen2_vl": (Qwen2VLForConditionalGeneration, {}, {"embed_dim": 32, "mlp_ratio": 2}),
     "qwen2_5_vl": (Qwen2_5_VLForConditionalGeneration, {}, {"fullatt_block_indexes": [1], "window_size": 16}),
     "qwen3_vl": (
         Qwen3VLForConditionalGeneration,
@@ -80,8 +83,10 @@ KINDS: dict[str, tuple[type[PreTrainedModel], dict[str, Any], dict[str, Any]]] =
     ),
     "qwen3_5": (Qwen3_5ForConditionalGeneration, _HYBRID, {"num_position_embeddings": 16}),
 }
-# What verl replaces, for good, when it builds Qwen2.5-VL.
-REPLACED = {kind: kind.forward for kind in (Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel, Qwen2_5_VLAttention)}
+# What verl replaces, for good, when it builds Qwen2-VL or Qwen2.5-VL.
+QWEN2_5 = (Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel, Qwen2_5_VLAttention)
+_QWEN2 = (Qwen2VLForConditionalGeneration, Qwen2VLModel, Qwen2VLAttention)
+REPLACED = {kind: kind.forward for kind in (*QWEN2_5, *_QWEN2)}
 _PATCH = 3 * 2 * 4 * 4
 Picture = dict[str, torch.Tensor]
 

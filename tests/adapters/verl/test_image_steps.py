@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 
 pytest.importorskip("verl", reason="verl is not installed: pip install 'dta-plugin[verl]'")
+if Version(version("verl")) < Version("0.9"):
+    pytest.skip("tried with verl 0.9", allow_module_level=True)
 
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError
+from dta_plugin.execution import packed
 from dta_plugin.models.vision.batch_images import BatchImages
-from tests.adapters.verl.pictures import expected_of, save_vision, weights
+from tests.adapters.verl.pictures import KINDS, expected_of, save_vision, weights
 from tests.adapters.verl.recurrent import rule_that_takes_no_rows
 from tests.adapters.verl.support import Setup, Step, actor_config, build, difference, train
 from tests.adapters.verl.updates import relative, sampled, updated, without_regularisers
@@ -26,7 +31,7 @@ from tests.support.tree_run import make_siblings_visible
 
 pytestmark = pytest.mark.usefixtures("not_replaced")
 TOLERANCE = 1e-5
-# verl's own path for Qwen2.5-VL wants a picture in every micro-batch.
+# verl's own path for Qwen2-VL and Qwen2.5-VL wants a picture in every micro-batch.
 PADDED = Step(shape="pictures", position_rows=4, remove_padding=False, budget=500)
 PACKED = replace(PADDED, remove_padding=True, budget=60, stock_budget=500, temperature=None)
 STATIC = replace(PADDED, dynamic=False, rows=6)
@@ -35,8 +40,7 @@ PADDED_ONLY = {"use_remove_padding": False}
 
 @pytest.fixture(scope="module")
 def folders(rank: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    families = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
-    return {family: save_vision(tmp_path_factory.mktemp(family), family) for family in families}
+    return {family: save_vision(tmp_path_factory.mktemp(family), family) for family in KINDS}
 
 
 @pytest.fixture(autouse=True)
@@ -72,18 +76,19 @@ def test_every_step_is_equal(family: str, lora: bool, folders: dict[str, Path]) 
     _check(Setup("fsdp" if lora else "fsdp2", lora=lora), [PACKED, STATIC], folders[family])
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
-def test_qwen2_5_vl_with_padding(strategy: str, folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize("family,strategy", [("qwen2_5_vl", "fsdp"), ("qwen2_5_vl", "fsdp2"), ("qwen2_vl", "fsdp2")])
+def test_older_families_with_padding(family: str, strategy: str, folders: dict[str, Path]) -> None:
     """verl's own forwards of the model, but not of attention."""
-    _check(Setup(strategy, model=PADDED_ONLY), [PADDED, STATIC], folders["qwen2_5_vl"])
+    _check(Setup(strategy, model=PADDED_ONLY), [PADDED, STATIC], folders[family])
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_qwen2_5_vl_without_padding(lora: bool, folders: dict[str, Path]) -> None:
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
+def test_older_families_without_padding(family: str, lora: bool, folders: dict[str, Path]) -> None:
     """Without flash-attn, verl's own path cannot run this: compared is its engine with transformers' forwards."""
-    setup, steps = Setup("fsdp2" if lora else "fsdp", lora=lora), [replace(PACKED, budget=60), PADDED]
-    expected = expected_of(setup, steps, folders["qwen2_5_vl"])
-    found = train(build(setup, folders["qwen2_5_vl"], tree=True), steps)
+    setup, steps = Setup("fsdp2" if lora else "fsdp", lora=lora), [PACKED, PADDED]
+    expected = expected_of(setup, steps, folders[family])
+    found = train(build(setup, folders[family], tree=True), steps)
     worst = [difference(a, b) for a, b in zip(found, expected, strict=True)]
     assert max(worst) < TOLERANCE, worst
 
@@ -138,8 +143,13 @@ def _by_ids(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BatchImages, "identities", lambda self, sequences: [np.asarray(row) for row in sequences])
 
 
+def _without_gradients_of_the_tower(patch: pytest.MonkeyPatch) -> None:
+    own = packed.image_features
+    patch.setattr(packed, "image_features", lambda *args: [x.detach() for x in own(*args)])
+
+
 @pytest.mark.usefixtures("unprobed")
-@pytest.mark.parametrize("break_it", [make_siblings_visible, _by_ids])
+@pytest.mark.parametrize("break_it", [make_siblings_visible, _by_ids, _without_gradients_of_the_tower])
 def test_negative_control(break_it: Any, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     (expected,) = train(build(Setup(), folders["qwen3_vl"], tree=False), [PADDED])
     break_it(monkeypatch)

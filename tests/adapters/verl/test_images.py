@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from packaging.version import Version
 
 pytest.importorskip("verl", reason="verl is not installed: pip install 'dta-plugin[verl]'")
+if Version(version("verl")) < Version("0.9"):
+    pytest.skip("tried with verl 0.9", allow_module_level=True)
 
 from tensordict import NonTensorStack, TensorDict
 from transformers import AutoModelForImageTextToText, PreTrainedModel

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 pytest.importorskip("verl", reason="verl is not installed: pip install 'dta-plugin[verl]'")
+if Version(version("verl")) < Version("0.9"):
+    pytest.skip("tried with verl 0.9", allow_module_level=True)
 
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention
 from verl.models.transformers import qwen2_vl
@@ -14,7 +18,7 @@ from verl.models.transformers import qwen2_vl
 from dta_plugin.adapters.verl_plugin.own_forwards import OwnForward, as_transformers_has_them
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import UnsupportedError
-from tests.adapters.verl.pictures import REPLACED, expected_of, save_vision
+from tests.adapters.verl.pictures import QWEN2_5, expected_of, save_vision
 from tests.adapters.verl.support import Setup, Step, build, difference, differences, train
 from tests.support.tree_run import make_siblings_visible
 
@@ -54,16 +58,16 @@ def test_verify_compares_with_transformers_own_path(qwen2_5_vl: Path, caplog: py
 
 
 def test_without_a_tree_forwards_are_verls(qwen2_5_vl: Path) -> None:
-    own = [vars(kind)["forward"] for kind in REPLACED]
+    own = [vars(kind)["forward"] for kind in QWEN2_5]
     for _ in range(2):  # for a reference, verl replaces them again
         build(Setup(forward_only=True), qwen2_5_vl, tree=True)
-        assert [_forward(kind).own for kind in REPLACED] == own
+        assert [_forward(kind).own for kind in QWEN2_5] == own
         assert _forward(Qwen2_5_VLAttention).behind is qwen2_vl.qwen2_vl_attn_forward
     with pytest.MonkeyPatch.context() as patch:
-        for kind in REPLACED:
+        for kind in QWEN2_5:
             patch.setattr(_forward(kind), "behind", lambda *_, **__: "verl's")
             patch.setattr(_forward(kind), "own", lambda *_, **__: "own")
-        forwards = [_forward(kind) for kind in REPLACED]
+        forwards = [_forward(kind) for kind in QWEN2_5]
         assert {forward(None) for forward in forwards} == {"verl's"}
         assert {forward(None, dta_tree=object()) for forward in forwards} == {"own"}
         with as_transformers_has_them():
