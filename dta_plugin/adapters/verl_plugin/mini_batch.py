@@ -98,7 +98,7 @@ def find(
         return Findings(None, str(error), None, len(data)), None
     obstacle, plans = position_obstacle(data, images), None
     if obstacle is None and may_regroup(data, config.regroup, loss_function, forward_only):
-        sequences = rows.runs.sequences if images is None else images.identities(rows.runs.sequences)
+        sequences = rows.runs.sequences if images is None else images.identities()
         plans = planner(data, sequences, model_cost(model))
     count = None if plans is None else plans.count
     return Findings(None, obstacle, count, len(data), rows.read is not None), plans

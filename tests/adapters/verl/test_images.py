@@ -88,7 +88,7 @@ def test_the_same_text_with_other_pictures_is_not_shared(model: PreTrainedModel)
     data = mini_batch(Step(shape="pictures", position_rows=4, budget=200))
     rows = JaggedRows.whole(data)
     assert rows.images is not None
-    by_content = BatchImages.from_rows(model, rows.runs.sequences, rows.images).identities(rows.runs.sequences)
+    by_content = BatchImages.from_rows(model, rows.runs.sequences, rows.images).identities()
     tokens = [_tree_tokens(sequences) for sequences in (rows.runs.sequences, by_content)]
     assert tokens[0] < tokens[1]
     tu.assign_non_tensor(data, max_token_len_per_gpu=tokens[0])
