@@ -46,7 +46,9 @@ class ImageRows:
         base = causal_lm(model)
         if images_obstacle(base) is not None:
             return cls(rows, [0] * len(rows), None)
-        return cls(rows, (input_ids == image_token_id(base)).sum(dim=1).tolist(), base)
+        placeholder = image_token_id(base)
+        assert placeholder is not None
+        return cls(rows, input_ids.eq(placeholder).sum(dim=1).tolist(), base)
 
     def by_content(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Beginnings of the rows with what images show in place of placeholders, see the function of this name."""
