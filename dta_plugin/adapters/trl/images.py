@@ -65,11 +65,13 @@ def input_obstacle(
     is_real = attention_mask != 0
     is_image = (input_ids == placeholder) & is_real if "pixel_values" in given else torch.zeros_like(is_real)
     for name in TOKEN_TYPES:
-        if name in given and not torch.equal(given[name] * is_real, is_image.to(given[name].dtype)):
-            return (
-                f"{name} says of tokens what their ids do not. Expected 1 where a token stands for an image (id "
-                f"{placeholder}), and 0 elsewhere and without images; leave it out"
-            )
+        types = given.get(name)
+        if types is None or (types.shape == is_image.shape and torch.equal(types * is_real, is_image.to(types.dtype))):
+            continue
+        return (
+            f"{name} says of tokens what their ids do not. Expected 1 where a token stands for an image (id "
+            f"{placeholder}), and 0 elsewhere and without images; leave it out"
+        )
     return None
 
 
