@@ -41,16 +41,16 @@ def loss_mask(inputs: Inputs) -> torch.Tensor:
 def reweighted(inputs: Inputs, weights: torch.Tensor) -> Inputs:
     """The inputs with weights [B, C] for the tokens of `loss_mask`, and a balance.
 
-    Columns behind the last weight go, unless there are images, whose placeholders a dense pass needs. Entries of tokens that are left out become what TRL pads with: what is
-    exponentiated there must not overflow, for the loss multiplies it by a weight of 0.
+    Columns behind the last weight go, unless there are images, whose placeholders a dense pass needs. Entries of tokens
+    that are left out become what TRL pads with: what is exponentiated there must not overflow, for the loss multiplies
+    it by a weight of 0.
     """
     completion_mask = inputs["completion_mask"]
     was_weighted = is_weighted(inputs)
     total = completion_mask.sum(dim=1) if was_weighted else loss_mask(inputs).sum(dim=1)
     kept = weights != 0
     width = max(int(kept.any(dim=0).nonzero().max()) + 1 if kept.any() else 0, 1)
-    if inputs.get("num_images") is not None:
-        width = kept.shape[1]
+    width = kept.shape[1] if inputs.get("num_images") is not None else width
     balance = total.to(weights.dtype) - weights.sum(dim=1)
     result = {key: value for key, value in inputs.items() if key != "tool_mask"}  # weights are 0 there already
     for key, value in list(result.items()):

@@ -15,7 +15,6 @@ from dta_plugin.adapters.trl import TreeRLOOConfig, TreeRLOOTrainer, transfer
 from tests.adapters.trl.ddp_script import run_cases
 from tests.adapters.trl.vision import Tools, processor, questions
 
-
 _moved_images = transfer._moved_images
 
 

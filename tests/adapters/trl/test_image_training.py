@@ -56,6 +56,13 @@ CASES: dict[str, dict[str, Any]] = {
     "checkpointing": {"gradient_checkpointing": True, "trainer_options": on(ONE)},
     "lora": {"beta": 0.04, "learning_rate": 0.03, "trainer_options": on(SEVERAL, peft_config=LORA)},
     "lora_everywhere": {"learning_rate": 0.03, "trainer_options": on(SEVERAL, peft_config=LORA_EVERYWHERE)},
+    "streamed": {"dta": {"dta_max_tree_tokens_per_chunk": 40}, "trainer_options": on(SEVERAL)},
+    "streamed_lora": {
+        "learning_rate": 0.03,
+        "gradient_checkpointing": True,
+        "dta": {"dta_max_tree_tokens_per_chunk": 40},
+        "trainer_options": on(SEVERAL, peft_config=LORA_EVERYWHERE),
+    },
     "verified": {"dta": {"dta_verify": "first"}, "trainer_options": on(SEVERAL)},
 }
 

@@ -7,13 +7,14 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
 from trl import GRPOTrainer, RLOOTrainer
 from trl.trainer import utils
 
-from dta_plugin import InvalidInputError
+from dta_plugin import InvalidInputError, sequence_logprobs
 from dta_plugin.adapters.trl.generation_batch import Inputs, RowTable, row_obstacle
 from dta_plugin.adapters.trl.image_rows import ImageRows
 from dta_plugin.adapters.trl.images import RowImages, are_the_same, entries_of_rows, input_obstacle, row_images
@@ -310,6 +311,22 @@ def test_rows_are_cut_between_images(model: PreTrainedModel) -> None:
             MicroBatch.from_inputs(inputs, model)
             assert are_the_same([own], [expected.images[0]])
     assert seen == {0, 1, 2, 3}
+
+
+@torch.no_grad()
+def test_cut_rows_have_the_log_probs_of_whole_ones(model: PreTrainedModel) -> None:
+    """Up to where they were to end; and without the image that is cut off, they would not."""
+    (row,), (images,) = (getattr(rows_of(model.config.model_type, [ROW]), name) for name in ("sequences", "images"))
+    whole = sequence_logprobs(model, [row], images=[images]).logprobs[0]
+    rows = ImageRows([images], [row.count(IMAGE)], model)
+    for end in range(2, len(row), 3):
+        (stop,), own = rows.up_to([np.array(row)], [end])
+        found = sequence_logprobs(model, [row[:stop]], images=own).logprobs[0]
+        assert (found[: end - 1] - whole[: end - 1]).abs().max() <= 1e-10
+    last = len(row) - 1 - row[::-1].index(IMAGE)
+    blank = None if images is None else images | {"pixel_values": images["pixel_values"] * 0}
+    wrong = sequence_logprobs(model, [row], images=[blank]).logprobs[0]
+    assert (wrong[last:] - whole[last:]).abs().max() > 1e-3
 
 
 def test_a_mask_within_an_image(model: PreTrainedModel) -> None:
