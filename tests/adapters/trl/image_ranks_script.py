@@ -12,7 +12,7 @@ import torch
 from trl import RLOOConfig, RLOOTrainer
 
 from dta_plugin.adapters.trl import TreeRLOOConfig, TreeRLOOTrainer, transfer
-from tests.adapters.trl.ddp_script import run_cases
+from tests.adapters.trl.recurrent_ranks_script import run_cases
 from tests.adapters.trl.vision import Tools, processor, questions
 
 _moved_images = transfer._moved_images
@@ -26,6 +26,13 @@ def with_wrong_images(_: Any) -> None:
         return found | {"pixel_values": [part.flip(0) for part in found["pixel_values"]]}
 
     transfer._moved_images = moved
+
+
+def half(completions: list[Any], prompts: list[Any], **_: Any) -> list[float]:
+    """Completions of one of two prompts are all worth the same."""
+    texts = [completion[0]["content"] for completion in completions]
+    known = [prompt[0]["content"][-1]["text"].startswith("w5") for prompt in prompts]
+    return [0.5 if same else len(set(text)) / 10 for same, text in zip(known, texts, strict=True)]
 
 
 def turns(images: list[list[int]]) -> dict[str, Any]:
@@ -50,6 +57,17 @@ CASES: dict[str, dict[str, Any]] = {
         **SPREAD,
         **turns([[0], [1]]),
     },
+    # All rows of the first rank are worth the same: they are pruned, with their images, and the second's are not.
+    "nothing_read": {
+        "num_generations": 8,
+        "max_steps": 2,
+        "shuffle_dataset": False,
+        "trainer_options": {
+            "train_dataset": questions([[0], [1]] * 8),
+            "processing_class": processor(),
+            "reward_funcs": half,
+        },
+    },
     "rloo": {
         "trainers": (RLOOTrainer, TreeRLOOTrainer),
         "configs": (RLOOConfig, TreeRLOOConfig),
@@ -58,8 +76,9 @@ CASES: dict[str, dict[str, Any]] = {
         **turns([[0], [1]]),
     },
 }
+SHARDED = ("together", "tools", "nothing_read")
 CONTROLS = {"wrong_images": CASES["together"] | {"prepare": with_wrong_images}}
 
 
 if __name__ == "__main__":
-    run_cases(CASES | CONTROLS, *sys.argv[1:])
+    run_cases(sys.argv[1], sys.argv[2], CASES | CONTROLS, sys.argv[3:])

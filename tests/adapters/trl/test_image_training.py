@@ -11,6 +11,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from dta_plugin.adapters.trl import TreeGRPOConfig, TreeGRPOTrainer, TreeRLOOConfig, TreeRLOOTrainer
 from dta_plugin.models.vision import batch_images
+from tests.adapters.trl.image_ranks_script import half
 from tests.adapters.trl.support import (
     TOLERANCE,
     assert_equal,
@@ -125,12 +126,6 @@ def test_negative_control_images_of_other_rows(vision: str, tmp_path: Path, monk
 
 def test_pruned_rows_take_their_images_along(vision: str, tmp_path: Path) -> None:
     """Rows of one prompt are all worth the same: nothing of them runs, their image neither."""
-
-    def half(completions: list[Any], prompts: list[Any], **_: Any) -> list[float]:
-        texts = [completion[0]["content"] for completion in completions]
-        known = [prompt[0]["content"][-1]["text"].startswith("w5") for prompt in prompts]
-        return [0.5 if same else len(set(text)) / 10 for same, text in zip(known, texts, strict=True)]
-
     tower = TowerCalls()
     run = {"trainer_options": on(ONE, reward_funcs=half), "shuffle_dataset": False}
     dense = train(vision, tmp_path, GRPOTrainer, GRPOConfig, **run)
