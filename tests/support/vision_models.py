@@ -193,11 +193,11 @@ def rows_of(family: str, parts: Sequence[Sequence[Part]], dtype: torch.dtype = t
             else:
                 ids += part
         sequences.append(ids)
-        images.append(_over_images(found) if found else None)
+        images.append(over_images(found) if found else None)
     return Rows(sequences, images)
 
 
-def _over_images(found: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def over_images(found: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """As a processor returns them: padded to the largest where images have sizes of their own."""
     joined = {}
     for name in found[0]:

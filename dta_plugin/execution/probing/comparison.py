@@ -35,6 +35,7 @@ from dta_plugin.models.dispatch import install
 from dta_plugin.models.introspection import decoder_of, lm_head
 from dta_plugin.models.vision.batch_images import BatchImages, TreeImages
 from dta_plugin.models.vision.dense import dense_inputs
+from dta_plugin.models.vision.forward import decoder_call, image_features
 from dta_plugin.models.vision.support import text_model_of
 from dta_plugin.tree.layout import ScoredEdges, TreeLayout
 from dta_plugin.tree.trie import PrefixTree
@@ -140,7 +141,7 @@ class Comparison:
         """The model's own logits [len, V], in float32 or wider, None if it has no head; hidden states [len, H]."""
         row = self.rows[index]
         if not self.has_head:
-            return None, self._decoder(input_ids=row[None], use_cache=False)
+            return None, self._decoder(input_ids=row[None], **self.more[index], use_cache=False)
         with recorded([self.decoder]) as calls:
             logits: torch.Tensor = self.model(input_ids=row[None], **self.more[index], use_cache=False).logits[0]
         return logits.to(accumulation_dtype(logits.dtype)), calls[0][0]
@@ -176,7 +177,7 @@ class Comparison:
             install(self.base)
             layout = TreeLayout.from_tree(self.tree, self.paths.device)
             mask = TreeMask.from_layout(layout, self.backend)
-            states = self._decoder(**model_inputs(layout, mask))
+            states = self._along(model_inputs(layout, mask))
             check_every_layer_hit(self.base, mask)
             return states.new_empty(0), states
         with recorded([self.decoder]) as calls:
@@ -189,6 +190,14 @@ class Comparison:
             return self._tree(executor)[0], np.arange(self.tree.tree_tokens)
         budget = max(1, self.tree.tree_tokens // _CHUNKS) if executor == "streamed" else None
         return traced(self.model, self.tree, self.edges, budget, self.backend, self.images)
+
+    def _along(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Hidden states [T, H] of the tree, for a model without a head."""
+        if self.images is None:
+            return self._decoder(**inputs)
+        features = image_features(self.base, self.images.units)
+        states: torch.Tensor = decoder_call(self.base, inputs, self.images, features).last_hidden_state[0]
+        return states
 
     def _decoder(self, **inputs: Any) -> torch.Tensor:
         """Hidden states [tokens, H]. Past the decoder's hooks, which belong to its caller's own call."""
