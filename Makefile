@@ -31,7 +31,7 @@ QUIET := HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
 
 .DEFAULT_GOAL := help
 .PHONY: help venv test test-long test-slow test-verl test-verl-oldest lint quickstart quickstart-lora quickstart-verl bench
-.PHONY: quickstart-diffusion quickstart-hybrid bench-streamed bench-balance bench-nat bench-diffusion
+.PHONY: quickstart-diffusion quickstart-hybrid quickstart-images bench-images bench-streamed bench-balance bench-nat bench-diffusion
 .PHONY: families gpu gpu-trl gpu-more gpu-dry gpu-wheels
 
 help: ## list the targets
@@ -99,6 +99,12 @@ quickstart-hybrid: $(INSTALLED) ## the same with a tiny Qwen3.5, which has a rec
 	$(QUIET) python recipes/quickstart/build.py --output runs/quickstart_hybrid --hybrid --steps 300
 	$(QUIET) trl grpo --config recipes/trl/quickstart_hybrid.yaml | python recipes/quickstart/watch.py
 	python recipes/quickstart/report.py runs/quickstart_hybrid
+
+quickstart-images: $(INSTALLED) ## a tiny Qwen3-VL learns to count shapes in pictures; MODEL=--hybrid: a tiny Qwen3.5
+	$(QUIET) python recipes/quickstart/build_images.py --output runs/quickstart_images $(MODEL)
+	$(QUIET) trl grpo --config recipes/trl/quickstart_images.yaml | python recipes/quickstart/watch.py
+	$(QUIET) python recipes/quickstart/speed.py recipes/trl/quickstart_images.yaml
+	python recipes/quickstart/report.py runs/quickstart_images
 
 quickstart-diffusion: $(INSTALLED) ## RL of a small diffusion language model with BGPO, on a CPU
 	python recipes/quickstart/diffusion.py --output runs/quickstart_diffusion
