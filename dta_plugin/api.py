@@ -15,6 +15,7 @@ from dta_plugin.execution.auto import run_dense, run_tree
 from dta_plugin.execution.prepared_batch import SequenceLogProbs, prepare_batch
 from dta_plugin.models.dispatch import install
 from dta_plugin.models.introspection import causal_lm
+from dta_plugin.models.vision.units import ImageInputs
 from dta_plugin.tree.layout import Scored
 from dta_plugin.tree.trie import TokenSequence
 from dta_plugin.verify import check_batch
@@ -30,6 +31,7 @@ def sequence_logprobs(
     temperature: float | Sequence[float] = 1.0,
     return_entropy: bool = False,
     scored: Scored | None = None,
+    images: Sequence[ImageInputs | None] | None = None,
 ) -> SequenceLogProbs:
     """Log-probs of every token of every sequence, shared prefixes computed once, forward and backward.
 
@@ -44,6 +46,9 @@ def sequence_logprobs(
         return_entropy: also the entropy of each next-token distribution.
         scored: per sequence a bool mask [len] over its tokens, or an int b >= 1 meaning "tokens b.. are scored". The LM
             head runs only there and the other entries are exactly 0. None: all tokens but the first.
+        images: per sequence, what the model's own processor returned for its images, in order and beside ids and masks
+            (``pixel_values``, ``image_grid_thw``, ``image_sizes``, ...), or None for text; the sequence has the
+            placeholders. Every distinct image goes through the vision tower once. None: text alone.
 
     Returns:
         ``logprobs[s][i] = log p(seq[i + 1] | seq[:i + 1])`` in nats, [len - 1] per sequence, float32 (float64 for
@@ -67,7 +72,7 @@ def sequence_logprobs(
             "tokens with dta_plugin.token_selection.select, pass them as scored=, and weigh their terms by "
             "Drawn.weights."
         )
-    batch = prepare_batch(model, sequences, scored, config, temperatures=own)
+    batch = prepare_batch(model, sequences, scored, config, temperatures=own, images=images)
     if not batch.use_tree:
         return run_dense(model, batch, temperature=common, return_entropy=return_entropy)
     try:

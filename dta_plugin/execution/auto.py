@@ -24,6 +24,7 @@ from dta_plugin.execution.streaming.autograd import run_streamed
 from dta_plugin.execution.streaming.chunk_plan import ChunkPlan
 from dta_plugin.models.introspection import attention_kinds, causal_lm
 from dta_plugin.models.layers import attention_modules, chunk_size
+from dta_plugin.models.vision.dense import dense_inputs
 from dta_plugin.tree.report import TreeReport
 
 
@@ -46,6 +47,7 @@ def run_tree(
     where it gives other log-probs than the model.
     """
     options: dict[str, Any] = {
+        "images": batch.images,
         "backend": config.backend,
         "temperature": temperature,
         "head_dtype": head_dtype,
@@ -203,7 +205,8 @@ def run_dense(
     sequences = [*batch.sequences, *[DUMMY_SEQUENCE] * (calls - count)]
     rows = [torch.as_tensor(sequence, dtype=torch.int64, device=device) for sequence in sequences]
     temperatures = [*batch.temperatures_or(temperature), *[1.0] * (calls - count)]
-    logprobs, entropies = dense_logprobs(model, rows, temperatures, return_entropy)
+    images = None if batch.image_rows is None else dense_inputs(causal_lm(model), rows, batch.image_rows)
+    logprobs, entropies = dense_logprobs(model, rows, temperatures, return_entropy, images=images)
     anchor = _zero(logprobs)
     unscored = batch.unscored()
     # The anchor makes the dummies go backward with the others.

@@ -19,6 +19,8 @@ from dta_plugin.models.introspection import causal_lm, decoder_of, lm_head, tree
 from dta_plugin.models.layers import attention_modules, layer_types
 from dta_plugin.models.lm_head import LMHead, edge_logprobs
 from dta_plugin.models.recurrent_layers import layer_of, mixers
+from dta_plugin.models.vision.batch_images import TreeImages
+from dta_plugin.models.vision.forward import decoder_call, image_features
 from dta_plugin.tree.layout import ScoredEdges, TreeLayout
 from dta_plugin.tree.trie import PrefixTree
 
@@ -71,6 +73,7 @@ def run_packed(
     tree: PrefixTree,
     edges: ScoredEdges,
     *,
+    images: TreeImages | None = None,
     backend: str = "auto",
     temperature: float = 1.0,
     return_entropy: bool = False,
@@ -95,7 +98,10 @@ def run_packed(
 
     def forward(self: PreTrainedModel, dta_inputs: dict[str, Any], **_: Any) -> dict[str, torch.Tensor]:
         router = {"output_router_logits": True} if return_router_loss else {}
-        output = decoder_of(self)(**dta_inputs, **router)
+        if images is None:
+            output = decoder_of(self)(**dta_inputs, **router)
+        else:
+            output = decoder_call(self, dta_inputs | router, images, image_features(self, images.units))
         rows = output.last_hidden_state[0].index_select(0, edges.rows)
         on_both = edges.row_of_edge, edges.host.row_of_edge
         logprobs, entropies = score(rows, head, layout.input_ids[edges.target], *on_both, own, return_entropy)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 from weakref import WeakSet
 
 import numpy as np
@@ -17,12 +18,17 @@ from dta_plugin.execution.calibration_store import Calibration, calibration_of
 from dta_plugin.execution.memory import token_budget
 from dta_plugin.execution.ranks import gathered, is_collective
 from dta_plugin.models.indexers import index_length_obstacle
-from dta_plugin.models.introspection import causal_lm, input_device, model_cost
+from dta_plugin.models.introspection import causal_lm, input_device, model_cost, say_guessed
 from dta_plugin.models.rotary import length_obstacle
 from dta_plugin.models.support import tree_obstacle
+from dta_plugin.models.vision.batch_images import BatchImages, TreeImages
+from dta_plugin.models.vision.cost import tower_work
+from dta_plugin.models.vision.support import images_obstacle
+from dta_plugin.models.vision.units import ImageInputs
 from dta_plugin.tree.cost import CostEstimate, ModelCost, Padded, estimate
 from dta_plugin.tree.layout import Scored, ScoredEdges
 from dta_plugin.tree.report import TreeReport
+from dta_plugin.tree.time_model import Work
 from dta_plugin.tree.trie import PrefixTree, TokenSequence
 
 # What runs on a rank that has no sequences, or fewer than others.
@@ -55,7 +61,8 @@ class PreparedBatch:
 
     sequences: without any, the tree is of a stand-in that takes part in what the other ranks do. cost: in FLOPs.
     is_gated: the tree would be exact, but does not save enough. temperatures: per sequence, where they differ; these
-    count then, not the one that `run_tree` is given.
+    count then, not the one that `run_tree` is given. image_rows: per sequence, its images as they were given, if there
+    are any; images: the same, as the tree has them.
     """
 
     sequences: list[TokenSequence]
@@ -67,6 +74,8 @@ class PreparedBatch:
     reason: str
     is_gated: bool = False
     temperatures: Sequence[float] | None = None
+    image_rows: list[ImageInputs | None] | None = None
+    images: TreeImages | None = None
 
     def unscored(self) -> tuple[torch.Tensor, ...]:
         """bool [len - 1] per sequence: which of its tokens 1.. are not scored."""
@@ -86,37 +95,63 @@ def prepare_batch(
     *,
     temperatures: Sequence[float] | None = None,
     device: torch.device | None = None,
+    images: Sequence[ImageInputs | None] | None = None,
 ) -> PreparedBatch:
     """Build the tree and decide between tree and dense.
 
     dense_batches: the dense micro-batches that would run in place of the tree. With them and a calibration, the gate
     goes by predicted time, else by FLOPs. temperatures: per sequence, where they differ. device: where the model
-    computes, None for where its input embedding is (which an offloaded one is not).
+    computes, None for where its input embedding is (which an offloaded one is not). images: per sequence, what the
+    model's processor returned for its images, or None; see `BatchImages`.
 
-    Raises InvalidInputError for unusable sequences, UnsupportedError where the tree would not be exact and
+    Raises InvalidInputError for unusable sequences or images, UnsupportedError where the tree would not be exact and
     ``config.on_unsupported == "error"``.
     """
     is_dummy = not len(sequences) and is_collective(model)
-    tree = PrefixTree.from_sequences([DUMMY_SEQUENCE] if is_dummy else sequences)
+    image_rows = _image_rows(images)
     reason = tree_obstacle(model) or _lengths_obstacle(causal_lm(model), [len(sequence) for sequence in sequences])
+    reason = reason or (images_obstacle(causal_lm(model)) if image_rows else None)
     if reason is not None and config.on_unsupported == "error":
         raise UnsupportedError(f"Prefix-tree execution is not exact here: {reason}; or on_unsupported='dense'.")
     base = causal_lm(model)
     _check_weights(base)
-    _check_vocabulary(tree, base)
+    batch_images = BatchImages.from_rows(base, sequences, image_rows) if image_rows and reason is None else None
+    identities = None if batch_images is None else batch_images.identities(sequences)
+    tree = PrefixTree.from_sequences([DUMMY_SEQUENCE] if is_dummy else sequences, identities)
+    tree_images = None if batch_images is None else batch_images.on_tree(tree)
+    _check_vocabulary(tree, base, tree_images)
     if is_dummy:
         scored = temperatures = None
     edges = ScoredEdges.from_tree(tree, scored, device or input_device(base), temperatures)
     weights = model_cost(base)
-    cost = estimate(tree, weights, edges.host.scored_tokens, len(edges.rows))
+    tower = _Tower.of(base, batch_images)
+    flops = estimate(tree, weights, edges.host.scored_tokens, len(edges.rows))
+    cost = CostEstimate(flops.dense + tower.dense.flops, flops.tree + tower.tree.flops)
+    prepared = PreparedBatch(
+        list(sequences),
+        scored,
+        tree,
+        edges,
+        cost,
+        use_tree=False,
+        reason=reason or "",
+        temperatures=temperatures,
+        image_rows=image_rows,
+        images=tree_images,
+    )
     if reason is not None:
-        return PreparedBatch(list(sequences), scored, tree, edges, cost, False, reason, temperatures=temperatures)
+        return prepared
     speeds = calibration_of(model, config) if dense_batches else None
     if speeds is not None and _streams_anywhere(model, tree.tree_tokens, config):
         speeds = None  # what memory asks for is not compared by time
-    seconds = None if speeds is None else _predicted(speeds, weights, tree, edges, dense_batches)
+    seconds = None if speeds is None else _predicted(speeds, weights, tree, edges, dense_batches, tower)
     use_tree, reason = _gate(model, cost, seconds, config.min_saving)
-    return PreparedBatch(list(sequences), scored, tree, edges, cost, use_tree, reason, not use_tree, temperatures)
+    return replace(prepared, use_tree=use_tree, reason=reason, is_gated=not use_tree)
+
+
+def _image_rows(images: Sequence[ImageInputs | None] | None) -> list[ImageInputs | None] | None:
+    """None where no row has any."""
+    return list(images) if images is not None and any(row is not None for row in images) else None
 
 
 # Models whose weights have been found in memory: it takes a walk over all of them.
@@ -171,12 +206,37 @@ def _dense_seconds(speeds: Calibration, weights: ModelCost, dense_batches: Seque
     return sum(speeds.dense.seconds(weights.padded_work(batch)) for batch in dense_batches)
 
 
+class _Tower(NamedTuple):
+    """What the vision tower does for a batch: for every image of every row, and for every distinct one."""
+
+    dense: Work = Work(0.0, 0.0, 0.0, 0.0)
+    tree: Work = Work(0.0, 0.0, 0.0, 0.0)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, images: BatchImages | None) -> _Tower:
+        if images is None:
+            return cls()
+        try:
+            return cls(tower_work(model, images.all_units()), tower_work(model, images.units))
+        except Exception as error:  # an estimate never stops a run
+            say_guessed("cost of the vision tower", model, error)
+            return cls()
+
+
 def _predicted(
-    speeds: Calibration, weights: ModelCost, tree: PrefixTree, edges: ScoredEdges, dense_batches: Sequence[Padded]
+    speeds: Calibration,
+    weights: ModelCost,
+    tree: PrefixTree,
+    edges: ScoredEdges,
+    dense_batches: Sequence[Padded],
+    tower: _Tower,
 ) -> CostEstimate:
     """Seconds of both ways."""
     as_tree = weights.work(tree.tree_tokens, tree.depth, len(edges.rows))
-    return CostEstimate(_dense_seconds(speeds, weights, dense_batches), speeds.tree.seconds(as_tree))
+    return CostEstimate(
+        _dense_seconds(speeds, weights, dense_batches) + speeds.dense.seconds(tower.dense),
+        speeds.tree.seconds(as_tree) + speeds.tree.seconds(tower.tree),
+    )
 
 
 def _gate(model: nn.Module, flops: CostEstimate, seconds: CostEstimate | None, min_saving: float) -> tuple[bool, str]:
@@ -192,10 +252,12 @@ def _gate(model: nn.Module, flops: CostEstimate, seconds: CostEstimate | None, m
     return (True, saved) if cost.saving >= min_saving else (False, f"only {saved}")
 
 
-def _check_vocabulary(tree: PrefixTree, model: PreTrainedModel) -> None:
+def _check_vocabulary(tree: PrefixTree, model: PreTrainedModel, images: TreeImages | None) -> None:
+    """Placeholders of images may have ids of no embedding."""
     size = model.config.get_text_config().vocab_size
-    if tree.tokens.max() >= size:
+    largest = (tree.tokens if images is None else tree.tokens[images.feature < 0]).max(initial=0)
+    if largest >= size:
         raise InvalidInputError(
-            f"The batch has token id {tree.tokens.max()}. Expected ids below the model's vocab_size {size}; check that "
+            f"The batch has token id {largest}. Expected ids below the model's vocab_size {size}; check that "
             "the tokenizer belongs to the model."
         )

@@ -6,7 +6,7 @@ Configs do not say it: sizes differ by layer, quantised weights are stored in ot
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,6 +141,12 @@ def active_matrices(model: PreTrainedModel) -> Iterator[tuple[nn.Module, float]]
         numbers = _own_numbers(module, seen)
         if numbers:
             yield module, numbers * (share if ".experts." in f".{name}." else 1.0)
+
+
+def matrix_numbers(modules: Iterable[nn.Module]) -> int:
+    """How many numbers these modules have in their own matrices, tables included."""
+    seen: set[int] = set()
+    return sum(_own_numbers(module, seen) for module in modules)
 
 
 def _decoder(model: PreTrainedModel) -> nn.Module:

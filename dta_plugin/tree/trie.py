@@ -61,19 +61,24 @@ class PrefixTree:
     order: np.ndarray
 
     @classmethod
-    def from_sequences(cls, sequences: Iterable[TokenSequence]) -> PrefixTree:
+    def from_sequences(
+        cls, sequences: Iterable[TokenSequence], identities: Sequence[np.ndarray] | None = None
+    ) -> PrefixTree:
         """Merge sequences into a prefix tree (a forest where they share nothing).
 
         Args:
             sequences: lists of ints, or 1-D integer tensors or arrays [len], without padding. Duplicates and sequences
                 that are a prefix of another are fine.
+            identities: per sequence, integers [len] in [0, 2**32) that say which tokens are the same, where ids do not:
+                placeholders of images stand for different content. Tokens of one identity must have one id. None: ids
+                do.
 
         Returns:
-            The tree, in the CPU's memory.
+            The tree, in the CPU's memory; its tokens are ids.
 
         Raises:
             InvalidInputError: an empty batch, an empty sequence, or anything that is not a 1-D row of token ids in
-                [0, 2**32).
+                [0, 2**32); identities of other lengths.
         """
         rows = token_rows(sequences)
         if not rows:
@@ -81,7 +86,14 @@ class PrefixTree:
                 "Got an empty batch: 0 sequences. Expected at least one token sequence; skip the call for an "
                 "empty micro-batch."
             )
-        return cls.from_sorted(rows, *depth_first(rows))
+        if identities is None:
+            return cls.from_sorted(rows, *depth_first(rows))
+        if list(map(len, identities)) != list(map(len, rows)):
+            raise InvalidInputError(
+                f"Got identities of {list(map(len, identities))} tokens for sequences of {list(map(len, rows))}. "
+                "Expected one per token."
+            )
+        return cls.from_sorted(rows, *depth_first(token_rows(identities)))
 
     @classmethod
     def from_sorted(

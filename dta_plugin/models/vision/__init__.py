@@ -1,0 +1,1 @@
+"""Images on prefix trees: which tokens of which images are the same, and the model's call that sees each once."""

@@ -1,0 +1,167 @@
+"""The images of a batch: each distinct one once, and where on every sequence, and in the tree, its features go.
+
+A placeholder token is the same as another only if its image is and its place within it is. `BatchImages.identities`
+says so to the tree; the tree's tokens stay ids. Positions are the model's own, asked for sequence by sequence.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from dta_plugin.errors import InvalidInputError
+from dta_plugin.models.introspection import decoder_of
+from dta_plugin.models.vision.distinct import distinct_units
+from dta_plugin.models.vision.support import check_images
+from dta_plugin.models.vision.units import ImageInputs, Unit, image_token_id, row_units
+from dta_plugin.tree.trie import PrefixTree, TokenSequence, token_rows
+from dta_plugin.upload import upload
+
+# Identities from here on are places within images; ids of tokens are below.
+_FIRST_PLACE = 2**31
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TreeImages:
+    """The images of a tree, or of a part of it, as a model call needs them; T = its tokens.
+
+    units: the distinct ones, all of which the tower sees. feature: int64 [T] row of the units' features, one after the
+    other, that each token is, or -1 for text. positions: int64 [3, T] of the rotary embedding, None where they are
+    depths.
+    """
+
+    units: list[Unit]
+    feature: np.ndarray
+    positions: np.ndarray | None
+
+    def at(self, tokens: np.ndarray) -> TreeImages:
+        """Of some tokens only. tokens: int64 [C] layout indices."""
+        positions = None if self.positions is None else self.positions[:, tokens]
+        return replace(self, feature=self.feature[tokens], positions=positions)
+
+    def position_ids(self, device: torch.device) -> torch.Tensor | None:
+        """int64 [3, 1, T]."""
+        if self.positions is None:
+            return None
+        return torch.stack(upload(list(np.ascontiguousarray(self.positions)), device))[:, None]
+
+    def places(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64 [I] the image tokens, and the row of the features that each is."""
+        tokens = np.flatnonzero(self.feature >= 0)
+        on_device = upload([tokens, self.feature[tokens]], device)
+        return on_device[0], on_device[1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BatchImages:
+    """rows: per sequence, its images' inputs, or None. units: the distinct ones of all.
+
+    feature: int64 [N], positions: int64 [3, N] or None, as in `TreeImages`, of all tokens of all sequences.
+    """
+
+    rows: list[ImageInputs | None]
+    units: list[Unit]
+    units_of_row: list[list[int]]
+    feature: list[np.ndarray]
+    positions: list[np.ndarray] | None
+    token_id: int
+
+    @classmethod
+    def from_rows(
+        cls, model: PreTrainedModel, sequences: Sequence[TokenSequence], rows: Sequence[ImageInputs | None]
+    ) -> BatchImages:
+        """The images of a batch.
+
+        Args:
+            model: the causal LM inside all wrappers.
+            sequences: token ids [len], placeholders included.
+            rows: per sequence, what the model's processor returned for its images; None for text.
+
+        Raises:
+            InvalidInputError: inputs that do not fit each other, or placeholders.
+            UnsupportedError: a model of which it is not known how images come in, or inputs that it does not take.
+        """
+        check_images(model)
+        if len(rows) != len(sequences):
+            raise InvalidInputError(f"Got images of {len(rows)} rows for {len(sequences)} sequences. Expected as many.")
+        ids, token_id = token_rows(sequences), image_token_id(model)
+        assert token_id is not None
+        is_image = [row == token_id for row in ids]
+        units: list[list[Unit]] = []
+        for index, (row, places) in enumerate(zip(rows, is_image, strict=True)):
+            count = int(places.sum())
+            if count and row is None:
+                raise InvalidInputError(
+                    f"Sequence {index} has {count} image tokens (id {token_id}) and no images, in a batch with images. "
+                    "Expected the inputs of its images, or none of these tokens."
+                )
+            units.append([] if row is None else row_units(model, row, count))
+        found, kinds = distinct_units([unit for own in units for unit in own])
+        begins = np.cumsum([0, *(unit.tokens for unit in found)])
+        kind, features, of_row = iter(kinds), [], []
+        for own, places in zip(units, is_image, strict=True):
+            which = [next(kind) for _ in own]
+            feature = np.full(len(places), -1, dtype=np.int64)
+            if which:
+                feature[places] = np.concatenate([np.arange(begins[k], begins[k + 1]) for k in which])
+            features.append(feature)
+            of_row.append(which)
+        positions = _positions(model, ids, is_image, rows)
+        return cls(list(rows), found, of_row, features, positions, token_id)
+
+    def all_units(self) -> Iterator[Unit]:
+        """Of every row, however many have the same."""
+        return (self.units[kind] for own in self.units_of_row for kind in own)
+
+    def identities(self, sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
+        """Per sequence, int64 [len]: ids, and for placeholders, which place within which image it is."""
+        pairs = zip(token_rows(sequences), self.feature, strict=True)
+        return [np.where(feature >= 0, _FIRST_PLACE + feature, row) for row, feature in pairs]
+
+    def on_tree(self, tree: PrefixTree) -> TreeImages:
+        """The same, by layout token. Raises InvalidInputError where tokens that are merged have different positions."""
+        feature = _in_layout(tree, np.concatenate(self.feature))
+        if self.positions is None:
+            return TreeImages(self.units, feature, None)
+        flat = np.concatenate(self.positions, axis=1)
+        positions = np.stack([_in_layout(tree, axis) for axis in flat])
+        if (positions[:, tree.paths] != flat).any():
+            raise InvalidInputError(
+                "Tokens with the same tokens and images before them have different positions. Expected positions that "
+                "depend on what comes before alone."
+            )
+        return TreeImages(self.units, feature, positions)
+
+
+def _in_layout(tree: PrefixTree, flat: np.ndarray) -> np.ndarray:
+    """[N] of all sequences -> [T]."""
+    values = np.empty(tree.tree_tokens, dtype=np.int64)
+    values[tree.paths] = flat
+    return values
+
+
+def _positions(
+    model: PreTrainedModel, ids: list[np.ndarray], is_image: list[np.ndarray], rows: Sequence[ImageInputs | None]
+) -> list[np.ndarray] | None:
+    """Per sequence, int64 [3, len] by the model's own function; None where it has none and positions are depths."""
+    own: Any = getattr(decoder_of(model), "get_rope_index", None)
+    if own is None:
+        return None
+    taken = inspect.signature(own).parameters
+    found = []
+    for row, places, images in zip(ids, is_image, rows, strict=True):
+        if images is None:
+            found.append(np.broadcast_to(np.arange(len(row)), (3, len(row))))
+            continue
+        inputs = {name: value.cpu() for name, value in images.items() if name in taken}
+        if "mm_token_type_ids" in taken:
+            inputs["mm_token_type_ids"] = torch.from_numpy(places.astype(np.int64))[None]
+        positions, _ = own(input_ids=torch.from_numpy(row)[None], **inputs)
+        found.append(positions[-3:, 0].to(torch.int64).numpy())
+    return found

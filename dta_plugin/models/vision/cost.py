@@ -1,0 +1,59 @@
+"""What a vision tower costs by what it sees: in forward FLOPs, two per multiply-add, as `ModelCost` counts the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from dta_plugin.models.introspection import decoder_of
+from dta_plugin.models.sizes import matrix_numbers
+from dta_plugin.models.vision.support import text_model_of
+from dta_plugin.models.vision.units import Unit
+from dta_plugin.tree.time_model import Work
+
+# Of what a pass forward and backward takes, the share of the forward pass.
+_FORWARD = 1 / 3
+
+
+def tower_work(model: PreTrainedModel, units: Iterable[Unit]) -> Work:
+    """All that is not the language model, for these units. A tower that is not trained goes forward only."""
+    decoder, vision = decoder_of(model), model.config.vision_config
+    language = set(text_model_of(model).modules())
+    modules = [module for module in decoder.modules() if module not in language]
+    is_trained = any(p.requires_grad for module in modules for p in module.parameters(recurse=False))
+    share = 1.0 if is_trained else _FORWARD
+    patches = [_patches(unit, vision) for unit in units]
+    pairs = sum(count * _visible(count, vision) for count in patches)
+    width = _number(vision, "hidden_size", "embed_dim")
+    per_patch = 2.0 * matrix_numbers(module for module in modules if not isinstance(module, nn.Embedding))
+    return Work(0.0, share * per_patch * sum(patches), share * 4.0 * width * pairs, 0.0)
+
+
+def _patches(unit: Unit, vision: Any) -> int:
+    """How many patches of an image the tower sees."""
+    if "image_grid_thw" in unit.inputs:
+        return int(unit.inputs["image_grid_thw"].prod())
+    pixels = unit.inputs["pixel_values"]
+    if pixels.ndim == 3:  # patches already
+        return pixels.shape[0] * pixels.shape[1]
+    *images, _, height, width = pixels.shape
+    side = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
+    return math.prod(images) * (height // side) * (width // side)
+
+
+def _visible(patches: int, vision: Any) -> float:
+    """Patches that one patch attends to, summed over layers; some towers look at windows in most of theirs."""
+    layers = _number(vision, "depth", "num_hidden_layers")
+    full, window = getattr(vision, "fullatt_block_indexes", None), getattr(vision, "window_size", None)
+    if not full or not window:
+        return float(layers * patches)
+    inside = min(patches, (window // vision.patch_size) ** 2)
+    return float(len(full) * patches + (layers - len(full)) * inside)
+
+
+def _number(vision: Any, *names: str) -> int:
+    return next(value for name in names if isinstance(value := getattr(vision, name, None), int))

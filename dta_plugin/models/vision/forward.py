@@ -1,0 +1,102 @@
+"""The decoder's call with images: the tower sees every distinct image once, and the language model goes on as a tree.
+
+The outer model's forward is not run: it would hand the tree to the tower, whose attention stays stock here, and would
+ask for the images again for every run of placeholders. What it does is done by hand, for all families alike: features
+take the place of placeholders, and go into the first layers again where the model asks for that (deepstack); tables of
+embeddings per layer are read at the padding token there. Placeholders get what they stand for by index, in the backward
+pass of which the gradients of all copies are summed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from dta_plugin.errors import InvalidInputError, UnsupportedError
+from dta_plugin.models.introspection import decoder_of, input_device
+from dta_plugin.models.vision.batch_images import TreeImages
+from dta_plugin.models.vision.support import text_model_of
+from dta_plugin.models.vision.units import Unit, stacked
+
+
+def image_features(model: PreTrainedModel, units: Sequence[Unit]) -> list[torch.Tensor]:
+    """Features [F, H] of all units, one after the other, and those for each of the first layers (deepstack), if any.
+
+    One call of the tower. model: the causal LM inside all wrappers.
+
+    Raises:
+        InvalidInputError: a unit with another number of features than it has placeholders.
+        UnsupportedError: features for several layers, which the language model does not take.
+    """
+    decoder: Any = decoder_of(model)
+    device = input_device(model)
+    inputs = {name: value.to(device) for name, value in stacked(units).items()}
+    output = decoder.get_image_features(**inputs)
+    first, levels = _parts(output)
+    if levels and "deepstack_visual_embeds" not in inspect.signature(text_model_of(model).forward).parameters:
+        raise UnsupportedError(
+            f"The vision tower of {type(model).__name__} makes features for several layers, which its language model "
+            "does not take; use another family for images, or on_unsupported='dense'."
+        )
+    return [_flat(values, units, model) for values in (first, *levels)]
+
+
+def decoder_call(
+    model: PreTrainedModel, inputs: dict[str, Any], images: TreeImages, features: Sequence[torch.Tensor]
+) -> Any:
+    """What the decoder returns for a packed row with images.
+
+    Args:
+        model: the causal LM inside all wrappers.
+        inputs: keyword arguments for a row of text, see `row_inputs`.
+        images: of the same tokens.
+        features: as `image_features` returns them for the images' units.
+    """
+    text: Any = text_model_of(model)
+    inputs = dict(inputs)
+    ids = inputs.pop("input_ids")
+    places, rows = images.places(ids.device)
+    padding = getattr(text.config, "pad_token_id", None) or 0
+    ids = ids.index_fill(1, places, padding)
+    embeddings = model.get_input_embeddings()(ids)
+    own = features[0].index_select(0, rows).to(embeddings.dtype)
+    if getattr(text.config, "hidden_size_per_layer_input", None):
+        inputs["per_layer_inputs"] = text.get_per_layer_inputs(ids, embeddings)
+    if len(features) > 1:
+        is_image = torch.zeros_like(ids, dtype=torch.bool).index_fill(1, places, True)
+        levels = [level.index_select(0, rows) for level in features[1:]]
+        inputs |= {"visual_pos_masks": is_image, "deepstack_visual_embeds": levels}
+    position_ids = images.position_ids(ids.device)
+    if position_ids is not None:
+        inputs["position_ids"] = position_ids
+    return text(inputs_embeds=embeddings.index_copy(1, places, own[None]), **inputs)
+
+
+def _parts(output: Any) -> tuple[Any, list[Any]]:
+    """Features, and those for the first layers, of what releases of transformers return."""
+    if isinstance(output, torch.Tensor) or (isinstance(output, (list, tuple)) and isinstance(output[0], torch.Tensor)):
+        return output, []
+    if isinstance(output, tuple):  # before transformers 5
+        return output[0], list(output[1])
+    pooled = output.pooler_output
+    return pooled, list(getattr(output, "deepstack_features", None) or [])
+
+
+def _flat(values: Any, units: Sequence[Unit], model: PreTrainedModel) -> torch.Tensor:
+    """[F, H] out of one tensor per unit, [units, n, H] or [F, H]; checked against the placeholders of each unit."""
+    expected = [unit.tokens for unit in units]
+    if isinstance(values, torch.Tensor):
+        lengths = [values.shape[1]] * len(values) if values.ndim == 3 else expected
+        flat = values.reshape(-1, values.shape[-1])
+    else:
+        lengths, flat = [len(value) for value in values], torch.cat(list(values))
+    if lengths != expected or len(flat) != sum(expected):
+        raise InvalidInputError(
+            f"The vision tower of {type(model).__name__} made {lengths} features of {len(units)} images whose "
+            f"placeholders number {expected}. Expected as many; pass what the model's own processor returned."
+        )
+    return flat

@@ -1,0 +1,62 @@
+"""Whether images of a model can come into a tree, and why not: what is looked at is the class's own code.
+
+The way in (forward.py) does what the forward of nearly all image models does: features of images take the place of
+placeholders among the embeddings, and the language model goes on. Where more happens, it is named here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from dta_plugin.errors import UnsupportedError
+from dta_plugin.models.introspection import decoder_of
+from dta_plugin.models.vision.units import image_token_id
+
+# Families whose forward does more with images than to put features in the place of placeholders.
+_FAMILIES = {
+    "gemma3n": "embeds ids of images and sound by tables of their own",
+    "paligemma": "attends both ways within the whole prompt",
+    "chameleon": "turns images into tokens of its vocabulary",
+    "emu3": "turns images into tokens of its vocabulary",
+}
+
+
+def images_obstacle(model: PreTrainedModel) -> str | None:
+    """Why images of this model cannot come into a tree ("what; remedy"), or None if they can."""
+    name, decoder = type(model).__name__, decoder_of(model)
+    if image_token_id(model) is None or not hasattr(decoder, "get_image_features"):
+        return (
+            f"{name} has no image token in its config, or no get_image_features; use a vision-language model of "
+            "transformers, loaded with AutoModelForImageTextToText"
+        )
+    if model.config.model_type in _FAMILIES:
+        return f"{name} {_FAMILIES[model.config.model_type]}; use another family for images"
+    if text_model_of(model) is decoder:
+        return f"{name} has no language model apart from its images; use another family for images"
+    if "cross" in "".join(map(str.lower, (type(module).__name__ for module in decoder.modules()))):
+        return f"{name} attends to images by cross-attention; use another family for images"
+    if _looks_both_ways(model):
+        return f"{name} attends both ways within an image; use another family for images"
+    return None
+
+
+def _looks_both_ways(model: PreTrainedModel) -> bool:
+    """Gemma's: by its class, or by its config."""
+    is_asked = getattr(model.config.get_text_config(), "use_bidirectional_attention", None) == "vision"
+    return is_asked or "token_type_ids" in inspect.signature(decoder_of(model).forward).parameters
+
+
+def check_images(model: PreTrainedModel) -> None:
+    """Raises UnsupportedError where images cannot come into a tree."""
+    reason = images_obstacle(model)
+    if reason is not None:
+        raise UnsupportedError(f"Images on prefix trees are not supported here: {reason}; or on_unsupported='dense'.")
+
+
+def text_model_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The language model alone, that turns embeddings into hidden states; the whole decoder where there is no other."""
+    found: Any = decoder_of(model).get_decoder()
+    return found if isinstance(found, PreTrainedModel) else decoder_of(model)
