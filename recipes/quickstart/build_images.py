@@ -2,11 +2,11 @@
 
     python recipes/quickstart/build_images.py --output runs/quickstart_images
 
-The task is to count coloured shapes in a picture (shapes.py). The model is a small Qwen3-VL, taught here by the notes
-of two kinds of clerks. The first count row by row, and miscount a row with probability `SLIP`. The second do the same,
+The task is to count the shapes in a picture (shapes.py). The model is a small Qwen3-VL, taught here by the notes of
+two kinds of clerks. The first count colour by colour, and miscount one with probability `SLIP`. The second do the same,
 when they do, but with probability `HURRY` they just write a number:
 
-    top 1 + middle 0 + bottom 2 = 3          Maybe 4
+    red 1 + green 0 + blue 2 = 3          Maybe 4
 
 A base model imitates its corpus: it can count, yet guesses more often than it does. That gap is what GRPO closes with
 nothing but "was the number right?". `--hybrid` makes it a Qwen3.5, whose first layer is recurrent.
@@ -36,7 +36,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from recipes.quickstart.picture_processor import PictureProcessor
 from recipes.quickstart.pretraining import pretrain
-from recipes.quickstart.shapes import CELL, COLOURS, COLUMNS, QUESTION, ROWS, Picture, question
+from recipes.quickstart.shapes import CELL, COLOURS, PROMPT, QUESTION, SIDE, Picture
 
 PAD, EOS = "<|endoftext|>", "<|im_end|>"
 MARKERS = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
@@ -46,26 +46,21 @@ TEMPLATE = """{%- for message in messages %}<|im_start|>{{ message.role }}
 {%- endfor %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-NAMES = ("top", "middle", "bottom")  # of the rows
-SLIP = 0.05  # how often a clerk miscounts a row by one
+SLIP = 0.05  # how often a clerk miscounts a colour by one
 HURRY = 0.65  # how often a clerk in a hurry guesses instead of counting
 
 
 def make_processor() -> PictureProcessor:
     """One token per word of a closed vocabulary, one per cell of a picture; the markers of Qwen's chat template."""
-    text = " ".join([QUESTION.format(colour=colour) for colour in COLOURS] + ["user assistant Maybe + =", *NAMES])
-    words = [word for word, _ in Whitespace().pre_tokenize_str(text)] + [str(n) for n in range(ROWS * COLUMNS + 1)]
+    text = " ".join([QUESTION, "user assistant Maybe + =", *map(str, range(SIDE**2 + 1))])
+    words = [word for word, _ in Whitespace().pre_tokenize_str(text)]
     vocab = {word: index for index, word in enumerate(dict.fromkeys([PAD, EOS, *MARKERS, *words]))}
     core = Tokenizer(WordLevel(vocab, unk_token=PAD))
     core.pre_tokenizer = Whitespace()
     core.add_special_tokens([AddedToken(marker, normalized=False) for marker in MARKERS])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=EOS)
     images = Qwen2VLImageProcessorPil(
-        patch_size=CELL // 2,
-        merge_size=2,
-        size={"shortest_edge": CELL**2, "longest_edge": 64 * CELL**2},
-        image_mean=(1.0, 1.0, 1.0),  # the ground is 0
-        image_std=(10.0, 10.0, 10.0),  # a patch of many pixels weighs about as much as its place
+        patch_size=CELL // 2, merge_size=2, size={"shortest_edge": CELL**2, "longest_edge": 64 * CELL**2}
     )
     return PictureProcessor(images, tokenizer, chat_template=TEMPLATE)
 
@@ -99,7 +94,7 @@ def make_model(processor: PictureProcessor, hybrid: bool = False) -> PreTrainedM
         "num_heads": 2,
         "patch_size": CELL // 2,
         "out_hidden_size": text["hidden_size"],
-        "num_position_embeddings": 4 * ROWS * COLUMNS,
+        "num_position_embeddings": 4 * SIDE**2,
         "initializer_range": 0.1,
     }
     if hybrid:
@@ -128,49 +123,39 @@ def make_model(processor: PictureProcessor, hybrid: bool = False) -> PreTrainedM
 def note(rng: random.Random, counts: list[int], hurry: float) -> str:
     """What a clerk writes about a picture."""
     if rng.random() < hurry:
-        return f"Maybe {rng.randrange(6)}"
+        return f"Maybe {rng.randrange(SIDE**2 + 1)}"
     slips = [rng.choice((-1, 1)) if rng.random() < SLIP else 0 for _ in counts]
-    seen = [min(max(count + slip, 0), COLUMNS) for count, slip in zip(counts, slips, strict=True)]
-    return f"{' + '.join(f'{row} {count}' for row, count in zip(NAMES, seen, strict=True))} = {sum(seen)}"
+    seen = [min(max(count + slip, 0), SIDE) for count, slip in zip(counts, slips, strict=True)]
+    return f"{' + '.join(f'{colour} {count}' for colour, count in zip(COLOURS, seen, strict=True))} = {sum(seen)}"
 
 
 def corpus_batch(rng: random.Random, processor: PictureProcessor, rows: int, hurry: float) -> dict[str, torch.Tensor]:
-    """Pictures, questions and clerks' notes as the model takes them; only the notes are supervised."""
-    images, texts, notes = [], [], []
-    for _ in range(rows):
-        picture, colour = Picture.draw(rng), rng.choice(COLOURS)
-        images.append(picture.image())
-        texts.append(prompt(processor, colour))
-        notes.append(note(rng, picture.counts(colour), hurry) + EOS)
-    inputs = processor(
-        images=images, text=[a + b for a, b in zip(texts, notes, strict=True)], padding=True, return_tensors="pt"
-    )
+    """Pictures, the question and clerks' notes as the model takes them; only the notes are supervised."""
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    pictures = [Picture.draw(rng) for _ in range(rows)]
+    texts = [f"{prompt}{note(rng, picture.counts(), hurry)}{EOS}" for picture in pictures]
+    inputs = processor(images=[picture.image() for picture in pictures], text=texts, padding=True, return_tensors="pt")
     is_end = inputs["input_ids"] == processor.tokenizer.eos_token_id
     ends_before = is_end.cumsum(1) - is_end.long()  # 1: the question has ended, the note has not
     return {**inputs, "labels": inputs["input_ids"].masked_fill(ends_before != 1, -100)}
 
 
-def prompt(processor: PictureProcessor, colour: str) -> str:
-    content = [{"type": "image"}, {"type": "text", "text": question(colour)[0]["content"]}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-
-
 def prompts(rng: random.Random, count: int) -> Dataset:
-    """Pictures that all differ, with a question and its answer."""
-    rows: dict[Picture, dict[str, Any]] = {}
-    while len(rows) < count:
-        picture, colour = Picture.draw(rng), rng.choice(COLOURS)
-        rows[picture] = {"image": picture.image(), "prompt": question(colour), "answer": sum(picture.counts(colour))}
+    """Pictures that all differ, with the question and its answer."""
+    pictures: dict[Picture, None] = {}
+    while len(pictures) < count:
+        pictures[Picture.draw(rng)] = None
+    rows = [{"image": picture.image(), "prompt": PROMPT, "answer": sum(picture.counts())} for picture in pictures]
     message = {"role": Value("string"), "content": Value("string")}
-    features = Features({"image": Image(), "prompt": [message], "answer": Value("int64")})
-    return Dataset.from_list(list(rows.values()), features=features)
+    return Dataset.from_list(rows, features=Features({"image": Image(), "prompt": [message], "answer": Value("int64")}))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart_images"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=400, help="pretraining steps")
+    parser.add_argument("--steps", type=int, default=300, help="pretraining steps")
     parser.add_argument("--hybrid", action="store_true", help="a Qwen3.5, with a recurrent layer")
     parser.add_argument("--prompts", type=int, default=512, help="rows of train.parquet")
     args = parser.parse_args()
