@@ -19,6 +19,7 @@ from dta_plugin.execution.probing.traces import decoder_layers, first_difference
 from dta_plugin.execution.probing.tree_difference import Difference, tree_difference
 from dta_plugin.execution.ranks import is_collective, without_reducers
 from dta_plugin.models.introspection import causal_lm, evaluation_mode
+from dta_plugin.models.vision.units import ImageInputs
 from dta_plugin.tree.layout import Scored
 from dta_plugin.tree.trie import TokenSequence
 
@@ -65,6 +66,7 @@ def compare(
     scored: Scored | None = None,
     config: TreeConfig | None = None,
     temperature: float = 1.0,
+    images: Sequence[ImageInputs | None] | None = None,
 ) -> Difference:
     """Log-probs and gradients of a seeded random linear functional of them, tree against dense, without a probe.
 
@@ -74,6 +76,7 @@ def compare(
         scored: as for `sequence_logprobs`.
         config: the executor and backend of the tree; None for the defaults.
         temperature: logits are divided by it, above 0.
+        images: as for `sequence_logprobs`.
 
     Returns:
         How far both are apart, and what rounding explains of it.
@@ -83,7 +86,8 @@ def compare(
         UnsupportedError: as `sequence_logprobs`.
     """
     config = replace(config or TreeConfig(), probe="off")
-    return tree_difference(model, prepare_batch(model, sequences, scored, config), config, temperature)[0]
+    batch = prepare_batch(model, sequences, scored, config, images=images)
+    return tree_difference(model, batch, config, temperature)[0]
 
 
 def _place(model: nn.Module, batch: PreparedBatch, config: TreeConfig, executor: str) -> str:
@@ -97,7 +101,7 @@ def _place(model: nn.Module, batch: PreparedBatch, config: TreeConfig, executor:
             base,
             batch.tree.paths,
             lambda: run_dense(model, batch),
-            lambda: traced(model, batch.tree, batch.edges, budget, config.backend)[1],
+            lambda: traced(model, batch.tree, batch.edges, budget, config.backend, batch.images)[1],
         )
     return "somewhere" if layer is None else f"from layer {layer} on"
 

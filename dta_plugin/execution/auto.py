@@ -24,7 +24,6 @@ from dta_plugin.execution.streaming.autograd import run_streamed
 from dta_plugin.execution.streaming.chunk_plan import ChunkPlan
 from dta_plugin.models.introspection import attention_kinds, causal_lm
 from dta_plugin.models.layers import attention_modules, chunk_size
-from dta_plugin.models.vision.dense import dense_inputs
 from dta_plugin.tree.report import TreeReport
 
 
@@ -128,6 +127,8 @@ def _streaming_obstacle(
         return "a model that FSDP1 shards; FSDP2 (fully_shard) can stream"
     if has_tensor_parallel(model):
         return "tensor-parallel parameters, which this version cannot stream"
+    if batch.images is not None and is_sharded(model):
+        return "images and a model that FSDP2 shards"
     if is_zero3(model):
         return "a model that DeepSpeed ZeRO-3 shards; FSDP2, or ZeRO-1 or 2, can stream"
     ranges = [chunk_size(base.config.get_text_config(), layer) for layer in attention_modules(base)]
@@ -205,7 +206,7 @@ def run_dense(
     sequences = [*batch.sequences, *[DUMMY_SEQUENCE] * (calls - count)]
     rows = [torch.as_tensor(sequence, dtype=torch.int64, device=device) for sequence in sequences]
     temperatures = [*batch.temperatures_or(temperature), *[1.0] * (calls - count)]
-    images = None if batch.image_rows is None else dense_inputs(causal_lm(model), rows, batch.image_rows)
+    images = batch.dense_images(causal_lm(model), rows)
     logprobs, entropies = dense_logprobs(model, rows, temperatures, return_entropy, images=images)
     anchor = _zero(logprobs)
     unscored = batch.unscored()

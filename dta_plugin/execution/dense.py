@@ -23,7 +23,7 @@ def dense_logprobs(
     """Log-probs (and entropies in nats) of tokens 1.. of each sequence, [len - 1] each, in float32 or float64.
 
     sequences: int64 [len] on the model's device. temperature: of all, or one per sequence. padding: so many masked
-    tokens in front of each. images: per sequence, what else the model's forward is to get; see `DenseImages`.
+    tokens in front of each. images: per sequence, what else the model's forward is to get; see `dense_inputs`.
     """
     logprobs, entropies = [], []
     temperatures = [temperature] * len(sequences) if isinstance(temperature, (int, float)) else temperature

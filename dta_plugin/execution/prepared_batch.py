@@ -23,6 +23,7 @@ from dta_plugin.models.rotary import length_obstacle
 from dta_plugin.models.support import tree_obstacle
 from dta_plugin.models.vision.batch_images import BatchImages, TreeImages
 from dta_plugin.models.vision.cost import tower_work
+from dta_plugin.models.vision.dense import dense_inputs
 from dta_plugin.models.vision.support import images_obstacle
 from dta_plugin.models.vision.units import ImageInputs
 from dta_plugin.tree.cost import CostEstimate, ModelCost, Padded, estimate
@@ -80,6 +81,12 @@ class PreparedBatch:
     def unscored(self) -> tuple[torch.Tensor, ...]:
         """bool [len - 1] per sequence: which of its tokens 1.. are not scored."""
         return (self.edges.edge_of_token == len(self.edges.target)).split(self.edges.lengths)
+
+    def dense_images(
+        self, model: PreTrainedModel, rows: Sequence[torch.Tensor], padding: int = 0
+    ) -> list[dict[str, torch.Tensor]] | None:
+        """Per row, what the model's own forward is to get beside its ids; see `dense_inputs`. None without images."""
+        return None if self.image_rows is None else dense_inputs(model, rows, self.image_rows, padding)
 
     def temperatures_or(self, common: float) -> list[float]:
         """One per sequence: its own, or the common one."""

@@ -16,6 +16,7 @@ from dta_plugin.execution.probing.rounding_noise import Gap, is_routed, noise_se
 from dta_plugin.execution.streaming.autograd import run_streamed
 from dta_plugin.models.introspection import decoder_of
 from dta_plugin.models.layers import attention_modules
+from dta_plugin.models.vision.batch_images import TreeImages
 from dta_plugin.tree.layout import ScoredEdges
 from dta_plugin.tree.trie import PrefixTree
 
@@ -45,16 +46,21 @@ def recorded(modules: Sequence[nn.Module]) -> Iterator[list[list[torch.Tensor]]]
 
 
 def traced(
-    model: nn.Module, tree: PrefixTree, edges: ScoredEdges, budget: int | None, backend: str
+    model: nn.Module,
+    tree: PrefixTree,
+    edges: ScoredEdges,
+    budget: int | None,
+    backend: str,
+    images: TreeImages | None = None,
 ) -> tuple[torch.Tensor, np.ndarray]:
     """Run a tree, streamed in chunks of `budget` tokens or, if None, packed.
 
     Returns log-probs [E], and the layout indices [T] in the order in which the model was given the tokens.
     """
     if budget is None:
-        output = run_packed(model, tree, edges, backend=backend)
+        output = run_packed(model, tree, edges, images=images, backend=backend)
         return output.logprobs, np.arange(tree.tree_tokens)
-    output, plan = run_streamed(model, tree, edges, budget, backend=backend)
+    output, plan = run_streamed(model, tree, edges, budget, images=images, backend=backend)
     return output.logprobs, np.concatenate([chunk.tokens for chunk in plan.chunks])
 
 

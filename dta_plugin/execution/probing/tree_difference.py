@@ -144,10 +144,12 @@ def _own(
     logprobs: list[torch.Tensor] = []
     total: Gradients = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     weights_of = _weights(batch).split(lengths)
-    rows = zip(batch.sequences, batch.temperatures_or(temperature), batch.unscored(), weights_of, strict=True)
-    for sequence, own, is_unscored, weights in rows:
-        row = torch.as_tensor(sequence, dtype=torch.int64, device=device)
-        values = dense_logprobs(model, [row], own, padding=padding)[0][0].masked_fill(is_unscored, 0.0)
+    sequences = [torch.as_tensor(sequence, dtype=torch.int64, device=device) for sequence in batch.sequences]
+    images = batch.dense_images(causal_lm(model), sequences, padding) or [{}] * len(sequences)
+    rows = zip(sequences, images, batch.temperatures_or(temperature), batch.unscored(), weights_of, strict=True)
+    for row, more, own, is_unscored, weights in rows:
+        found, _ = dense_logprobs(model, [row], own, padding=padding, images=[more])
+        values = found[0].masked_fill(is_unscored, 0.0)
         logprobs.append(values.detach())
         if len(values):
             for name, gradient in _gradients(values, weights, parameters).items():

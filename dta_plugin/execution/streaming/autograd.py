@@ -29,6 +29,7 @@ from dta_plugin.execution.streaming.gradient_sums import GradientSums
 from dta_plugin.execution.streaming.recomputation import Autocast
 from dta_plugin.execution.streaming.streamed_run import StreamedRun
 from dta_plugin.models.introspection import causal_lm, tree_forward
+from dta_plugin.models.vision.batch_images import TreeImages
 from dta_plugin.tree.layout import ScoredEdges
 from dta_plugin.tree.trie import PrefixTree
 
@@ -39,6 +40,7 @@ def run_streamed(
     edges: ScoredEdges,
     budget: int,
     *,
+    images: TreeImages | None = None,
     backend: str = "auto",
     temperature: float = 1.0,
     return_entropy: bool = False,
@@ -54,7 +56,7 @@ def run_streamed(
     """
     base = causal_lm(model)
     job = StreamedJob(
-        model, base, is_sharded(model), tree, edges, backend, temperature, return_entropy, head_dtype, planner
+        model, base, is_sharded(model), tree, edges, images, backend, temperature, return_entropy, head_dtype, planner
     )
     if job.is_sharded:
         run, logprobs, entropies = _begun(job, budget)
@@ -79,11 +81,12 @@ def run_streamed(
 def _begun(job: StreamedJob, budget: int) -> tuple[StreamedRun, torch.Tensor, torch.Tensor]:
     """The first pass; its log-probs and entropies [E], differentiable where gradients are asked for."""
     is_differentiable = torch.is_grad_enabled() and any(p.requires_grad for p in job.model.parameters())
+    job = job.with_tower()
     run, logprobs, entropies, handed_out = _first_pass(job, budget, is_differentiable)
     if is_differentiable:
         # Parameters that FSDP2 has gathered get their gradients within; the caller's pass needs anything to come by.
         anchor = torch.zeros((), requires_grad=True)
-        depends_on = [anchor] if job.is_sharded else [*handed_out, *run.parameters.values()]
+        depends_on = [anchor] if job.is_sharded else [*handed_out, *job.trained_features, *run.parameters.values()]
         logprobs, entropies = _Streamed.apply(run, logprobs, entropies, *depends_on)
     return run, logprobs, entropies
 
@@ -135,9 +138,14 @@ def streamed_gradients(
 
     autocast: that of the pass which has computed them.
     """
-    with torch.no_grad(), autocast.entered():
-        run, *_ = _first_pass(job, budget, is_differentiable=False)
+    with autocast.entered():
+        with torch.enable_grad():
+            job = job.with_tower()
+        with torch.no_grad():
+            run, *_ = _first_pass(job, budget, is_differentiable=False)
     _, sums = _backward_pass(run, grad_logprobs, grad_entropies)
+    if job.tower is not None:
+        job.tower.go_backward(sums, run.parameters)
     return dict(zip(run.parameters, sums.hand_out(run.parameters), strict=True))
 
 
@@ -157,7 +165,8 @@ def _smaller(run: StreamedRun, error: Exception) -> int:
 
 
 class _Streamed(torch.autograd.Function):
-    """The log-probs of all chunks, as functions of the first one's outputs, if handed out, and all parameters."""
+    """The log-probs of all chunks, as functions of the first one's outputs, if handed out, features of images, and all
+    parameters."""
 
     @staticmethod
     def forward(ctx: Any, run: StreamedRun, logprobs, entropies, *_: torch.Tensor):
@@ -170,4 +179,5 @@ class _Streamed(torch.autograd.Function):
         handed_out, sums = _backward_pass(ctx.run, grad_logprobs, grad_entropies)
         if ctx.run.job.is_sharded:
             return None, None, None, None
-        return None, None, None, *handed_out, *sums.hand_out(ctx.run.parameters)
+        features = [] if ctx.run.job.tower is None else sums.hand_out(ctx.run.job.tower.leaves)
+        return None, None, None, *handed_out, *features, *sums.hand_out(ctx.run.parameters)

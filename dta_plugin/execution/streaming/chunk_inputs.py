@@ -9,6 +9,7 @@ import torch
 
 from dta_plugin.attention.mask import HostArrays
 from dta_plugin.execution.streaming.chunk_plan import ChunkPlan
+from dta_plugin.models.vision.batch_images import TreeImages
 from dta_plugin.tree.layout import ScoredEdges
 from dta_plugin.tree.trie import PrefixTree
 from dta_plugin.upload import upload
@@ -20,7 +21,8 @@ class ChunkInputs:
 
     cached: int64 [S] positions in the chunk, see `Chunk` in chunk_plan.py. edges: int64 [E'] those whose rows are in
     it; rows: [R'] positions in the chunk. temperature: [R'], where rows have their own. host: exit and depth, and
-    host_row_of_edge, in the CPU's memory, as are leaves: [K] positions behind which later chunks begin.
+    host_row_of_edge, in the CPU's memory, as are leaves: [K] positions behind which later chunks begin. images: of its
+    tokens, if the tree has any.
     """
 
     input_ids: torch.Tensor
@@ -36,12 +38,14 @@ class ChunkInputs:
     host_row_of_edge: np.ndarray
     leaves: np.ndarray
     temperature: torch.Tensor | None = None
+    images: TreeImages | None = None
 
 
 class PlanInputs:
     """Chunks of a plan as tensors on the edges' device, made when they are needed."""
 
-    def __init__(self, tree: PrefixTree, edges: ScoredEdges, plan: ChunkPlan) -> None:
+    def __init__(self, tree: PrefixTree, edges: ScoredEdges, plan: ChunkPlan, images: TreeImages | None = None) -> None:
+        self.images = images
         self.tree, self.plan, self.device = tree, plan, edges.target.device
         self.target, self.rows, self.row_of_edge = edges.host.target, edges.host.rows, edges.host.row_of_edge
         self.temperature = edges.temperature
@@ -114,4 +118,7 @@ class PlanInputs:
             "row_of_edge": row_of_edge,
         }
         tensors = dict(zip(arrays, upload(list(arrays.values()), self.device), strict=True))
-        return ChunkInputs(**tensors, first=first, host=(exit_, depth), host_row_of_edge=row_of_edge, leaves=leaves)
+        images = None if self.images is None else self.images.at(tokens)
+        return ChunkInputs(
+            **tensors, first=first, host=(exit_, depth), host_row_of_edge=row_of_edge, leaves=leaves, images=images
+        )

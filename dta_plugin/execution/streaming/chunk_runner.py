@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,10 +20,13 @@ from dta_plugin.execution.streaming.chunk_plan import ChunkPlan
 from dta_plugin.execution.streaming.fsdp2 import parameters_in_use
 from dta_plugin.execution.streaming.kv_arena import Arena, ChunkMask
 from dta_plugin.execution.streaming.recomputation import Autocast, plain_checkpointing
+from dta_plugin.execution.streaming.tower import Tower
 from dta_plugin.models.dispatch import install
 from dta_plugin.models.introspection import decoder_of, is_checkpointed, lm_head, tree_forward
 from dta_plugin.models.recurrent_layers import layer_of, mixers
 from dta_plugin.models.rotary import as_long_as
+from dta_plugin.models.vision.batch_images import TreeImages
+from dta_plugin.models.vision.forward import decoder_call
 from dta_plugin.tree.layout import ScoredEdges
 from dta_plugin.tree.trie import PrefixTree
 
@@ -40,11 +43,22 @@ class StreamedJob:
     is_sharded: bool
     tree: PrefixTree
     edges: ScoredEdges
+    images: TreeImages | None
     backend: str
     temperature: float
     return_entropy: bool
     head_dtype: torch.dtype | None
     planner: Planner
+    tower: Tower | None = None
+
+    def with_tower(self) -> StreamedJob:
+        """The job with what the tower makes of its images, if there are any; once."""
+        return self if self.images is None else replace(self, tower=Tower.from_images(self.base, self.images))
+
+    @property
+    def trained_features(self) -> list[torch.Tensor]:
+        """Features of images that have a graph."""
+        return [] if self.tower is None else self.tower.trained
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,10 +94,21 @@ class ChunkRunner:
         self.backends: set[str] = set()
         self.longest = int(job.tree.depth.max()) + 1
 
-    def run(self, chunk: ChunkInputs, arena: Arena, what: str, needs_head: bool = False) -> ChunkGraph:
-        """what: for the log. needs_head: the LM head takes part in the graph even if nothing is scored."""
+    def run(
+        self,
+        chunk: ChunkInputs,
+        arena: Arena,
+        what: str,
+        needs_head: bool = False,
+        features: Sequence[torch.Tensor] | None = None,
+    ) -> ChunkGraph:
+        """what: for the log. needs_head: the LM head takes part in the graph even if nothing is scored. features: of
+        images, None for those that all chunks read."""
         start = time.perf_counter()
         job = self.job
+        leaves: Mapping[str, torch.Tensor] = {}
+        if features is None and job.tower is not None:
+            features, leaves = job.tower.for_chunks, job.tower.leaves
         install(job.base)
         mask = ChunkMask(
             chunk.exit, chunk.depth, job.backend, arena, chunk.first, chunk.cached, chunk.host, chunk.leaves
@@ -91,7 +116,10 @@ class ChunkRunner:
         runs_head = job.is_sharded or needs_head or len(chunk.edges) > 0
 
         def forward(model: PreTrainedModel, dta_inputs: dict[str, Any], **_: Any) -> list[torch.Tensor]:
-            hidden = decoder_of(model)(**dta_inputs).last_hidden_state
+            if chunk.images is None or features is None:
+                hidden = decoder_of(model)(**dta_inputs).last_hidden_state
+            else:
+                hidden = decoder_call(model, dta_inputs, chunk.images, features).last_hidden_state
             return [hidden, *self._scored(hidden[0], chunk)] if runs_head else [hidden]
 
         inputs = row_inputs(chunk.input_ids, chunk.depth, mask)
@@ -114,7 +142,7 @@ class ChunkRunner:
         self.backends |= mask.backends_used
         seconds = time.perf_counter() - start
         log.debug("dta: %s: %d tokens behind %d ancestors, %.3f s", what, len(chunk.depth), chunk.first, seconds)
-        return ChunkGraph(outputs, parameters)
+        return ChunkGraph(outputs, {**parameters, **leaves})
 
     def _scored(self, hidden: torch.Tensor, chunk: ChunkInputs) -> list[torch.Tensor]:
         """Log-probs and, if asked for, entropies of a chunk's edges [E']; the head runs even if there are none."""

@@ -40,7 +40,7 @@ class StreamedRun:
         self.job, self.budget, self.is_differentiable = job, budget, is_differentiable
         self.plan = job.planner(job.tree, budget, is_differentiable)
         self.calls = ModelCalls.from_plan(self.plan).most_of_all_ranks(job.model) if job.is_sharded else None
-        self.inputs = PlanInputs(job.tree, job.edges, self.plan)
+        self.inputs = PlanInputs(job.tree, job.edges, self.plan, job.images)
         self.runner = ChunkRunner(job, self.inputs.device)
         self.arena, self.path = Arena(self.plan.arena_tokens), CachedPath(self.plan)
         self.handed_out: ChunkGraph | None = None
@@ -62,7 +62,8 @@ class StreamedRun:
             else:
                 graph = self._first_run(index)
             if index == 0:
-                self.parameters = graph.parameters
+                leaves = {} if self.job.tower is None else self.job.tower.leaves
+                self.parameters = {name: p for name, p in graph.parameters.items() if name not in leaves}
             self.path.run(index)
             for total, part in zip((logprobs, entropies), graph.outputs[1:], strict=False):
                 total[self.inputs.edges(index)] = part.detach().to(dtype)
@@ -132,10 +133,12 @@ class StreamedRun:
         Its graph holds this run, which must not hold it, or nothing would ever free either.
         """
         chunk = self.inputs.chunk(0)
+        features = None if self.job.tower is None else self.job.tower.features
         runs: list[Mapping[str, torch.Tensor]] = []
 
         def run(_: torch.Tensor) -> list[torch.Tensor]:
-            graph = self.runner.run(chunk, self.arena, self._name(0, again=bool(runs)), needs_head=True)
+            what = self._name(0, again=bool(runs))
+            graph = self.runner.run(chunk, self.arena, what, needs_head=True, features=features)
             runs.append(graph.parameters)
             return graph.outputs
 
