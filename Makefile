@@ -119,6 +119,9 @@ quickstart-verl: $(VERL_INSTALLED) ## the same with verl: its own training loop,
 bench: $(INSTALLED) ## measure the policy update, dense against tree
 	python -m benchmarks.policy_update
 
+bench-images: $(INSTALLED) ## measure the policy update of a group that shares an image
+	OMP_NUM_THREADS=1 python -m benchmarks.images
+
 bench-streamed: $(INSTALLED) ## measure streamed execution: what bounded memory costs; against one path at a time
 	python -m benchmarks.streamed
 

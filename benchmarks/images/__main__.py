@@ -1,6 +1,6 @@
 """Forward and backward of one policy update on a group that shares an image: the tree against stock TRL.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.images            # about six minutes on one CPU core
+    OMP_NUM_THREADS=1 python -m benchmarks.images            # about two minutes on one CPU core
     OMP_NUM_THREADS=1 python -m benchmarks.images --family qwen3_vl --rounds 3
     OMP_NUM_THREADS=1 python -m benchmarks.images --smoke    # seconds
 
