@@ -28,7 +28,7 @@ if find_spec("hypothesis"):  # the tests of a GPU machine do without
 def unprobed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Models that were not probed before they run as trees: for faults in trees, and for what is counted."""
 
-    def no_obstacle(model: torch.nn.Module, executors: list[str], *_: object) -> dict[str, None]:
+    def no_obstacle(model: torch.nn.Module, executors: list[str], *_: object, **__: object) -> dict[str, None]:
         return dict.fromkeys(executors)
 
     for place in ("execution.auto", "sharing.decoder_hooks"):

@@ -75,7 +75,8 @@ def tree_attention(
 ) -> torch.Tensor:
     """Tree-causal attention, differentiable in q, k, v and sinks.
 
-    Query i sees key j iff ``j <= i < exit[j]``. The queries are the last Tq of the layout's T tokens: all of them, or a
+    Query i sees key j iff ``j <= i < exit[j]``; where blocks of tokens attend both ways, iff ``j < reach[i]`` and
+    ``i < exit[j]``. The queries are the last Tq of the layout's T tokens: all of them, or a
     chunk whose ancestors' keys come first.
 
     Args:
@@ -84,7 +85,8 @@ def tree_attention(
         v: [1, Hkv, T, Dv] in q's dtype.
         mask: visibility of the T layout tokens, and the backend.
         scale: factor on q.k, above 0, default D ** -0.5.
-        window: a query sees keys less than `window` tokens up its own path.
+        window: a query sees keys less than `window` tokens up its own path, and none further up; what of that holds
+            within blocks is the mask's rule, see `TreeMask.ruled`.
         softcap: scores become ``softcap * tanh(scores / softcap)``.
         sinks: [Hq] one extra logit per head that takes probability and gives no value (GPT-OSS).
 
@@ -97,7 +99,7 @@ def tree_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     _check_shapes(q, k, v, mask, sinks)
     _check_values(q, k, v, mask, scale, window, softcap, sinks)
-    kind = Kind.from_call(q, k, v, window, softcap, sinks)
+    kind = Kind.from_call(q, k, v, mask, window, softcap, sinks)
     backend = mask.cached(("backend", mask.backend, kind), lambda: serving_backend(mask.backend, kind))
     if mask.place.first and backend not in ("cpu", "triton"):
         raise InvalidInputError(
@@ -153,7 +155,7 @@ def _check_values(
         raise InvalidInputError(
             f"Got dtypes {q.dtype}, {k.dtype}, {v.dtype} for q, k, v. Expected one dtype; cast first."
         )
-    devices = {x.device for x in (q, k, v, mask.exit, mask.depth, sinks) if x is not None}
+    devices = {x.device for x in (q, k, v, mask.exit, mask.depth, mask.reach, sinks) if x is not None}
     if len(devices) > 1:
         raise InvalidInputError(
             f"Got q, k, v, mask and sinks on {', '.join(sorted(map(str, devices)))}. Expected one device; build the "

@@ -27,8 +27,14 @@ def chunked_tree_attention(
         chunk: positions per range.
 
     Raises:
-        UnsupportedError: the queries are a chunk of a streamed tree, and some token is in the second range.
+        UnsupportedError: the queries are a chunk of a streamed tree, and some token is in the second range; or blocks
+            of tokens attend both ways, which no model has together with ranges.
     """
+    if mask.reach is not None:
+        raise UnsupportedError(
+            f"Attention in ranges of {chunk} positions in a layer whose images attend both ways. Expected one or the "
+            "other; use on_unsupported='dense'."
+        )
     if mask.host()[1].max(initial=0) < chunk:
         return tree_attention(q, k, v, mask, **options)
     if mask.place.first or q.shape[2] < len(mask):

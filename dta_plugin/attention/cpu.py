@@ -36,7 +36,7 @@ def cpu_attention(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Arguments and result as in `tree_attention`."""
-    pieces = mask.cached(("cpu", window), lambda: plan(*mask.host(), window))
+    pieces = mask.cached(("cpu", window), lambda: plan(*mask.host(), window, mask.blocks()))
     if q.shape[2] < len(mask):
         first_query = len(mask) - q.shape[2]
         pieces = mask.cached(("cpu", window, first_query), lambda: last_queries(pieces, first_query))

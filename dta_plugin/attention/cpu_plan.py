@@ -8,15 +8,21 @@ Two ways to cover the visible pairs of a tree, both exact:
 * `blocks`: every block of queries attends to its path, gathered, and to itself under a small mask. Serves sliding
   windows, and trees of many short internal nodes, where the cascade would merge too many partial results.
 
+A block of tokens that attend both ways is never cut: the cascade has it as one mask-free rectangle, with all that comes
+before it in its node; `blocks` ends a block of queries before it or behind it.
+
 All index arrays are numpy int64; plans are made once per tree and shared by all layers and passes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
+
+from dta_plugin.attention.blocks import Blocks, cut_after, cut_before
 
 _UNIT = 64  # subtrees up to this many tokens are computed as one masked square
 _BLOCK = 128  # queries per block
@@ -46,16 +52,16 @@ class Piece:
         return pairs + _CALL + (0 if self.first else _MERGE_PER_QUERY * nq)
 
 
-def plan(exit: np.ndarray, depth: np.ndarray, window: int | None) -> list[Piece]:
+def plan(exit: np.ndarray, depth: np.ndarray, window: int | None, both_ways: Blocks | None = None) -> list[Piece]:
     """Pieces that cover every visible pair exactly once; the first piece of each query precedes its others."""
     if window is not None and window <= int(depth.max()):
-        return blocks(exit, depth, window)
-    pieces = cascade(exit, depth)
+        return blocks(exit, depth, window, both_ways)
+    pieces = cascade(exit, depth, both_ways)
     tokens = len(exit)
     visible = int(depth.sum()) + tokens
     blocks_at_best = visible + tokens * (_BLOCK // 2 + _MERGE_PER_QUERY) + 2 * _CALL * -(-tokens // _BLOCK)
     if sum(piece.cost() for piece in pieces) > 1.5 * blocks_at_best:
-        return blocks(exit, depth, None)
+        return blocks(exit, depth, None, both_ways)
     return pieces
 
 
@@ -77,8 +83,8 @@ def last_queries(pieces: list[Piece], first_query: int) -> list[Piece]:
     return _own_tokens_first(kept)
 
 
-def cascade(exit: np.ndarray, depth: np.ndarray) -> list[Piece]:
-    """Per node causal self-attention, per internal node one rectangle; see the module docstring."""
+def cascade(exit: np.ndarray, depth: np.ndarray, both_ways: Blocks | None = None) -> list[Piece]:
+    """Per node self-attention, per internal node one rectangle; see the module docstring."""
     tokens = len(exit)
     node_end = _node_ends(exit, depth)
     pieces: list[Piece] = []
@@ -88,26 +94,39 @@ def cascade(exit: np.ndarray, depth: np.ndarray) -> list[Piece]:
         if stop - start <= _UNIT:
             while stop < tokens and depth[stop] == depth[start] and exit[stop] - start <= _UNIT:
                 stop = int(exit[stop])
-            pieces.append(_square(exit, depth, start, stop))
+            pieces.append(_square(exit, depth, start, stop, both_ways))
             start = stop
             continue
         end = int(node_end[start])
-        pieces.extend(_node(start, end))
+        pieces.extend(_node(start, end, both_ways))
         if stop > end:
             pieces.append(Piece(slice(end, stop), slice(start, end), first=False))
         start = end
     return _own_tokens_first(pieces)
 
 
-def _node(start: int, end: int) -> list[Piece]:
+def _node(start: int, end: int, both_ways: Blocks | None) -> list[Piece]:
     """A node among its own tokens, in rows of `_BLOCK` queries: rectangles run faster than large causal squares."""
     pieces: list[Piece] = []
-    for row in range(start, end, _BLOCK):
-        queries = slice(row, min(row + _BLOCK, end))
-        pieces.append(Piece(queries, queries, first=True, causal=True))
-        if row > start:
-            pieces.append(Piece(queries, slice(start, row), first=False))
+    causal_start = start
+    for block_start, block_end in [*_longer_blocks(start, end, both_ways), (end, end)]:
+        for row in range(causal_start, block_start, _BLOCK):
+            queries = slice(row, min(row + _BLOCK, block_start))
+            pieces.append(Piece(queries, queries, first=True, causal=True))
+            if row > start:
+                pieces.append(Piece(queries, slice(start, row), first=False))
+        if block_end > block_start:
+            pieces.append(Piece(slice(block_start, block_end), slice(start, block_end), first=True))
+        causal_start = block_end
     return pieces
+
+
+def _longer_blocks(start: int, stop: int, both_ways: Blocks | None) -> list[tuple[int, int]]:
+    """(start, stop) of the blocks among tokens [start, stop) that have more than one."""
+    if both_ways is None:
+        return []
+    ends, lengths = np.unique(both_ways.reach[start:stop], return_counts=True)
+    return [(end - length, end) for end, length in zip(ends.tolist(), lengths.tolist(), strict=True) if length > 1]
 
 
 def _own_tokens_first(pieces: list[Piece]) -> list[Piece]:
@@ -123,32 +142,31 @@ def _node_ends(exit: np.ndarray, depth: np.ndarray) -> np.ndarray:
     return ends[np.searchsorted(ends, np.arange(len(exit)), side="right")]
 
 
-def _square(exit: np.ndarray, depth: np.ndarray, start: int, stop: int) -> Piece:
+def _square(exit: np.ndarray, depth: np.ndarray, start: int, stop: int, both_ways: Blocks | None) -> Piece:
     """A few small subtrees, tokens [start, stop), among themselves."""
     span = slice(start, stop)
     keys = np.arange(start, stop)
-    visible = _visible(exit, depth, keys, keys, None)
-    if visible[-1].all():  # one path
+    visible = _visible(exit, depth, keys, keys, None, both_ways)
+    if visible[-1].all() and not _longer_blocks(start, stop, both_ways):  # one path
         return Piece(span, span, first=True, causal=True)
     return Piece(span, span, first=True, bias=_bias(visible))
 
 
-def blocks(exit: np.ndarray, depth: np.ndarray, window: int | None) -> list[Piece]:
+def blocks(exit: np.ndarray, depth: np.ndarray, window: int | None, both_ways: Blocks | None = None) -> list[Piece]:
     """Per block of queries: one mask-free piece for the keys that all of them see, one masked piece for the rest."""
     tokens = len(exit)
     path = np.empty(int(depth.max()) + 1, dtype=np.int64)  # layout indices of the ancestors of the next token
     pieces: list[Piece] = []
-    for start in range(0, tokens, _BLOCK):
-        stop = min(start + _BLOCK, tokens)
+    for start, stop in pairwise(_cuts(tokens, both_ways)):
         queries = np.arange(start, stop)
         shallowest = int(depth[start:stop].min())
         lowest = 0 if window is None else max(0, shallowest - window + 1)
         ancestors = path[lowest : depth[start]]
-        visible = _visible(exit, depth, queries, ancestors, window)
+        visible = _visible(exit, depth, queries, ancestors, window, both_ways)
         shared = visible.all(axis=0)
         partial = visible.any(axis=0) & ~shared
         keys = np.concatenate([ancestors[partial], queries])
-        bias = _bias(_visible(exit, depth, queries, keys, window))
+        bias = _bias(_visible(exit, depth, queries, keys, window, both_ways))
         pieces.append(Piece(slice(start, stop), _keys(keys), first=True, bias=bias))
         if shared.any():
             pieces.append(Piece(slice(start, stop), _keys(ancestors[shared]), first=False))
@@ -156,13 +174,34 @@ def blocks(exit: np.ndarray, depth: np.ndarray, window: int | None) -> list[Piec
     return pieces
 
 
+def _cuts(tokens: int, both_ways: Blocks | None) -> list[int]:
+    """Where blocks of queries begin, and the end of the last one."""
+    if both_ways is None:
+        return [*range(0, tokens, _BLOCK), tokens]
+    cuts = [0]
+    while cuts[-1] < tokens:
+        most = min(cuts[-1] + _BLOCK, tokens)
+        stop = cut_before(both_ways.reach, most)
+        cuts.append(stop if stop > cuts[-1] else cut_after(both_ways.reach, most))
+    return cuts
+
+
 def _visible(
-    exit: np.ndarray, depth: np.ndarray, queries: np.ndarray, keys: np.ndarray, window: int | None
+    exit: np.ndarray,
+    depth: np.ndarray,
+    queries: np.ndarray,
+    keys: np.ndarray,
+    window: int | None,
+    both_ways: Blocks | None,
 ) -> np.ndarray:
     """Bool [nq, nk]."""
-    visible = (keys[None, :] <= queries[:, None]) & (queries[:, None] < exit[keys][None, :])
+    last = queries if both_ways is None else both_ways.reach[queries] - 1
+    visible = (keys[None, :] <= last[:, None]) & (queries[:, None] < exit[keys][None, :])
     if window is not None:
-        visible &= depth[queries][:, None] - depth[keys][None, :] < window
+        near = depth[queries][:, None] - depth[keys][None, :] < window
+        if both_ways is not None and both_ways.is_whole:
+            near |= last[:, None] == both_ways.reach[keys][None, :] - 1
+        visible &= near
     return visible
 
 

@@ -1,7 +1,8 @@
 """Tree attention through torch's FlexAttention, for GPUs and head dims that the Triton kernels do not serve.
 
-The interval test ``j <= i < exit[j]`` is the mask function; sinks come in afterwards through the log-sum-exp.
-Compiled with dynamic shapes, so that a new length does not recompile. FlexAttention has no CPU backward.
+The interval test ``j <= i < exit[j]`` is the mask function, or that of blocks that attend both ways; sinks come in
+afterwards through the log-sum-exp. Compiled with dynamic shapes, so that a new length does not recompile.
+FlexAttention has no CPU backward.
 """
 
 from __future__ import annotations
@@ -55,12 +56,18 @@ def _compiled(function):
 
 
 def _block_mask(mask: TreeMask, window: int | None, queries: int) -> BlockMask:
-    exit_, depth, first_query = mask.exit, mask.depth, len(mask) - queries
+    exit_, depth, reach, first_query = mask.exit, mask.depth, mask.reach, len(mask) - queries
+    is_whole = mask.rule == "whole"
 
     def visible(_batch, _head, row, key):
         query = row + first_query
-        seen = (key <= query) & (query < exit_[key])
-        return seen if window is None else seen & (depth[query] - depth[key] < window)
+        seen = (key <= query if reach is None else key < reach[query]) & (query < exit_[key])
+        if window is None:
+            return seen
+        near = depth[query] - depth[key] < window
+        if reach is None or not is_whole:
+            return seen & near
+        return seen & (near | (reach[query] == reach[key]))
 
     build = _compiled(create_block_mask) if exit_.is_cuda else create_block_mask
     return build(visible, None, None, queries, len(mask), device=exit_.device)

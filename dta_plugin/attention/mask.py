@@ -6,6 +6,7 @@ PEFT, DDP and FSDP forward it unchanged. It is a plain class because FSDP1 rebui
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from weakref import WeakSet
 import numpy as np
 import torch
 
+from dta_plugin.attention.blocks import BlockRule, Blocks
 from dta_plugin.attention.function import OwnKeys, Place
 from dta_plugin.recurrent.plan import StatePlan
 from dta_plugin.recurrent.states import OwnStates, States
@@ -26,18 +28,22 @@ class TreeMask:
     """Tree-causal visibility of one packed row of T tokens.
 
     Key j is visible to query i iff ``j <= i < exit[j]`` and, in a layer with a sliding window,
-    ``depth[i] - depth[j] < window``.
+    ``depth[i] - depth[j] < window``. Where blocks of tokens attend both ways it is ``j < reach[i] and i < exit[j]``,
+    and each layer has a rule for them, see `ruled`.
 
     Args:
         exit: int64 [T] on the model's device, see `PrefixTree`.
         depth: int64 [T] alike.
         backend: who is to compute attention, a name from `config.BACKENDS`.
         host: the same exit and depth in the CPU's memory, as far as the caller has them.
+        reach: int64 [T] on the model's device, see `PrefixTree`; None where all is causal.
+        host_reach: the same in the CPU's memory, as far as the caller has it.
 
     Attributes:
         calls: how often each attention layer has used this mask, by index, for the check that none was bypassed.
         backends_used: who computed it, and by which way recurrent layers ran.
         state_calls: how often each recurrent module has used it, by the module's `id`.
+        rule: what the layer makes of blocks, see `BlockRule` in attention/blocks.py.
         place: where the keys lie, see `Place` in attention/function.py.
         states: what comes in before the row and leaves it, see `States` in recurrent/states.py.
         alive: all masks there are; as long as one is, a layer may be recomputed with it.
@@ -46,10 +52,18 @@ class TreeMask:
     alive: ClassVar[WeakSet[TreeMask]] = WeakSet()
 
     def __init__(
-        self, exit: torch.Tensor, depth: torch.Tensor, backend: str = "auto", host: HostArrays | None = None
+        self,
+        exit: torch.Tensor,
+        depth: torch.Tensor,
+        backend: str = "auto",
+        host: HostArrays | None = None,
+        reach: torch.Tensor | None = None,
+        host_reach: np.ndarray | None = None,
     ) -> None:
         self.exit = exit
         self.depth = depth
+        self.reach = reach
+        self.rule: BlockRule = "windowed"
         self.backend = backend
         self.calls: Counter[int] = Counter()
         self.state_calls: Counter[int] = Counter()
@@ -59,6 +73,7 @@ class TreeMask:
         self._plans: dict[object, Any] = {}
         self.alive.add(self)
         self._host = host
+        self._host_reach = host_reach
 
     @classmethod
     def from_layout(cls, layout: TreeLayout, backend: str = "auto") -> TreeMask:
@@ -71,7 +86,8 @@ class TreeMask:
         Returns:
             A mask that no layer has used yet.
         """
-        return cls(layout.exit, layout.depth, backend, (layout.tree.exit, layout.tree.depth))
+        tree = layout.tree
+        return cls(layout.exit, layout.depth, backend, (tree.exit, tree.depth), layout.reach, tree.reach)
 
     def host(self) -> HostArrays:
         """exit and depth, int64 [T] each, where backends make their plans.
@@ -82,9 +98,28 @@ class TreeMask:
             self._host = self.exit.cpu().numpy(), self.depth.cpu().numpy()
         return self._host
 
+    def blocks(self) -> Blocks | None:
+        """The blocks that attend both ways, where backends make their plans; None if there are none."""
+        if self.reach is None:
+            return None
+        if self._host_reach is None:
+            self._host_reach = self.reach.cpu().numpy()
+        return Blocks(self._host_reach, self.rule == "whole")
+
     def at_layer(self, index: int) -> TreeMask:
         """The mask as attention layer `index` has it."""
         return self
+
+    def ruled(self, rule: BlockRule) -> TreeMask:
+        """The same mask with another rule for blocks, and plans of its own; itself where there are no blocks."""
+        if self.reach is None or rule == self.rule:
+            return self
+        mask = copy.copy(self)
+        mask.rule = rule
+        mask._plans = self.cached(("ruled", rule), dict)
+        if rule == "causal":
+            mask.reach = mask._host_reach = None
+        return mask
 
     def state_plan(self) -> StatePlan:
         """How recurrent states run along the tree."""
@@ -105,9 +140,11 @@ class TreeMask:
     def visible(self, window: int | None = None) -> torch.Tensor:
         """The mask written out: bool [T, T], True where query (row) sees key (column)."""
         index = torch.arange(len(self), device=self.exit.device)
-        visible = (index[None, :] <= index[:, None]) & (index[:, None] < self.exit[None, :])
+        reach = index + 1 if self.reach is None else self.reach
+        visible = (index[None, :] < reach[:, None]) & (index[:, None] < self.exit[None, :])
         if window is not None:
-            visible &= self.depth[:, None] - self.depth[None, :] < window
+            near = self.depth[:, None] - self.depth[None, :] < window
+            visible &= near | (reach[:, None] == reach[None, :]) if self.rule == "whole" else near
         return visible
 
     def cached(self, key: object, build: Callable[[], Any]) -> Any:

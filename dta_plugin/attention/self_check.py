@@ -16,7 +16,8 @@ from __future__ import annotations
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -42,11 +43,15 @@ from dta_plugin.tree.trie import PrefixTree
 log = logging.getLogger("dta_plugin")
 
 _WINDOW, _SOFTCAP = 48, 3.0
+_VARIANTS = ("window", "softcap", "sinks", "blocks", "whole_blocks")
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What of an attention call decides which kernels run. groups: query heads per key/value head."""
+    """What of an attention call decides which kernels run.
+
+    groups: query heads per key/value head. blocks: some attend both ways. whole_blocks: whatever the window.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -55,6 +60,8 @@ class Kind:
     window: bool = False
     softcap: bool = False
     sinks: bool = False
+    blocks: bool = False
+    whole_blocks: bool = False
 
     @classmethod
     def from_call(
@@ -62,18 +69,22 @@ class Kind:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
+        mask: TreeMask,
         window: int | None,
         softcap: float | None,
         sinks: torch.Tensor | None,
     ) -> Kind:
-        variant = (window is not None, softcap is not None, sinks is not None)
+        has_blocks = mask.reach is not None
+        are_whole = has_blocks and window is not None and mask.rule == "whole"
+        variant = (window is not None, softcap is not None, sinks is not None, has_blocks, are_whole)
         return cls(q.device, q.dtype, (q.shape[3], v.shape[3]), q.shape[1] // k.shape[1], *variant)
 
     def __str__(self) -> str:
         width, value_width = self.head_dims
         dims = f"head dim {width}" if width == value_width else f"head dims {width} and {value_width}"
-        variant = [name for name in ("window", "softcap", "sinks") if getattr(self, name)]
-        return ", ".join([_name(self.dtype), dims, f"{self.groups} query heads per key head", *variant])
+        variant = [name for name in _VARIANTS if getattr(self, name)]
+        words = [name.replace("_", " ") for name in variant]
+        return ", ".join([_name(self.dtype), dims, f"{self.groups} query heads per key head", *words])
 
     def options(self) -> Options:
         kv_heads = 2 if self.groups <= 8 else 1
@@ -146,7 +157,10 @@ def _is_recorded(device: torch.device) -> bool:
 def _check(kind: Kind) -> Outcome:
     start = time.perf_counter()
     options, tree = kind.options(), _tree()
-    on_cpu, on_device = (TreeMask.from_layout(TreeLayout.from_tree(tree, x)) for x in ("cpu", kind.device))
+    if kind.blocks:
+        tree = replace(tree, reach=_reach(tree))
+    masks = (TreeMask.from_layout(TreeLayout.from_tree(tree, x)) for x in ("cpu", kind.device))
+    on_cpu, on_device = (mask.ruled("whole" if kind.whole_blocks else "windowed") for mask in masks)
     truth = Inputs(options, tree.tree_tokens, torch.float64).run(reference_attention, on_cpu)
     dense = Inputs(options, tree.tree_tokens, _rounds_as(kind.dtype)).run(dense_in_own_dtype, on_cpu)
     allowed = allowed_error(dense, truth)
@@ -172,6 +186,16 @@ def _tree() -> PrefixTree:
         parent = next(path for path in reversed(paths) if len(path) >= kept)
         paths.append(np.concatenate([parent[:kept], 1000 + generator.integers(1000, size=31)]))
     return PrefixTree.from_sequences(paths)
+
+
+def _reach(tree: PrefixTree) -> np.ndarray:
+    """int64 [T] Blocks that attend both ways, shorter and longer than the window, up to the nodes' ends."""
+    reach = np.arange(1, tree.tree_tokens + 1)
+    for start, stop in pairwise(tree.node_start.tolist()):
+        for first in range(start + 5, stop, 90):
+            end = min(first + 70, stop)
+            reach[first:end] = end
+    return reach
 
 
 def _rounds_as(dtype: torch.dtype) -> torch.dtype:

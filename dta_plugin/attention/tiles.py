@@ -6,7 +6,8 @@ visible ("full") are listed apart from those that need the mask; pairs of tiles 
 all (with a window: tiles that its depth range rules out).
 
 In depth-first layout the queries that see a key tile ``[k0, k1)`` are the one interval ``[k0, max exit)``, so the
-pairs follow from a maximum per tile, without looking at pairs of tokens.
+pairs follow from a maximum per tile, without looking at pairs of tokens. Where blocks attend both ways, the interval
+begins with the block that has k0.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from dta_plugin.attention.blocks import Blocks
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.upload import upload
 
@@ -73,13 +75,23 @@ Lists = TypeVar("Lists", Visits, KeyWork)
 
 
 def tile_pairs(
-    exit: np.ndarray, depth: np.ndarray, window: int | None, query_tile: int, key_tile: int, first_query: int = 0
+    exit: np.ndarray,
+    depth: np.ndarray,
+    window: int | None,
+    query_tile: int,
+    key_tile: int,
+    first_query: int = 0,
+    blocks: Blocks | None = None,
 ) -> TilePairs:
     """Pairs of tiles to compute. exit, depth: int64 [N] of the keys; queries are tokens first_query..N - 1."""
     keys = len(exit)
     key_start = np.arange(0, keys, key_tile)
     key_stop = key_start + key_tile
-    begin = np.maximum(key_start - first_query, 0) // query_tile
+    sees_first, sees_last = key_start, key_stop - 1  # the first queries that see a tile's first key, and its last
+    if blocks is not None:
+        sees_first = np.searchsorted(blocks.reach, key_start, side="right")
+        sees_last = np.searchsorted(blocks.reach, key_stop)
+    begin = np.maximum(sees_first - first_query, 0) // query_tile
     end = np.maximum(-((first_query - _largest(exit, key_tile)) // query_tile), begin)
     counts = end - begin
     _check_size("pairs of tiles", int(counts.sum()))
@@ -87,8 +99,8 @@ def tile_pairs(
     query = np.arange(len(key), dtype=np.int32)
     query += np.repeat((begin - counts.cumsum() + counts).astype(np.int32), counts)
 
-    # Full are the query tiles from the key tile's last token up to the first exit of its tokens.
-    full_begin = np.clip(-((first_query - key_stop + 1) // query_tile), begin, end)
+    # Full are the query tiles from the first that sees the key tile's last token up to the first exit of its tokens.
+    full_begin = np.clip(-((first_query - sees_last) // query_tile), begin, end)
     full_end = np.clip((_smallest(exit, key_tile) - first_query) // query_tile, full_begin, end)
     full_end = np.where(key_stop <= keys, full_end, full_begin)
     stretches = np.stack([full_begin - begin, full_end - full_begin, end - full_end], axis=1)
@@ -99,6 +111,9 @@ def tile_pairs(
         nearest = _smallest(query_depth, query_tile)[query] - _largest(depth, key_tile)[key]
         full &= farthest < window
         near = nearest < window
+        if blocks is not None and blocks.is_whole:  # the last key's block goes on among the queries
+            last_key = np.minimum(key_stop, keys) - 1
+            near |= blocks.reach[last_key][key] > first_query + query * query_tile
         query, key, full = query[near], key[near], full[near]
     return TilePairs(query, key, full)
 

@@ -147,12 +147,22 @@ class TritonKernels:
         """exit and depth, int32 [T]."""
         return self.mask.cached("triton", lambda: (self.mask.exit.int(), self.mask.depth.int()))
 
+    def _limits(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Last and Near of the kernels, int32 [T]: of blocks that attend both ways."""
+        reach = self.mask.reach
+        if reach is None:
+            return None, None
+        last = self.mask.cached("triton last", lambda: (reach - 1).int())
+        if self.window is None or self.mask.rule != "whole":
+            return last, None
+        return last, self.mask.cached("triton near", lambda: torch.searchsorted(reach, reach).int())
+
     def _by_query(self, launch: Launch, queries: int) -> Visits:
         """The key tiles that each query tile visits."""
         tiles = (launch.query_tile, launch.key_tile)
 
         def build() -> Visits:
-            pairs = tile_pairs(*self.mask.host(), self.window, *tiles, len(self.mask) - queries)
+            pairs = tile_pairs(*self.mask.host(), self.window, *tiles, len(self.mask) - queries, self.mask.blocks())
             found = visits(pairs.query, pairs.key, pairs.full, _tiles(queries, launch.query_tile))
             return on_device(self.mask.exit.device, found)[0]
 
@@ -164,7 +174,7 @@ class TritonKernels:
         heads, groups = k.shape[1], q.shape[1] // k.shape[1]
 
         def build() -> tuple[Visits, KeyWork]:
-            pairs = tile_pairs(*self.mask.host(), self.window, *tiles, k.shape[2] - q.shape[2])
+            pairs = tile_pairs(*self.mask.host(), self.window, *tiles, k.shape[2] - q.shape[2], self.mask.blocks())
             found = visits(pairs.key, pairs.query, pairs.full, _tiles(k.shape[2], launch.key_tile))
             return on_device(q.device, found, key_work(found, groups, heads, _processors(q.device)))
 
@@ -173,9 +183,12 @@ class TritonKernels:
     def _arguments(self, launch: Launch, q: torch.Tensor, k: torch.Tensor) -> dict[str, object]:
         """What all kernels that compute scores take."""
         exit, depth = self._tree()
+        last, near = self._limits()
         return {
             "Exit": exit,
             "Depth": depth,
+            "Last": last,
+            "Near": near,
             "queries": q.shape[2],
             "keys": k.shape[2],
             "first_query": k.shape[2] - q.shape[2],

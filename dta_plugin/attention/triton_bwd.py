@@ -1,10 +1,10 @@
 """Backward kernels of tree attention in Triton: dQ per query tile, dK and dV per key tile. No atomics.
 
-In depth-first layout the queries of a key tile are one interval, so every key tile has one owner and two runs are
-bitwise equal. Key tiles that very many queries see, those of a root, are split over several programs; their float32
-partial sums are added by a third kernel in a fixed order. dK and dV are *added* to float32 buffers, which lets the
-keys of ancestors collect gradients chunk by chunk. The equations are those of FlashAttention-2 (arXiv 2307.08691,
-algorithm 2), in base 2.
+In depth-first layout the queries of a key tile are one interval, also where blocks attend both ways, so every key tile
+has one owner and two runs are bitwise equal. Key tiles that very many queries see, those of a root, are split over
+several programs; their float32 partial sums are added by a third kernel in a fixed order. dK and dV are *added* to
+float32 buffers, which lets the keys of ancestors collect gradients chunk by chunk. The equations are those of
+FlashAttention-2 (arXiv 2307.08691, algorithm 2), in base 2.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _weights(product, scale, softcap, lse):
 
 @triton.jit
 def _query_gradient(
-    acc, q, grad, K, V, KeyTiles, ValueTiles, Exit, Depth, query, query_depth, lse, delta, head, tile,
+    acc, q, grad, K, V, KeyTiles, ValueTiles, Exit, Depth, query, last, near, query_depth, lse, delta, head, tile,
     keys, first, scale, softcap, window,
     KEY_TILE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +65,7 @@ def _query_gradient(
     product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     weight, slope = _weights(product, scale, softcap, lse[:, None])
     if MASKED:
-        visible = is_visible(query, query_depth, key, Exit, Depth, keys, window)
+        visible = is_visible(query, last, near, query_depth, key, Exit, Depth, keys, window)
         weight = tl.where(visible, weight, 0.0)
     weighted_slope = weight * slope  # now, so that the two need not both be kept
     grad_weight = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
@@ -77,7 +77,7 @@ def _query_gradient(
 
 @triton.jit(do_not_specialize=DYNAMIC)
 def query_gradient_kernel(
-    Q, K, V, Grad, GradQ, KeyTiles, ValueTiles, Lse, Delta, Exit, Depth, Order, Start, Masked, Column,
+    Q, K, V, Grad, GradQ, KeyTiles, ValueTiles, Lse, Delta, Exit, Depth, Last, Near, Order, Start, Masked, Column,
     queries, keys, first_query, scale, softcap, window,
     GROUPS: tl.constexpr, QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -94,6 +94,11 @@ def query_gradient_kernel(
     lse = load_values(Lse + head * queries, row, queries, True) * LOG2_E
     delta = load_values(Delta + head * queries, row, queries, True)
     query_depth = tl.load(Depth + query, mask=row < queries, other=0)
+    last, near = query, None
+    if Last is not None:
+        last = load_values(Last, query, keys, True)
+    if Near is not None:
+        near = load_values(Near, query, keys, True)
     first = first_column(GradQ)
 
     acc = zeros(QUERY_TILE, GradQ.share, scale)
@@ -103,8 +108,8 @@ def query_gradient_kernel(
         for visit in range(visits[MASKED], visits[MASKED + 1]):
             next_tile = tl.load(Column + visit + 1)
             acc = _query_gradient(
-                acc, q, grad, K, V, KeyTiles, ValueTiles, Exit, Depth, query, query_depth, lse, delta, head // GROUPS,
-                key_tile, keys, first, scale, softcap, window, KEY_TILE, MASKED, PRECISION,
+                acc, q, grad, K, V, KeyTiles, ValueTiles, Exit, Depth, query, last, near, query_depth, lse, delta,
+                head // GROUPS, key_tile, keys, first, scale, softcap, window, KEY_TILE, MASKED, PRECISION,
             )  # fmt: skip
             key_tile = next_tile
     store_rows(GradQ, head, row, queries, acc * scale, first)
@@ -112,8 +117,8 @@ def query_gradient_kernel(
 
 @triton.jit
 def _key_gradient(
-    acc_k, acc_v, k, v, Q, Grad, Lse, Delta, Depth, key, key_exit, key_depth, head, tile,
-    queries, first_query, first, scale, softcap, window,
+    acc_k, acc_v, k, v, Q, Grad, Lse, Delta, Depth, Last, Near, key, key_exit, key_depth, head, tile,
+    queries, keys, first_query, first, scale, softcap, window,
     QUERY_TILE: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -133,9 +138,12 @@ def _key_gradient(
     if MASKED:
         query = first_query + row
         query_depth = tl.load(Depth + query, mask=row < queries, other=0)
-        visible = sees(
-            query[None, :], query_depth[None, :], key[:, None], key_exit[:, None], key_depth[:, None], window
-        )
+        last, near = query, None
+        if Last is not None:
+            last = load_values(Last, query, keys, True)
+        if Near is not None:
+            near = load_values(Near, query, keys, True)
+        visible = sees(query, last, near, query_depth, key, key_exit, key_depth, window, 0)
         weight = tl.where(visible & (row < queries)[None, :], weight, 0.0)
     if KEYS:
         weighted_slope = weight * (slope * scale)  # now, so that the two need not both be kept
@@ -157,7 +165,7 @@ def _key_gradient(
 @triton.jit(do_not_specialize=DYNAMIC)
 def key_gradient_kernel(
     Q, K, V, Grad, GradK, GradV, PartK, PartV, Lse, Delta,
-    WorkTile, WorkBegin, WorkEnd, WorkSlot, Start, Masked, Column, Exit, Depth,
+    WorkTile, WorkBegin, WorkEnd, WorkSlot, Start, Masked, Column, Exit, Depth, Last, Near,
     queries, keys, first_query, scale, softcap, window,
     GROUPS: tl.constexpr, QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr, PRECISION: tl.constexpr,
     KEYS: tl.constexpr, VALUES: tl.constexpr,
@@ -202,8 +210,8 @@ def key_gradient_kernel(
             next_visit, next_q = _next(visit, count, q_of)
             next_tile = tl.load(Column + first_visit + next_visit)
             acc_k, acc_v = _key_gradient(
-                acc_k, acc_v, k, v, Q, Grad, Lse, Delta, Depth, key, key_exit, key_depth, q_of, query_tile,
-                queries, first_query, first, scale, softcap, window, QUERY_TILE, KEYS, VALUES, MASKED, PRECISION,
+                acc_k, acc_v, k, v, Q, Grad, Lse, Delta, Depth, Last, Near, key, key_exit, key_depth, q_of, query_tile,
+                queries, keys, first_query, first, scale, softcap, window, QUERY_TILE, KEYS, VALUES, MASKED, PRECISION,
             )  # fmt: skip
             visit, q_of, query_tile = next_visit, next_q, next_tile
         begin, end = tl.maximum(begin - full_units, 0), end - full_units

@@ -2,7 +2,7 @@
 
 One program per query tile and head runs an online softmax (FlashAttention-2, arXiv 2307.08691, algorithm 1) over the
 key tiles that `attention/tiles.py` lists for it. Full tiles have neither mask nor bounds checks; masked tiles test
-``key <= query < exit[key]`` and the window.
+``key <= query < exit[key]``, or what blocks that attend both ways make of it, and the window.
 
 K and V may hold more rows than Q: queries are then the last rows of the layout, `first_query` the index of the first.
 """
@@ -20,6 +20,7 @@ from dta_plugin.attention.triton_parts import (
     first_column,
     is_visible,
     load_rows,
+    load_values,
     store_rows,
     visits_of,
     zeros,
@@ -28,7 +29,8 @@ from dta_plugin.attention.triton_parts import (
 
 @triton.jit
 def _attend(
-    acc, top, total, q, K, V, Exit, Depth, query, query_depth, head, tile, keys, first, scale, softcap, window,
+    acc, top, total, q, K, V, Exit, Depth, query, last, near, query_depth, head, tile, keys, first,
+    scale, softcap, window,
     KEY_TILE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax: (acc, top, total) after the keys of `tile`."""
@@ -42,7 +44,7 @@ def _attend(
         score = capped(score, scale, softcap)
         to_base_2 = softcap * LOG2_E
     if MASKED:
-        visible = is_visible(query, query_depth, key, Exit, Depth, keys, window)
+        visible = is_visible(query, last, near, query_depth, key, Exit, Depth, keys, window)
         score = tl.where(visible, score, float("-inf"))
     new_top = tl.maximum(top, tl.max(score, axis=1) * to_base_2)
     origin = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
@@ -55,17 +57,26 @@ def _attend(
 
 @triton.jit(do_not_specialize=DYNAMIC)
 def forward_kernel(
-    Q, K, V, Out, Lse, Sinks, Exit, Depth, Order, Start, Masked, Column,
+    Q, K, V, Out, Lse, Sinks, Exit, Depth, Last, Near, Order, Start, Masked, Column,
     queries, keys, first_query, scale, softcap, window,
     GROUPS: tl.constexpr, QUERY_TILE: tl.constexpr, KEY_TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Out [Hq, queries, DV] and Lse float32 [Hq, queries], natural logarithm. Grid (Hq, query tiles, shares of DV)."""
+    """Out [Hq, queries, DV] and Lse float32 [Hq, queries], natural logarithm. Grid (Hq, query tiles, shares of DV).
+
+    Last, Near: int32 [keys] the last key that each token may see, and the first that it sees whatever the window; None
+    where that is itself, and where there is no such key.
+    """
     head = tl.program_id(0).to(tl.int64)
     tile = tl.load(Order + tl.program_id(1))
     row = tile * QUERY_TILE + tl.arange(0, QUERY_TILE)
     query = first_query + row
     q = load_rows(Q, head, row, queries, True)
     query_depth = tl.load(Depth + query, mask=row < queries, other=0)
+    last, near = query, None
+    if Last is not None:
+        last = load_values(Last, query, keys, True)
+    if Near is not None:
+        near = load_values(Near, query, keys, True)
     first = first_column(V)
 
     acc = zeros(QUERY_TILE, V.share, scale)
@@ -77,7 +88,7 @@ def forward_kernel(
         for visit in range(visits[MASKED], visits[MASKED + 1]):
             next_tile = tl.load(Column + visit + 1)
             acc, top, total = _attend(
-                acc, top, total, q, K, V, Exit, Depth, query, query_depth, head // GROUPS, key_tile,
+                acc, top, total, q, K, V, Exit, Depth, query, last, near, query_depth, head // GROUPS, key_tile,
                 keys, first, scale, softcap, window, KEY_TILE, MASKED, PRECISION,
             )  # fmt: skip
             key_tile = next_tile

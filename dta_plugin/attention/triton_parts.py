@@ -118,19 +118,27 @@ def visits_of(tile, Start, Masked):
 
 
 @triton.jit
-def sees(query, query_depth, key, key_exit, key_depth, window):
-    """The tree-causal mask, whose arguments broadcast."""
-    visible = (key <= query) & (query < key_exit)
+def sees(query, last, near, query_depth, key, key_exit, key_depth, window, AXIS: tl.constexpr):
+    """The mask, with keys along AXIS. Bool [len(query), len(key)] or transposed.
+
+    last: the last key that each query may see. near: the first that it sees whatever the window, or None.
+    """
+    key, key_exit = tl.expand_dims(key, 1 - AXIS), tl.expand_dims(key_exit, 1 - AXIS)
+    query = tl.expand_dims(query, AXIS)
+    visible = (key <= tl.expand_dims(last, AXIS)) & (query < key_exit)
     if window is not None:
-        visible = visible & (query_depth - key_depth < window)
+        is_near = tl.expand_dims(query_depth, AXIS) - tl.expand_dims(key_depth, 1 - AXIS) < window
+        if near is not None:
+            is_near = is_near | (key >= tl.expand_dims(near, AXIS))
+        visible = visible & is_near
     return visible
 
 
 @triton.jit
-def is_visible(query, query_depth, key, Exit, Depth, keys, window):
+def is_visible(query, last, near, query_depth, key, Exit, Depth, keys, window):
     """Bool [len(query), len(key)] of the mask."""
     key_exit, key_depth = load_values(Exit, key, keys, True), load_values(Depth, key, keys, True)
-    return sees(query[:, None], query_depth[:, None], key[None, :], key_exit[None, :], key_depth[None, :], window)
+    return sees(query, last, near, query_depth, key, key_exit, key_depth, window, 1)
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from dta_plugin.execution.dense import dense_logprobs
 from dta_plugin.execution.memory import is_out_of_memory, token_budget
 from dta_plugin.execution.packed import EdgeOutputs, run_packed
 from dta_plugin.execution.prepared_batch import DUMMY_SEQUENCE, PreparedBatch, SequenceLogProbs
+from dta_plugin.execution.probing.forest import image_forest
 from dta_plugin.execution.probing.probe import probe
 from dta_plugin.execution.ranks import gathered, has_tensor_parallel, is_collective, is_fsdp1, is_sharded, is_zero3
 from dta_plugin.execution.recovery import forget_tree, out_of_memory, remember_tree, run_recoverable
@@ -85,7 +86,7 @@ def _stream_budget(
     """
     device = batch.edges.target.device
     if config.executor == "packed":
-        _probed(model, config, ["packed"], device)
+        _probed(model, config, ["packed"], device, batch)
         return None, "executor='packed'"
     obstacle = _streaming_obstacle(model, batch, config, return_router_loss)
     if config.executor == "streamed":
@@ -93,9 +94,9 @@ def _stream_budget(
             raise InvalidInputError(
                 f"executor='streamed' with {obstacle}. Use executor='auto', which runs such batches packed."
             )
-        _probed(model, config, ["streamed"], device)
+        _probed(model, config, ["streamed"], device, batch)
     else:
-        obstacles = _probed(model, config, ["packed", *["streamed"] * (obstacle is None)], device)
+        obstacles = _probed(model, config, ["packed", *["streamed"] * (obstacle is None)], device, batch)
         obstacle = obstacle or obstacles.get("streamed")
         if obstacle is not None:
             return None, obstacle
@@ -106,11 +107,15 @@ def _stream_budget(
     return budget if streams else None, None
 
 
-def _probed(model: nn.Module, config: TreeConfig, executors: list[str], device: torch.device) -> dict[str, str | None]:
+def _probed(
+    model: nn.Module, config: TreeConfig, executors: list[str], device: torch.device, batch: PreparedBatch
+) -> dict[str, str | None]:
     """Per executor, what keeps it from running after all. Raises UnsupportedError if the first one may not."""
     if config.probe == "off":
         return {}
-    obstacles = probe(model, executors, config.backend, device)
+    rows = batch.image_rows
+    sample = None if rows is None else lambda: image_forest(causal_lm(model), batch.sequences, rows)
+    obstacles = probe(model, executors, config.backend, device, sample)
     first = obstacles[executors[0]]
     if first is not None:
         raise UnsupportedError(first)

@@ -16,6 +16,7 @@ from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.execution.calibration_store import Calibration, calibration_of
 from dta_plugin.execution.memory import token_budget
+from dta_plugin.execution.rank_images import along_with_others
 from dta_plugin.execution.ranks import gathered, is_collective
 from dta_plugin.models.indexers import index_length_obstacle
 from dta_plugin.models.introspection import causal_lm, input_device, model_cost, say_guessed
@@ -125,7 +126,8 @@ def prepare_batch(
     batch_images = BatchImages.from_rows(base, sequences, image_rows) if image_rows and reason is None else None
     identities = None if batch_images is None else batch_images.identities(sequences)
     tree = PrefixTree.from_sequences([DUMMY_SEQUENCE] if is_dummy else sequences, identities)
-    tree_images = None if batch_images is None else batch_images.on_tree(tree)
+    own_images = None if batch_images is None else batch_images.on_tree(tree)
+    tree_images = along_with_others(model, tree, own_images) if reason is None else own_images
     _check_vocabulary(tree, base, tree_images)
     if is_dummy:
         scored = temperatures = None

@@ -29,6 +29,7 @@ from dta_plugin.attention.mask import TreeMask
 from dta_plugin.dtypes import compute_dtype
 from dta_plugin.errors import UnsupportedError
 from dta_plugin.models.attention_keywords import check_keywords
+from dta_plugin.models.image_blocks import block_rule
 from dta_plugin.models.layers import chunk_size, indexed_modules
 from dta_plugin.models.stand_in import SHARED_ATTENTION, StandIn
 
@@ -120,6 +121,8 @@ def _tree_call(
         "sinks": kwargs.get("s_aux"),
     }
     mask, chunk = tree.at_layer(layer), chunk_size(cast(Any, module).config, layer)
+    if mask.reach is not None:
+        mask = mask.ruled(block_rule(module))
     if chunk is None:
         out = tree_attention(query, key, value, mask, **options)
     else:

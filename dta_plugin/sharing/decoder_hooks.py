@@ -30,6 +30,8 @@ from dta_plugin.models.indexers import index_length_obstacle
 from dta_plugin.models.introspection import causal_lm, decoder_of, model_cost
 from dta_plugin.models.rotary import padded_length_obstacle
 from dta_plugin.models.support import dropout_obstacle
+from dta_plugin.models.vision.support import text_model_of
+from dta_plugin.sharing.images import TOKEN_KINDS, arguments_with_images, hand_on, image_arguments
 from dta_plugin.sharing.obstacles import model_obstacle, named_arguments, padding_obstacle
 from dta_plugin.sharing.padded import OF_THE_LOSS, PaddedBatch, spread
 from dta_plugin.tree.cost import estimate
@@ -114,6 +116,8 @@ class PrefixSharing:
                 decoder.register_forward_pre_hook(_Hook(self, "merge"), with_kwargs=True),
                 decoder.register_forward_hook(_Hook(self, "restore"), with_kwargs=True),
             ]
+            if (text := text_model_of(decoder)) is not decoder:
+                self._hooks.append(text.register_forward_pre_hook(hand_on, with_kwargs=True))
         if base is not decoder and not any(base is known for known in self._watched):
             self._watched.append(base)
             self._hooks.append(base.register_forward_pre_hook(_Hook(self, "look_at_labels"), with_kwargs=True))
@@ -150,12 +154,14 @@ class PrefixSharing:
         self.calls += 1
         self.cached_calls += bool(arguments.get("use_cache")) or arguments.get("past_key_values") is not None
         asked = arguments.pop("dta_own_path", None)
-        batch = asked or self._call_obstacle(decoder, arguments) or PaddedBatch.from_arguments(arguments)
+        batch = asked or self._call_obstacle(decoder, arguments) or PaddedBatch.from_arguments(arguments, decoder)
         if isinstance(batch, PaddedBatch) and self.padding_reader is not None and bool((batch.index < 0).any()):
             batch = f"its rows are padded, and {self.padding_reader}"
         if isinstance(batch, PaddedBatch):
             batch = self._gate(decoder, batch)
-        if isinstance(batch, PaddedBatch) and (obstacle := self._probe_obstacle(decoder)) is not None:
+        if isinstance(batch, PaddedBatch) and batch.images is not None and is_fsdp(decoder):
+            batch = "it has images, whose tower FSDP shards"
+        if isinstance(batch, PaddedBatch) and (obstacle := self._probe_obstacle(decoder, batch)) is not None:
             batch = obstacle
         if isinstance(batch, str):
             self.report, self.reason = None, batch
@@ -164,8 +170,13 @@ class PrefixSharing:
         install(decoder)
         layout = TreeLayout.from_tree(batch.tree, arguments["input_ids"].device)
         mask = TreeMask.from_layout(layout, self.config.backend)
-        read = {name: value for name, value in arguments.items() if name not in OF_THE_LOSS}
-        return (), read | model_inputs(layout, mask) | {"dta_rows": batch}
+        inputs = model_inputs(layout, mask)
+        replaced = {*OF_THE_LOSS, *inputs}
+        if batch.images is not None:
+            inputs = arguments_with_images(decoder, inputs, batch.images)
+            replaced |= {*TOKEN_KINDS, *image_arguments(decoder, arguments)}
+        read = {name: value for name, value in arguments.items() if name not in replaced}
+        return (), read | inputs | {"dta_rows": batch}
 
     def restore(self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Behind the decoder: values of tree tokens to those of rows."""
@@ -196,12 +207,13 @@ class PrefixSharing:
         outputs = ("output_attentions", "output_hidden_states")
         return next((f"the config's {name} is on" for name in outputs if getattr(decoder.config, name, False)), None)
 
-    def _probe_obstacle(self, decoder: PreTrainedModel) -> str | None:
-        """Why the decoder's first tree, of a small forest, is not exact."""
+    def _probe_obstacle(self, decoder: PreTrainedModel, batch: PaddedBatch) -> str | None:
+        """Why the decoder's first tree, of a small forest, or its first with an image, is not exact."""
         # Weights that are sharded are being gathered for this very call.
         if self.config.probe == "off" or is_fsdp(decoder):
             return None
-        obstacle = probe(decoder, ["decoder"], self.config.backend)["decoder"]
+        sample = None if batch.images is None else functools.partial(batch.forest, decoder)
+        obstacle = probe(decoder, ["decoder"], self.config.backend, sample=sample)["decoder"]
         if obstacle is not None and self.config.on_unsupported == "error":
             raise UnsupportedError(obstacle)
         return obstacle

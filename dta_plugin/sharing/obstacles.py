@@ -16,6 +16,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from dta_plugin.models.introspection import causal_lm, decoder_of
 from dta_plugin.models.recurrent_layers import mixers
 from dta_plugin.models.support import tree_obstacle
+from dta_plugin.models.vision.support import images_obstacle, text_model_of
 
 
 def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -70,12 +71,14 @@ def model_obstacle(model: nn.Module) -> str | None:
 def decoder_obstacle(decoder: PreTrainedModel) -> str | None:
     """What matters of a model with any head, where `tree_obstacle` expects one of a causal LM."""
     config = decoder.config
-    if config.is_encoder_decoder or config.get_text_config() is not config:
+    is_text = config.get_text_config() is config
+    if config.is_encoder_decoder or not (is_text or images_obstacle(decoder) is None):
         return (
             f"{type(decoder).__name__} is more than a text decoder, and its rows are more than their tokens; use a "
-            "text-only causal model"
+            "text-only causal model, or one whose images are known"
         )
-    layers = [module for module in decoder.modules() if hasattr(module, "layer_idx")]
+    text = decoder if is_text else text_model_of(decoder)
+    layers = [module for module in text.modules() if hasattr(module, "layer_idx")]
     causal = [module.is_causal for module in layers if hasattr(module, "is_causal")]
     if not all(causal) or not (causal or mixers(decoder)):
         return f"{type(decoder).__name__} does not say that its attention is causal; use a causal model"

@@ -14,8 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 
 from dta_plugin.dtypes import accumulation_dtype
+from dta_plugin.execution.probing.forest import Forest, image_forest
+from dta_plugin.models.vision.batch_images import BatchImages, TreeImages
+from dta_plugin.models.vision.units import ImageInputs
+from dta_plugin.sharing.images import TOKEN_KINDS, image_arguments, images_of_rows
 from dta_plugin.tree.trie import PrefixTree
 
 # Arguments of a decoder that say nothing about single tokens, whatever their type.
@@ -35,17 +40,24 @@ _OWN_PATH = {
 class PaddedBatch:
     """Rows of a padded batch [B, L], left or right padded, merged.
 
-    index: int64 [B, L] layout index of every token, -1 at padding. spans: [B] first and last + 1 real position.
+    index: int64 [B, L] layout index of every token, -1 at padding. spans: [B] first and last + 1 real position. images:
+    those of the rows, if they have any; image_rows: the same, sequence by sequence of the tree.
     """
 
     tree: PrefixTree
     index: torch.Tensor
     spans: list[tuple[int, int]]
+    images: TreeImages | None = None
+    image_rows: list[ImageInputs | None] | None = None
 
     @classmethod
-    def from_arguments(cls, arguments: Mapping[str, Any]) -> PaddedBatch | str:
-        """arguments: of a decoder's call, by name. Returns what keeps it from running as a tree, if anything does."""
-        obstacle = _merge_obstacle(arguments)
+    def from_arguments(cls, arguments: Mapping[str, Any], decoder: PreTrainedModel | None = None) -> PaddedBatch | str:
+        """arguments: of a decoder's call, by name. decoder: for those that may have images.
+
+        Returns what keeps the call from running as a tree, if anything does.
+        """
+        inputs = {} if decoder is None else image_arguments(decoder, arguments)
+        obstacle = _merge_obstacle(arguments, {*inputs, *TOKEN_KINDS} if inputs else set())
         if obstacle is not None:
             return obstacle
         ids, mask = arguments["input_ids"].cpu().numpy(), arguments.get("attention_mask")
@@ -59,19 +71,34 @@ class PaddedBatch:
             return "its attention mask has holes"
         if not _counts_up(arguments.get("position_ids"), real):
             return "its position ids do not count up along the rows: packed sequences"
-        tree = PrefixTree.from_sequences([ids[row, a:b] for row, (a, b) in enumerate(spans) if b > a])
+        rows = [ids[row, a:b] for row, (a, b) in enumerate(spans) if b > a]
+        images = None
+        if inputs and decoder is not None:
+            images = BatchImages.from_rows(decoder, rows, images_of_rows(decoder, inputs, rows))
+        tree = PrefixTree.from_sequences(rows, None if images is None else images.identities(rows))
         index = np.full(ids.shape, -1, dtype=np.int64)
         index[real] = tree.paths  # both go row by row
-        return cls(tree, torch.from_numpy(index).to(arguments["input_ids"].device), spans)
+        on_device = torch.from_numpy(index).to(arguments["input_ids"].device)
+        if images is None:
+            return cls(tree, on_device, spans)
+        return cls(tree, on_device, spans, images.on_tree(tree), images.rows)
+
+    def forest(self, decoder: PreTrainedModel) -> Forest:
+        """What a decoder is probed with before images of such batches come into trees."""
+        sequences = [self.tree.tokens[self.tree.path(index)] for index in range(self.tree.num_sequences)]
+        return image_forest(decoder, sequences, self.image_rows or [])
 
 
-def _merge_obstacle(arguments: Mapping[str, Any]) -> str | None:
+def _merge_obstacle(arguments: Mapping[str, Any], of_images: set[str]) -> str | None:
+    """of_images: arguments that belong to images."""
     for name, obstacle in _OWN_PATH.items():
         if arguments.get(name) is not None and arguments[name] is not False:
             return obstacle
     ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.shape[0] < 2 or ids.shape[1] == 0:
         return "it has no second row of token ids to share anything with"
+    if of_images and arguments.get("position_ids") is not None:
+        return "it has images, and positions of its own"
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != ids.shape):
         return "its attention mask is not one of padding, a value per token"
     if arguments.get("use_cache"):
@@ -80,8 +107,9 @@ def _merge_obstacle(arguments: Mapping[str, Any]) -> str | None:
         return "it asks for a tuple"
     if arguments.get("is_causal") is False:
         return "it attends in both directions"
+    known = _ROWS | _OF_THE_CALL | OF_THE_LOSS | of_images
     for name, value in arguments.items():
-        if name not in _ROWS | _OF_THE_CALL | OF_THE_LOSS and isinstance(value, torch.Tensor) and value.ndim:
+        if name not in known and isinstance(value, torch.Tensor) and value.ndim:
             return f"it has an argument that may differ by row or token, {name}"
     return None
 

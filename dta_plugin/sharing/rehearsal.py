@@ -49,7 +49,7 @@ def rehearse(model: nn.Module, sharing: PrefixSharing) -> str | None:
 def _run(model: nn.Module) -> None:
     base = causal_lm(model)
     device = input_device(base)
-    tokens = probe_forest(base)[0]
+    tokens = probe_forest(base).sequences[0]
     rows = torch.tensor([tokens[:_TOKENS], [*tokens[: _TOKENS - 1], tokens[_TOKENS]]], device=device)
     # Weights that are sharded are whole in calls of the whole model; else its decoder, whatever the head asks for.
     called = model if is_fsdp(model) or is_zero3(model) else decoder_of(base)

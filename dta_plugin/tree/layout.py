@@ -36,6 +36,7 @@ class TreeLayout:
     depth: torch.Tensor  # [T]
     exit: torch.Tensor  # [T]
     multiplicity: torch.Tensor  # [T]
+    reach: torch.Tensor | None = None  # [T]
 
     @classmethod
     def from_tree(cls, tree: PrefixTree, device: torch.device | str = "cpu") -> TreeLayout:
@@ -48,7 +49,8 @@ class TreeLayout:
         Returns:
             The layout, all of it int64 [T].
         """
-        arrays = (tree.tokens, tree.parent, tree.depth, tree.exit, tree.multiplicity)
+        arrays = [tree.tokens, tree.parent, tree.depth, tree.exit, tree.multiplicity]
+        arrays += [] if tree.reach is None else [tree.reach]
         return cls(tree, *upload(arrays, device))
 
 

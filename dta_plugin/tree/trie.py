@@ -42,12 +42,16 @@ class PrefixTree:
         tokens: [T] token ids in layout order.
         parent: [T] layout index of the token before t on its path, -1 at a root.
         depth: [T] position of t in its sequence (its RoPE position id).
-        exit: [T] exclusive end of t's subtree; token i sees token j iff ``j <= i < exit[j]``.
+        exit: [T] exclusive end of t's subtree; token i sees token j iff ``j <= i < exit[j]``, or
+            ``j < reach[i] and i < exit[j]``.
         multiplicity: [T] number of sequences that contain t.
         node_start: [M + 1] first token of each node, then T; a node is a maximal run of tokens without a fork.
         paths: [N] layout index of every token of every sequence, in the caller's order of sequences.
         offsets: [S + 1] sequence s owns ``paths[offsets[s]:offsets[s + 1]]``.
         order: [S] sequence indices in lexicographic, that is depth-first, order.
+        reach: [T] exclusive end of the block of the layout within which t attends both ways (an image's tokens), its
+            own index + 1 where it does not; None where all is causal. Blocks lie within a node, and all sequences
+            through one contain the whole of it.
     """
 
     tokens: np.ndarray
@@ -59,6 +63,7 @@ class PrefixTree:
     paths: np.ndarray
     offsets: np.ndarray
     order: np.ndarray
+    reach: np.ndarray | None = None
 
     @classmethod
     def from_sequences(
@@ -164,13 +169,18 @@ class PrefixTree:
         return self.paths[self.offsets[sequence] : self.offsets[sequence + 1]]
 
     def visible_pairs(self) -> int:
-        """Query-key pairs of full tree-causal attention: sum over tokens of their depth + 1."""
-        return int(self.depth.sum()) + self.tree_tokens
+        """Query-key pairs of full attention: each token sees its path and itself, and what follows in its block."""
+        return int(self.depth.sum()) + self.tree_tokens + int(self._ahead().sum())
 
     def flat_visible_pairs(self) -> int:
-        """Query-key pairs of dense causal attention over the same sequences, one at a time."""
+        """Query-key pairs of dense attention over the same sequences, one at a time."""
         lengths = np.diff(self.offsets)
-        return int((lengths * (lengths + 1) // 2).sum())
+        ahead = self._ahead()
+        return int((lengths * (lengths + 1) // 2).sum()) + (int(ahead[self.paths].sum()) if len(ahead) else 0)
+
+    def _ahead(self) -> np.ndarray:
+        """[T] later tokens that each one sees; empty where all is causal."""
+        return np.zeros(0, np.int64) if self.reach is None else self.reach - np.arange(1, self.tree_tokens + 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

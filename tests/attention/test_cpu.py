@@ -49,7 +49,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def force_plan(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     if name == "cascade":
-        monkeypatch.setattr(cpu, "plan", lambda exit, depth, window: cpu_plan.cascade(exit, depth))
+        monkeypatch.setattr(cpu, "plan", lambda exit, depth, window, blocks: cpu_plan.cascade(exit, depth, blocks))
     elif name == "blocks":
         monkeypatch.setattr(cpu, "plan", cpu_plan.blocks)
 

@@ -11,10 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dta_plugin import TreeMask
+from dta_plugin import PrefixTree, TreeMask
 from dta_plugin.attention import tiles
 from dta_plugin.attention.tiles import KeyWork, TilePairs, Visits, key_work, tile_pairs, visits
 from tests.support.attention_variants import mask_of
+from tests.support.blocks import RULES, block_mask, mask_of_tree, with_blocks
 from tests.support.trees import SHAPES, WIDE, Sequences, branching_comb, fork_at, run, sequence_batches, star
 
 FORKS = {f"fork_{offset}": fork_at(offset, tail=5) for offset in range(1, 18)}
@@ -23,7 +24,7 @@ PROCESSORS = 132  # of an H200
 
 
 def pairs_of(mask: TreeMask, query_tile: int, key_tile: int, window: int | None = None, first: int = 0) -> TilePairs:
-    return tile_pairs(*mask.host(), window, query_tile, key_tile, first)
+    return tile_pairs(*mask.host(), window, query_tile, key_tile, first, mask.blocks())
 
 
 def tiled(mask: TreeMask, query_tile: int, key_tile: int, window: int | None, first: int) -> np.ndarray:
@@ -38,7 +39,10 @@ def tiled(mask: TreeMask, query_tile: int, key_tile: int, window: int | None, fi
 
 
 def check_pairs(sequences: Sequences, query_tile: int, key_tile: int, window: int | None, first: int) -> None:
-    mask = mask_of(sequences)
+    check_pairs_of(mask_of(sequences), query_tile, key_tile, window, first)
+
+
+def check_pairs_of(mask: TreeMask, query_tile: int, key_tile: int, window: int | None, first: int) -> None:
     pairs = pairs_of(mask, query_tile, key_tile, window, first)
     blocks = tiled(mask, query_tile, key_tile, window, first)
     visited = np.zeros(blocks.shape[:2], dtype=int)
@@ -73,6 +77,31 @@ def test_random_trees_and_chunks(
     sequences: Sequences, tile: tuple[int, int], window: int | None, share_of_ancestors: float
 ) -> None:
     check_pairs(sequences, *tile, window, first=int(share_of_ancestors * len(mask_of(sequences))))
+
+
+@given(
+    sequence_batches(max_sequences=12, max_length=24),
+    st.sampled_from(TILES),
+    st.sampled_from([None, 1, 5]),
+    st.floats(0, 0.99),
+    st.integers(0, 10**6),
+)
+def test_random_trees_with_blocks_that_attend_both_ways(
+    sequences: Sequences, tile: tuple[int, int], window: int | None, share_of_ancestors: float, seed: int
+) -> None:
+    mask = block_mask(sequences, seed, longest=20, rule=RULES[seed % 2])
+    check_pairs_of(mask, *tile, window, first=int(share_of_ancestors * len(mask)))
+
+
+@pytest.mark.parametrize("query_tile,key_tile", TILES)
+@pytest.mark.parametrize("length", [2, 7, 8, 9, 20])
+def test_blocks_at_every_offset_of_a_tile(query_tile: int, key_tile: int, length: int) -> None:
+    tree = PrefixTree.from_sequences(fork_at(50, tail=5))
+    for start in range(50 - length + 1):
+        for rule, window in ((RULES[0], None), (RULES[0], 5), (RULES[1], 5), (RULES[1], 30)):
+            mask = mask_of_tree(with_blocks(tree, (start, start + length)), rule)
+            check_pairs_of(mask, query_tile, key_tile, window, first=0)
+            check_pairs_of(mask, query_tile, key_tile, window, first=start)
 
 
 @pytest.mark.parametrize("window", [None, 5])

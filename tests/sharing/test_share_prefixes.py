@@ -174,7 +174,7 @@ def test_negative_controls(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         merge = PaddedBatch.from_arguments
 
-        def losing_a_row(call: dict[str, Any]) -> PaddedBatch:
+        def losing_a_row(call: dict[str, Any], _: PreTrainedModel) -> PaddedBatch:
             batch = merge(call)
             assert isinstance(batch, PaddedBatch)
             return PaddedBatch(batch.tree, batch.index, [(0, 0), *batch.spans[1:]])

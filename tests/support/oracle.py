@@ -75,14 +75,19 @@ def dense(
     scored: Scored | None = None,
     temperature: float = 1.0,
     loss: Callable[[Rows, Rows], torch.Tensor] = functional,
+    more: Sequence[dict[str, torch.Tensor]] | None = None,
 ) -> Result:
-    """What the unmodified model gives. Log-softmax in float32, in float64 for float64 models."""
+    """What the unmodified model gives. Log-softmax in float32, in float64 for float64 models.
+
+    more: per sequence, what its forward gets beside token ids.
+    """
     assert model.config._attn_implementation in ("sdpa", "eager"), "the oracle wants a model the package never touched"
     logprobs: Rows = []
     entropies: Rows = []
     for index, sequence in enumerate(sequences):
         tokens = torch.as_tensor(sequence)
-        logits = model(input_ids=tokens[None], use_cache=False).logits[0, :-1]
+        inputs = {} if more is None else more[index]
+        logits = model(input_ids=tokens[None], **inputs, use_cache=False).logits[0, :-1]
         log_p = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(dim=-1)
         keep = torch.ones(len(tokens), dtype=torch.bool)
         if scored is not None:

@@ -47,12 +47,15 @@ def through_tree(
     config: TreeConfig | None = None,
     loss: Callable[[Rows, Rows], torch.Tensor] = functional,
     executor: str = "packed",
+    images: Sequence[dict[str, torch.Tensor] | None] | None = None,
 ) -> Result:
     """What `sequence_logprobs` gives, with the gradients of the same functional as the oracle's.
 
-    executor: who must have run it.
+    executor: who must have run it. images: as for `sequence_logprobs`.
     """
-    out = dta_plugin.sequence_logprobs(model, sequences, config, temperature, return_entropy=True, scored=scored)
+    out = dta_plugin.sequence_logprobs(
+        model, sequences, config, temperature, return_entropy=True, scored=scored, images=images
+    )
     assert out.entropies is not None
     assert out.report.executor == executor
     return result_of(model, out.logprobs, out.entropies, loss)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from dta_plugin import TreeMask
 from dta_plugin.attention.reference import reference_attention
 from dta_plugin.attention.trial import FLOOR, Inputs, Options, allowed_error, dense_in_own_dtype, relative_error
 from dta_plugin.attention.triton_backend import triton_attention
@@ -28,7 +29,12 @@ def poisoned_memory() -> Iterator[None]:
 def check(
     sequences: Sequences, options: Options, dtype: torch.dtype = torch.float32, queries: int | None = None
 ) -> None:
-    mask = mask_of(sequences, device=DEVICE)
+    check_mask(mask_of(sequences, device=DEVICE), options, dtype, queries)
+
+
+def check_mask(
+    mask: TreeMask, options: Options, dtype: torch.dtype = torch.float32, queries: int | None = None
+) -> None:
     truth = Inputs(options, len(mask), torch.float64, DEVICE, queries).run(reference_attention, mask)
     inputs = Inputs(options, len(mask), dtype, DEVICE, queries)
     allowed = allowed_error(inputs.run(dense_in_own_dtype, mask), truth)

@@ -5,6 +5,7 @@ Every parameter is random. Images are random pixels; a row is a list of parts: t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,21 @@ _DELTA_RULE = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+
+# Trees with images: rows of token ids and numbers of images. Equal numbers are the same image; 0 and 4 have one size.
+SCENARIOS: dict[str, list[list[Part]]] = {
+    "one": [[[1, 2], 0, [3, 4, 5]], [[1, 2], 0, [3, 6, 7, 8]], [[1, 2], 0, [9]]],
+    "two": [[[1, 2], 0, [3], 1, [4, 5]], [[1, 2], 0, [3], 1, [6]], [[1, 2], 0, [3], 1, [6, 7]]],
+    "same text": [[[1, 2], 0, [3, 4]], [[1, 2], 0, [3, 5]], [[1, 2], 4, [3, 4]], [[1, 2], 4, [3, 5]]],
+    "in the middle": [[[1, 2, 3], 0, [4, 5]], [[1, 2, 3], 1, [4, 5]], [[1, 2, 3, 4]], [[1, 2, 3], 0, [4, 6]]],
+    "in some branches": [
+        [[1, 2, 3], 0, [4, 5], 1, [6]],
+        [[1, 2, 3], 0, [4], 2, [6]],
+        [[1, 2, 3], 0, [4, 5, 7]],
+        [[5, 6]],
+    ],
+    "repeated": [[[1], 0, [2], 0, [3, 4]], [[1], 0, [2], 0, [3, 5]], [[1], 0, [2], 4, [3, 5]]],
 }
 
 # Per family: what its config is made of, and the form of its images.
@@ -133,6 +149,16 @@ class Rows:
     sequences: list[list[int]]
     images: list[dict[str, torch.Tensor] | None]
 
+    def dense_inputs(self, model: PreTrainedModel) -> list[dict[str, torch.Tensor]]:
+        """Per row, what the model's own forward gets beside ids, its kinds of tokens included."""
+        taken = inspect.signature(type(model).forward).parameters
+        kinds = [name for name in ("mm_token_type_ids", "token_type_ids") if name in taken]
+        found: list[dict[str, torch.Tensor]] = []
+        for ids, images in zip(self.sequences, self.images, strict=True):
+            is_image = torch.tensor([ids]).eq(IMAGE).long()
+            found.append({} if images is None else images | dict.fromkeys(kinds, is_image))
+        return found
+
 
 def vision_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, **text: Any) -> PreTrainedModel:
     """text: changes of the text config."""
@@ -167,11 +193,11 @@ def rows_of(family: str, parts: Sequence[Sequence[Part]], dtype: torch.dtype = t
             else:
                 ids += part
         sequences.append(ids)
-        images.append(_over_images(found) if found else None)
+        images.append(over_images(found) if found else None)
     return Rows(sequences, images)
 
 
-def _over_images(found: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def over_images(found: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """As a processor returns them: padded to the largest where images have sizes of their own."""
     joined = {}
     for name in found[0]:

@@ -10,7 +10,6 @@ Head and scoring have the same inputs on both sides, so that a few rounding step
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 from dta_plugin.attention import TreeMask
 from dta_plugin.dtypes import accumulation_dtype
 from dta_plugin.execution.packed import check_every_layer_hit, model_inputs
+from dta_plugin.execution.probing.forest import Forest
 from dta_plugin.execution.probing.rounding_noise import (
     Gap,
     is_routed,
@@ -33,6 +33,10 @@ from dta_plugin.execution.probing.traces import first_difference, in_layout_orde
 from dta_plugin.execution.ranks import is_fsdp
 from dta_plugin.models.dispatch import install
 from dta_plugin.models.introspection import decoder_of, lm_head
+from dta_plugin.models.vision.batch_images import BatchImages, TreeImages
+from dta_plugin.models.vision.dense import dense_inputs
+from dta_plugin.models.vision.forward import decoder_call, image_features
+from dta_plugin.models.vision.support import text_model_of
 from dta_plugin.tree.layout import ScoredEdges, TreeLayout
 from dta_plugin.tree.trie import PrefixTree
 
@@ -55,12 +59,14 @@ class Comparison:
     """
 
     def __init__(
-        self, model: nn.Module, base: PreTrainedModel, sequences: list[list[int]], backend: str, device: torch.device
+        self, model: nn.Module, base: PreTrainedModel, forest: Forest, backend: str, device: torch.device
     ) -> None:
         self.model, self.base, self.backend = model, base, backend
-        self.tree = PrefixTree.from_sequences(sequences)
+        self.rows = [torch.tensor(row, device=device) for row in forest.sequences]
+        self.tree, self.images, self.more = _with_images(base, forest, self.rows)
+        # Whose output both paths have: with images, a tree does not run the whole decoder.
+        self.decoder = decoder_of(base) if forest.images is None else text_model_of(base)
         self.edges = ScoredEdges.from_tree(self.tree, None, device)
-        self.rows = [torch.tensor(row, device=device) for row in sequences]
         self.paths = torch.from_numpy(self.tree.paths).to(device)
         self.routed, self.unit = is_routed(base), rounding_unit(base)
         self.step = self.unit + _SUMS * _EPS
@@ -69,7 +75,7 @@ class Comparison:
         self.head = None if is_fsdp(model) or not self.has_head else lm_head(base)
         self.head_difference: str | None = None
         self.worst = Gap(0.0, 0.0)
-        self.logprobs, self.states = self._own(self.rows, looks_at_head=True)
+        self.logprobs, self.states = self._own(len(self.rows), looks_at_head=True)
         if not torch.isfinite(self.logprobs).all():
             raise NotComparable("the model gives random tokens log-probs that are not finite")
         noises = [self._noise(seed) for seed in noise_seeds(base, len(self.logprobs))]
@@ -103,25 +109,26 @@ class Comparison:
     def _noise(self, seed: int) -> tuple[Gap, Gap]:
         """Of log-probs and of hidden states."""
         with perturbed_embeddings(self.base, seed):
-            logprobs, states = self._own(self.rows[:_NOISY_ROWS])
+            logprobs, states = self._own(_NOISY_ROWS)
         gaps = logprobs - self.logprobs[: len(logprobs)], state_gaps(states, self.states[: len(states)])
         return Gap.from_differences(gaps[0], self.routed), Gap.from_differences(gaps[1], self.routed)
 
     def _place(self, executor: str) -> str:
         def run_own() -> None:
-            for row in self.rows:
-                self._run(row)
+            for index in range(len(self.rows)):
+                self._run(index)
 
         if is_fsdp(self.model):  # all ranks must call the model equally often
             return "in its decoder"
         layer = first_difference(self.base, self.tree.paths, run_own, lambda: self._traced(executor)[1])
         return "in its decoder" if layer is None else f"from layer {layer} on"
 
-    def _own(self, rows: Sequence[torch.Tensor], looks_at_head: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs, flat, of tokens 1.. of every row, and hidden states [tokens, H] of all."""
+    def _own(self, count: int, looks_at_head: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the first rows: log-probs, flat, of tokens 1.. of each, and hidden states [tokens, H] of all."""
+        rows = self.rows[:count]
         logprobs, states = [row.new_empty(0, dtype=torch.float32) for row in rows], []
         for index, row in enumerate(rows):
-            logits, hidden = self._run(row)
+            logits, hidden = self._run(index)
             states.append(hidden)
             if logits is None:
                 continue
@@ -130,12 +137,13 @@ class Comparison:
             logprobs[index] = logits[:-1].log_softmax(dim=-1).gather(1, row[1:, None])[:, 0]
         return torch.cat(logprobs), torch.cat(states)
 
-    def _run(self, row: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def _run(self, index: int) -> tuple[torch.Tensor | None, torch.Tensor]:
         """The model's own logits [len, V], in float32 or wider, None if it has no head; hidden states [len, H]."""
+        row = self.rows[index]
         if not self.has_head:
-            return None, self._decoder(input_ids=row[None], use_cache=False)
-        with recorded([decoder_of(self.base)]) as calls:
-            logits: torch.Tensor = self.model(input_ids=row[None], use_cache=False).logits[0]
+            return None, self._decoder(input_ids=row[None], **self.more[index], use_cache=False)
+        with recorded([self.decoder]) as calls:
+            logits: torch.Tensor = self.model(input_ids=row[None], **self.more[index], use_cache=False).logits[0]
         return logits.to(accumulation_dtype(logits.dtype)), calls[0][0]
 
     def _head(self, own: torch.Tensor, ours: torch.Tensor) -> str | None:
@@ -169,10 +177,10 @@ class Comparison:
             install(self.base)
             layout = TreeLayout.from_tree(self.tree, self.paths.device)
             mask = TreeMask.from_layout(layout, self.backend)
-            states = self._decoder(**model_inputs(layout, mask))
+            states = self._along(model_inputs(layout, mask))
             check_every_layer_hit(self.base, mask)
             return states.new_empty(0), states
-        with recorded([decoder_of(self.base)]) as calls:
+        with recorded([self.decoder]) as calls:
             logprobs, order = self._traced(executor)
         return logprobs, in_layout_order(calls[0], order)
 
@@ -181,9 +189,28 @@ class Comparison:
         if executor == "decoder":
             return self._tree(executor)[0], np.arange(self.tree.tree_tokens)
         budget = max(1, self.tree.tree_tokens // _CHUNKS) if executor == "streamed" else None
-        return traced(self.model, self.tree, self.edges, budget, self.backend)
+        return traced(self.model, self.tree, self.edges, budget, self.backend, self.images)
+
+    def _along(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Hidden states [T, H] of the tree, for a model without a head."""
+        if self.images is None:
+            return self._decoder(**inputs)
+        features = image_features(self.base, self.images.units)
+        states: torch.Tensor = decoder_call(self.base, inputs, self.images, features).last_hidden_state[0]
+        return states
 
     def _decoder(self, **inputs: Any) -> torch.Tensor:
         """Hidden states [tokens, H]. Past the decoder's hooks, which belong to its caller's own call."""
         states: torch.Tensor = self.base.forward(**inputs).last_hidden_state[0]
         return states
+
+
+def _with_images(
+    base: PreTrainedModel, forest: Forest, rows: list[torch.Tensor]
+) -> tuple[PrefixTree, TreeImages | None, list[dict[str, torch.Tensor]]]:
+    """The forest's tree and its images; per row, what the model's own forward is to get beside its ids."""
+    if forest.images is None:
+        return PrefixTree.from_sequences(forest.sequences), None, [{} for _ in rows]
+    images = BatchImages.from_rows(base, forest.sequences, forest.images)
+    tree = PrefixTree.from_sequences(forest.sequences, images.identities(forest.sequences))
+    return tree, images.on_tree(tree), dense_inputs(base, rows, forest.images)

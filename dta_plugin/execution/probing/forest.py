@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from transformers import PreTrainedModel
 from dta_plugin.models.indexers import index_limit
 from dta_plugin.models.rotary import length_limits
 from dta_plugin.models.sizes import attention_sizes
+from dta_plugin.models.vision.units import ImageInputs, image_token_id, row_units
+from dta_plugin.tree.trie import TokenSequence, token_rows
 
 # Of the longest sequence: the fewest tokens, and the most that are cheap.
 _SHORTEST, _LONGEST = 32, 320
@@ -18,9 +21,11 @@ _SHORTEST, _LONGEST = 32, 320
 _LOGITS = 2**25
 # Beyond the smallest window.
 _BEYOND = 16
+# Tokens behind an image.
+_BEHIND_IMAGE = 8
 
 
-def probe_forest(model: PreTrainedModel) -> list[list[int]]:
+def probe_forest(model: PreTrainedModel) -> Forest:
     """Nine sequences: forks at three depths, siblings side by side, branches of one token, and an end inside the tree.
 
     The longest is longer than the smallest attention window where that is cheap, and shorter than any length at which
@@ -38,17 +43,46 @@ def probe_forest(model: PreTrainedModel) -> list[list[int]]:
     stem = run(quarter)
     longest = stem + run(length - quarter)
     sibling = stem + run(quarter)
-    return [
-        longest,
-        sibling,
-        stem + run(quarter),
-        stem + run(quarter),
-        stem + run(quarter),
-        sibling[: 3 * quarter // 2] + run(quarter // 2),
-        longest[: 2 * quarter] + run(1),
-        longest[: 2 * quarter] + run(1),
-        longest[: 3 * quarter],
-    ]
+    return Forest(
+        [
+            longest,
+            sibling,
+            stem + run(quarter),
+            stem + run(quarter),
+            stem + run(quarter),
+            sibling[: 3 * quarter // 2] + run(quarter // 2),
+            longest[: 2 * quarter] + run(1),
+            longest[: 2 * quarter] + run(1),
+            longest[: 3 * quarter],
+        ]
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Forest:
+    """What a model is probed with. images: per sequence, its images' inputs, if it has any."""
+
+    sequences: list[list[int]]
+    images: list[ImageInputs | None] | None = None
+
+
+def image_forest(
+    model: PreTrainedModel, sequences: Sequence[TokenSequence], rows: Sequence[ImageInputs | None]
+) -> Forest:
+    """Siblings behind the first image of a batch, of the row that comes to its end soonest; text between them."""
+    token_id = image_token_id(model)
+    found = []
+    for sequence, images in zip(token_rows(sequences), rows, strict=True):
+        places = np.flatnonzero(sequence == token_id)
+        if images is not None and len(places):
+            first = row_units(model, images, len(places))[0]
+            found.append((int(places[first.tokens - 1]) + 1, sequence, first))
+    end, sequence, first = min(found, key=lambda each: each[0])
+    random = np.random.default_rng(0)
+    ordinary = _ordinary_tokens(model.config.get_text_config(), model.config)
+    stem = sequence[:end].tolist()
+    ends = [random.choice(ordinary, _BEHIND_IMAGE).tolist() for _ in range(3)]
+    return Forest([stem + ends[0], ends[1], stem + ends[2]], [first.inputs, None, first.inputs])
 
 
 def _length(model: PreTrainedModel) -> int:

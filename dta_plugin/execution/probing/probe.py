@@ -13,9 +13,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from dta_plugin.errors import UnsupportedError
 from dta_plugin.execution.memory import budget_kept
 from dta_plugin.execution.probing.comparison import Comparison
-from dta_plugin.execution.probing.forest import probe_forest
+from dta_plugin.execution.probing.forest import Forest, probe_forest
 from dta_plugin.execution.probing.rounding_noise import Gap, rounding_unit
 from dta_plugin.execution.ranks import gathered, has_tensor_parallel, is_fsdp, is_zero3, without_reducers
 from dta_plugin.models.introspection import causal_lm, evaluation_mode, input_device, wrappings
@@ -39,19 +39,22 @@ class Outcome:
     """What a probe found. obstacles: per executor, why it may not run, as a sentence, or None if it may.
 
     gap: log-probs against the model's own, in nats, the largest of all executors. skipped: why nothing was compared.
+    has_images: what was compared were rows with images.
     """
 
     obstacles: dict[str, str | None]
     gap: Gap
     seconds: float
     skipped: str | None = None
+    has_images: bool = False
 
     def __str__(self) -> str:
+        on_images = " on images" if self.has_images else ""
         if self.skipped is not None:
-            return f"not probed: {self.skipped}"
+            return f"not probed{on_images}: {self.skipped}"
         exact = " and ".join(name for name, obstacle in self.obstacles.items() if obstacle is None)
         refused = [obstacle for obstacle in self.obstacles.values() if obstacle is not None]
-        agree = f"probed {exact}: log-probs agree to {self.gap.most:.1e} nats ({self.seconds:.2f} s, once)"
+        agree = f"probed {exact}{on_images}: log-probs agree to {self.gap.most:.1e} nats ({self.seconds:.2f} s, once)"
         return " ".join([agree] * bool(exact) + [f"Not run: {obstacle}" for obstacle in refused])
 
 
@@ -62,12 +65,17 @@ _outcomes: WeakKeyDictionary[PreTrainedModel, dict[tuple[Any, ...], Outcome]] = 
 
 
 def probe(
-    model: nn.Module, executors: Sequence[str], backend: str, device: torch.device | None = None
+    model: nn.Module,
+    executors: Sequence[str],
+    backend: str,
+    device: torch.device | None = None,
+    sample: Callable[[], Forest] | None = None,
 ) -> dict[str, str | None]:
     """Per executor, why it may not run, as a sentence, or None if it may.
 
     executors: "packed", "streamed", or, of a model without a head, "decoder". device: where the model computes, None
-        for where its input embedding is.
+        for where its input embedding is. sample: makes the forest out of a batch with images, on which a model is
+        probed apart from text; None for text.
 
     Those that were not probed yet are. Ranks whose weights are sharded must all call it, and get the same answers.
     """
@@ -75,12 +83,13 @@ def probe(
     device = device or input_device(base)
     # What FSDP says of its weights' type changes with the first call.
     precision = None if is_fsdp(model) else (rounding_unit(base), base.dtype)
-    state = backend, device, base.config._attn_implementation, precision, tuple(_adapters(model))
+    has_images = sample is not None
+    state = backend, device, base.config._attn_implementation, precision, tuple(_adapters(model)), has_images
     with _lock:
         known = _outcomes.setdefault(base, {})
         missing = [executor for executor in executors if (executor, state) not in known]
         if missing:
-            outcome = _probe(model, base, missing, backend, device)
+            outcome = replace(_probe(model, base, missing, backend, device, sample), has_images=sample is not None)
             known |= {(executor, state): outcome for executor in missing}
         return {executor: known[executor, state].obstacles[executor] for executor in executors}
 
@@ -97,16 +106,24 @@ def _adapters(model: nn.Module) -> Iterator[str]:
 
 
 def _probe(
-    model: nn.Module, base: PreTrainedModel, executors: Sequence[str], backend: str, device: torch.device
+    model: nn.Module,
+    base: PreTrainedModel,
+    executors: Sequence[str],
+    backend: str,
+    device: torch.device,
+    sample: Callable[[], Forest] | None,
 ) -> Outcome:
     start = time.perf_counter()
     inner = without_reducers(model)
     skipped = _probe_obstacle(inner)
+    if skipped is None and sample is not None and is_fsdp(inner):
+        skipped = "images, which not all ranks that shard the model need have"
     if skipped is not None:
         return Outcome(dict.fromkeys(executors), Gap(0.0, 0.0), 0.0, skipped)
     try:
         with undisturbed(inner, base, device):
-            comparison = Comparison(inner, base, probe_forest(base), backend, device)
+            forest = probe_forest(base) if sample is None else sample()
+            comparison = Comparison(inner, base, forest, backend, device)
             obstacles = {executor: _executor_obstacle(comparison, executor) for executor in executors}
     except Exception as error:  # what a model cannot do with the forest, it may do with the user's rows
         why = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"

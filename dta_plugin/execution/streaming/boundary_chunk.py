@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from dta_plugin.attention.blocks import cut_after
 from dta_plugin.execution.streaming.chunk_plan import Chunk
 from dta_plugin.tree.trie import PrefixTree
 
@@ -34,6 +35,13 @@ def split_boundary_chunk(tree: PrefixTree, chunks: list[Chunk], first_kept: int,
     return [*chunks[:cut], head, tail, *map(moved, chunks[cut + 1 :])]
 
 
+def _uncut(tree: PrefixTree, tokens: np.ndarray, start: int) -> int:
+    """The first position from `start` on at which no tokens that attend both ways are cut apart."""
+    if tree.reach is None or start >= len(tokens):
+        return start
+    return int(np.searchsorted(tokens, cut_after(tree.reach, int(tokens[start]))))
+
+
 def _cut(tree: PrefixTree, chunk: Chunk, index: int, room: int) -> tuple[Chunk, Chunk] | None:
     """The chunk's head and tail; None if it has no place to be cut at."""
     tokens, size = chunk.tokens, len(chunk)
@@ -41,7 +49,7 @@ def _cut(tree: PrefixTree, chunk: Chunk, index: int, room: int) -> tuple[Chunk, 
     is_above_all = (depth == np.arange(size)) & (tree.exit[tokens] > tokens[-1])
     stem = size if is_above_all.all() else int(is_above_all.argmin())  # tokens straight down, above all that follow
     if stem == size:
-        start = max(size - room, 1)
+        start = _uncut(tree, tokens, max(size - room, 1))
     elif len(chunk.cached) and chunk.cached[-1] >= stem:
         return None  # the path goes on beyond a fork inside
     else:

@@ -22,7 +22,8 @@ class ChunkInputs:
     cached: int64 [S] positions in the chunk, see `Chunk` in chunk_plan.py. edges: int64 [E'] those whose rows are in
     it; rows: [R'] positions in the chunk. temperature: [R'], where rows have their own. host: exit and depth, and
     host_row_of_edge, in the CPU's memory, as are leaves: [K] positions behind which later chunks begin. images: of its
-    tokens, if the tree has any.
+    tokens, if the tree has any. reach, host_reach: [C], where tokens attend both ways, as positions in the chunk; no
+    chunk has a part of a block.
     """
 
     input_ids: torch.Tensor
@@ -39,6 +40,8 @@ class ChunkInputs:
     leaves: np.ndarray
     temperature: torch.Tensor | None = None
     images: TreeImages | None = None
+    reach: torch.Tensor | None = None
+    host_reach: np.ndarray | None = None
 
 
 class PlanInputs:
@@ -117,8 +120,17 @@ class PlanInputs:
             "rows": rows,
             "row_of_edge": row_of_edge,
         }
+        reach = None if tree.reach is None else np.searchsorted(tokens, tree.reach[tokens])
+        if reach is not None:
+            arrays["reach"] = reach
         tensors = dict(zip(arrays, upload(list(arrays.values()), self.device), strict=True))
         images = None if self.images is None else self.images.at(tokens)
         return ChunkInputs(
-            **tensors, first=first, host=(exit_, depth), host_row_of_edge=row_of_edge, leaves=leaves, images=images
+            **tensors,
+            first=first,
+            host=(exit_, depth),
+            host_row_of_edge=row_of_edge,
+            leaves=leaves,
+            images=images,
+            host_reach=reach,
         )

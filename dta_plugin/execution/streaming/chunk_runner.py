@@ -110,9 +110,7 @@ class ChunkRunner:
         if features is None and job.tower is not None:
             features, leaves = job.tower.for_chunks, job.tower.leaves
         install(job.base)
-        mask = ChunkMask(
-            chunk.exit, chunk.depth, job.backend, arena, chunk.first, chunk.cached, chunk.host, chunk.leaves
-        )
+        mask = chunk_mask(chunk, job.backend, arena)
         runs_head = job.is_sharded or needs_head or len(chunk.edges) > 0
 
         def forward(model: PreTrainedModel, dta_inputs: dict[str, Any], **_: Any) -> list[torch.Tensor]:
@@ -153,6 +151,22 @@ class ChunkRunner:
         own = chunk.temperature if chunk.temperature is not None and count else self.job.temperature
         scores = score(hidden.index_select(0, rows), self.head, targets, *on_both, own, self.job.return_entropy)
         return [values if count else values[:0].clone() for values in scores if values is not None]
+
+
+def chunk_mask(chunk: ChunkInputs, backend: str, arena: Arena) -> ChunkMask:
+    """The mask of a chunk behind its ancestors in the arena, which no layer has used yet."""
+    return ChunkMask(
+        chunk.exit,
+        chunk.depth,
+        backend,
+        arena,
+        chunk.first,
+        chunk.cached,
+        chunk.host,
+        chunk.leaves,
+        chunk.reach,
+        chunk.host_reach,
+    )
 
 
 def _check_repeats(model: PreTrainedModel, mask: ChunkMask) -> None:

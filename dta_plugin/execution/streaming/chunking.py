@@ -1,4 +1,8 @@
-"""Cut a tree into chunks: siblings that fit together, long nodes in blocks, the longest stem last."""
+"""Cut a tree into chunks: siblings that fit together, long nodes in parts, the longest stem last.
+
+Tokens that attend both ways (`PrefixTree.reach`, the tokens of an image) are never cut apart: each sees all of the
+others, which therefore have to be in its chunk. Such a block that exceeds the budget makes a chunk of its size.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from dta_plugin.attention.blocks import cut_after, cut_before
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.execution.streaming.boundary_chunk import split_boundary_chunk
 from dta_plugin.execution.streaming.chunk_plan import Chunk, ChunkPlan
@@ -14,7 +19,10 @@ from dta_plugin.tree.trie import PrefixTree
 
 
 def plan_chunks(tree: PrefixTree, budget: int, keeps_graphs: bool = True) -> ChunkPlan:
-    """Chunks of at most `budget` tokens. keeps_graphs: the last ones do, as many as fit into the budget."""
+    """Chunks of at most `budget` tokens, or as many as the longest block of tokens that attend both ways has.
+
+    keeps_graphs: the last ones do, as many as fit into the budget.
+    """
     if budget < 1:
         raise InvalidInputError(f"Got a budget of {budget} tokens per chunk. Expected at least 1.")
     chunks = _TreeCutter(tree, budget).chunks()
@@ -54,7 +62,7 @@ class _TreeCutter:
     """Walks the nodes whose subtrees exceed the budget; smaller subtrees are never cut."""
 
     def __init__(self, tree: PrefixTree, budget: int) -> None:
-        self.budget = budget
+        self.budget, self.reach = budget, tree.reach
         self.start, self.stop = tree.node_start[:-1].tolist(), tree.node_start[1:].tolist()
         self.size = (tree.exit[tree.node_start[:-1]] - tree.node_start[:-1]).tolist()
         self.depth = tree.depth[tree.node_start[:-1]].tolist()
@@ -83,13 +91,23 @@ class _TreeCutter:
         """Append a node's tokens to `chunk`, opening new ones where it is full; -> the chunk with its last token."""
         start = self.start[node]
         while start < self.stop[node]:
-            if chunk is None or chunk.size == self.budget:
+            stop = start if chunk is None else self._cut(node, start, self.budget - chunk.size)
+            if chunk is None or stop <= start:
                 chunk = self._new(parent, self.depth[node] + start - self.start[node])
-            stop = min(self.stop[node], start + self.budget - chunk.size)
+                stop = max(self._cut(node, start, self.budget), self._first_cut(start))
             chunk.add(start, stop, is_stem=True)
             start, parent = stop, chunk.index
         assert chunk is not None
         return chunk
+
+    def _cut(self, node: int, start: int, room: int) -> int:
+        """The end of what fits into `room` of a node's tokens from `start` on; `start` if nothing does."""
+        stop = min(self.stop[node], start + room)
+        return stop if self.reach is None or room <= 0 else cut_before(self.reach, stop)
+
+    def _first_cut(self, start: int) -> int:
+        """The end of the shortest part that can begin with `start`."""
+        return start + 1 if self.reach is None else cut_after(self.reach, start + 1)
 
     def _below(
         self, node: int, chunk: _OpenChunk | None, parent: int, depth: int

@@ -128,7 +128,8 @@ class ChunkMask(TreeMask):
 
     exit, depth: int64 [C] of its own tokens, `exit` counted from the chunk's first; host: the same in the CPU's memory.
     first: number of ancestors, which all its tokens see. cached: int64 [S] positions within the chunk, see `Chunk` in
-    chunk_plan.py. leaves: [K] positions behind which other chunks begin.
+    chunk_plan.py. leaves: [K] positions behind which other chunks begin. reach, host_reach: [C] alike, where tokens
+    attend both ways: all of them among the chunk's own.
     """
 
     def __init__(
@@ -141,6 +142,8 @@ class ChunkMask(TreeMask):
         cached: torch.Tensor,
         host: HostArrays,
         leaves: np.ndarray,
+        reach: torch.Tensor | None = None,
+        host_reach: np.ndarray | None = None,
     ) -> None:
         ancestors = torch.arange(first, device=exit.device)
         stop = torch.full_like(ancestors, first + len(exit))
@@ -152,6 +155,8 @@ class ChunkMask(TreeMask):
             torch.cat([ancestors, depth]),
             backend,
             (behind, np.concatenate([above, own_depth])),
+            None if reach is None else torch.cat([ancestors + 1, first + reach]),
+            None if host_reach is None else np.concatenate([above + 1, first + host_reach]),
         )
         self._arena, self._first, self._cached = arena, first, first + cached
         self._own_depth, self._leaves = own_depth, leaves

@@ -139,6 +139,11 @@ class BatchImages:
         return TreeImages(self.units, feature, positions)
 
 
+def has_own_positions(model: PreTrainedModel) -> bool:
+    """Whether images change the positions of what comes after them (multimodal rotary embedding)."""
+    return hasattr(decoder_of(model), "get_rope_index")
+
+
 def _in_layout(tree: PrefixTree, flat: np.ndarray) -> np.ndarray:
     """[N] of all sequences -> [T]."""
     values = np.empty(tree.tree_tokens, dtype=np.int64)
@@ -150,9 +155,9 @@ def _positions(
     model: PreTrainedModel, ids: list[np.ndarray], is_image: list[np.ndarray], rows: Sequence[ImageInputs | None]
 ) -> list[np.ndarray] | None:
     """Per sequence, int64 [3, len] by the model's own function; None where it has none and positions are depths."""
-    own: Any = getattr(decoder_of(model), "get_rope_index", None)
-    if own is None:
+    if not has_own_positions(model):
         return None
+    own: Any = decoder_of(model).get_rope_index
     taken = inspect.signature(own).parameters
     found = []
     for row, places, images in zip(ids, is_image, rows, strict=True):

@@ -48,10 +48,17 @@ def image_features(model: PreTrainedModel, units: Sequence[Unit]) -> list[torch.
 def decoder_call(
     model: PreTrainedModel, inputs: dict[str, Any], images: TreeImages, features: Sequence[torch.Tensor]
 ) -> Any:
-    """What the decoder returns for a packed row with images.
+    """What the decoder returns for a packed row with images. Arguments as of `embedded_inputs`."""
+    return text_model_of(model)(**embedded_inputs(model, inputs, images, features))
+
+
+def embedded_inputs(
+    model: PreTrainedModel, inputs: dict[str, Any], images: TreeImages, features: Sequence[torch.Tensor]
+) -> dict[str, Any]:
+    """Keyword arguments of the language model for a packed row with images.
 
     Args:
-        model: the causal LM inside all wrappers.
+        model: the causal LM inside all wrappers, or its decoder.
         inputs: keyword arguments for a row of text, see `row_inputs`.
         images: of the same tokens.
         features: as `image_features` returns them for the images' units.
@@ -73,7 +80,7 @@ def decoder_call(
     position_ids = images.position_ids(ids.device)
     if position_ids is not None:
         inputs["position_ids"] = position_ids
-    return text(inputs_embeds=embeddings.index_copy(1, places, own[None]), **inputs)
+    return inputs | {"inputs_embeds": embeddings.index_copy(1, places, own[None])}
 
 
 def _parts(output: Any) -> tuple[Any, list[Any]]:

@@ -42,6 +42,13 @@ def image_token_id(model: PreTrainedModel) -> int | None:
     return getattr(config, "image_token_index", None) if found is None else found
 
 
+def input_names(model: PreTrainedModel) -> list[str]:
+    """What the tower takes for images."""
+    features: Any = getattr(decoder_of(model), "get_image_features", None)
+    names = () if features is None else inspect.signature(features).parameters
+    return [name for name in names if name not in ("self", "kwargs", "return_dict")]
+
+
 def row_units(model: PreTrainedModel, inputs: ImageInputs, placeholders: int) -> list[Unit]:
     """The units of one row, in the order of their placeholders. placeholders: how many the row has, in all.
 
@@ -68,8 +75,7 @@ def stacked(units: Sequence[Unit]) -> dict[str, torch.Tensor]:
 
 
 def _check_names(model: PreTrainedModel, inputs: ImageInputs) -> None:
-    features: Any = decoder_of(model).get_image_features
-    known = [name for name in inspect.signature(features).parameters if name not in ("self", "kwargs", "return_dict")]
+    known = input_names(model)
     unknown = sorted(set(inputs) - set(known))
     if unknown:
         raise UnsupportedError(

@@ -156,8 +156,8 @@ def test_model_and_random_numbers_stay_as_they_were() -> None:
 @pytest.mark.parametrize("family", ["gemma3", "gpt_oss"])
 def test_the_forest_is_longer_than_the_window(family: str) -> None:
     model = tiny_model(family)
-    tree = PrefixTree.from_sequences(probe_forest(model))
+    tree = PrefixTree.from_sequences(probe_forest(model).sequences)
     assert tree.depth.max() > WINDOW + 8 and tree.flat_tokens > 1.5 * tree.tree_tokens
-    assert min(map(min, probe_forest(model))) > 2  # no special token
+    assert min(map(min, probe_forest(model).sequences)) > 2  # no special token
     wide = tiny_model(family, sliding_window=100)
-    assert max(map(len, probe_forest(wide))) > 110
+    assert max(map(len, probe_forest(wide).sequences)) > 110

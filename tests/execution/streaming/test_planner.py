@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from dta_plugin import InvalidInputError, PrefixTree
 from dta_plugin.execution.streaming.chunk_plan import CachedPath, ChunkPlan
 from dta_plugin.execution.streaming.chunking import plan_chunks
+from tests.support.blocks import with_blocks, with_random_blocks
 from tests.support.trees import SHAPES, WIDE, Sequences, binary, branching_comb, run, sequence_batches, star
 
 
@@ -25,9 +26,12 @@ def chunk_of_token(tree: PrefixTree, plan: ChunkPlan) -> np.ndarray:
 def check_plan(tree: PrefixTree, budget: int) -> ChunkPlan:
     plan = plan_chunks(tree, budget)
     chunk_of = chunk_of_token(tree, plan)
+    most = max(budget, longest_block(tree))
+    if tree.reach is not None:
+        assert np.array_equal(chunk_of, chunk_of[tree.reach - 1]), "no block that attends both ways is cut"
     path = CachedPath(plan)
     for index, chunk in enumerate(plan.chunks):
-        assert 0 < len(chunk) <= budget and (np.diff(chunk.tokens) > 0).all()
+        assert 0 < len(chunk) <= most and (np.diff(chunk.tokens) > 0).all()
         assert np.array_equal(tree.depth[chunk.tokens[chunk.cached]], chunk.first_depth + np.arange(len(chunk.cached)))
         above = tree.parent[chunk.tokens]
         (hangs_off,) = set(above[(above < 0) | (chunk_of[above] != index)].tolist())  # all of it off one token
@@ -40,8 +44,12 @@ def check_plan(tree: PrefixTree, budget: int) -> ChunkPlan:
         assert list(path.restore(index)) == [], "the first pass needs nothing twice"
         path.run(index)
     kept = plan.chunks[plan.first_kept :]
-    assert sum(map(len, kept)) <= budget and plan.peak_tokens <= budget
+    assert sum(map(len, kept)) <= budget and plan.peak_tokens <= most
     return plan
+
+
+def longest_block(tree: PrefixTree) -> int:
+    return 1 if tree.reach is None else int(np.unique(tree.reach, return_counts=True)[1].max())
 
 
 @pytest.mark.parametrize("budget", [1, 2, 3, 7, 20, 10_000])
@@ -53,6 +61,21 @@ def test_every_shape(budget: int) -> None:
 @given(sequence_batches(max_sequences=14, max_length=16), st.integers(1, 40))
 def test_random_trees(sequences: Sequences, budget: int) -> None:
     check_plan(PrefixTree.from_sequences(sequences), budget)
+
+
+@given(sequence_batches(max_sequences=14, max_length=20), st.integers(1, 40), st.integers(0, 10**6))
+def test_random_trees_with_blocks_that_attend_both_ways(sequences: Sequences, budget: int, seed: int) -> None:
+    check_plan(with_random_blocks(PrefixTree.from_sequences(sequences), seed, longest=2 + seed % 15), budget)
+
+
+@pytest.mark.parametrize("start", range(0, 40, 3))
+@pytest.mark.parametrize("length", [2, 15, 16, 17, 50])
+def test_a_block_at_every_place_of_a_long_path(start: int, length: int) -> None:
+    """One that fits is not cut; a longer one makes a chunk of its own size."""
+    tree = with_blocks(PrefixTree.from_sequences([run(120)]), (start, start + length))
+    plan = check_plan(tree, 16)
+    assert max(map(len, plan.chunks)) == max(16, length)
+    assert len(plan.chunks) <= len(check_plan(PrefixTree.from_sequences([run(120)]), 16).chunks) + 2
 
 
 def test_a_tree_within_the_budget_is_one_chunk_that_keeps_its_graph() -> None:
