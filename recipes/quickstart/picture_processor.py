@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerFast, ProcessorMixin
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 
@@ -22,3 +22,8 @@ class PictureProcessor(Qwen3VLProcessor):
             setattr(self, f"{name}_token", token)
             setattr(self, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template, **kwargs)
+
+    @classmethod
+    def _load_tokenizer_from_pretrained(cls, _: str, folder: str, **kwargs: Any) -> PreTrainedTokenizerFast:
+        """Not with `AutoTokenizer`, which has a class of its own for Qwen3.5, that splits text in another way."""
+        return PreTrainedTokenizerFast.from_pretrained(folder, **kwargs)

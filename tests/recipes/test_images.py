@@ -7,9 +7,10 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 from datasets import load_dataset
+from safetensors.torch import load_file
 from transformers import AutoProcessor
 from trl.scripts import grpo
 
@@ -55,6 +56,7 @@ def test_trains_as_stock_trl_does(
 ) -> None:
     caplog.set_level("INFO", logger="dta_plugin")
     folder = build(tmp_path / "built", *(["--hybrid"] if family == "qwen3_5" else []))
+    check_processor(folder)
     runs = {}
     for name, more in {"stock": ["--use_dta", "false"], "tree": ["--dta_prune", "never"]}.items():
         capsys.readouterr(), caplog.clear()
@@ -63,21 +65,14 @@ def test_trains_as_stock_trl_does(
     assert runs["stock"].said == "" and "verified against dense" in runs["tree"].said
     assert all(step["dta/compression_ratio"] > 4 for step in runs["tree"].steps)
     assert_same(runs["stock"], runs["tree"])
-    tower = [name for name in runs["tree"].weights if "visual" in name]
-    assert any((runs["tree"].weights[name] != before).any() for name, before in start_of(folder, tower).items())
-
-
-def start_of(folder: Path, names: list[str]) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    weights = load_file(folder / "model" / "model.safetensors")
-    return {name: weights[name] for name in names}
+    start = load_file(folder / "model" / "model.safetensors")
+    assert any((start[name] != weight).any() for name, weight in runs["tree"].weights.items() if "visual" in name)
 
 
 def test_pictures_and_reward(tmp_path: Path) -> None:
     """Shapes are counted as drawn; the last number is what counts; rows are as TRL and a processor read them."""
     picture = shapes.Picture.draw(random.Random(1))
-    pixels = torch.tensor(list(picture.image().getdata())).view(shapes.SIDE, shapes.CELL, shapes.SIDE, shapes.CELL, 3)
+    pixels = np.asarray(picture.image()).reshape(shapes.SIDE, shapes.CELL, shapes.SIDE, shapes.CELL, 3)
     seen = pixels[:, shapes.CELL // 2, :, shapes.CELL // 2].reshape(-1, 3).tolist()
     colours = {"red": [255, 0, 0], "green": [0, 128, 0], "blue": [0, 0, 255]}
     assert picture.counts() == [seen.count(colours[colour]) for colour in shapes.COLOURS]
@@ -88,13 +83,22 @@ def test_pictures_and_reward(tmp_path: Path) -> None:
     assert shapes.right_count(turns, answer=[3] * 5) == [1.0, 1.0, 0.0, 0.0, 0.0]
 
     folder = build(tmp_path, "--steps", "1")
+    check_processor(folder)
     rows = load_dataset(str(folder / "data"), split="train")
     assert rows.column_names == ["image", "prompt", "answer"] and len(rows) == 16
     assert len({row["image"].tobytes() for row in rows}) == 16
+
+
+def check_processor(folder: Path) -> None:
+    """As TRL loads it, it reads a row of the data: a token for every cell and for every word."""
+    row = load_dataset(str(folder / "data"), split="train")[0]
     processor = AutoProcessor.from_pretrained(folder / "model", trust_remote_code=True)
-    content = [{"type": "image", "image": rows[0]["image"]}, {"type": "text", "text": rows[0]["prompt"][0]["content"]}]
+    content = [{"type": "image", "image": row["image"]}, {"type": "text", "text": row["prompt"][0]["content"]}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
     )
     assert (inputs["input_ids"] == processor.image_token_id).sum() == shapes.SIDE**2
-    assert processor.tokenizer.pad_token_id not in inputs["input_ids"], "every word has a token"
+    assert processor.tokenizer.pad_token_id not in inputs["input_ids"]
+    assert shapes.QUESTION.replace(",", " ,").replace(".", " .").replace("?", " ?") in processor.decode(
+        inputs["input_ids"][0]
+    )
