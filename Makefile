@@ -100,8 +100,8 @@ quickstart-hybrid: $(INSTALLED) ## the same with a tiny Qwen3.5, which has a rec
 	$(QUIET) trl grpo --config recipes/trl/quickstart_hybrid.yaml | python recipes/quickstart/watch.py
 	python recipes/quickstart/report.py runs/quickstart_hybrid
 
-quickstart-images: $(INSTALLED) ## a tiny Qwen3-VL learns to count shapes in pictures; MODEL=--hybrid: a tiny Qwen3.5
-	$(QUIET) python recipes/quickstart/build_images.py --output runs/quickstart_images $(MODEL)
+quickstart-images: $(INSTALLED) ## a tiny Qwen3-VL learns to count shapes in pictures; HYBRID=1: a tiny Qwen3.5
+	$(QUIET) python recipes/quickstart/build_images.py --output runs/quickstart_images $(if $(HYBRID),--hybrid)
 	$(QUIET) trl grpo --config recipes/trl/quickstart_images.yaml | python recipes/quickstart/watch.py
 	$(QUIET) python recipes/quickstart/speed.py recipes/trl/quickstart_images.yaml
 	python recipes/quickstart/report.py runs/quickstart_images
