@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dta_plugin.errors import InvalidInputError
+from dta_plugin.models.vision.support import images_obstacle
 from dta_plugin.models.vision.units import ImageInputs, Unit, image_token_id, row_units, stacked
 
 # Numbers from here on stand for what an image shows; ids of tokens are below. All fit into int32.
@@ -25,19 +26,27 @@ _FIRST = 2**30
 class ImageRows:
     """rows: per row, its images. placeholders: per row, how many it has, also where they do not run.
 
-    model: the causal LM inside all wrappers.
+    model: the causal LM inside all wrappers; None if its images cannot come into a tree, so that rows run dense, whole.
     """
 
-    rows: Sequence[ImageInputs | None]
-    placeholders: Sequence[int]
-    model: PreTrainedModel
+    rows: list[ImageInputs | None]
+    placeholders: list[int]
+    model: PreTrainedModel | None
 
     @classmethod
     def of_whole(
-        cls, model: PreTrainedModel, sequences: Sequence[np.ndarray], rows: Sequence[ImageInputs | None]
+        cls, model: PreTrainedModel, sequences: Sequence[np.ndarray], rows: list[ImageInputs | None]
     ) -> ImageRows:
         """Of rows all of which is in the sequences."""
+        if images_obstacle(model) is not None:
+            return cls(rows, [0] * len(rows), None)
         return cls(rows, [int((sequence == image_token_id(model)).sum()) for sequence in sequences], model)
+
+    def by_content(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Beginnings of the rows with what images show in place of placeholders, see the function of this name."""
+        if self.model is None:
+            return list(sequences)
+        return by_content(self.model, sequences, self.up_to(sequences, list(map(len, sequences)))[1])
 
     def up_to(self, sequences: Sequence[np.ndarray], ends: Sequence[int]) -> tuple[list[int], list[ImageInputs | None]]:
         """Where rows end that are to have so many tokens, and the images that they have then.
@@ -47,10 +56,13 @@ class ImageRows:
         An image that begins later is left out. One that begins before stays whole: its first tokens may attend to its
         last. Raises InvalidInputError for a row that does not run from the middle of an image on.
         """
+        if self.model is None:
+            return list(ends), self.rows
         found = [self._row_up_to(row, *each) for row, each in enumerate(zip(sequences, ends, strict=True))]
         return [end for end, _ in found], [images for _, images in found]
 
     def _row_up_to(self, row: int, sequence: np.ndarray, end: int) -> tuple[int, ImageInputs | None]:
+        assert self.model is not None
         images, count = self.rows[row], self.placeholders[row]
         if images is None:
             return end, None

@@ -16,10 +16,9 @@ from transformers import PreTrainedModel
 
 from dta_plugin.adapters.verl_plugin.images import row_images
 from dta_plugin.errors import InvalidInputError, UnsupportedError
-from dta_plugin.models.vision.support import images_obstacle
 from dta_plugin.models.vision.units import ImageInputs
 from dta_plugin.training.batch import RowBatch
-from dta_plugin.training.image_rows import ImageRows, by_content
+from dta_plugin.training.image_rows import ImageRows
 
 WEIGHTS = "dta_weights"  # entry of a TensorDict, laid out as response_mask: a token runs if its weight is not 0
 # verl divides by no less.
@@ -82,10 +81,11 @@ class JaggedRows:
 
         Rows whose images the core refuses, which is said elsewhere, are told by their ids.
         """
-        if self.images is None or images_obstacle(model) is not None:
+        if self.images is None:
             return self.runs
+        sequences = self.runs.sequences
         try:
-            return replace(self.runs, sequences=by_content(model, self.runs.sequences, self.images))
+            return replace(self.runs, sequences=ImageRows.of_whole(model, sequences, self.images).by_content(sequences))
         except (InvalidInputError, UnsupportedError):
             return self.runs
 

@@ -16,12 +16,13 @@ from trl.trainer import utils
 
 from dta_plugin import InvalidInputError, sequence_logprobs
 from dta_plugin.adapters.trl.generation_batch import Inputs, RowTable, row_obstacle
-from dta_plugin.adapters.trl.image_rows import ImageRows
+from dta_plugin.adapters.trl.image_rows import image_rows
 from dta_plugin.adapters.trl.images import RowImages, are_the_same, entries_of_rows, input_obstacle, row_images
 from dta_plugin.adapters.trl.micro_batch import MicroBatch, compared, joined, joined_images
 from dta_plugin.adapters.trl.regroup import regroup
 from dta_plugin.adapters.trl.token_weights import reweighted
 from dta_plugin.balance.costs import TYPICAL
+from dta_plugin.training.image_rows import ImageRows
 from tests.support.vision_models import IMAGE, rows_of, vision_model
 
 C = 3  # completion tokens of a row; as many as the channels of an image, on purpose
@@ -291,7 +292,7 @@ def test_rows_are_cut_between_images(model: PreTrainedModel) -> None:
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
     (row,), (whole,) = rows_of(model.config.model_type, [ROW]).sequences, rows_of(model.config.model_type, [ROW]).images
     places = [i for i, token in enumerate(row) if token == IMAGE]
-    rows = ImageRows.from_inputs(model, inputs, ids)
+    rows = image_rows(model, inputs, ids)
     assert rows is not None and rows.placeholders == [len(places), 0]
     seen = set()
     for end in range(1, len(row) + 1):
