@@ -17,23 +17,22 @@ import torch
 from transformers import PreTrainedModel
 
 from dta_plugin.errors import InvalidInputError, UnsupportedError
-from dta_plugin.models.introspection import decoder_of, input_device
+from dta_plugin.models.introspection import decoder_of
 from dta_plugin.models.vision.batch_images import TreeImages
 from dta_plugin.models.vision.support import text_model_of
 from dta_plugin.models.vision.units import Unit, stacked
 
 
-def image_features(model: PreTrainedModel, units: Sequence[Unit]) -> list[torch.Tensor]:
+def image_features(model: PreTrainedModel, units: Sequence[Unit], device: torch.device) -> list[torch.Tensor]:
     """Features [F, H] of all units, one after the other, and those for each of the first layers (deepstack), if any.
 
-    One call of the tower. model: the causal LM inside all wrappers.
+    One call of the tower. model: the causal LM inside all wrappers. device: where it computes.
 
     Raises:
         InvalidInputError: a unit with another number of features than it has placeholders.
         UnsupportedError: features for several layers, which the language model does not take.
     """
     decoder: Any = decoder_of(model)
-    device = input_device(model)
     inputs = {name: value.to(device) for name, value in stacked(units).items()}
     output = decoder.get_image_features(**inputs)
     first, levels = _parts(output)

@@ -21,7 +21,7 @@ def test_counted_as_torch_does(family: str) -> None:
     assert rows.images[0] is not None
     units = row_units(model, rows.images[0], rows.sequences[0].count(IMAGE))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        image_features(model, units)
+        image_features(model, units, torch.device("cpu"))
     assert tower_work(model, units).flops == pytest.approx(counter.get_total_flops(), rel=0.15)
     model.requires_grad_(False)
     assert tower_work(model, units).flops == pytest.approx(counter.get_total_flops() / 3, rel=0.15)
