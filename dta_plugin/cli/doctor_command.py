@@ -216,6 +216,8 @@ def _architecture(model: PreTrainedModel) -> Iterator[Finding]:
     from dta_plugin.models.indexers import index_limit
     from dta_plugin.models.introspection import lm_head, model_cost
     from dta_plugin.models.layers import layer_types
+    from dta_plugin.models.vision.support import images_obstacle
+    from dta_plugin.models.vision.units import image_token_id
 
     config = model.config.get_text_config()
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -227,6 +229,10 @@ def _architecture(model: PreTrainedModel) -> Iterator[Finding]:
     notes += [] if (limit := index_limit(model)) is None else [f"rows of up to {limit} tokens (index_topk)"]
     layers = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in kinds.items())
     yield Finding("layers", layers, ", ".join(notes))
+    if image_token_id(model) is not None:
+        obstacle = images_obstacle(model)
+        each_once = "every distinct one goes through the tower once; probed on one of the first batch"
+        yield Finding("images", "refused", obstacle) if obstacle else Finding("images", "should work", each_once)
     try:
         head = lm_head(model)
     except UnsupportedError as error:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from dta_plugin.cli.model_loading import auto_class
+
 WINDOW = 5
 VOCABULARY = 96
 LAYERS = 4
@@ -80,7 +82,7 @@ _LATENT = {"head_dim": 4, "qk_head_dim": 12, "num_key_value_heads": 4}
 
 def miniature(config: PretrainedConfig) -> PreTrainedModel:
     """A causal LM of `miniature_config`, in evaluation mode and float32. Raises whatever the model class raises."""
-    return random_causal_lm(miniature_config(config)).eval()
+    return random_causal_lm(miniature_config(config), kind=auto_class(config)).eval()
 
 
 def miniature_config(config: PretrainedConfig) -> PretrainedConfig:

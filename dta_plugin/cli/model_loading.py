@@ -78,16 +78,28 @@ def load_config(path: str) -> Any:
         ) from error
 
 
+def auto_class(config: Any) -> Any:
+    """Which of transformers' classes for any family builds such models as they are trained: with images, or text."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    with_images: Any = AutoModelForImageTextToText._model_mapping
+    text: Any = AutoModelForCausalLM._model_mapping
+    if type(config) not in with_images:
+        return AutoModelForCausalLM
+    is_named = with_images[type(config)].__name__ in (getattr(config, "architectures", None) or [])
+    return AutoModelForImageTextToText if is_named or type(config) not in text else AutoModelForCausalLM
+
+
 def skeleton(path: str) -> PreTrainedModel:
     """The causal LM on the meta device: every layer and shape, no weights, no memory."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     config = load_config(path)
     _check_heads(config, path)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            model: PreTrainedModel = auto_class(config).from_config(config)
+            return model
     except Exception as error:  # whatever a model class raises for a config that it was not made for
         raise InvalidInputError(
             f"{path!r} is a {config.model_type!r} model, which transformers cannot build as a causal LM. Expected a "
@@ -111,10 +123,10 @@ def device_named(name: str | None) -> torch.device:
 def load_model(path: str, dtype: torch.dtype | None, device: torch.device) -> tuple[PreTrainedModel, str]:
     """(model, "its weights" or "random weights"): a config.json, or a folder without weights, has random ones."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     config = load_config(path)
     _check_heads(config, path)
+    kind = auto_class(config)
     folder = Path(path)
     loaded: dict[str, Any] = {}
     is_random = folder.is_file() or (folder.is_dir() and not _has_weights(folder))
@@ -122,10 +134,10 @@ def load_model(path: str, dtype: torch.dtype | None, device: torch.device) -> tu
         with waiting(f"loading {path}"):
             if is_random:
                 torch.manual_seed(0)
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+                model = kind.from_config(config, dtype=dtype)
             else:
                 _check_pointers(folder)
-                found: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+                found: Any = kind.from_pretrained(path, dtype=dtype, output_loading_info=True)
                 model, loaded = found
             module: nn.Module = model
             module.to(device)

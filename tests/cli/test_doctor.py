@@ -7,9 +7,11 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
 from dta_plugin.cli import doctor_command
 from tests.cli.support import run_dta, save_config, save_unsupported_config
+from tests.support.vision_models import vision_model
 
 
 def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,6 +104,17 @@ def test_supported_models(family: str, lines: list[str], tmp_path: Path, capsys:
         assert "--use_dta" in out and "works" in out
         assert all(line in out for line in lines)
     assert all(finding.ok for finding in doctor_command.model_findings(str(tmp_path)))
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+def test_models_with_images(family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = vision_model(family, torch.float32)
+    model.save_pretrained(tmp_path)
+    for path in (tmp_path, tmp_path / "config.json"):
+        code, out, _ = run_dta(capsys, "doctor", "--model", path)
+        assert code == 0 and type(model).__name__ in out and "images should work" in " ".join(out.split())
+    code, out, _ = run_dta(capsys, "verify", "--model", tmp_path, "--executor", "packed")
+    assert code == 0 and "PASS" in out
 
 
 def test_a_model_that_cannot_run_as_a_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
