@@ -73,9 +73,10 @@ def image_forest(
     token_id = image_token_id(model)
     found = []
     for sequence, images in zip(token_rows(sequences), rows, strict=True):
-        places = np.flatnonzero(sequence == token_id)
-        if images is not None and len(places):
-            first = row_units(model, images, len(places))[0]
+        is_image = sequence == token_id
+        if images is not None and is_image.any():
+            places = np.flatnonzero(is_image)
+            first = row_units(model, images, is_image)[0]
             found.append((int(places[first.tokens - 1]) + 1, sequence, first))
     end, sequence, first = min(found, key=lambda each: each[0])
     random = np.random.default_rng(0)

@@ -32,7 +32,7 @@ class TreeImages:
     """The images of a tree, or of a part of it, as a model call needs them; T = its tokens.
 
     units: the distinct ones, all of which the tower sees. feature: int64 [T] row of the units' features, one after the
-    other, that each token is, or -1 for text. positions: int64 [3, T] of the rotary embedding, None where they are
+    other, that each token is, or -1 for text. positions: int64 [axes, T] of the rotary embedding, None where they are
     depths.
     """
 
@@ -46,7 +46,7 @@ class TreeImages:
         return replace(self, feature=self.feature[tokens], positions=positions)
 
     def position_ids(self, device: torch.device) -> torch.Tensor | None:
-        """int64 [3, 1, T]."""
+        """int64 [axes, 1, T]."""
         if self.positions is None:
             return None
         return torch.stack(upload(list(np.ascontiguousarray(self.positions)), device))[:, None]
@@ -62,7 +62,7 @@ class TreeImages:
 class BatchImages:
     """rows: per sequence, its images' inputs, or None. units: the distinct ones of all.
 
-    feature: int64 [N], positions: int64 [3, N] or None, as in `TreeImages`, of all tokens of all sequences.
+    feature: int64 [N], positions: int64 [axes, N] or None, as in `TreeImages`, of all tokens of all sequences.
     """
 
     rows: list[ImageInputs | None]
@@ -101,7 +101,7 @@ class BatchImages:
                     f"Sequence {index} has {count} image tokens (id {token_id}) and no images, in a batch with images. "
                     "Expected the inputs of its images, or none of these tokens."
                 )
-            units.append([] if row is None else row_units(model, row, count))
+            units.append([] if row is None else row_units(model, row, places))
         found, kinds = distinct_units([unit for own in units for unit in own])
         begins = np.cumsum([0, *(unit.tokens for unit in found)])
         kind, features, of_row = iter(kinds), [], []
@@ -144,6 +144,12 @@ def has_own_positions(model: PreTrainedModel) -> bool:
     return hasattr(decoder_of(model), "get_rope_index")
 
 
+def position_axes(model: PreTrainedModel) -> int:
+    """How many positions a token has in the multimodal rotary embedding: time, height and width, or what is stated."""
+    sections = (getattr(model.config.get_text_config(), "rope_parameters", None) or {}).get("mrope_section")
+    return len(sections) if sections else 3
+
+
 def _in_layout(tree: PrefixTree, flat: np.ndarray) -> np.ndarray:
     """[N] of all sequences -> [T]."""
     values = np.empty(tree.tree_tokens, dtype=np.int64)
@@ -154,19 +160,19 @@ def _in_layout(tree: PrefixTree, flat: np.ndarray) -> np.ndarray:
 def _positions(
     model: PreTrainedModel, ids: list[np.ndarray], is_image: list[np.ndarray], rows: Sequence[ImageInputs | None]
 ) -> list[np.ndarray] | None:
-    """Per sequence, int64 [3, len] by the model's own function; None where it has none and positions are depths."""
+    """Per sequence, int64 [axes, len] by the model's own function; None where it has none and positions are depths."""
     if not has_own_positions(model):
         return None
     own: Any = decoder_of(model).get_rope_index
     taken = inspect.signature(own).parameters
-    found = []
+    axes, found = position_axes(model), []
     for row, places, images in zip(ids, is_image, rows, strict=True):
         if images is None:
-            found.append(np.broadcast_to(np.arange(len(row)), (3, len(row))))
+            found.append(np.broadcast_to(np.arange(len(row)), (axes, len(row))))
             continue
-        inputs = {name: value.cpu() for name, value in images.items() if name in taken}
-        if "mm_token_type_ids" in taken:
-            inputs["mm_token_type_ids"] = torch.from_numpy(places.astype(np.int64))[None]
-        positions, _ = own(input_ids=torch.from_numpy(row)[None], **inputs)
-        found.append(positions[-3:, 0].to(torch.int64).numpy())
+        tokens = torch.from_numpy(row)[None]
+        kinds = torch.from_numpy(places.astype(np.int64))[None]
+        inputs = images | {"mm_token_type_ids": kinds, "attention_mask": torch.ones_like(tokens)}
+        positions, _ = own(tokens, **{name: value.cpu() for name, value in inputs.items() if name in taken})
+        found.append(positions[-axes:, 0].to(torch.int64).numpy())
     return found
