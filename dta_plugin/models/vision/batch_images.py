@@ -19,7 +19,7 @@ from dta_plugin.errors import InvalidInputError
 from dta_plugin.models.introspection import decoder_of
 from dta_plugin.models.vision.distinct import distinct_units
 from dta_plugin.models.vision.support import check_images
-from dta_plugin.models.vision.units import ImageInputs, Unit, image_token_id, row_units
+from dta_plugin.models.vision.units import ImageInputs, Unit, image_token_id, indicator_ids, row_units
 from dta_plugin.tree.trie import PrefixTree, TokenSequence, token_rows
 from dta_plugin.upload import upload
 
@@ -105,11 +105,14 @@ class BatchImages:
         found, kinds = distinct_units([unit for own in units for unit in own])
         begins = np.cumsum([0, *(unit.tokens for unit in found)])
         kind, features, of_row = iter(kinds), [], []
-        for own, places in zip(units, is_image, strict=True):
+        indicators = indicator_ids(model)
+        for row, own, places in zip(ids, units, is_image, strict=True):
             which = [next(kind) for _ in own]
             feature = np.full(len(places), -1, dtype=np.int64)
             if which:
                 feature[places] = np.concatenate([np.arange(begins[k], begins[k + 1]) for k in which])
+                for place, indicator in enumerate(indicators, start=begins[-1]):
+                    feature[row == indicator] = place
             features.append(feature)
             of_row.append(which)
         positions = _positions(model, ids, is_image, rows)

@@ -43,13 +43,16 @@ def image_features(model: PreTrainedModel, units: Sequence[Unit]) -> list[torch.
     device = input_device(model)
     inputs: dict[str, Any] = {name: value.to(device) for name, value in stacked(units).items()}
     inputs |= {name: inputs[name].tolist() for name in _COUNTS if name in inputs}
-    first, levels = _parts(decoder, decoder.get_image_features(**inputs))
+    output = decoder.get_image_features(**inputs)
+    first, levels = _parts(decoder, output)
     if levels and not any(name in inspect.signature(text_model_of(model).forward).parameters for name in _LEVELS):
         raise UnsupportedError(
             f"The vision tower of {type(model).__name__} makes features for several layers, which its language model "
             "does not take; use another family for images, or on_unsupported='dense'."
         )
-    return [_flat(values, units, model) for values in (first, *levels)]
+    features = [_flat(values, units, model) for values in (first, *levels)]
+    indicators = getattr(output, "visual_indicator_features", None)
+    return features if indicators is None else [torch.cat([features[0], indicators.to(features[0])]), *features[1:]]
 
 
 def decoder_call(

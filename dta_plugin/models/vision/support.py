@@ -36,7 +36,7 @@ def images_obstacle(model: PreTrainedModel) -> str | None:
         return f"{name} {_FAMILIES[model.config.model_type]}; use another family for images"
     if text_model_of(model) is decoder:
         return f"{name} has no language model apart from its images; use another family for images"
-    if "cross" in "".join(map(str.lower, (type(module).__name__ for module in decoder.modules()))):
+    if any("cross" in type(module).__name__.lower() for module in text_model_of(model).modules()):
         return f"{name} attends to images by cross-attention; use another family for images"
     if _looks_both_ways(model):
         return f"{name} attends both ways within an image; use another family for images"
@@ -59,4 +59,6 @@ def check_images(model: PreTrainedModel) -> None:
 def text_model_of(model: PreTrainedModel) -> PreTrainedModel:
     """The language model alone, that turns embeddings into hidden states; the whole decoder where there is no other."""
     found: Any = decoder_of(model).get_decoder()
-    return found if isinstance(found, PreTrainedModel) else decoder_of(model)
+    if not isinstance(found, PreTrainedModel):
+        return decoder_of(model)
+    return found if found.get_output_embeddings() is None else decoder_of(found)

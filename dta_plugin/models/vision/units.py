@@ -50,6 +50,11 @@ def image_token_id(model: PreTrainedModel) -> int | None:
     return getattr(config, "image_token_index", None) if found is None else found
 
 
+def indicator_ids(model: PreTrainedModel) -> list[int]:
+    """Ids of tokens around images that become features as well, beside images only: of each, after those of images."""
+    return list(getattr(model.config, "visual_indicator_token_ids", None) or [])
+
+
 def input_names(model: PreTrainedModel) -> list[str]:
     """What the tower takes for images."""
     features: Any = getattr(decoder_of(model), "get_image_features", None)
