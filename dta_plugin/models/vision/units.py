@@ -21,9 +21,11 @@ from dta_plugin.models.introspection import decoder_of
 # What a row's processor returned beside ids and masks, over all of its images.
 ImageInputs = Mapping[str, torch.Tensor]
 
-_PIXELS, _GRID = "pixel_values", "image_grid_thw"
+_PIXELS = "pixel_values"
+# Images of any size, patches of all one after the other: how many patches along time, height and width.
+_GRIDS = ("image_grid_thw", "image_grid_hw")
 _SIZES, _PLACES, _SHAPES = "image_sizes", "image_position_ids", "spatial_shapes"
-# Images of any size, patches side by side in one strip: rows and columns of patches.
+# The same, patches side by side in one strip.
 _STRIPS = "target_sizes"
 # Tiles beside the whole image, and how many of each image.
 _TILES, _TILE_COUNTS = "pixel_values_local", "num_local_patches"
@@ -116,6 +118,9 @@ def _check_names(model: PreTrainedModel, inputs: ImageInputs) -> None:
             f"A row has {', '.join(unknown)}. Expected for {type(model).__name__} only what makes features of images "
             f"({', '.join(known)}): videos and sound are not supported on trees; leave out what belongs to text."
         )
+    if not all(isinstance(value, torch.Tensor) for value in inputs.values()):
+        kinds = {name: type(value).__name__ for name, value in inputs.items()}
+        raise InvalidInputError(f"A row's images have {kinds}. Expected tensors, as return_tensors='pt' gives them.")
     if _PIXELS not in inputs:
         raise InvalidInputError(f"A row's images have {', '.join(inputs) or 'nothing'}. Expected {_PIXELS} among them.")
     if _ROW_COUNTS in inputs and int(inputs[_ROW_COUNTS].sum()) > 1:
@@ -128,12 +133,13 @@ def _check_names(model: PreTrainedModel, inputs: ImageInputs) -> None:
 def _cut(model: PreTrainedModel, inputs: ImageInputs) -> list[dict[str, torch.Tensor]]:
     """Per unit, its part of every input."""
     inputs = _image_by_image(model, {name: value for name, value in inputs.items() if name != _ROW_COUNTS})
-    count = len(inputs[next((name for name in (_GRID, _STRIPS) if name in inputs), _PIXELS)])
+    grid = next((name for name in _GRIDS if name in inputs), None)
+    count = len(inputs[grid or (_STRIPS if _STRIPS in inputs else _PIXELS)])
     parts = {}
     for name, value in inputs.items():
         sizes, dim = [1] * count, 0
-        if name == _PIXELS and _GRID in inputs:
-            sizes = inputs[_GRID].prod(dim=-1).tolist()
+        if name == _PIXELS and grid is not None:
+            sizes = inputs[grid].prod(dim=-1).tolist()
         elif name == _PIXELS and _STRIPS in inputs:
             sizes, dim = (inputs[_STRIPS].prod(dim=-1) * value.shape[-2]).tolist(), -1
         elif name == _TILES:
@@ -180,17 +186,18 @@ def _tokens(model: PreTrainedModel, cut: list[dict[str, torch.Tensor]], runs: li
 def _stated_tokens(model: PreTrainedModel, cut: list[dict[str, torch.Tensor]]) -> list[int] | None:
     """As sizes and the config of most families have it."""
     vision: Any = getattr(model.config, "vision_config", None)
-    if _GRID in cut[0]:
+    if _GRIDS[0] in cut[0]:
         merged = getattr(vision, "spatial_merge_size", 1) ** 2
-        return [int(own[_GRID].prod()) // merged for own in cut]
+        return [int(own[_GRIDS[0]].prod()) // merged for own in cut]
     if _PLACES in cut[0]:
         pooled = getattr(vision, "pooling_kernel_size", 1) ** 2
         return [int((own[_PLACES] != -1).all(dim=-1).sum()) // pooled for own in cut]
     if _SHAPES in cut[0]:
         side = getattr(model.config, "downsample_factor", 1)
         return [int((own[_SHAPES] // side).prod()) for own in cut]
-    if _SIZES in cut[0] and cut[0][_PIXELS].ndim == 4:
-        side = vision.patch_size * getattr(model.config, "spatial_merge_size", 1)
+    patch = getattr(vision, "patch_size", None)
+    if _SIZES in cut[0] and cut[0][_PIXELS].ndim == 4 and isinstance(patch, int):
+        side = patch * getattr(model.config, "spatial_merge_size", 1)
         return [int((own[_SIZES] // side).prod()) for own in cut]
     return None
 
