@@ -31,7 +31,7 @@ QUIET := HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
 
 .DEFAULT_GOAL := help
 .PHONY: help venv test test-long test-slow test-verl test-verl-oldest lint quickstart quickstart-lora quickstart-verl bench
-.PHONY: quickstart-diffusion quickstart-hybrid bench-streamed bench-balance bench-nat bench-diffusion
+.PHONY: quickstart-diffusion quickstart-hybrid quickstart-images bench-images bench-streamed bench-balance bench-nat bench-diffusion
 .PHONY: families gpu gpu-trl gpu-more gpu-dry gpu-wheels
 
 help: ## list the targets
@@ -100,6 +100,12 @@ quickstart-hybrid: $(INSTALLED) ## the same with a tiny Qwen3.5, which has a rec
 	$(QUIET) trl grpo --config recipes/trl/quickstart_hybrid.yaml | python recipes/quickstart/watch.py
 	python recipes/quickstart/report.py runs/quickstart_hybrid
 
+quickstart-images: $(INSTALLED) ## a tiny Qwen3-VL learns to count shapes in pictures; HYBRID=1: a tiny Qwen3.5
+	$(QUIET) python recipes/quickstart/build_images.py --output runs/quickstart_images $(if $(HYBRID),--hybrid)
+	$(QUIET) trl grpo --config recipes/trl/quickstart_images.yaml | python recipes/quickstart/watch.py
+	$(QUIET) python recipes/quickstart/speed.py recipes/trl/quickstart_images.yaml
+	python recipes/quickstart/report.py runs/quickstart_images
+
 quickstart-diffusion: $(INSTALLED) ## RL of a small diffusion language model with BGPO, on a CPU
 	python recipes/quickstart/diffusion.py --output runs/quickstart_diffusion
 	$(QUIET) python recipes/trl/diffusion.py --config recipes/trl/quickstart_diffusion.yaml | python recipes/quickstart/watch.py
@@ -112,6 +118,9 @@ quickstart-verl: $(VERL_INSTALLED) ## the same with verl: its own training loop,
 
 bench: $(INSTALLED) ## measure the policy update, dense against tree
 	python -m benchmarks.policy_update
+
+bench-images: $(INSTALLED) ## measure the policy update of a group that shares an image
+	OMP_NUM_THREADS=1 python -m benchmarks.images
 
 bench-streamed: $(INSTALLED) ## measure streamed execution: what bounded memory costs; against one path at a time
 	python -m benchmarks.streamed

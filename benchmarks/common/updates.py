@@ -8,7 +8,7 @@ PEFT's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,11 +35,17 @@ class Outcome:
 Step = Callable[[], Outcome]
 
 
-def tree(model: PreTrainedModel, work: Workload, backend: str = "auto") -> Step:
+def tree(
+    model: PreTrainedModel,
+    work: Workload,
+    backend: str = "auto",
+    images: Sequence[Mapping[str, torch.Tensor]] | None = None,
+) -> Step:
+    """images: per sequence, what the model's processor returns for them."""
     config = TreeConfig(backend=backend)
 
     def step() -> Outcome:
-        batch = prepare_batch(model, work.sequences, work.prompt_lengths, config)
+        batch = prepare_batch(model, work.sequences, work.prompt_lengths, config, images=images)
         result = run_tree(model, batch, config, return_entropy=True)
         assert result.entropies is not None
         logprobs, entropies = (
@@ -53,7 +59,8 @@ def tree(model: PreTrainedModel, work: Workload, backend: str = "auto") -> Step:
     return step
 
 
-def dense(model: PreTrainedModel, work: Workload) -> Step:
+def dense(model: PreTrainedModel, work: Workload, inputs: Mapping[str, torch.Tensor] | None = None) -> Step:
+    """inputs: of images, where all is one micro-batch."""
     batches = micro_batches(work)
     total = sum(work.completion_lengths)
 
@@ -62,7 +69,7 @@ def dense(model: PreTrainedModel, work: Workload) -> Step:
         for input_ids, attention_mask, completion, advantages in batches:
             hidden = (
                 without_adapters(model)
-                .base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+                .base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **(inputs or {}))
                 .last_hidden_state
             )
             columns = completion.shape[1]

@@ -15,8 +15,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -26,17 +24,8 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers import PreTrainedModel
 
 from benchmarks.common.models import without_adapters
-from benchmarks.common.updates import (
-    Outcome,
-    Step,
-    dense,
-    joined,
-    micro_batches,
-    per_token_advantages,
-    policy_loss,
-    score,
-    tree,
-)
+from benchmarks.common.stock import prepare_for_trl, trl
+from benchmarks.common.updates import Outcome, Step, dense, per_token_advantages, policy_loss, score, tree
 from benchmarks.common.workloads import Workload
 from benchmarks.policy_update import peer
 from dta_plugin.models import recurrent_layers, recurrent_registry
@@ -54,37 +43,6 @@ def nodes(model: PreTrainedModel, work: Workload) -> Step:
             return step()
 
     return node_after_node
-
-
-def trl(model: PreTrainedModel, work: Workload) -> Step:
-    """`model` must have TRL's fused LM head; see `prepare_for_trl`."""
-    from trl import GRPOTrainer
-
-    trainer = SimpleNamespace(accelerator=SimpleNamespace(autocast=nullcontext, is_main_process=False))
-    batches = micro_batches(work)
-    total = sum(work.completion_lengths)
-
-    def step() -> Outcome:
-        outcomes = []
-        for input_ids, attention_mask, completion, advantages in batches:
-            logps, entropies, _ = GRPOTrainer._get_per_token_logps_and_entropies(
-                trainer, model, input_ids, attention_mask, completion.shape[1], compute_entropy=True
-            )
-            loss = -(torch.exp(logps - logps.detach()) * advantages[:, None] * completion).sum() / total
-            loss.backward()
-            outcomes.append(Outcome(loss.detach(), logps.detach()[completion], entropies.detach()[completion]))
-        return joined(outcomes)
-
-    return step
-
-
-def prepare_for_trl(model: PreTrainedModel) -> None:
-    """What GRPOTrainer.__init__ does to its model, at temperature 1."""
-    from trl.trainer.utils import add_fused_lm_head
-
-    add_fused_lm_head(
-        without_adapters(model), temperature=1.0, cast_lm_head_to_fp32=False, outputs=("log_probs", "entropy")
-    )
 
 
 def prefix_grouper(model: PreTrainedModel, work: Workload) -> Step:

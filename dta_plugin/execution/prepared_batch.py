@@ -124,9 +124,10 @@ def prepare_batch(
     base = causal_lm(model)
     _check_weights(base)
     batch_images = BatchImages.from_rows(base, sequences, image_rows) if image_rows and reason is None else None
-    identities = None if batch_images is None else batch_images.identities(sequences)
-    tree = PrefixTree.from_sequences([DUMMY_SEQUENCE] if is_dummy else sequences, identities)
-    own_images = None if batch_images is None else batch_images.on_tree(tree)
+    if batch_images is None:
+        tree, own_images = PrefixTree.from_sequences([DUMMY_SEQUENCE] if is_dummy else sequences), None
+    else:
+        tree, own_images = batch_images.merged()
     tree_images = along_with_others(model, tree, own_images) if reason is None else own_images
     _check_vocabulary(tree, base, tree_images)
     if is_dummy:

@@ -72,16 +72,16 @@ class PaddedBatch:
         if not _counts_up(arguments.get("position_ids"), real):
             return "its position ids do not count up along the rows: packed sequences"
         rows = [ids[row, a:b] for row, (a, b) in enumerate(spans) if b > a]
-        images = None
+        images: BatchImages | None = None
         if inputs and decoder is not None:
             images = BatchImages.from_rows(decoder, rows, images_of_rows(decoder, inputs, rows))
-        tree = PrefixTree.from_sequences(rows, None if images is None else images.identities(rows))
+            tree, tree_images = images.merged()
+        else:
+            tree, tree_images = PrefixTree.from_sequences(rows), None
         index = np.full(ids.shape, -1, dtype=np.int64)
         index[real] = tree.paths  # both go row by row
         on_device = torch.from_numpy(index).to(arguments["input_ids"].device)
-        if images is None:
-            return cls(tree, on_device, spans)
-        return cls(tree, on_device, spans, images.on_tree(tree), images.rows)
+        return cls(tree, on_device, spans, tree_images, None if images is None else images.rows)
 
     def forest(self, decoder: PreTrainedModel) -> Forest:
         """What a decoder is probed with before images of such batches come into trees."""

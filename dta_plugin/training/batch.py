@@ -90,7 +90,10 @@ class RowBatch:
 
         masks: per row, bool over all of its tokens, which are read.
         """
-        ends = [int(mask.nonzero()[0].max(initial=0)) + 1 for mask in masks]
+        return self.up_to([int(mask.nonzero()[0].max(initial=0)) + 1 for mask in masks], masks)
+
+    def up_to(self, ends: Sequence[int], masks: Sequence[np.ndarray]) -> RowBatch:
+        """The first tokens of each row, of which these are read. ends: per row, how many. masks: as above."""
         return RowBatch(
             [row[:end] for row, end in zip(self.sequences, ends, strict=True)],
             self.prompt_lengths,

@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from recipes.quickstart.pretraining import pretrain
 
 PAD, EOS = "<pad>", "</s>"
 HOURS = range(5, 9)  # how many hours a clock shows: the rule of one notebook
@@ -132,39 +136,14 @@ def make_model(tokenizer: PreTrainedTokenizerFast, hybrid: bool = False) -> PreT
 
 def corpus_batch(
     rng: random.Random, tokenizer: PreTrainedTokenizerFast, rows: int, hurry: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> dict[str, torch.Tensor]:
     """Ids and labels of clerks' notebooks; only the work of each exercise is supervised."""
     pages = (notebook(rng, SLIP, hurry) for _ in range(rows))
     texts = [f"{prompt} {last.work} {EOS}" for prompt, last in pages]
     ids = tokenizer(texts, padding=True, return_tensors="pt").input_ids
     is_end = ids == tokenizer.eos_token_id
     ends_before = is_end.cumsum(1) - is_end.long()  # odd: a question was closed, its work was not
-    return ids, ids.masked_fill(ends_before % 2 == 0, -100)
-
-
-def pretrain(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    rng: random.Random,
-    steps: int,
-    rows: int = 8,
-    peak_lr: float = 5e-3,
-) -> float:
-    """Next-token training with warm-up and linear decay; returns the last loss."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 10, (steps - step) / (0.3 * steps), 1.0)
-    )
-    loss = torch.zeros(())
-    for step in range(steps):
-        ids, labels = corpus_batch(rng, tokenizer, rows, hurry=HURRY if step >= 0.7 * steps else 0.0)
-        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-    return loss.item()
+    return {"input_ids": ids, "labels": ids.masked_fill(ends_before % 2 == 0, -100)}
 
 
 def write_prompts(path: Path, rng: random.Random, count: int) -> None:
@@ -196,7 +175,12 @@ def main() -> None:
     model = make_model(tokenizer, args.hybrid)
 
     start = time.perf_counter()
-    loss = pretrain(model, tokenizer, random.Random(f"corpus {args.seed}"), args.steps)
+    rng = random.Random(f"corpus {args.seed}")
+
+    def batch(step: int) -> dict[str, torch.Tensor]:
+        return corpus_batch(rng, tokenizer, rows=8, hurry=HURRY if step >= 0.7 * args.steps else 0.0)
+
+    loss = pretrain(model, batch, args.steps, peak_lr=5e-3)
     report(f"pretrained {model.num_parameters():,} weights for {args.steps} steps, last loss {loss:.3f}", start)
 
     start = time.perf_counter()

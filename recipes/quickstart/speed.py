@@ -8,6 +8,7 @@ stock TRL and through the tree, taking turns. Prints the median ratio and writes
 
 from __future__ import annotations
 
+import importlib
 import json
 import statistics
 import sys
@@ -23,7 +24,6 @@ from trl.scripts.grpo import GRPOScriptArguments
 import dta_plugin
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from recipes.quickstart import rewards
 
 BATCHES, ROUNDS = 1, 3
 
@@ -32,7 +32,8 @@ def build_trainer(recipe: str, *overrides: str) -> GRPOTrainer:
     """The trainer that `trl grpo --config RECIPE` builds, overrides (`--seed`, `1`) included."""
     parser = TrlParser((GRPOScriptArguments, GRPOConfig, ModelConfig))
     script, args, model = parser.parse_args_and_config(["--config", recipe, *overrides], fail_with_unknown_args=False)
-    functions = [getattr(rewards, name.rsplit(".", 1)[-1]) for name in script.reward_funcs]
+    paths = [name.rsplit(".", 1) for name in script.reward_funcs]
+    functions = [getattr(importlib.import_module(module), name) for module, name in paths]
     return GRPOTrainer(
         model=model.model_name_or_path,
         reward_funcs=functions,

@@ -28,12 +28,16 @@ from trl.scripts.grpo import make_parser
 import dta_plugin
 from dta_plugin.config import TreeConfig
 from dta_plugin.run import main, parse_options, take_yaml_options
+from tests.support import image_recipes as images
 from tests.support import recipes as support
 
 TRL = support.RECIPES / "trl"
 DIFFUSION = ("llada_8b_gsm8k", "quickstart_diffusion")
 YAMLS = sorted(path for path in TRL.glob("*.yaml") if path.stem not in DIFFUSION)
 HYBRID = "qwen3_5_9b_gsm8k"
+# Scripts by name: their own arguments, and where the data of those that read some is.
+ARGUMENTS = {"gsm8k": "GSM8KArguments", "tools": "ToolArguments", "geometry3k": "Geometry3KArguments"}
+DATA = {"gsm8k": "data", "geometry3k": "figures"}
 # Of an epsilon that keeps a norm from amplifying rounding, by which another token would be sampled in the second step.
 DELTA_RULE: dict[str, Any] = {
     "layer_types": ["linear_attention", "full_attention"],
@@ -81,11 +85,13 @@ class Trained:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny models for both tasks, and data."""
+    """Tiny models for all tasks, and data."""
     path = tmp_path_factory.mktemp("recipes")
     support.save_model(path / "gsm8k", support.gsm8k_examples())
     support.save_model(path / "tools", support.tool_examples())
     support.write_gsm8k(path / "data" / "train.jsonl")
+    images.save_model(path / "geometry3k")
+    images.write_geometry3k(path / "figures" / "train.parquet")
     return path
 
 
@@ -123,7 +129,9 @@ def test_accelerate_config(name: str, fsdp: str | None) -> None:
     assert environment.get("FSDP_VERSION") == fsdp
 
 
-@pytest.mark.parametrize("recipe", ["qwen3_0.6b_gsm8k", "qwen3_4b_gsm8k_lora", "qwen3_4b_tools"])
+@pytest.mark.parametrize(
+    "recipe", ["qwen3_0.6b_gsm8k", "qwen3_4b_gsm8k_lora", "qwen3_4b_tools", "qwen3_vl_4b_geometry3k"]
+)
 def test_trains_as_stock_trl_does(
     recipe: str, folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

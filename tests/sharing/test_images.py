@@ -17,6 +17,7 @@ from tests.support.widened import widened
 
 EXACT, NOTICED = 1e-11, 1e-2
 UNPROBED = TreeConfig(probe="off")
+KINDS = {"gemma3": "token_type_ids", "gemma4": "mm_token_type_ids"}
 
 
 def padded(family: str, scenario: str, side: str = "left") -> dict[str, torch.Tensor]:
@@ -28,7 +29,8 @@ def padded(family: str, scenario: str, side: str = "left") -> dict[str, torch.Te
         place = slice(-len(row), None) if side == "left" else slice(0, len(row))
         ids[index, place], mask[index, place] = torch.tensor(row), 1
     images = over_images([images for images in rows.images if images is not None])
-    kinds = {"mm_token_type_ids": ids.eq(IMAGE).long()} if FAMILIES[family][1] == "grid" else {}
+    name = KINDS.get(family, "mm_token_type_ids" if FAMILIES[family][1] == "grid" else None)
+    kinds = {} if name is None else {name: ids.eq(IMAGE).long()}
     return {"input_ids": ids, "attention_mask": mask, **kinds, **images}
 
 
@@ -57,7 +59,7 @@ def apart(family: str, batch: dict[str, torch.Tensor], config: TreeConfig = UNPR
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("scenario", ["two", "in some branches", "repeated"])
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl", "mistral3"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "gemma3", "gemma4", "internvl", "mistral3"])
 def test_equal(family: str, scenario: str, side: str) -> None:
     worst, handle = apart(family, padded(family, scenario, side))
     assert worst < EXACT

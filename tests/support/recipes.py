@@ -101,7 +101,7 @@ def save_model(folder: Path, examples: list[Example], steps: int = 30, family: s
 
     family, changes: another family, and what its config has beside a Qwen3's.
     """
-    tokenizer = _tokenizer([json.dumps([example.messages, example.tools]) for example in examples])
+    tokenizer = make_tokenizer([json.dumps([example.messages, example.tools]) for example in examples])
     set_seed(0)
     config = CONFIG_MAPPING[family](
         vocab_size=len(tokenizer),
@@ -125,7 +125,7 @@ def save_model(folder: Path, examples: list[Example], steps: int = 30, family: s
     return str(folder)
 
 
-def _tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE with the special tokens and the chat template of Qwen3."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()

@@ -118,6 +118,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
             },
             "audio_config": None,
             "image_token_id": IMAGE,
+            "video_token_id": 91,
+            "audio_token_id": 92,
         },
         "places",
     ),

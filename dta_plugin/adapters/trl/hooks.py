@@ -11,7 +11,8 @@ import torch
 
 from dta_plugin.adapters.trl.config import tree_config
 from dta_plugin.adapters.trl.exchange import exchange
-from dta_plugin.adapters.trl.generation_batch import Inputs, has_images
+from dta_plugin.adapters.trl.generation_batch import Inputs, row_obstacle
+from dta_plugin.adapters.trl.images import row_images
 from dta_plugin.adapters.trl.losses import composition_obstacle
 from dta_plugin.adapters.trl.noise import noise_obstacle
 from dta_plugin.adapters.trl.origin import foreign_reader, replaced_preparation, unknown_loss
@@ -27,7 +28,9 @@ from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.execution.calibration_store import tree_cost
 from dta_plugin.execution.recovery import remedy_named
+from dta_plugin.models.introspection import causal_lm
 from dta_plugin.models.support import tree_obstacle
+from dta_plugin.models.vision.support import images_obstacle
 
 
 def log_probs(
@@ -64,7 +67,7 @@ def prepare_inputs(
         _say_what_stays(trainer, config, state)
         return inputs
     is_new = buffer is not before
-    runs_dense = tree_obstacle(trainer.model) or noise_obstacle(trainer)
+    runs_dense = tree_obstacle(trainer.model) or noise_obstacle(trainer) or _images_obstacle(trainer, buffer)
     if is_new and runs_dense is None:  # else on what TRL made
         buffer = trainer._buffered_inputs = _placed(trainer, config, state, buffer)
     slot = trainer._step % trainer.args.steps_per_generation
@@ -114,7 +117,7 @@ def _drawn(trainer: GRPOLike, config: TreeConfig, state: TreeState, buffer: list
     first = state.micro_step_number(trainer) - trainer._step % len(buffer)
     seed, rank = trainer.args.seed, trainer.accelerator.process_index
     return [
-        draw_micro_step(inputs, selection, seed=seed, step=first + slot, rank=rank)
+        draw_micro_step(inputs, trainer.model, selection, seed=seed, step=first + slot, rank=rank)
         for slot, inputs in enumerate(buffer)
     ]
 
@@ -139,7 +142,8 @@ def _placed(trainer: GRPOLike, config: TreeConfig, state: TreeState, buffer: lis
             buffer, repeated = found.buffer, found.repeated
     buffer = prune(buffer)
     own_order = _regroup_obstacle(trainer, config, buffer)
-    separate = regroup(buffer, trainer.args.gradient_accumulation_steps, cost) if own_order is None else buffer
+    steps = trainer.args.gradient_accumulation_steps
+    separate = regroup(buffer, steps, cost, trainer.model) if own_order is None else buffer
     merged = state.windows.merges = merges(trainer, config, state.notices, buffer, separate, cost)
     if own_order and not merged:
         state.notices.say_once(f"micro-batches stay as TRL shuffled them, siblings apart, because {own_order}")
@@ -157,14 +161,22 @@ def active_config(trainer: GRPOLike, default: TreeConfig | None) -> TreeConfig |
 
 def _regroup_obstacle(trainer: GRPOLike, config: TreeConfig, buffer: list[Inputs]) -> str | None:
     """None: regroup. Otherwise why not, empty where there is nothing to say."""
-    if config.regroup == "never" or len(buffer) == 1 or has_images(buffer):
+    if config.regroup == "never" or len(buffer) == 1:
         return ""
-    if config.regroup == "always":
-        return None
+    obstacle = row_obstacle(buffer)
+    if obstacle is not None or config.regroup == "always":
+        return obstacle
     if unknown_loss(trainer):
         return ""
     reason = composition_obstacle(trainer)
     return reason and f"{reason}; regroup='always' regroups all the same"
+
+
+def _images_obstacle(trainer: GRPOLike, buffer: list[Inputs]) -> str | None:
+    """Why images of this generation batch cannot come into a tree; None if they can, or there are none."""
+    if all(row_images(inputs) is None for inputs in buffer):
+        return None
+    return images_obstacle(causal_lm(trainer.model))
 
 
 def _say_what_stays(trainer: GRPOLike, config: TreeConfig, state: TreeState) -> None:

@@ -19,8 +19,8 @@ import torch
 from torch import distributed
 from transformers import TrainerCallback
 
-from dta_plugin.adapters.trl.generation_batch import Inputs, has_images
-from dta_plugin.adapters.trl.micro_batch import MicroBatch, joined
+from dta_plugin.adapters.trl.generation_batch import Inputs
+from dta_plugin.adapters.trl.micro_batch import MicroBatch, compared
 from dta_plugin.adapters.trl.protocols import GRPOLike
 from dta_plugin.balance.costs import TOKENS, SequenceCosts, loads
 from dta_plugin.tree.cost import ModelCost
@@ -71,15 +71,13 @@ class LoadBalance(TrainerCallback):
     ) -> None:
         """A new generation batch. between: per window, tokens that are repeated between ranks, as far as known."""
         self._plan = []
-        if has_images(buffer):
-            return
         if self._trainer is None:
             self._trainer = trainer
             trainer.add_callback(self)
         self._device = trainer.accelerator.device
         self._merged = merged
         for start in range(0, len(buffer), window):
-            costs, repeated = _window_loads(buffer[start : start + window], merged, model)
+            costs, repeated = _window_loads(trainer, buffer[start : start + window], merged, model)
             repeated += between[start // window] if between and trainer.accelerator.is_main_process else 0.0
             self._plan += [(cost, repeated if slot == 0 else 0.0) for slot, cost in enumerate(costs)]
 
@@ -151,10 +149,12 @@ def _imbalance(values: Sequence[float]) -> float | None:
     return max(values) * len(values) / sum(values) if sum(values) > 0 else None
 
 
-def _window_loads(batches: list[Inputs], merged: bool, model: ModelCost) -> tuple[list[float], float]:
+def _window_loads(
+    trainer: GRPOLike, batches: list[Inputs], merged: bool, model: ModelCost
+) -> tuple[list[float], float]:
     """Per micro-batch its cost (the first one's is the whole tree's if they are merged), and tokens repeated."""
-    micro_batches = [MicroBatch.from_inputs(batch) for batch in batches]
-    joint = joined(micro_batches)
+    micro_batches = [MicroBatch.from_inputs(batch, trainer.model) for batch in batches]
+    joint = compared(micro_batches, trainer.model)
     costs = SequenceCosts.from_sequences(joint.sequences, model, joint.prompt_lengths)
     if merged:
         return [costs.total] + [0.0] * (len(batches) - 1), 0.0

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
-from dta_plugin.adapters.trl.micro_batch import MicroBatch, joined
+from dta_plugin.adapters.trl.image_rows import ImageRows
+from dta_plugin.adapters.trl.images import TOKEN_TYPES, input_obstacle
+from dta_plugin.adapters.trl.micro_batch import MicroBatch, joined, joined_images
 from dta_plugin.adapters.trl.noise import noise_obstacle
 from dta_plugin.adapters.trl.origin import replaced_scoring
 from dta_plugin.adapters.trl.protocols import GRPOLike
@@ -25,6 +27,7 @@ from dta_plugin.errors import UnsupportedError
 from dta_plugin.execution.auto import run_tree
 from dta_plugin.execution.prepared_batch import PreparedBatch, SequenceLogProbs, prepare_batch, saving_obstacle
 from dta_plugin.execution.probing.probe import latest_outcome
+from dta_plugin.models.introspection import causal_lm
 from dta_plugin.verify import check_batch
 
 Hook = Callable[..., tuple[torch.Tensor | None, ...]]
@@ -51,7 +54,8 @@ def tree_log_probs(
     the balance too, are 0. The aux loss is left out of the tuple for TRL versions whose hook returns two values.
     """
     has_weights = torch.is_grad_enabled() and state.hands_out_weights(trainer)
-    micro_batch = MicroBatch.from_padded(input_ids, attention_mask, logits_to_keep, has_weights)
+    images = ImageRows.from_inputs(trainer.model, inputs, input_ids)
+    micro_batch = MicroBatch.from_padded(input_ids, attention_mask, logits_to_keep, has_weights, images)
     call = _Call(trainer, state, model, micro_batch, attention_mask, compute_entropy, compute_aux_loss)
 
     def run_dense(decline: _Decline) -> tuple[torch.Tensor | None, ...]:
@@ -59,10 +63,12 @@ def tree_log_probs(
         kwargs = {"compute_entropy": compute_entropy, **inputs}
         if _returns_aux_loss(dense):
             kwargs["compute_aux_loss"] = compute_aux_loss
+        kwargs |= {name: micro_batch.without_balance(inputs[name]) for name in TOKEN_TYPES if name in inputs}
         padded = (model, *micro_batch.padded(input_ids, attention_mask))
         return tuple(map(micro_batch.only_scored, dense(*padded, *args, **kwargs)))
 
-    obstacle = replaced_scoring(trainer) or noise_obstacle(trainer) or _image_obstacle(inputs)
+    obstacle = replaced_scoring(trainer) or noise_obstacle(trainer)
+    obstacle = obstacle or input_obstacle(causal_lm(trainer.model), inputs, input_ids, attention_mask)
     if obstacle is not None:
         if state.config.on_unsupported == "error":
             message = f"Prefix-tree execution is not exact here: {obstacle}; or on_unsupported='dense'."
@@ -127,12 +133,14 @@ class _Call:
         if torch.is_grad_enabled() and state.micro_steps:
             micro_batches = state.windows.begin(self.trainer, self.micro_batch, state.inputs_of_this_pass())
         rows, shapes = joined(micro_batches), [batch.shape for batch in micro_batches]
+        images = joined_images(micro_batches)
         with self.trainer.accelerator.autocast():  # measured speeds are those of a precision
-            longest = max(map(len, rows.sequences))
-            reason = saving_obstacle(self.model, longest, rows.most_scored, shapes, state.config)
-            if reason is not None:
-                return _Decline(reason, "min_saving")
-            batch = prepare_batch(self.model, rows.sequences, rows.scored, state.config, shapes)
+            if images is None:  # images save a tower's work, which takes more than a look at the rows to tell
+                longest = max(map(len, rows.sequences))
+                reason = saving_obstacle(self.model, longest, rows.most_scored, shapes, state.config)
+                if reason is not None:
+                    return _Decline(reason, "min_saving")
+            batch = prepare_batch(self.model, rows.sequences, rows.scored, state.config, shapes, images=images)
         if not batch.use_tree:  # the gate's reason has a number, different in every batch
             return _Decline(batch.reason, "min_saving" if batch.is_gated else None)
         return _Plan(micro_batches, batch)
@@ -190,13 +198,6 @@ class _Call:
         if (outcome := latest_outcome(model)) is not None:
             state.notices.say_once(str(outcome))
         return result
-
-
-def _image_obstacle(inputs: dict[str, Any]) -> str | None:
-    images = sorted(name for name, value in inputs.items() if value is not None and name != "batch_size")
-    if not images:
-        return None
-    return f"the batch has {', '.join(images)}: image tokens cannot be merged by token id; train on text"
 
 
 def _returns_aux_loss(hook: Hook) -> bool:

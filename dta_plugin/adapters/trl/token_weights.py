@@ -18,11 +18,12 @@ import torch
 from torch.nn import functional as F
 
 from dta_plugin.adapters.trl.generation_batch import PADDING, Inputs
+from dta_plugin.adapters.trl.images import TOKEN_TYPES, VALUES
 
 # Entry int64 [B]: real tokens of a row that do not run.
 LEFT_OUT = "dta_left_out"
-# Entries [B, C] that belong to a prompt, should it be as wide as the completions.
-_PROMPT = ("prompt_ids", "prompt_mask")
+# Entries that may be as wide as completions by chance: of prompts, and of images.
+_NOT_OF_COMPLETIONS = ("prompt_ids", "prompt_mask", *VALUES)
 
 
 def is_weighted(inputs: Inputs) -> bool:
@@ -40,18 +41,24 @@ def loss_mask(inputs: Inputs) -> torch.Tensor:
 def reweighted(inputs: Inputs, weights: torch.Tensor) -> Inputs:
     """The inputs with weights [B, C] for the tokens of `loss_mask`, and a balance.
 
-    Columns behind the last weight go. Entries of tokens that are left out become what TRL pads with: what is
-    exponentiated there must not overflow, for the loss multiplies it by a weight of 0.
+    Columns behind the last weight go, unless there are images, whose placeholders a dense pass needs. Entries of tokens
+    that are left out become what TRL pads with: what is exponentiated there must not overflow, for the loss multiplies
+    it by a weight of 0.
     """
     completion_mask = inputs["completion_mask"]
     was_weighted = is_weighted(inputs)
     total = completion_mask.sum(dim=1) if was_weighted else loss_mask(inputs).sum(dim=1)
     kept = weights != 0
     width = max(int(kept.any(dim=0).nonzero().max()) + 1 if kept.any() else 0, 1)
+    width = kept.shape[1] if inputs.get("num_images") is not None else width
     balance = total.to(weights.dtype) - weights.sum(dim=1)
     result = {key: value for key, value in inputs.items() if key != "tool_mask"}  # weights are 0 there already
     for key, value in list(result.items()):
-        if key in _PROMPT or not _is_per_token(value, completion_mask):
+        if key in TOKEN_TYPES:  # [B, P + C]; the balance is text
+            columns = value.shape[1] - completion_mask.shape[1] + width
+            result[key] = F.pad(value[:, :columns], (0, 1))
+            continue
+        if key in _NOT_OF_COMPLETIONS or not _is_per_token(value, completion_mask):
             continue
         shape = (*kept[:, :width].shape, *[1] * (value.ndim - 2))
         entries = value[:, :width]

@@ -6,12 +6,14 @@ micro-step; a buffer that is used for several optimizer passes is drawn from ane
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch import nn
 from trl import GRPOTrainer
 
-from dta_plugin.adapters.trl.generation_batch import Inputs, RowTable, has_images
+from dta_plugin.adapters.trl.generation_batch import Inputs, RowTable, row_obstacle
+from dta_plugin.adapters.trl.image_rows import ImageRows
 from dta_plugin.adapters.trl.losses import LOSS_TYPES, counts_padding, trainer_traits
 from dta_plugin.adapters.trl.origin import foreign_reader, unknown_terms
 from dta_plugin.adapters.trl.protocols import GRPOLike
@@ -46,8 +48,6 @@ def selection_obstacle(trainer: GRPOLike, buffer: list[Inputs]) -> str | None:
         return "adaptive entropy control, which compares all tokens' entropy with a target; use a fixed entropy_coef"
     if getattr(trainer, "aux_loss_enabled", False):
         return "the router loss, which is no sum over tokens; set router_aux_loss_coef=0"
-    if has_images(buffer):
-        return "images; train on text"
     if _has_gaps(buffer):
         return f"a completion_mask of {type(trainer).__name__} with gaps; mask such tokens by tool_mask"
     parallelism = getattr(trainer.accelerator, "parallelism_config", None)
@@ -66,7 +66,7 @@ def pruned(trainer: GRPOLike, buffer: list[Inputs], forced: bool = False) -> lis
     """
     if (unknown_terms(trainer) and not forced) or foreign_reader(trainer):
         return buffer
-    if has_images(buffer) or counts_padding(trainer) or _has_gaps(buffer):
+    if row_obstacle(buffer) or counts_padding(trainer) or _has_gaps(buffer):
         return buffer
     table = RowTable.from_batches(buffer)
     inputs: Inputs = table.per_row | table.constant
@@ -77,7 +77,7 @@ def pruned(trainer: GRPOLike, buffer: list[Inputs], forced: bool = False) -> lis
     if "old_logps" in inputs:  # RLOO's, of whole sequences
         thinned["old_logps"] = inputs["old_logps"].masked_fill(~reads.any(dim=1), 0)
     per_row = {key: value for key, value in thinned.items() if key not in table.constant}
-    return RowTable(per_row, table.constant, table.sizes).batches()
+    return replace(table, per_row=per_row).batches()
 
 
 def _has_gaps(buffer: list[Inputs]) -> bool:
@@ -94,11 +94,20 @@ class MicroStepInputs:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-def draw_micro_step(inputs: Inputs, selection: TokenSelection, *, seed: int, step: int, rank: int) -> MicroStepInputs:
-    """Drawn by the numbers given; inputs bit by bit as they were if nothing is left out."""
-    groups = RowBatch.from_padded(inputs["prompt_ids"], inputs["prompt_mask"], 0).groups
+def draw_micro_step(
+    inputs: Inputs, model: nn.Module, selection: TokenSelection, *, seed: int, step: int, rank: int
+) -> MicroStepInputs:
+    """Drawn by the numbers given; inputs bit by bit as they were if nothing is left out. model: the trainer's."""
+    groups = _prompts(inputs, model).groups
     drawn = draw_tokens(selection, loss_mask(inputs) != 0, groups, seed=seed, step=step, rank=rank)
     return MicroStepInputs(inputs if drawn.has_all else reweighted(inputs, drawn.weights), drawn.metrics)
+
+
+def _prompts(inputs: Inputs, model: nn.Module) -> RowBatch:
+    """Of all rows, with what their images show."""
+    prompts = RowBatch.from_padded(inputs["prompt_ids"], inputs["prompt_mask"], 0)
+    images = ImageRows.from_inputs(model, inputs, torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1))
+    return prompts if images is None else replace(prompts, sequences=images.by_content(prompts.sequences))
 
 
 def check_selection(trainer: GRPOLike, buffer: list[Inputs], selection: TokenSelection) -> None:

@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
-from dta_plugin.adapters.trl.generation_batch import Inputs, has_images
-from dta_plugin.adapters.trl.micro_batch import MicroBatch, joined
+from dta_plugin.adapters.trl.generation_batch import Inputs
+from dta_plugin.adapters.trl.micro_batch import MicroBatch, compared
 from dta_plugin.adapters.trl.origin import unknown_loss
 from dta_plugin.adapters.trl.protocols import GRPOLike
 from dta_plugin.balance.costs import TOKENS, SequenceCosts
@@ -58,7 +58,7 @@ def merges(
     size = window_size(trainer, buffer)
     if config.merge_window == "never" or size == 1:
         return False
-    obstacle = _obstacle(trainer, buffer)
+    obstacle = _obstacle(trainer)
     if obstacle is not None and config.merge_window == "always":
         notices.say_once(f"accumulation windows are not merged because of {obstacle}", level=logging.WARNING)
     is_chosen = obstacle is None and (
@@ -69,11 +69,9 @@ def merges(
     return all(gathered(model, is_chosen)) if is_collective(model) else is_chosen
 
 
-def _obstacle(trainer: GRPOLike, buffer: list[Inputs]) -> str | None:
+def _obstacle(trainer: GRPOLike) -> str | None:
     """Why one backward pass per window is not possible."""
     wrapped = trainer.model_wrapped
-    if has_images(buffer):
-        return "images"
     if getattr(trainer, "aux_loss_enabled", False):
         return "the router loss, which is computed over each micro-batch"
     if hasattr(wrapped, "zero_optimization_stage"):
@@ -89,16 +87,16 @@ def _pays(
     model = causal_lm(trainer.model)
 
     def total(batches: list[MicroBatch], cost: ModelCost) -> float:
-        rows = joined(batches)
+        rows = compared(batches, model)
         return SequenceCosts.from_sequences(rows.sequences, cost, rows.prompt_lengths).total
 
-    together = [MicroBatch.from_inputs(batch) for batch in window]
+    together = [MicroBatch.from_inputs(batch, model) for batch in window]
     budget = token_budget(model, input_device(model), config.max_tree_tokens_per_chunk)
     is_streamed = total(together, TOKENS) > budget
     if is_streamed and (config.executor == "packed" or config.backend not in ("auto", "cpu", "triton")):
         return False  # all of it would be held at a time
     streamed = _STREAMED if is_streamed else 1.0
-    separate = sum(total([MicroBatch.from_inputs(batch)], cost) for batch in alternative)
+    separate = sum(total([MicroBatch.from_inputs(batch, model)], cost) for batch in alternative)
     return total(together, cost) * streamed < (1 - _WORTH) * separate
 
 
@@ -141,7 +139,7 @@ class Windows(TrainerCallback):
         slot, size = trainer._step % len(buffer), window_size(trainer, buffer)
         if slot % size:
             return [micro_batch]
-        rest = [MicroBatch.from_inputs(inputs) for inputs in buffer[slot + 1 : slot + size]]
+        rest = [MicroBatch.from_inputs(inputs, trainer.model) for inputs in buffer[slot + 1 : slot + size]]
         return [micro_batch, *rest]
 
     def opened(
@@ -185,7 +183,7 @@ class _Window:
     def take(self, model: nn.Module, micro_batch: MicroBatch, is_last: bool) -> torch.Tensor:
         """[V, n] of the next micro-batch; the last one's go backward through the tree, with the gradients of all."""
         index = len(self.waiting)
-        if not micro_batch.rows.equals(self.micro_batches[index].rows):
+        if not micro_batch.has_rows_of(self.micro_batches[index]):
             raise InvalidInputError(
                 f"Micro-batch {index + 1} of {len(self.micro_batches)} of an accumulation window is not the one that "
                 "was buffered when the window began. Expected the same rows; set merge_window='never' if something "

@@ -212,5 +212,4 @@ def _with_images(
     if forest.images is None:
         return PrefixTree.from_sequences(forest.sequences), None, [{} for _ in rows]
     images = BatchImages.from_rows(base, forest.sequences, forest.images)
-    tree = PrefixTree.from_sequences(forest.sequences, images.identities(forest.sequences))
-    return tree, images.on_tree(tree), dense_inputs(base, rows, forest.images)
+    return *images.merged(), dense_inputs(base, rows, forest.images)

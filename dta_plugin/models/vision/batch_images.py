@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from dta_plugin.errors import InvalidInputError
+from dta_plugin.errors import InvalidInputError, UnsupportedError
+from dta_plugin.models.image_blocks import block_rules
 from dta_plugin.models.introspection import decoder_of
 from dta_plugin.models.vision.distinct import distinct_units
 from dta_plugin.models.vision.support import check_images
@@ -62,15 +63,21 @@ class TreeImages:
 class BatchImages:
     """rows: per sequence, its images' inputs, or None. units: the distinct ones of all.
 
+<<<<<<< HEAD
     feature: int64 [N], positions: int64 [axes, N] or None, as in `TreeImages`, of all tokens of all sequences.
+=======
+    ids: per sequence, int64 [len]. feature: int64 [len], positions: int64 [3, len] or None, of each; see `TreeImages`.
+    attends_both_ways: within an image, in some layer.
+>>>>>>> main
     """
 
     rows: list[ImageInputs | None]
+    ids: list[np.ndarray]
     units: list[Unit]
     units_of_row: list[list[int]]
     feature: list[np.ndarray]
     positions: list[np.ndarray] | None
-    token_id: int
+    attends_both_ways: bool
 
     @classmethod
     def from_rows(
@@ -116,19 +123,34 @@ class BatchImages:
             features.append(feature)
             of_row.append(which)
         positions = _positions(model, ids, is_image, rows)
-        return cls(list(rows), found, of_row, features, positions, token_id)
+        attends_both_ways = any(rule != "causal" for rule in block_rules(model).values())
+        if attends_both_ways:
+            _check_apart(units, is_image)
+        return cls(list(rows), ids, found, of_row, features, positions, attends_both_ways)
 
     def all_units(self) -> Iterator[Unit]:
         """Of every row, however many have the same."""
         return (self.units[kind] for own in self.units_of_row for kind in own)
 
-    def identities(self, sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
+    def identities(self) -> list[np.ndarray]:
         """Per sequence, int64 [len]: ids, and for placeholders, which place within which image it is."""
-        pairs = zip(token_rows(sequences), self.feature, strict=True)
+        pairs = zip(self.ids, self.feature, strict=True)
         return [np.where(feature >= 0, _FIRST_PLACE + feature, row) for row, feature in pairs]
 
-    def on_tree(self, tree: PrefixTree) -> TreeImages:
-        """The same, by layout token. Raises InvalidInputError where tokens that are merged have different positions."""
+    def merged(self) -> tuple[PrefixTree, TreeImages]:
+        """The tree of the sequences, and the same by its tokens.
+
+        Raises InvalidInputError where tokens that are merged have different positions.
+        """
+        tree = PrefixTree.from_sequences(self.ids, self.identities())
+        images = self._on_tree(tree)
+        if self.attends_both_ways:
+            left = [np.arange(unit.tokens, 0, -1) for unit in self.units]  # of its image, from each token on
+            in_image = np.concatenate([*left, [1]])[images.feature]
+            tree = replace(tree, reach=np.arange(tree.tree_tokens) + in_image)
+        return tree, images
+
+    def _on_tree(self, tree: PrefixTree) -> TreeImages:
         feature = _in_layout(tree, np.concatenate(self.feature))
         if self.positions is None:
             return TreeImages(self.units, feature, None)
@@ -140,6 +162,17 @@ class BatchImages:
                 "depend on what comes before alone."
             )
         return TreeImages(self.units, feature, positions)
+
+
+def _check_apart(units: list[list[Unit]], is_image: list[np.ndarray]) -> None:
+    """Raises UnsupportedError for images side by side, whose tokens would see what comes after theirs."""
+    for index, (own, places) in enumerate(zip(units, is_image, strict=True)):
+        edges = np.flatnonzero(np.diff(places.astype(np.int8), prepend=0, append=0))
+        if np.diff(edges)[::2].tolist() != [unit.tokens for unit in own]:
+            raise UnsupportedError(
+                f"Row {index} has images without a token between them, in a model that attends both ways within runs "
+                "of image tokens. Expected text around each, as the model's own processor puts it."
+            )
 
 
 def has_own_positions(model: PreTrainedModel) -> bool:

@@ -6,7 +6,6 @@ placeholders among the embeddings, and the language model goes on. Where more ha
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -41,15 +40,7 @@ def images_obstacle(model: PreTrainedModel) -> str | None:
         )
     if text_model_of(model) is decoder:
         return f"{name} has no language model apart from its images; use another family for images"
-    if _looks_both_ways(model):
-        return f"{name} attends both ways within an image; use another family for images"
     return None
-
-
-def _looks_both_ways(model: PreTrainedModel) -> bool:
-    """Gemma's: by its class, or by its config."""
-    is_asked = getattr(model.config.get_text_config(), "use_bidirectional_attention", None) == "vision"
-    return is_asked or "token_type_ids" in inspect.signature(decoder_of(model).forward).parameters
 
 
 def check_images(model: PreTrainedModel) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,16 +51,17 @@ def whole(run: Run) -> Run:
     return replace(run, start=start, weights=end)
 
 
-def run_cases(model: str, folder: str) -> None:
+def run_cases(model: str, folder: str, cases: dict[str, dict[str, Any]], names: Sequence[str] = ()) -> None:
+    """names: of the cases that run; all if there are none."""
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     if "FSDP_VERSION" in os.environ:
         fsdp_on_cpus()
-    runs = {name: [whole(run) for run in dense_and_tree(model, Path(folder), **case)] for name, case in CASES.items()}
+    runs = {name: [whole(run) for run in dense_and_tree(model, Path(folder), **cases[name])] for name in names or cases}
     torch.save(runs, Path(folder, f"rank{distributed.get_rank()}.pt"))
     sys.stdout.flush()
     os._exit(0)  # as in tests/support/recipes.py
 
 
 if __name__ == "__main__":
-    run_cases(*sys.argv[1:])
+    run_cases(*sys.argv[1:], CASES)

@@ -60,7 +60,7 @@ def test_obstacles(monkeypatch: pytest.MonkeyPatch) -> None:
         return exchange._obstacle(SimpleNamespace(accelerator=accelerator, **options), [batch or {}])
 
     assert obstacle() is obstacle(loss_type="luspo") is None
-    assert "images" in str(obstacle(batch={"pixel_values": None}))
+    assert "pixel_values without num_images" in str(obstacle(batch={"pixel_values": torch.ones(2)}))
     assert "tensor, context or sequence parallelism" in str(obstacle(parallel=2))
     assert "each micro-batch" in str(obstacle(top_entropy_quantile=0.5))
     monkeypatch.setattr(losses, "version", lambda _: "1.9.2")

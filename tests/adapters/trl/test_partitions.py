@@ -112,7 +112,7 @@ def test_negative_control_unequal_counts(
 ) -> None:
     """Why counts stay: means over rows change with them. Only what divides by all tokens of the generation does not."""
 
-    def uneven(batches: list[Any], _: Any) -> list[Any]:
+    def uneven(batches: list[Any], *_: Any) -> list[Any]:
         return replace(RowTable.from_batches(batches), sizes=[2, 6]).batches()
 
     stock = gradients(model, tmp_path, GRPO[0], loss_type=loss)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 
@@ -86,7 +87,7 @@ def real_tokens(batch: Inputs, row: int) -> list[int]:
 def test_rows_stay_whole_and_in_their_window(count: int, accumulation: int, window: int) -> None:
     before = micro_batches(count, rows=6)
     original = {int(n): (batch, row) for batch in before for row, n in enumerate(batch["advantages"])}
-    after = regroup(before, accumulation, TYPICAL)
+    after = regroup(before, accumulation, TYPICAL, nn.Module())
     assert [len(batch["prompt_ids"]) for batch in after] == [6] * count
     for start in range(0, count, window):
         old, new = before[start : start + window], after[start : start + window]
@@ -174,7 +175,7 @@ def test_regrouping_across_windows_is_another_training(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str
 ) -> None:
     """Negative control: windows matter."""
-    monkeypatch.setattr(hooks, "regroup", lambda buffer, accumulation, cost: regroup(buffer, len(buffer), cost))
+    monkeypatch.setattr(hooks, "regroup", lambda buffer, _, *rest: regroup(buffer, len(buffer), *rest))
     run = {"loss_type": loss, "gradient_accumulation_steps": 2, **SPREAD, **SAME_LENGTH, "max_steps": 2}
     dense = train(model, tmp_path, GRPOTrainer, GRPOConfig, **run)
     tree = train(model, tmp_path, TreeGRPOTrainer, TreeGRPOConfig, **SEPARATE, **run)

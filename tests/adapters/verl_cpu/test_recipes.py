@@ -7,18 +7,23 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from datasets import Dataset, Features, Image, Value, load_dataset
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
+from PIL import Image as Pixels
 from verl.tools.tool_registry import load_all_tools
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
+from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.import_utils import load_module
 
 from dta_plugin.adapters.verl_plugin.config import tree_config
 from dta_plugin.adapters.verl_plugin.diffusion.worker import diffusion_settings
 from recipes import stories
+from recipes.verl.data import figures
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 SCRIPTS = sorted((RECIPES / "verl").glob("*.sh"))
@@ -93,3 +98,23 @@ def test_data_and_tool(tmp_path: Path) -> None:
     assert tool.name == "calculate" and tool.fn("(12 + 5) * 3") == "51"
     answer = row["reward_model"]["ground_truth"]
     assert [stories.compute_score(text, answer) for text in (f"So:\n#### {answer}", answer)] == [1.0, 0.0]
+
+
+def test_figures(tmp_path: Path) -> None:
+    """Rows of Geometry3K, written and read again, become verl's conversations: every figure has its place."""
+    columns = {
+        "images": [[Pixels.new("RGB", (4, 4), colour) for colour in colours] for colours in (["red"], ["red", "blue"])],
+        "problem": ["<image>Find x.", "Is <image> larger than <image>?"],
+        "answer": ["3", "2 \\sqrt { 5 }"],
+    }
+    kinds = Features({"images": [Image()], "problem": Value("string"), "answer": Value("string")})
+    figures(Dataset.from_dict(columns, features=kinds)).to_parquet(tmp_path / "train.parquet")
+    reader = SimpleNamespace(image_key="images", video_key="videos", audio_key="audios", processor=object())
+    for row, images, answer in zip(
+        load_dataset(str(tmp_path), split="train"), columns["images"], columns["answer"], strict=True
+    ):
+        assert row["data_source"] == "hiyouga/geometry3k" and row["reward_model"]["ground_truth"] == answer
+        [message] = RLHFDataset._build_messages(reader, row, key="prompt")
+        parts = [part["image"] for part in message["content"] if part["type"] == "image"]
+        assert [part.getpixel((0, 0)) for part in parts] == [image.getpixel((0, 0)) for image in images]
+        assert "\\boxed{}" in message["content"][-1]["text"]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from functools import cache
 
-import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -23,7 +22,7 @@ from tests.support.widened import widened
 pytestmark = pytest.mark.usefixtures("unprobed")
 
 # Families whose language model asks for more than attention; a quick and a slow selection.
-QUICK = ("qwen3_vl", "qwen3_5", "mistral3")
+QUICK = ("qwen3_vl", "qwen3_5", "gemma4")
 BUDGETS = (None, 1, 7)  # None: packed
 EXACT, FLOAT32, NOTICED = 1e-10, 3e-5, 1e-2
 
@@ -82,7 +81,7 @@ def test_float32(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ids_alone_are_noticed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: siblings of one text and different images, merged by ids."""
-    monkeypatch.setattr(BatchImages, "identities", lambda _, sequences: [np.array(row) for row in sequences])
+    monkeypatch.setattr(BatchImages, "identities", lambda images: images.ids)
     monkeypatch.setattr(batch_images, "has_own_positions", lambda _: False)
     apart = difference(along(family, "same text", torch.float64), expected(family, "same text", torch.float64))
     assert apart.logprobs > NOTICED and apart.gradients > NOTICED
@@ -93,6 +92,14 @@ def test_depths_for_positions_are_noticed(family: str, monkeypatch: pytest.Monke
     """Control: positions that count tokens, where the model's own count rows and columns of images."""
     monkeypatch.setattr(batch_images, "has_own_positions", lambda _: False)
     apart = difference(along(family, "two", torch.float64), expected(family, "two", torch.float64))
+    assert apart.logprobs > NOTICED and apart.gradients > NOTICED
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma4"])
+def test_a_causal_mask_is_noticed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control: tokens of an image that see only those before them."""
+    monkeypatch.setattr(batch_images, "block_rules", lambda _: {})
+    apart = difference(along(family, "one", torch.float64), expected(family, "one", torch.float64))
     assert apart.logprobs > NOTICED and apart.gradients > NOTICED
 
 
