@@ -20,7 +20,7 @@ from dta_plugin.models.image_blocks import block_rules
 from dta_plugin.models.introspection import decoder_of
 from dta_plugin.models.vision.distinct import distinct_units
 from dta_plugin.models.vision.support import check_images
-from dta_plugin.models.vision.units import ImageInputs, Unit, image_token_id, indicator_ids, row_units
+from dta_plugin.models.vision.units import ImageInputs, Unit, image_token_id, indicator_ids, row_units, runs_of
 from dta_plugin.tree.trie import PrefixTree, TokenSequence, token_rows
 from dta_plugin.upload import upload
 
@@ -63,12 +63,8 @@ class TreeImages:
 class BatchImages:
     """rows: per sequence, its images' inputs, or None. units: the distinct ones of all.
 
-<<<<<<< HEAD
-    feature: int64 [N], positions: int64 [axes, N] or None, as in `TreeImages`, of all tokens of all sequences.
-=======
-    ids: per sequence, int64 [len]. feature: int64 [len], positions: int64 [3, len] or None, of each; see `TreeImages`.
-    attends_both_ways: within an image, in some layer.
->>>>>>> main
+    ids: per sequence, int64 [len]. feature: int64 [len], positions: int64 [axes, len] or None, of each: as in
+    `TreeImages`. attends_both_ways: within an image, in some layer.
     """
 
     rows: list[ImageInputs | None]
@@ -108,7 +104,7 @@ class BatchImages:
                     f"Sequence {index} has {count} image tokens (id {token_id}) and no images, in a batch with images. "
                     "Expected the inputs of its images, or none of these tokens."
                 )
-            units.append([] if row is None else row_units(model, row, places))
+            units.append([] if row is None else row_units(model, row, runs_of(places)))
         found, kinds = distinct_units([unit for own in units for unit in own])
         begins = np.cumsum([0, *(unit.tokens for unit in found)])
         kind, features, of_row = iter(kinds), [], []
@@ -167,8 +163,7 @@ class BatchImages:
 def _check_apart(units: list[list[Unit]], is_image: list[np.ndarray]) -> None:
     """Raises UnsupportedError for images side by side, whose tokens would see what comes after theirs."""
     for index, (own, places) in enumerate(zip(units, is_image, strict=True)):
-        edges = np.flatnonzero(np.diff(places.astype(np.int8), prepend=0, append=0))
-        if np.diff(edges)[::2].tolist() != [unit.tokens for unit in own]:
+        if runs_of(places) != [unit.tokens for unit in own]:
             raise UnsupportedError(
                 f"Row {index} has images without a token between them, in a model that attends both ways within runs "
                 "of image tokens. Expected text around each, as the model's own processor puts it."

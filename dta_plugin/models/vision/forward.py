@@ -44,7 +44,9 @@ def image_features(model: PreTrainedModel, units: Sequence[Unit]) -> list[torch.
     inputs: dict[str, Any] = {name: value.to(device) for name, value in stacked(units).items()}
     inputs |= {name: inputs[name].tolist() for name in _COUNTS if name in inputs}
     output = decoder.get_image_features(**inputs)
-    first, levels = _parts(decoder, output)
+    first, levels = _parts(output)
+    if first is None:
+        first = _projected(decoder, output.last_hidden_state)
     if levels and not any(name in inspect.signature(text_model_of(model).forward).parameters for name in _LEVELS):
         raise UnsupportedError(
             f"The vision tower of {type(model).__name__} makes features for several layers, which its language model "
@@ -103,8 +105,8 @@ def _for_layers(model: PreTrainedModel, is_image: torch.Tensor, levels: list[tor
     return {"vision_mask": is_image[..., None], "deepstack_features": dict(zip(layers, levels, strict=False))}
 
 
-def _parts(decoder: Any, output: Any) -> tuple[Any, list[Any]]:
-    """Features, and those for other layers (deepstack), of what families and releases of transformers return."""
+def _parts(output: Any) -> tuple[Any, list[Any]]:
+    """Features, if any, and those for other layers (deepstack), of what families and releases return."""
     if isinstance(output, torch.Tensor) or (isinstance(output, (list, tuple)) and isinstance(output[0], torch.Tensor)):
         return output, []
     if isinstance(output, tuple):  # before transformers 5
@@ -113,11 +115,15 @@ def _parts(decoder: Any, output: Any) -> tuple[Any, list[Any]]:
     if levels and isinstance(levels[0], tuple) and isinstance(levels[0][0], int):  # and nothing among the embeddings
         levels = [values for _, values in levels]
         return [torch.zeros_like(values) for values in levels[0]], levels
-    pooled = getattr(output, "pooler_output", None)
-    if pooled is None:  # the decoder's own forward goes on from hidden states
-        pooled = output.last_hidden_state
-        pooled = decoder.multi_modal_projector(pooled) if forward_has(decoder, "multi_modal_projector") else pooled
-    return pooled, levels
+    return getattr(output, "pooler_output", None), levels
+
+
+def _projected(decoder: Any, states: torch.Tensor) -> torch.Tensor:
+    """Features out of the tower's hidden states, where the decoder's own forward makes them."""
+    if not forward_has(decoder, "multi_modal_projector"):
+        return states
+    projected: torch.Tensor = decoder.multi_modal_projector(states)
+    return projected
 
 
 def _flat(values: Any, units: Sequence[Unit], model: PreTrainedModel) -> torch.Tensor:

@@ -64,8 +64,14 @@ def input_names(model: PreTrainedModel) -> list[str]:
     return [name for name in names if name not in ("self", "kwargs", "return_dict")]
 
 
-def row_units(model: PreTrainedModel, inputs: ImageInputs, is_image: np.ndarray) -> list[Unit]:
-    """The units of one row, in the order of their placeholders. is_image: bool [len], the row's placeholders.
+def runs_of(is_image: np.ndarray) -> list[int]:
+    """How many placeholders stand side by side, run by run. is_image: bool [len]."""
+    edges = np.flatnonzero(np.diff(is_image.astype(np.int8), prepend=0, append=0))
+    return np.diff(edges)[::2].tolist()
+
+
+def row_units(model: PreTrainedModel, inputs: ImageInputs, runs: Sequence[int]) -> list[Unit]:
+    """The units of one row, in the order of their placeholders. runs: of placeholders in the row, see `runs_of`.
 
     Raises:
         InvalidInputError: inputs that do not fit each other, or the row.
@@ -73,14 +79,12 @@ def row_units(model: PreTrainedModel, inputs: ImageInputs, is_image: np.ndarray)
     """
     _check_names(model, inputs)
     cut = _cut(model, inputs)
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], is_image.astype(np.int8), [0]])))
-    runs = (edges[1::2] - edges[::2]).tolist()
-    tokens = _tokens(model, cut, runs)
+    tokens = _tokens(model, cut, list(runs))
     if tokens is None:
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())
         raise InvalidInputError(
-            f"A row has {sum(runs)} image tokens (id {image_token_id(model)}), {runs} in a line, and its images "
-            f"({shapes}) fill others. Expected as many: pass what the model's own processor returned for this row, "
+            f"A row has {sum(runs)} image tokens (id {image_token_id(model)}), {list(runs)} side by side, and its "
+            f"images ({shapes}) fill others. Expected as many: pass what the model's own processor returned for this row, "
             "its images in order, and do not cut rows within an image."
         )
     return [Unit(own, count) for own, count in zip(cut, tokens, strict=True)]
@@ -123,10 +127,10 @@ def _check_names(model: PreTrainedModel, inputs: ImageInputs) -> None:
         raise InvalidInputError(f"A row's images have {kinds}. Expected tensors, as return_tensors='pt' gives them.")
     if _PIXELS not in inputs:
         raise InvalidInputError(f"A row's images have {', '.join(inputs) or 'nothing'}. Expected {_PIXELS} among them.")
-    if _ROW_COUNTS in inputs and int(inputs[_ROW_COUNTS].sum()) > 1:
+    if _ROW_COUNTS in inputs and inputs[_ROW_COUNTS].max() > 1:
         raise UnsupportedError(
-            f"A row has {int(inputs[_ROW_COUNTS].sum())} images, which {type(model).__name__} sees otherwise than each "
-            f"alone ({_ROW_COUNTS}). Expected one image in a row; or on_unsupported='dense'."
+            f"A row has {inputs[_ROW_COUNTS].max()} images ({_ROW_COUNTS}), which {type(model).__name__} sees "
+            "otherwise than each alone. Expected one image in a row; or on_unsupported='dense'."
         )
 
 
