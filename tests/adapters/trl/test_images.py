@@ -23,7 +23,8 @@ from dta_plugin.adapters.trl.regroup import regroup
 from dta_plugin.adapters.trl.token_weights import reweighted
 from dta_plugin.balance.costs import TYPICAL
 from dta_plugin.models.vision.units import runs_of
-from tests.support.vision_models import IMAGE, rows_of, vision_model
+from tests.support.vision_images import IMAGE
+from tests.support.vision_models import rows_of, vision_model
 
 C = 3  # completion tokens of a row; as many as the channels of an image, on purpose
 COUNTS = {"one_each": [1] * 8, "several": [0, 1, 2, 3, 0, 2, 1, 1], "two_each": [2] * 8}

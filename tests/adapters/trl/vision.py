@@ -18,7 +18,8 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
 
-from tests.support.vision_models import IMAGE, VOCABULARY, vision_model
+from tests.support.vision_images import IMAGE
+from tests.support.vision_models import VOCABULARY, vision_model
 
 _MARKS = {"<|image_pad|>": IMAGE, "<|video_pad|>": 91, "<|vision_start|>": 92, "<|vision_end|>": 93}
 _TEMPLATE = (
