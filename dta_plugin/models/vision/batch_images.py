@@ -109,13 +109,13 @@ class BatchImages:
         begins = np.cumsum([0, *(unit.tokens for unit in found)])
         kind, features, of_row = iter(kinds), [], []
         indicators = indicator_ids(model)
-        for row, own, places in zip(ids, units, is_image, strict=True):
+        for tokens, own, places in zip(ids, units, is_image, strict=True):
             which = [next(kind) for _ in own]
             feature = np.full(len(places), -1, dtype=np.int64)
             if which:
                 feature[places] = np.concatenate([np.arange(begins[k], begins[k + 1]) for k in which])
                 for place, indicator in enumerate(indicators, start=begins[-1]):
-                    feature[row == indicator] = place
+                    feature[tokens == indicator] = place
             features.append(feature)
             of_row.append(which)
         positions = _positions(model, ids, is_image, rows)
@@ -203,7 +203,7 @@ def _positions(
             continue
         tokens = torch.from_numpy(row)[None]
         kinds = torch.from_numpy(places.astype(np.int64))[None]
-        inputs = images | {"mm_token_type_ids": kinds, "attention_mask": torch.ones_like(tokens)}
+        inputs = {**images, "mm_token_type_ids": kinds, "attention_mask": torch.ones_like(tokens)}
         positions, _ = own(tokens, **{name: value.cpu() for name, value in inputs.items() if name in taken})
         found.append(positions[-axes:, 0].to(torch.int64).numpy())
     return found

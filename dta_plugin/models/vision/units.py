@@ -84,8 +84,8 @@ def row_units(model: PreTrainedModel, inputs: ImageInputs, runs: Sequence[int]) 
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in inputs.items())
         raise InvalidInputError(
             f"A row has {sum(runs)} image tokens (id {image_token_id(model)}), {list(runs)} side by side, and its "
-            f"images ({shapes}) fill others. Expected as many: pass what the model's own processor returned for this row, "
-            "its images in order, and do not cut rows within an image."
+            f"images ({shapes}) fill others. Expected as many: pass what the model's own processor returned for this "
+            "row, its images in order, and do not cut rows within an image."
         )
     return [Unit(own, count) for own, count in zip(cut, tokens, strict=True)]
 
