@@ -19,7 +19,15 @@ from dta_plugin.execution.packed import EdgeOutputs, run_packed
 from dta_plugin.execution.prepared_batch import DUMMY_SEQUENCE, PreparedBatch, SequenceLogProbs
 from dta_plugin.execution.probing.forest import image_forest
 from dta_plugin.execution.probing.probe import probe
-from dta_plugin.execution.ranks import gathered, has_tensor_parallel, is_collective, is_fsdp1, is_sharded, is_zero3
+from dta_plugin.execution.ranks import (
+    gathered,
+    has_tensor_parallel,
+    is_collective,
+    is_fsdp,
+    is_fsdp1,
+    is_sharded,
+    is_zero3,
+)
 from dta_plugin.execution.recovery import forget_tree, out_of_memory, remember_tree, run_recoverable
 from dta_plugin.execution.streaming.autograd import run_streamed
 from dta_plugin.execution.streaming.chunk_plan import ChunkPlan
@@ -114,7 +122,9 @@ def _probed(
     if config.probe == "off":
         return {}
     rows = batch.image_rows
-    sample = None if rows is None else lambda: image_forest(causal_lm(model), batch.sequences, rows)
+    # Ranks that shard the model do the same, whether their own rows have images or a blank one stands in.
+    has_images = batch.images is not None if is_fsdp(model) else rows is not None
+    sample = (lambda: image_forest(causal_lm(model), batch.sequences, rows or [])) if has_images else None
     obstacles = probe(model, executors, config.backend, device, sample)
     first = obstacles[executors[0]]
     if first is not None:

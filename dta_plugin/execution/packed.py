@@ -101,7 +101,8 @@ def run_packed(
         if images is None:
             output = decoder_of(self)(**dta_inputs, **router)
         else:
-            output = decoder_call(self, dta_inputs | router, images, image_features(self, images.units))
+            features = image_features(self, images.units, layout.input_ids.device)
+            output = decoder_call(self, dta_inputs | router, images, features)
         rows = output.last_hidden_state[0].index_select(0, edges.rows)
         on_both = edges.row_of_edge, edges.host.row_of_edge
         logprobs, entropies = score(rows, head, layout.input_ids[edges.target], *on_both, own, return_entropy)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dta_plugin.execution.ranks import gathered, is_collective
+from dta_plugin.execution.ranks import gathered, is_collective, is_fsdp1
 from dta_plugin.models.introspection import causal_lm
 from dta_plugin.models.vision.batch_images import TreeImages, has_own_positions, position_axes
 from dta_plugin.models.vision.support import images_obstacle
@@ -28,7 +28,7 @@ def along_with_others(model: nn.Module, tree: PrefixTree, images: TreeImages | N
 
     All ranks that train together must call it.
     """
-    if not is_collective(model) or images_obstacle(causal_lm(model)) is not None:
+    if not (is_collective(model) or is_fsdp1(model)) or images_obstacle(causal_lm(model)) is not None:
         return images
     forms = gathered(model, None if images is None else _form(min(images.units, key=lambda unit: unit.tokens)))
     form = next((form for form in forms if form is not None), None)

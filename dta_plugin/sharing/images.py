@@ -60,7 +60,8 @@ def images_of_rows(
 
 def arguments_with_images(decoder: PreTrainedModel, inputs: dict[str, Any], images: TreeImages) -> dict[str, Any]:
     """Keyword arguments of the decoder for a packed row with images. inputs: those for text, see `row_inputs`."""
-    inputs = embedded_inputs(decoder, inputs, images, image_features(decoder, images.units))
+    features = image_features(decoder, images.units, inputs["input_ids"].device)
+    inputs = embedded_inputs(decoder, inputs, images, features)
     taken = inspect.signature(decoder.forward).parameters
     text = inspect.signature(text_model_of(decoder).forward).parameters
     for_text = {name: inputs.pop(name) for name in list(inputs) if name in text and name not in taken}

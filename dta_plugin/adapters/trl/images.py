@@ -15,10 +15,10 @@ import torch
 from transformers import PreTrainedModel
 
 from dta_plugin.errors import InvalidInputError
-from dta_plugin.models.vision.units import image_token_id
+from dta_plugin.models.vision.units import ImageInputs, image_token_id
 
 # What the model's processor returned for the images of one row; None: the row has none.
-RowImages = dict[str, torch.Tensor] | None
+RowImages = ImageInputs | None
 
 # Values of images, of those TRL hands to its hook.
 VALUES = (
@@ -115,7 +115,7 @@ def row_images(inputs: Mapping[str, Any]) -> list[RowImages] | None:
     if not entries:
         return None
     parts = {name: inputs[name].split(counts) for name, counts in entries.items()}
-    rows = [
+    rows: list[RowImages] = [
         {name: part[row] for name, part in parts.items()} if count else None
         for row, count in enumerate(inputs["num_images"])
     ]

@@ -10,11 +10,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from dta_plugin.adapters.trl.generation_batch import Inputs
-from dta_plugin.adapters.trl.image_rows import ImageRows, by_content
+from dta_plugin.adapters.trl.image_rows import image_rows
 from dta_plugin.adapters.trl.images import RowImages, are_the_same
 from dta_plugin.adapters.trl.token_weights import is_weighted
 from dta_plugin.models.introspection import causal_lm
 from dta_plugin.training.batch import RowBatch
+from dta_plugin.training.image_rows import ImageRows, by_content
 from dta_plugin.tree.cost import Padded
 
 
@@ -76,7 +77,7 @@ class MicroBatch:
         """As TRL's loss forms the rows of a buffered micro-batch. model: the trainer's, for its images."""
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        images = ImageRows.from_inputs(model, inputs, ids)
+        images = image_rows(model, inputs, ids)
         return cls.from_padded(ids, mask, inputs["completion_ids"].shape[1], is_weighted(inputs), images)
 
     def has_rows_of(self, other: MicroBatch) -> bool:

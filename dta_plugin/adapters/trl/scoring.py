@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dta_plugin.adapters.trl.image_rows import ImageRows
+from dta_plugin.adapters.trl.image_rows import image_rows
 from dta_plugin.adapters.trl.images import TOKEN_TYPES, input_obstacle
 from dta_plugin.adapters.trl.micro_batch import MicroBatch, joined, joined_images
 from dta_plugin.adapters.trl.noise import noise_obstacle
@@ -54,7 +54,7 @@ def tree_log_probs(
     the balance too, are 0. The aux loss is left out of the tuple for TRL versions whose hook returns two values.
     """
     has_weights = torch.is_grad_enabled() and state.hands_out_weights(trainer)
-    images = ImageRows.from_inputs(trainer.model, inputs, input_ids)
+    images = image_rows(trainer.model, inputs, input_ids)
     micro_batch = MicroBatch.from_padded(input_ids, attention_mask, logits_to_keep, has_weights, images)
     call = _Call(trainer, state, model, micro_batch, attention_mask, compute_entropy, compute_aux_loss)
 

@@ -13,7 +13,7 @@ from torch import nn
 from trl import GRPOTrainer
 
 from dta_plugin.adapters.trl.generation_batch import Inputs, RowTable, row_obstacle
-from dta_plugin.adapters.trl.image_rows import ImageRows
+from dta_plugin.adapters.trl.image_rows import image_rows
 from dta_plugin.adapters.trl.losses import LOSS_TYPES, counts_padding, trainer_traits
 from dta_plugin.adapters.trl.origin import foreign_reader, unknown_terms
 from dta_plugin.adapters.trl.protocols import GRPOLike
@@ -106,7 +106,7 @@ def draw_micro_step(
 def _prompts(inputs: Inputs, model: nn.Module) -> RowBatch:
     """Of all rows, with what their images show."""
     prompts = RowBatch.from_padded(inputs["prompt_ids"], inputs["prompt_mask"], 0)
-    images = ImageRows.from_inputs(model, inputs, torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1))
+    images = image_rows(model, inputs, torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1))
     return prompts if images is None else replace(prompts, sequences=images.by_content(prompts.sequences))
 
 

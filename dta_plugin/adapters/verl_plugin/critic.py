@@ -22,7 +22,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithValueHead
 from dta_plugin.adapters.verl_plugin.jagged import token_rows
 from dta_plugin.adapters.verl_plugin.micro_batches import agreed, clear_plan, may_regroup, planner, set_plan
 from dta_plugin.adapters.verl_plugin.mini_batch import Findings, MiniBatchRun, decide
-from dta_plugin.adapters.verl_plugin.obstacles import batch_obstacle, engine_obstacle
+from dta_plugin.adapters.verl_plugin.obstacles import engine_obstacle, text_obstacle
 from dta_plugin.adapters.verl_plugin.reach import names_plugin
 from dta_plugin.adapters.verl_plugin.upstream import check_engine
 from dta_plugin.config import TreeConfig
@@ -102,10 +102,10 @@ class TreeCriticEngine(FSDPEngineWithValueHead):
     def _begin(self, data: TensorDict, config: TreeConfig, loss_function: Any, forward_only: bool) -> MiniBatchRun:
         """Let all ranks agree on how a mini-batch runs, and cut it into micro-batches."""
         run = MiniBatchRun(None, not forward_only)
-        obstacle, plans = engine_obstacle(self) or batch_obstacle(data) or self._model_obstacle(), None
+        obstacle, plans = engine_obstacle(self) or text_obstacle(data) or self._model_obstacle(), None
         if obstacle is None and may_regroup(data, config.regroup, loss_function, forward_only):
             plans = planner(data, token_rows(data), model_cost(causal_lm(self.module)))
-        findings = Findings(None, obstacle, None, None if plans is None else plans.count, len(data))
+        findings = Findings(None, obstacle, None if plans is None else plans.count, len(data))
         decision = decide(agreed(findings, self.get_data_parallel_group()))
         if decision.obstacle is not None:
             self._dta_notices.say_once(f"the critic runs dense: {decision.obstacle}", level=logging.WARNING)

@@ -24,7 +24,13 @@ from dta_plugin.adapters.verl_plugin.diffusion.guards import check_model
 from dta_plugin.adapters.verl_plugin.diffusion.updates import DiffusionUpdates, Settings
 from dta_plugin.adapters.verl_plugin.jagged import JaggedRows, clear_weights
 from dta_plugin.adapters.verl_plugin.micro_batches import agreed, clear_plan, set_plan
-from dta_plugin.adapters.verl_plugin.mini_batch import MiniBatchRun, config_of_micro_batches, decide, find
+from dta_plugin.adapters.verl_plugin.mini_batch import (
+    MiniBatchRun,
+    config_of_micro_batches,
+    cost_on_all_ranks,
+    decide,
+    find,
+)
 from dta_plugin.adapters.verl_plugin.obstacles import packing_fault
 from dta_plugin.adapters.verl_plugin.run_checks import check_chunks
 from dta_plugin.adapters.verl_plugin.tokens import OptimizerPasses, choose_tokens, selection_obstacle
@@ -110,7 +116,7 @@ class TreeEngine(FSDPEngineWithLMHead):
         if run.config is None:
             return self._dense_step(run, micro_batch, loss_function, forward_only)
         micro_batch = micro_batch.to(get_device_id())
-        rows = JaggedRows.from_data(micro_batch)
+        rows = JaggedRows.from_data(micro_batch, causal_lm(self.module))
         per_sequence = rows.temperature if isinstance(rows.temperature, list) else None
         batch = prepare_batch(
             self.module,
@@ -119,6 +125,7 @@ class TreeEngine(FSDPEngineWithLMHead):
             run.config,
             temperatures=per_sequence,
             device=rows.offsets.device,
+            images=rows.images,
         )
         call = TreeCall(self.module, batch, rows, run.config)
         call.wants_entropy = bool(tu.get_non_tensor_data(micro_batch, "calculate_entropy", False))
@@ -182,16 +189,18 @@ class TreeEngine(FSDPEngineWithLMHead):
         run = MiniBatchRun(None, not forward_only)
         if run.is_update and selection_obstacle(data, loss_function, config) is None:
             step, rank = self._dta_passes.next(self.lr_scheduler.last_epoch), self.get_data_parallel_rank()
-            run.drawn = choose_tokens(data, loss_function, config, step, rank)
+            run.drawn = choose_tokens(data, self.module, loss_function, config, step, rank)
         findings, plans = find(self, data, config, loss_function, forward_only)
         decision = decide(agreed(findings, self.get_data_parallel_group()))
         if decision.obstacle is not None:
             self._refuse(decision.obstacle)
             return run
-        if decision.cost is not None and decision.cost.saving < config.min_saving:
-            saved = f"{decision.cost.saving:.0%} of FLOPs saved, min_saving {config.min_saving:.0%}"
-            self._dta_notices.say_once(f"verl's own path: only {saved}", "min_saving")
-            return run
+        if config.min_saving:
+            saving = cost_on_all_ranks(self, data, decision.is_cut).saving
+            if saving < config.min_saving:
+                saved = f"{saving:.0%} of FLOPs saved, min_saving {config.min_saving:.0%}"
+                self._dta_notices.say_once(f"verl's own path: only {saved}", "min_saving")
+                return run
         if plans is not None and decision.micro_batches is not None:
             set_plan(data, plans.plan(decision.micro_batches))
         run.config = config_of_micro_batches(data, config, self.engine_config.strategy)

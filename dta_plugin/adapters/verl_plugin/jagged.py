@@ -12,8 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDict
+from transformers import PreTrainedModel
 
+from dta_plugin.adapters.verl_plugin.images import row_images
+from dta_plugin.errors import InvalidInputError, UnsupportedError
+from dta_plugin.models.vision.units import ImageInputs
 from dta_plugin.training.batch import RowBatch
+from dta_plugin.training.image_rows import ImageRows
 
 WEIGHTS = "dta_weights"  # entry of a TensorDict, laid out as response_mask: a token runs if its weight is not 0
 # verl divides by no less.
@@ -24,25 +29,36 @@ _LEAST_TEMPERATURE = 1e-8
 class JaggedRows:
     """The rows of a mini-batch or micro-batch. N = tokens of all rows, S = rows.
 
-    runs: what of them is to run. temperature: of all, or per row where they differ. read, old_log_probs: where not all
-    tokens are scored, bool [N] which are, and the log-probs [N] of the others; entry t belongs to token t + 1.
+    runs: what of them is to run. images: per row, those of the tokens that run, None where no row has any. temperature:
+    of all, or per row where they differ. read, old_log_probs: where not all tokens are scored, bool [N] which are, and
+    the log-probs [N] of the others; entry t belongs to token t + 1.
     """
 
     runs: RowBatch
     temperature: float | list[float]
     offsets: torch.Tensor  # int64 [S + 1], of all tokens, on the batch's device
+    images: list[ImageInputs | None] | None = None
     read: torch.Tensor | None = None
     old_log_probs: torch.Tensor | None = None
 
     @classmethod
-    def from_data(cls, data: TensorDict) -> JaggedRows:
-        """What of `data` is to run: tokens up to the last one with a weight; of a row without any, its first token."""
+    def from_data(cls, data: TensorDict, model: PreTrainedModel) -> JaggedRows:
+        """What of `data` is to run: tokens up to the last one with a weight; of a row without any, its first token.
+
+        An image that the last token is in runs whole. model: the causal LM, which says which tokens are of which image.
+        """
         whole = cls.whole(data)
         if WEIGHTS not in data.keys():  # noqa: SIM118 (a TensorDict)
             return whole
         read, old = whole.from_responses(padded(data[WEIGHTS]) > 0), whole.from_responses(padded(data["old_log_probs"]))
         masks = np.split(np.roll(read.cpu().numpy(), 1), whole.offsets[1:-1].cpu().numpy())
-        return replace(whole, runs=whole.runs.up_to_last_read(masks), read=read, old_log_probs=old)
+        runs, images = whole.runs.up_to_last_read(masks), whole.images
+        if images is not None:
+            sequences = whole.runs.sequences
+            in_rows = ImageRows.of_whole(model, sequences, images)
+            ends, images = in_rows.up_to(sequences, list(map(len, runs.sequences)))
+            runs = whole.runs.up_to(ends, masks)
+        return replace(whole, runs=runs, images=images, read=read, old_log_probs=old)
 
     @classmethod
     def whole(cls, data: TensorDict) -> JaggedRows:
@@ -53,12 +69,25 @@ class JaggedRows:
             rows = RowBatch(sequences, [max(1, int(length)) for length in _prompt_lengths(data).tolist()])
         else:
             rows = RowBatch(sequences, [1] * len(sequences), _loss_masks(data, sequences))
-        return cls(rows, _temperature(data), ids.offsets())
+        return cls(rows, _temperature(data), ids.offsets(), row_images(data))
 
     @property
     def left_out(self) -> int:
         """Tokens that do not run."""
         return int(self.offsets[-1]) - self.runs.tokens
+
+    def by_content(self, model: PreTrainedModel) -> RowBatch:
+        """What runs, with what images show in place of their placeholders: rows are alike as far as they agree in it.
+
+        Rows whose images the core refuses, which is said elsewhere, are told by their ids.
+        """
+        if self.images is None:
+            return self.runs
+        sequences = self.runs.sequences
+        try:
+            return replace(self.runs, sequences=ImageRows.of_whole(model, sequences, self.images).by_content(sequences))
+        except (InvalidInputError, UnsupportedError):
+            return self.runs
 
     @property
     def response_tokens(self) -> int:

@@ -7,19 +7,23 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tensordict import TensorDict
+from transformers import PreTrainedModel
 from verl.utils import tensordict_utils as tu
 from verl.utils.metric import AggregationType, Metric
 
+from dta_plugin.adapters.verl_plugin.images import position_obstacle, row_images
 from dta_plugin.adapters.verl_plugin.jagged import JaggedRows
-from dta_plugin.adapters.verl_plugin.micro_batches import may_regroup, planner
+from dta_plugin.adapters.verl_plugin.micro_batches import agreed, may_regroup, planner
 from dta_plugin.adapters.verl_plugin.obstacles import batch_obstacle, engine_obstacle
 from dta_plugin.adapters.verl_plugin.protocols import Engine
 from dta_plugin.adapters.verl_plugin.tokens import selection_obstacle
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import InvalidInputError
+from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.execution.prepared_batch import prepare_batch
 from dta_plugin.models.introspection import causal_lm, model_cost
 from dta_plugin.models.support import tree_obstacle
+from dta_plugin.models.vision.batch_images import BatchImages
+from dta_plugin.models.vision.support import images_obstacle
 from dta_plugin.training.metrics import reduction_of
 from dta_plugin.training.placement.micro_batches import BudgetPlanner, SizePlanner
 from dta_plugin.training.run_counts import RunCounts
@@ -56,55 +60,94 @@ class MiniBatchRun:
 class Findings:
     """What one rank finds in its part of a mini-batch, for all to decide on.
 
-    selection: why tokens cannot be drawn, which ends the run. obstacle: why a tree would not be exact. cost: in FLOPs,
-    where the gate asks for it. micro_batches: how many it would make, where rows may move. rows: how many it has.
+    invalid: why tokens cannot be drawn, or images do not fit their rows, which ends the run. obstacle: why a tree would
+    not be exact. micro_batches: how many it would make, where rows may move. rows: how many it has. is_cut: whether
+    some of their tokens do not run.
     """
 
-    selection: str | None
+    invalid: str | None
     obstacle: str | None
-    cost: CostEstimate | None
     micro_batches: int | None
     rows: int
+    is_cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The same on all ranks. obstacle: why verl's own path runs. cost: of all of them. micro_batches: how many each."""
+    """The same on all ranks. obstacle: why verl's own path runs. micro_batches: how many each. is_cut: any of them."""
 
     obstacle: str | None
-    cost: CostEstimate | None
     micro_batches: int | None
+    is_cut: bool = False
 
 
 def find(
     engine: Engine, data: TensorDict, config: TreeConfig, loss_function: Any, forward_only: bool
 ) -> tuple[Findings, BudgetPlanner | SizePlanner | None]:
     """Look at a mini-batch whose tokens have been chosen; with what plans its micro-batches, if anything may."""
-    selection = None if forward_only else selection_obstacle(data, loss_function, config)
+    invalid = None if forward_only else selection_obstacle(data, loss_function, config)
     obstacle = engine_obstacle(engine) or tree_obstacle(engine.module) or batch_obstacle(data)
-    plans, cost = None, None
-    if obstacle is None:
-        rows = JaggedRows.from_data(data)
-        if may_regroup(data, config.regroup, loss_function, forward_only):
-            plans = planner(data, rows.runs.sequences, model_cost(causal_lm(engine.module)))
-        if config.min_saving:
-            cost = _cost(engine, data, rows)
-    return Findings(selection, obstacle, cost, None if plans is None else plans.count, len(data)), plans
+    if invalid is not None or obstacle is not None:
+        return Findings(invalid, obstacle, None, len(data)), None
+    model = causal_lm(engine.module)
+    try:
+        rows, images = _rows_and_images(data, model)
+    except InvalidInputError as error:
+        return Findings(str(error), None, None, len(data)), None
+    except UnsupportedError as error:
+        return Findings(None, str(error), None, len(data)), None
+    obstacle, plans = position_obstacle(data, images), None
+    if obstacle is None and may_regroup(data, config.regroup, loss_function, forward_only):
+        sequences = rows.runs.sequences if images is None else images.identities()
+        plans = planner(data, sequences, model_cost(model))
+    count = None if plans is None else plans.count
+    return Findings(None, obstacle, count, len(data), rows.read is not None), plans
+
+
+def _rows_and_images(data: TensorDict, model: PreTrainedModel) -> tuple[JaggedRows, BatchImages | None]:
+    """What of a mini-batch is to run, and its images, if it has any.
+
+    Raises InvalidInputError for images that do not fit their rows, and UnsupportedError where they cannot come into a
+    tree.
+    """
+    if row_images(data) is not None and (reason := images_obstacle(model)) is not None:
+        raise UnsupportedError(reason)
+    rows = JaggedRows.from_data(data, model)
+    if rows.images is None or all(row is None for row in rows.images):
+        return rows, None
+    return rows, BatchImages.from_rows(model, rows.runs.sequences, rows.images)
 
 
 def decide(ranks: Sequence[Findings]) -> Decision:
-    """What the findings of all ranks come to. Raises InvalidInputError where tokens cannot be drawn on any of them."""
-    refused = next((rank.selection for rank in ranks if rank.selection is not None), None)
-    if refused is not None:
-        raise InvalidInputError(refused)
+    """What the findings of all ranks come to. Raises InvalidInputError where what any of them has is invalid."""
+    invalid = next((rank.invalid for rank in ranks if rank.invalid is not None), None)
+    if invalid is not None:
+        raise InvalidInputError(invalid)
     obstacle = next((rank.obstacle for rank in ranks if rank.obstacle is not None), None)
     if obstacle is not None:
-        return Decision(obstacle, None, None)
-    costs = [rank.cost for rank in ranks if rank.cost is not None]
-    cost = CostEstimate(sum(cost.dense for cost in costs), sum(cost.tree for cost in costs)) if costs else None
+        return Decision(obstacle, None)
     counts = [rank.micro_batches for rank in ranks if rank.micro_batches is not None]
     is_possible = len(counts) == len(ranks) and max(counts) <= min(rank.rows for rank in ranks)
-    return Decision(None, cost, max(counts) if is_possible else None)
+    return Decision(None, max(counts) if is_possible else None, any(rank.is_cut for rank in ranks))
+
+
+def cost_on_all_ranks(engine: Engine, data: TensorDict, is_cut: bool) -> CostEstimate:
+    """In FLOPs: of verl's own path, which computes all tokens, and of trees of those that are to run.
+
+    All ranks must call it, and prepare equally many batches: is_cut is as they have decided.
+    """
+
+    def cost_of(rows: JaggedRows) -> CostEstimate:
+        runs, device = rows.runs, rows.offsets.device
+        return prepare_batch(
+            engine.module, runs.sequences, runs.scored, TreeConfig(), device=device, images=rows.images
+        ).cost
+
+    cost = cost_of(JaggedRows.from_data(data, causal_lm(engine.module)))
+    if is_cut:
+        cost = CostEstimate(cost_of(JaggedRows.whole(data)).dense, cost.tree)
+    costs = agreed(cost, engine.get_data_parallel_group())
+    return CostEstimate(sum(cost.dense for cost in costs), sum(cost.tree for cost in costs))
 
 
 def config_of_micro_batches(data: TensorDict, config: TreeConfig, strategy: str) -> TreeConfig:
@@ -114,14 +157,3 @@ def config_of_micro_batches(data: TensorDict, config: TreeConfig, strategy: str)
         budget = config.max_tree_tokens_per_chunk or int(tu.get_non_tensor_data(data, "max_token_len_per_gpu", 0))
         return replace(config, max_tree_tokens_per_chunk=budget)
     return config
-
-
-def _cost(engine: Engine, data: TensorDict, rows: JaggedRows) -> CostEstimate:
-    """Of verl's own path, which computes all tokens, and of a tree of those that are to run."""
-
-    def cost_of(some: JaggedRows) -> CostEstimate:
-        runs = some.runs
-        return prepare_batch(engine.module, runs.sequences, runs.scored, TreeConfig(), device=some.offsets.device).cost
-
-    cost = cost_of(rows)
-    return cost if rows.read is None else CostEstimate(cost_of(JaggedRows.whole(data)).dense, cost.tree)

@@ -1,8 +1,8 @@
 """Where verl asks for something that a tree cannot give exactly: a reason that names the setting and the remedy.
 
-`batch_obstacle` looks at one rank's mini-batch; the engine lets all ranks agree. What the model itself rules out
-(recurrent layers that are not known, dropout, prompt tuning) is `models.support`'s to say. `packing_fault` is of verl's
-own path.
+`batch_obstacle` looks at one rank's mini-batch, `images` at what pictures and positions it has; the engine lets all
+ranks agree. What the model itself rules out (recurrent layers that are not known, dropout, prompt tuning) is
+`models.support`'s to say. `packing_fault` is of verl's own path.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import torch
-from tensordict import NonTensorData, TensorDict
+from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
+from dta_plugin.adapters.verl_plugin.images import position_obstacle, row_images
 from dta_plugin.adapters.verl_plugin.protocols import Engine
 from dta_plugin.models.introspection import causal_lm
 from dta_plugin.models.recurrent_layers import mixers
@@ -48,34 +48,20 @@ def engine_obstacle(engine: Engine) -> str | None:
 
 
 def batch_obstacle(data: TensorDict) -> str | None:
-    """What in a mini-batch a tree cannot follow, or None."""
+    """What in a mini-batch a tree cannot follow, or None; of its rows' images and positions, see `images`."""
     for key, reason in _NEEDS_LOGITS.items():
         if tu.get_non_tensor_data(data, key, False):
             return reason
-    if _is_multimodal(data):
-        return "the batch has images or other multimodal inputs, which token ids do not tell apart; train on text"
     if "routed_experts" in data.keys():  # noqa: SIM118 (a TensorDict)
         return "the batch has routed_experts (router replay), which are per row; switch the replay off"
-    return _position_obstacle(data)
+    return None
 
 
-def _is_multimodal(data: TensorDict) -> bool:
-    """Whether a row has more than tokens. Entries are TensorDict-like, whose truth value is an error."""
-    for found in data.get("multi_modal_inputs", []):
-        inputs = found.data if isinstance(found, NonTensorData) else found
-        if inputs is not None and any(value is not None for value in inputs.values()):
-            return True
-    return False
-
-
-def _position_obstacle(data: TensorDict) -> str | None:
-    """Multimodal models have several rows of positions [rows, N], which are all the same on text."""
-    positions, offsets = data["position_ids"].values(), data["input_ids"].offsets()
-    expected = torch.arange(int(offsets[-1]), device=offsets.device) - offsets[:-1].repeat_interleave(offsets.diff())
-    if positions.shape[-1] == len(expected) and bool((positions.to(expected) == expected).all()):
-        return None
-    what = "position ids" if positions.dim() == 1 else "position ids (multimodal, several rows of them)"
-    return f"{what} are not 0, 1, 2, ..., a token's depth in the tree; train on text, with positions as verl sets them"
+def text_obstacle(data: TensorDict) -> str | None:
+    """The same, of critics and diffusion LMs, which take text alone."""
+    if row_images(data) is not None:
+        return "the batch has images or other multimodal inputs, which only causal actors take along; train on text"
+    return batch_obstacle(data) or position_obstacle(data, None)
 
 
 def packing_fault(engine: Engine, data: TensorDict) -> str | None:

@@ -11,6 +11,7 @@ from verl.workers.engine.fsdp import transformer_impl
 
 from dta_plugin.adapters.verl_plugin import weighted_loss
 from dta_plugin.adapters.verl_plugin.micro_batches import as_planned
+from dta_plugin.adapters.verl_plugin.own_forwards import keeping_own_forwards
 from dta_plugin.adapters.verl_plugin.run_checks import STRATEGIES
 
 try:
@@ -32,7 +33,8 @@ def register(kind: str, engine: type) -> None:
 
 
 def extend_functions() -> None:
-    """From now on micro-batches follow plans, and losses weights."""
+    """From now on micro-batches follow plans, losses weights, and models keep the forwards that verl replaces."""
     module: Any = transformer_impl
     module.prepare_micro_batches = as_planned(module.prepare_micro_batches)
+    module.apply_monkey_patch = keeping_own_forwards(module.apply_monkey_patch)
     weighted_loss.install()

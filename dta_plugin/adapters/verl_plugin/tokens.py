@@ -14,12 +14,14 @@ from __future__ import annotations
 from typing import Any
 
 from tensordict import TensorDict
+from torch import nn
 from verl.utils import tensordict_utils as tu
 
 from dta_plugin.adapters.verl_plugin.config import KEY
 from dta_plugin.adapters.verl_plugin.jagged import JaggedRows, padded, set_weights
 from dta_plugin.adapters.verl_plugin.losses import POLICY_LOSSES, loss_mode, ppo_config, update_traits
 from dta_plugin.config import TreeConfig
+from dta_plugin.models.introspection import causal_lm
 from dta_plugin.training.losses import tokens_read, traits_of
 from dta_plugin.training.tokens import DrawnTokens, draw_tokens
 
@@ -65,11 +67,13 @@ def selection_obstacle(data: TensorDict, loss_function: Any, config: TreeConfig)
     return None
 
 
-def choose_tokens(data: TensorDict, loss_function: Any, config: TreeConfig, step: int, rank: int) -> DrawnTokens | None:
+def choose_tokens(
+    data: TensorDict, model: nn.Module, loss_function: Any, config: TreeConfig, step: int, rank: int
+) -> DrawnTokens | None:
     """Give the mini-batch of an update its weights, if not all of its tokens have to run. The drawing, if there is one.
 
-    step: as `OptimizerPasses` counts. rank: data-parallel. The seed is `actor.data_loader_seed`. For an update that
-    `selection_obstacle` has nothing against.
+    model: the engine's. step: as `OptimizerPasses` counts. rank: data-parallel. The seed is `actor.data_loader_seed`.
+    For an update that `selection_obstacle` has nothing against.
     """
     actor, selection = ppo_config(loss_function), config.selection()
     if actor is None or not (selection or _may_prune(data, loss_function, config)):
@@ -83,7 +87,8 @@ def choose_tokens(data: TensorDict, loss_function: Any, config: TreeConfig, step
             set_weights(data, carries)
         return None
     seed = int(actor.data_loader_seed or 0) % 2**32
-    drawn = draw_tokens(selection, carries, rows.runs.groups, seed=seed, step=step, rank=rank)
+    groups = rows.by_content(causal_lm(model)).groups
+    drawn = draw_tokens(selection, carries, groups, seed=seed, step=step, rank=rank)
     set_weights(data, drawn.weights)
     return drawn
 

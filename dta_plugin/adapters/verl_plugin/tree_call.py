@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dta_plugin.adapters.verl_plugin.jagged import JaggedRows
+from dta_plugin.adapters.verl_plugin.own_forwards import as_transformers_has_them
 from dta_plugin.config import TreeConfig
 from dta_plugin.execution.auto import run_tree
 from dta_plugin.execution.prepared_batch import PreparedBatch
@@ -36,16 +37,17 @@ class TreeCall:
 
     def __call__(self, **_: Any) -> TreeOutputs:
         temperature = 1.0 if isinstance(self.rows.temperature, list) else self.rows.temperature
-        if self.verifies:
-            self.verified = check_batch(self.module, self.batch, self.config, temperature)
-        result = run_tree(
-            self.module,
-            self.batch,
-            self.config,
-            temperature=temperature,
-            return_entropy=self.wants_entropy,
-            has_scaler=self.has_scaler,
-        )
+        with as_transformers_has_them():  # what a tree is checked against
+            if self.verifies:
+                self.verified = check_batch(self.module, self.batch, self.config, temperature)
+            result = run_tree(
+                self.module,
+                self.batch,
+                self.config,
+                temperature=temperature,
+                return_entropy=self.wants_entropy,
+                has_scaler=self.has_scaler,
+            )
         self.report = replace(result.report, pruned_tokens=self.rows.left_out)
         tensors = {"log_probs": self.rows.log_probs(result.logprobs)}
         if result.entropies is not None:

@@ -40,6 +40,7 @@ _OF_ENGINES = (
     Name(f"{_LM}.get_data_parallel_group"),
     Name(f"{ENGINE}:FSDPEngineWithValueHead.prepare_model_outputs", ("output",)),
     Name(f"{ENGINE}:prepare_micro_batches", ("data",)),
+    Name(f"{ENGINE}:apply_monkey_patch", ("model",)),
     Name("verl.workers.utils.losses:value_loss", ("config", "data")),
     Name("verl.workers.utils.losses:ppo_loss", ("config", "data")),
     Name("verl.workers.utils.losses:sft_loss", ("config", "data")),

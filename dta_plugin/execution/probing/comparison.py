@@ -195,7 +195,7 @@ class Comparison:
         """Hidden states [T, H] of the tree, for a model without a head."""
         if self.images is None:
             return self._decoder(**inputs)
-        features = image_features(self.base, self.images.units)
+        features = image_features(self.base, self.images.units, self.paths.device)
         states: torch.Tensor = decoder_call(self.base, inputs, self.images, features).last_hidden_state[0]
         return states
 

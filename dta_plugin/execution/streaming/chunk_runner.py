@@ -53,7 +53,9 @@ class StreamedJob:
 
     def with_tower(self) -> StreamedJob:
         """The job with what the tower makes of its images, if there are any; once."""
-        return self if self.images is None else replace(self, tower=Tower.from_images(self.base, self.images))
+        if self.images is None:
+            return self
+        return replace(self, tower=Tower.from_images(self.base, self.images, self.edges.target.device))
 
     @property
     def trained_features(self) -> list[torch.Tensor]:

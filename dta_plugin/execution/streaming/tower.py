@@ -32,12 +32,12 @@ class Tower:
     leaves: Mapping[str, torch.Tensor]
 
     @classmethod
-    def from_images(cls, model: PreTrainedModel, images: TreeImages) -> Tower:
+    def from_images(cls, model: PreTrainedModel, images: TreeImages, device: torch.device) -> Tower:
         with plain_checkpointing(model):
             if is_checkpointed(model) or not torch.is_grad_enabled():
-                features = image_features(model, images.units)
+                features = image_features(model, images.units, device)
             else:
-                features = checkpoint(image_features, model, images.units, use_reentrant=False)
+                features = checkpoint(image_features, model, images.units, device, use_reentrant=False)
         leaves = {f"<features {i}>": x.detach().requires_grad_() for i, x in enumerate(features) if x.requires_grad}
         return cls(images, features, leaves)
 

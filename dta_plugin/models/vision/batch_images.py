@@ -191,19 +191,47 @@ def _in_layout(tree: PrefixTree, flat: np.ndarray) -> np.ndarray:
 def _positions(
     model: PreTrainedModel, ids: list[np.ndarray], is_image: list[np.ndarray], rows: Sequence[ImageInputs | None]
 ) -> list[np.ndarray] | None:
-    """Per sequence, int64 [axes, len] by the model's own function; None where it has none and positions are depths."""
+    """Per sequence, int64 [axes, len]; None where positions are depths.
+
+    The model's own function is asked once for siblings, up to the first token behind their last image. From there on
+    positions count up, as those of all text do.
+    """
     if not has_own_positions(model):
         return None
-    own: Any = decoder_of(model).get_rope_index
-    taken = inspect.signature(own).parameters
+    known: dict[object, np.ndarray] = {}
     axes, found = position_axes(model), []
+    own: Any = decoder_of(model).get_rope_index
+    has_kinds = "mm_token_type_ids" in inspect.signature(own).parameters
     for row, places, images in zip(ids, is_image, rows, strict=True):
         if images is None:
             found.append(np.broadcast_to(np.arange(len(row)), (axes, len(row))))
             continue
-        tokens = torch.from_numpy(row)[None]
-        kinds = torch.from_numpy(places.astype(np.int64))[None]
-        inputs = {**images, "mm_token_type_ids": kinds, "attention_mask": torch.ones_like(tokens)}
-        positions, _ = own(tokens, **{name: value.cpu() for name, value in inputs.items() if name in taken})
-        found.append(positions[-axes:, 0].to(torch.int64).numpy())
+        end = int(np.flatnonzero(places)[-1]) + 2  # the first token behind the last image, too
+        told = places if has_kinds else row  # without kinds of tokens, it looks at ids
+        key = told[:end].tobytes(), *(value.numpy().tobytes() for value in _of_positions(model, images).values())
+        if key not in known:
+            known[key] = _own_positions(model, row[:end], places[:end], images)
+        behind = known[key][:, -1:] + np.arange(1, max(0, len(row) - end) + 1)
+        found.append(np.concatenate([known[key], behind], axis=1))
     return found
+
+
+def _own_positions(model: PreTrainedModel, row: np.ndarray, places: np.ndarray, images: ImageInputs) -> np.ndarray:
+    """int64 [axes, len] of one row, by the model's own function."""
+    own: Any = decoder_of(model).get_rope_index
+    tokens = torch.from_numpy(row)[None]
+    kinds = {
+        "mm_token_type_ids": torch.from_numpy(places.astype(np.int64))[None],
+        "attention_mask": torch.ones_like(tokens),
+    }
+    taken = inspect.signature(own).parameters
+    inputs = _of_positions(model, images) | {name: value for name, value in kinds.items() if name in taken}
+    positions, _ = own(tokens, **inputs)
+    return positions[-position_axes(model) :, 0].to(torch.int64).numpy()
+
+
+def _of_positions(model: PreTrainedModel, images: ImageInputs) -> dict[str, torch.Tensor]:
+    """What of a row's images its positions depend on."""
+    own: Any = decoder_of(model).get_rope_index
+    taken = inspect.signature(own).parameters
+    return {name: value.cpu() for name, value in images.items() if name in taken}

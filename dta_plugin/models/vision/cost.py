@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -26,11 +26,23 @@ def tower_work(model: PreTrainedModel, units: Iterable[Unit]) -> Work:
     modules = [module for module in decoder.modules() if module not in language]
     is_trained = any(p.requires_grad for module in modules for p in module.parameters(recurse=False))
     share = 1.0 if is_trained else _FORWARD
-    patches = [_patches(unit, vision) for unit in units]
-    pairs = sum(count * _visible(count, vision) for count in patches)
+    sizes = [(_patches(unit, vision), unit.tokens) for unit in units]
+    patches, tokens = (sum(column) for column in zip(*sizes, strict=True))
+    pairs = sum(count * _visible(count, vision) for count, _ in sizes)
+    on_patches, on_tokens = _matrices(modules)
     width = _number(vision, "hidden_size", "embed_dim")
-    per_patch = 2.0 * matrix_numbers(module for module in modules if not isinstance(module, nn.Embedding))
-    return Work(0.0, share * per_patch * sum(patches), share * 4.0 * width * pairs, 0.0)
+    linear = 2.0 * (on_patches * patches + on_tokens * tokens)
+    return Work(0.0, share * linear, share * 4.0 * width * pairs, 0.0)
+
+
+def _matrices(modules: Sequence[nn.Module]) -> tuple[int, int]:
+    """How many numbers multiply every patch, those of convolutions and layers; and every token, those behind them."""
+    lists = [module for module in modules if isinstance(module, nn.ModuleList)]
+    layers = max(lists, key=len, default=nn.ModuleList())
+    inside = {*layers.modules(), *(module for module in modules if isinstance(module, nn.modules.conv._ConvNd))}
+    tables = [module for module in modules if isinstance(module, nn.Embedding)]
+    behind = [module for module in modules if module not in inside and module not in tables]
+    return matrix_numbers(module for module in inside if module not in tables), matrix_numbers(behind)
 
 
 def _patches(unit: Unit, vision: Any) -> int:

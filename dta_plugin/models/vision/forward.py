@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dta_plugin.errors import InvalidInputError, UnsupportedError
-from dta_plugin.models.introspection import decoder_of, input_device
+from dta_plugin.models.introspection import decoder_of
 from dta_plugin.models.layers import forward_has
 from dta_plugin.models.vision.batch_images import TreeImages
 from dta_plugin.models.vision.dense import EXPERT_KINDS, expert_kinds
@@ -30,17 +30,16 @@ _COUNTS = ("num_local_patches",)
 _LEVELS = ("deepstack_visual_embeds", "deepstack_features")
 
 
-def image_features(model: PreTrainedModel, units: Sequence[Unit]) -> list[torch.Tensor]:
+def image_features(model: PreTrainedModel, units: Sequence[Unit], device: torch.device) -> list[torch.Tensor]:
     """Features [F, H] of all units, one after the other, and those for each of the first layers (deepstack), if any.
 
-    One call of the tower. model: the causal LM inside all wrappers.
+    One call of the tower. model: the causal LM inside all wrappers. device: where it computes.
 
     Raises:
         InvalidInputError: a unit with another number of features than it has placeholders.
         UnsupportedError: features for several layers, which the language model does not take.
     """
     decoder: Any = decoder_of(model)
-    device = input_device(model)
     inputs: dict[str, Any] = {name: value.to(device) for name, value in stacked(units).items()}
     inputs |= {name: inputs[name].tolist() for name in _COUNTS if name in inputs}
     output = decoder.get_image_features(**inputs)

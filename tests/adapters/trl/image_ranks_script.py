@@ -76,7 +76,7 @@ CASES: dict[str, dict[str, Any]] = {
         **turns([[0], [1]]),
     },
 }
-SHARDED = ("together", "tools", "nothing_read")
+SHARDED = ("together", "several", "tools", "nothing_read")
 CONTROLS = {"wrong_images": CASES["together"] | {"prepare": with_wrong_images}}
 
 

@@ -9,7 +9,7 @@ import torch
 
 from tests.adapters.trl import image_ranks_script
 from tests.adapters.trl.image_ranks_script import CASES, SHARDED
-from tests.adapters.trl.support import TOLERANCE, Run, assert_equal, difference
+from tests.adapters.trl.support import TOLERANCE, Run, assert_equal, difference, weight_difference
 from tests.adapters.trl.test_regroup import EXTREMES, TOKEN_MEANS
 from tests.adapters.trl.vision import save_vision_model
 from tests.recipes.test_trl import launcher_environment
@@ -54,15 +54,19 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> list[Runs]:
 
 
 @pytest.mark.parametrize("name", SHARDED)
-def test_equals_stock_with_shards(sharded: list[Runs], name: str) -> None:
-    assert_all_equal(sharded, name)
+def test_shards_change_nothing(ranks: list[Runs], sharded: list[Runs], name: str) -> None:
+    """Where images of ranks differ in size, stock under FSDP2 is 1e-2 from stock under DDP; trees are not, which equal
+    the latter."""
+    if name == "together":
+        assert_all_equal(sharded, name)
+    for under_ddp, own in zip(ranks, sharded, strict=True):
+        assert weight_difference(under_ddp[name][1], own[name][1]) <= TOLERANCE
 
 
-def test_a_rank_has_no_images_left(ranks: list[Runs], sharded: list[Runs]) -> None:
+def test_a_rank_has_no_images_left(ranks: list[Runs]) -> None:
     """Its rows are one token each."""
-    for found in (ranks, sharded):
-        tokens = [[entry["dta/tree_tokens"] for entry in runs["nothing_read"][1].dta] for runs in found]
-        assert tokens[0] == [1, 1] and min(tokens[1]) > 8
+    tokens = [[entry["dta/tree_tokens"] for entry in runs["nothing_read"][1].dta] for runs in ranks]
+    assert tokens[0] == [1, 1] and min(tokens[1]) > 8
 
 
 def test_siblings_and_their_images_meet(ranks: list[Runs]) -> None:

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from dta_plugin.adapters.trl import TreeGRPOConfig, TreeGRPOTrainer, TreeRLOOConfig, TreeRLOOTrainer
+from dta_plugin.adapters.trl.images import VALUES
 from dta_plugin.models.vision import batch_images
 from tests.adapters.trl.image_ranks_script import half
 from tests.adapters.trl.support import (
     TOLERANCE,
     assert_equal,
+    build,
     dense_and_tree,
     difference,
     moved,
+    no_dense_pass,
     train,
     weight_difference,
 )
 from tests.adapters.trl.test_regroup import EXTREMES, TOKEN_MEANS
-from tests.adapters.trl.vision import Tools, TowerCalls, processor, questions, save_vision_model
+from tests.adapters.trl.vision import Tools, TowerCalls, buffered, processor, questions, save_vision_model
+from tests.support.vision_images import IMAGE
+from tests.support.vision_models import vision_model
 
 # One image per prompt, of which two have the same text and size; several; and none, which TRL takes if tools have some.
 ONE = [[number] for number in range(4)] * 4
@@ -30,6 +37,8 @@ SEVERAL = [[0], [1, 2], [3], [2, 0, 4]] * 4
 MIXED = [[0], [1, 2], [], [2, 0, 4]] * 4
 LORA = LoraConfig(r=4, lora_alpha=16, lora_dropout=0.0, target_modules=r".*language_model.*\.(q_proj|down_proj)")
 LORA_EVERYWHERE = LoraConfig(r=4, lora_alpha=16, lora_dropout=0.0, target_modules=r".*\.(q_proj|qkv|down_proj)")
+# What the families' forwards take beside ids.
+TYPES = {"gemma3": ("token_type_ids",), "gemma4": ("mm_token_type_ids",), "qwen2_vl": ("mm_token_type_ids",)}
 SPREAD = {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "max_steps": 4}
 APART = {"dta_merge_window": "never"}
 
@@ -86,6 +95,47 @@ def test_features_for_several_layers(tmp_path_factory: pytest.TempPathFactory, t
 def test_rloo(vision: str, tmp_path: Path) -> None:
     trainers, configs = (RLOOTrainer, TreeRLOOTrainer), (RLOOConfig, TreeRLOOConfig)
     assert_equal(*dense_and_tree(vision, tmp_path, trainers, configs, beta=0.04, trainer_options=on(SEVERAL)))
+
+
+ROWS: list[list[Any]] = [
+    [[5], 1, [6, 7], [8, 9]],
+    [[5], 1, [6, 7], [8], 2, [9]],
+    [[5], 2, [6, 7], [8, 9]],
+    [[4], 1, 3, [10]],
+]
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma4", "internvl", "mistral3", "qwen2_vl"])
+def test_every_form_of_images(family: str, tmp_path: Path) -> None:
+    """TRL's hook and the tree, on the same rows: log-probs, entropies, and gradients of all weights."""
+    found = []
+    for kind, config in ((GRPOTrainer, GRPOConfig), (TreeGRPOTrainer, TreeGRPOConfig)):
+        trainer = build(lambda: vision_model(family, torch.float32), tmp_path, kind, config, on(ONE))
+        trainer.model.train()
+        inputs = buffered(trainer.model, ROWS, 3)
+        ids, mask = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], dim=1) for x in ("ids", "mask"))
+        images = {name: inputs[name] for name in (*VALUES, "num_images") if name in inputs}
+        images |= {name: (ids == IMAGE).long() for name in TYPES.get(family, ())}
+        images["pixel_values"] = images["pixel_values"].float()
+        columns = inputs["completion_ids"].shape[1]
+        with no_dense_pass(GRPOTrainer) if kind is TreeGRPOTrainer else nullcontext():
+            logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
+                trainer.model, ids, mask, columns, compute_entropy=True, **images
+            )
+        (logps * inputs["completion_mask"] * torch.arange(1, columns + 1)).sum().backward()
+        found.append(
+            [
+                logps.detach() * inputs["completion_mask"],
+                entropies.detach() * inputs["completion_mask"],
+                *(p.grad for p in trainer.model.parameters() if p.grad is not None),
+            ]
+        )
+    assert len(found[0]) == len(found[1])
+    assert any(
+        "vision" in name or "visual" in name for name, p in trainer.model.named_parameters() if p.grad is not None
+    )
+    for stock, tree in zip(*found, strict=True):
+        assert (stock - tree).norm() <= 1e-4 * stock.norm() + 1e-5
 
 
 @pytest.mark.parametrize("images", [ONE, SEVERAL], ids=["one", "several"])

@@ -16,10 +16,11 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
+from trl.trainer import utils
 
 from tests.support.vision_images import IMAGE
-from tests.support.vision_models import VOCABULARY, vision_model
+from tests.support.vision_models import VOCABULARY, rows_of, vision_model
 
 _MARKS = {"<|image_pad|>": IMAGE, "<|video_pad|>": 91, "<|vision_start|>": 92, "<|vision_end|>": 93}
 _TEMPLATE = (
@@ -154,3 +155,40 @@ class Tools:
         texts = trainer.processing_class.batch_decode(completions, skip_special_tokens=True)
         messages = [[{"role": "assistant", "content": text}] for text in texts]
         return masks, messages, completions, None, len(prompts), 0, images
+
+
+def buffered(model: PreTrainedModel, parts: list[list[Any]], prompt: int) -> dict[str, Any]:
+    """A micro-batch of these rows, of which the first `prompt` parts are the prompt; all tokens are read."""
+    found = rows_of(model.config.model_type, parts)
+    lengths = [len(rows_of(model.config.model_type, [row[:prompt]]).sequences[0]) for row in parts]
+    prompts = [row[:n] for row, n in zip(found.sequences, lengths, strict=True)]
+    completions = [row[n:] for row, n in zip(found.sequences, lengths, strict=True)]
+
+    def pad(rows: list[list[int]], left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        tensors = [torch.tensor(row) for row in rows]
+        masks = [torch.ones_like(row) for row in tensors]
+        side = "left" if left else "right"
+        return utils.pad(tensors, 0, side), utils.pad(masks, 0, side)
+
+    (prompt_ids, prompt_mask), (completion_ids, completion_mask) = pad(prompts, True), pad(completions, False)
+    shown = [images for images in found.images if images is not None]
+    return {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": prompt_mask,
+        "completion_ids": completion_ids,
+        "completion_mask": completion_mask,
+        "advantages": torch.arange(1.0, len(parts) + 1),
+        **_over_rows(shown),
+        "num_images": [sum(isinstance(part, int) for part in row) for row in parts],
+    }
+
+
+def _over_rows(shown: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """As a processor returns them for all rows: pixels padded to the largest."""
+    most = torch.tensor([images["pixel_values"].shape[1:] for images in shown]).amax(dim=0).tolist()
+    joined = {key: [images[key] for images in shown] for key in shown[0]}
+    joined["pixel_values"] = [
+        torch.nn.functional.pad(p, [n for a, b in zip(most[::-1], p.shape[:0:-1], strict=True) for n in (0, a - b)])
+        for p in joined["pixel_values"]
+    ]
+    return {key: torch.cat(values) for key, values in joined.items()}

@@ -26,3 +26,12 @@ def folder(rank: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.adapters.verl.support import save_model
 
     return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if verl had built no Qwen2-VL in this process, nor Qwen2.5-VL: it replaces their forwards for good."""
+    from tests.adapters.verl.pictures import REPLACED
+
+    for kind, forward in REPLACED.items():
+        monkeypatch.setattr(kind, "forward", forward)

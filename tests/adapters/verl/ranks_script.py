@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +21,20 @@ from verl.utils import tensordict_utils as tu
 
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedError
-from tests.adapters.verl import critics, recurrent
+from tests.adapters.verl import critics, pictures, recurrent
 from tests.adapters.verl.steps import DYNAMIC, SMALL_BUDGET, STATIC, STREAMED, TEMPERATURES
 from tests.adapters.verl.support import (
     Setup,
     Step,
     actor_config,
     build,
+    difference,
     differences,
     log_probs,
     mini_batch,
     nested,
     save_model,
+    train,
 )
 from tests.adapters.verl.updates import sampled, updated, without_regularisers
 
@@ -116,6 +120,23 @@ def with_recurrent_layers(folder: Path, further: bool = False) -> dict[str, Any]
     return {"differences": found, "metrics": [step["dta"] for step in results]}
 
 
+def with_pictures(folder: Path, family: str, strategies: Sequence[str] = ("fsdp2",)) -> dict[str, Any]:
+    """Different pictures on each rank; on one of them in some micro-batches only; on one of them none at all."""
+    if distributed.get_rank() == 0:
+        pictures.save_vision(folder / family, family)
+    distributed.barrier()
+    common = Step(shape="pictures", position_rows=4, remove_padding=False, budget=500)
+    small = replace(common, budget=60, stock_budget=500, temperature=None)
+    steps = [common, replace(small, shape="one-sided"), small]
+    found, weights = [], []
+    for strategy in strategies:
+        stock, tree = (build(Setup(strategy), folder / family, tree=tree) for tree in (False, True))
+        expected, results = train(stock, steps), train(tree, steps)
+        found += [difference(a, b) for a, b in zip(results, expected, strict=True)]
+        weights.append((pictures.weights(tree) - pictures.weights(stock)).abs().max().item())
+    return {"differences": [*found, *weights], "metrics": [step["dta"] for step in results]}
+
+
 def main() -> None:
     folder, jobs = Path(sys.argv[1]), sys.argv[2:]
     distributed.init_process_group("gloo")
@@ -130,6 +151,8 @@ def main() -> None:
         "critic": with_critic,
         "recurrent": with_recurrent_layers,
         "recurrent further": functools.partial(with_recurrent_layers, further=True),
+        "pictures": functools.partial(with_pictures, family="qwen3_vl"),
+        "pictures further": functools.partial(with_pictures, family="qwen3_5", strategies=("fsdp", "fsdp2")),
     }
     for job in jobs:
         if job in special:

@@ -50,17 +50,17 @@ def save_recurrent(folder: Path, family: str = "qwen3_5") -> Path:
     config.architectures = [KINDS[family].__name__]
     torch.manual_seed(0)
     model = KINDS[family](config)
-    _shake(model, 0.05)
-    _shake(model, 0.3, "linear_attn.out_proj")  # recurrent layers have a say
+    shake(model, 0.05)
+    shake(model, 0.3, "linear_attn.out_proj")  # recurrent layers have a say
     model.save_pretrained(folder)
     adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-    _shake(adapted, 0.1, "lora_B")
+    shake(adapted, 0.1, "lora_B")
     adapted.save_pretrained(folder / "adapter")
     return folder
 
 
 @torch.no_grad()
-def _shake(model: torch.nn.Module, std: float, part: str = "") -> None:
+def shake(model: torch.nn.Module, std: float, part: str = "") -> None:
     for name, parameter in model.named_parameters():
         if part in name:
             parameter += std * torch.randn_like(parameter)

@@ -11,6 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 from tensordict import NonTensorStack, TensorDict
 from torch import distributed
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from verl.models.transformers.qwen2_vl import get_rope_index
 from verl.trainer.config import CheckpointConfig
 from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 from verl.utils import tensordict_utils as tu
@@ -32,6 +34,8 @@ from dta_plugin.config import TreeConfig
 
 assert verl_cpu and plugin
 VOCABULARY = 64
+# Ids beyond those of text: a place in a picture or video, and what is around them.
+PLACE, VIDEO, START, END = range(VOCABULARY, VOCABULARY + 4)
 # verl 0.8 has neither the loss "dro" nor "token-sum".
 ADDITIVE = {name for name, traits in POLICY_LOSSES.items() if traits.allows_moves}
 ADDITIVE_LOSSES = sorted(ADDITIVE & POLICY_LOSS_REGISTRY.keys())
@@ -75,7 +79,7 @@ class Step:
     config: TreeConfig = field(default_factory=TreeConfig)
 
 
-def _run(length: int, seed: int) -> list[int]:
+def text_run(length: int, seed: int) -> list[int]:
     generator = random.Random(seed)
     return [generator.randrange(3, VOCABULARY) for _ in range(length)]
 
@@ -85,24 +89,25 @@ def groups(seed: int = 0) -> tuple[Sequences, list[int]]:
     rows, begins = [], []
     for i in range(4):
         for prompt in range(4):
-            response = _run(3 + (5 * prompt + 3 * i) % 7, 1000 * seed + 100 + 10 * prompt + i)
-            rows.append(_run(20 + prompt, 1000 * seed + prompt) + response)
+            response = text_run(3 + (5 * prompt + 3 * i) % 7, 1000 * seed + 100 + 10 * prompt + i)
+            rows.append(text_run(20 + prompt, 1000 * seed + prompt) + response)
             begins.append(20 + prompt)
     return rows, begins
 
 
 def turns(seed: int = 0) -> tuple[Sequences, list[int]]:
     """Multi-turn trees: P/{A/{R0,R1}, B/{R2,R3}}, a comb whose turns end inside the tree, a duplicate."""
-    prompt, a, b = (_run(9, 1000 * seed + i) for i in range(3))
-    rows = [prompt + middle + _run(4 + i, 1000 * seed + 10 + i) for i, middle in enumerate((a, a, b, b))]
-    comb = _run(40, 1000 * seed + 50)
+    prompt, a, b = (text_run(9, 1000 * seed + i) for i in range(3))
+    rows = [prompt + middle + text_run(4 + i, 1000 * seed + 10 + i) for i, middle in enumerate((a, a, b, b))]
+    comb = text_run(40, 1000 * seed + 50)
     rows += [comb[:length] for length in (12, 19, 26, 33)]
-    rows += [comb[:19] + _run(5, 1000 * seed + 60 + i) for i in range(3)] + [rows[0]]
+    rows += [comb[:19] + text_run(5, 1000 * seed + 60 + i) for i in range(3)] + [rows[0]]
     lengths = [9, 9, 9, 18, 5, 5, 19, 5, 8, 19, 8, 9]
     return rows, lengths
 
 
-SHAPES = {"groups": groups, "turns": turns}
+# -> sequences, prompt lengths, and the multi_modal_inputs of rows that have any.
+SHAPES: dict[str, Any] = {"groups": groups, "turns": turns}
 
 
 def save_model(folder: Path) -> Path:
@@ -185,14 +190,21 @@ def nested(rows: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
 
 
-def positions(length: int, rows: int = 1) -> torch.Tensor:
-    """Of a sequence of text, [length] or [rows, length]."""
-    return torch.arange(length) if rows == 1 else torch.arange(length).repeat(rows, 1)
+def positions(ids: torch.Tensor, rows: int = 1, grid: torch.Tensor | None = None) -> torch.Tensor:
+    """Of a sequence, [len], or [rows, len] as multimodal models have. grid: of its pictures, by verl's function."""
+    depth = torch.arange(len(ids))
+    if grid is None:
+        return depth if rows == 1 else depth.repeat(rows, 1)
+    names = {"<|image_pad|>": PLACE, "<|video_pad|>": VIDEO, "<|vision_start|>": START}
+    processor = SimpleNamespace(
+        image_processor=SimpleNamespace(merge_size=2), tokenizer=SimpleNamespace(convert_tokens_to_ids=names.get)
+    )
+    return torch.cat([depth[None], get_rope_index(processor, ids, grid, attention_mask=torch.ones_like(ids))])
 
 
 def mini_batch(step: Step, seed: int = 0, budget: int | None = None) -> TensorDict:
     """This rank's part of a mini-batch, as `TrainingWorker.train_batch` hands it to an engine."""
-    sequences, begins = SHAPES[step.shape](seed)
+    sequences, begins, *further = SHAPES[step.shape](seed)
     total = len(sequences)
     rank, per_rank = distributed.get_rank(), total // distributed.get_world_size()
     mine = slice(rank * per_rank, (rank + 1) * per_rank)
@@ -200,11 +212,16 @@ def mini_batch(step: Step, seed: int = 0, budget: int | None = None) -> TensorDi
     pairs = list(zip(ids, begins[mine], strict=True))
     generator = torch.Generator().manual_seed(seed * 10 + rank)
     masks = [torch.ones(len(row) - begin, dtype=torch.long) for row, begin in pairs]
-    for mask in masks:
+    for mask, (row, begin) in zip(masks, pairs, strict=True):
         mask[1:2] = 0  # a token of a tool
+        mask[row[begin:] >= VOCABULARY] = 0
+    pictures: list[dict[str, torch.Tensor]] = further[0][mine] if further else [{} for _ in ids]
+    grids = [inputs.get("image_grid_thw") for inputs in pictures]
     tensors = {
         "input_ids": nested(ids),
-        "position_ids": nested([positions(len(row), step.position_rows) for row in ids]),
+        "position_ids": nested(
+            [positions(row, step.position_rows, grid) for row, grid in zip(ids, grids, strict=True)]
+        ),
         "prompts": nested([row[:begin] for row, begin in pairs]),
         "responses": nested([row[begin:] for row, begin in pairs]),
         "response_mask": nested(masks),
@@ -212,7 +229,7 @@ def mini_batch(step: Step, seed: int = 0, budget: int | None = None) -> TensorDi
         "advantages": nested([torch.randn(1, generator=generator).expand(len(mask)).clone() for mask in masks]),
     }
     data = TensorDict(tensors, batch_size=[len(ids)])
-    data["multi_modal_inputs"] = NonTensorStack(*[{} for _ in ids])
+    data["multi_modal_inputs"] = NonTensorStack(*pictures)
     if step.temperature is None:
         data["temperature"] = torch.tensor([(0.7, 1.0, 1.3)[i % 3] for i in range(len(ids))])
     else:

@@ -49,10 +49,10 @@ BATCHES: dict[str, tuple[Callable[[TensorDict], None], str]] = {
     "sum_pi_squared": (_flag("calculate_sum_pi_squared"), "calculate_sum_pi_squared=False"),
     "top_k": (_flag("distillation_use_topk"), "top-k distillation"),
     "distillation_only": (_flag("distillation_only"), "distillation"),
-    "images": (_images, "train on text"),
+    "images": (_images, "no image token in its config"),
     "router_replay": (_router_replay, "routed_experts"),
-    "mrope": (_image_positions, r"position ids \(multimodal, several rows of them\) are not 0, 1, 2"),
-    "positions": (_shifted, "position ids are not 0, 1, 2"),
+    "mrope": (_image_positions, r"position ids \(multimodal, several rows of them\) of row 0 are not 0, 1, 2"),
+    "positions": (_shifted, "position ids of row 0 are not 0, 1, 2"),
 }
 
 ENGINES: dict[str, tuple[Callable[[Any], None], str]] = {

@@ -163,7 +163,7 @@ def _gradient(step: Step, cut: list[list[int]]) -> torch.Tensor:
 
 def test_rows_and_back(folder: Path) -> None:
     data = mini_batch(Step(shape="turns", temperature=None))
-    rows = JaggedRows.from_data(data)
+    rows = JaggedRows.whole(data)
     assert [row.tolist() for row in rows.runs.sequences] == [row.tolist() for row in data["input_ids"].unbind()]
     assert rows.runs.scored == data["prompts"].offsets().diff().tolist()
     assert set(rows.temperature) == {torch.tensor(x).item() for x in (0.7, 1.0, 1.3)}
@@ -176,13 +176,13 @@ def test_rows_and_back(folder: Path) -> None:
 def test_padded_prompts_of_the_older_trainer() -> None:
     """trainer.use_v1=False: prompts padded left, and kept so."""
     data = mini_batch(Step())
-    expected = JaggedRows.from_data(data).runs.scored
+    expected = JaggedRows.whole(data).runs.scored
     prompts = data["prompts"].unbind()
     width = max(map(len, prompts))
     padded = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0)) for row in prompts])
     data["prompts"] = padded
     data["attention_mask"] = torch.cat([(padded > 0).long(), torch.ones(len(data), 9, dtype=torch.long)], dim=1)
-    assert JaggedRows.from_data(data).runs.scored == expected
+    assert JaggedRows.whole(data).runs.scored == expected
 
 
 def test_sft_batches_are_scored_by_their_mask() -> None:
@@ -190,7 +190,7 @@ def test_sft_batches_are_scored_by_their_mask() -> None:
     del data["prompts"]
     masks = [torch.arange(len(row)) % 3 == 1 for row in data["input_ids"].unbind()]
     data["loss_mask"] = nested([mask.long() for mask in masks])
-    scored = JaggedRows.from_data(data).runs.scored
+    scored = JaggedRows.whole(data).runs.scored
     assert scored is not None
     assert all((row == mask.numpy()).all() for row, mask in zip(scored, masks, strict=True))
 

@@ -56,6 +56,12 @@ def test_recurrent_layers_on_two_ranks(job: str, tmp_path: Path) -> None:
     _check(on_two_ranks(SCRIPT, tmp_path, job), job)
 
 
+@pytest.mark.parametrize("job", ["pictures", pytest.param("pictures further", marks=pytest.mark.slow)])
+def test_pictures_on_two_ranks(job: str, tmp_path: Path) -> None:
+    """On one of them, some micro-batches have none."""
+    _check(on_two_ranks(SCRIPT, tmp_path, job), job)
+
+
 @pytest.mark.slow
 def test_two_ranks_further(tmp_path: Path) -> None:
     ranks = on_two_ranks(SCRIPT, tmp_path, "fsdp:full", "fsdp2:lora")

@@ -19,7 +19,7 @@ from verl.utils.device import get_device_id, get_device_name
 from verl.utils.metric import AggregationType, Metric
 
 from dta_plugin.adapters.verl_plugin.diffusion.micro_batch import TERMS, carried_terms, diffusion_batch, row_advantages
-from dta_plugin.adapters.verl_plugin.obstacles import batch_obstacle, engine_obstacle
+from dta_plugin.adapters.verl_plugin.obstacles import engine_obstacle, text_obstacle
 from dta_plugin.adapters.verl_plugin.protocols import OurEngine
 from dta_plugin.adapters.verl_plugin.upstream import check_diffusion_engine
 from dta_plugin.errors import UnsupportedError
@@ -63,7 +63,7 @@ class DiffusionUpdates:
 
     def mini_batch(self, run: Callable[..., Any], data: TensorDict, forward_only: bool) -> Any:
         """verl's `run` over the micro-batches of `data`; metrics of an update are those of all ranks."""
-        reason = engine_obstacle(self.engine) or batch_obstacle(data)
+        reason = engine_obstacle(self.engine) or text_obstacle(data)
         if reason is not None:
             raise UnsupportedError(f"Not for a diffusion LM: {reason}.")
         if forward_only:
