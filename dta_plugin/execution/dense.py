@@ -32,7 +32,7 @@ def dense_logprobs(
         if padding:
             real = torch.arange(padding + len(sequence), device=sequence.device) >= padding
             inputs = {"input_ids": nn.functional.pad(sequence, (padding, 0))[None], "attention_mask": real[None].long()}
-        logits = model(**inputs, **more, use_cache=False).logits[0, padding:-1]
+        logits = model(**(inputs | dict(more)), use_cache=False).logits[0, padding:-1]
         log_p = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / own).log_softmax(dim=-1)
         logprobs.append(log_p.gather(1, sequence[1:, None])[:, 0])
         if return_entropy:

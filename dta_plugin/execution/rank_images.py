@@ -14,7 +14,7 @@ from torch import nn
 
 from dta_plugin.execution.ranks import gathered, is_collective, is_fsdp1
 from dta_plugin.models.introspection import causal_lm
-from dta_plugin.models.vision.batch_images import TreeImages, has_own_positions
+from dta_plugin.models.vision.batch_images import TreeImages, has_own_positions, position_axes
 from dta_plugin.models.vision.support import images_obstacle
 from dta_plugin.models.vision.units import Unit
 from dta_plugin.tree.trie import PrefixTree
@@ -35,10 +35,11 @@ def along_with_others(model: nn.Module, tree: PrefixTree, images: TreeImages | N
     if images is not None or form is None:
         return images
     inputs = {
-        name: value if isinstance(value, torch.Tensor) else torch.zeros(value[0], dtype=value[1])
+        name: value if isinstance(value, torch.Tensor) else torch.ones(value[0], dtype=value[1])
         for name, value in form[0].items()
     }
-    positions = np.stack([tree.depth] * 3) if has_own_positions(causal_lm(model)) else None
+    base = causal_lm(model)
+    positions = np.stack([tree.depth] * position_axes(base)) if has_own_positions(base) else None
     return TreeImages([Unit(inputs, form[1])], np.full(tree.tree_tokens, -1, dtype=np.int64), positions)
 
 

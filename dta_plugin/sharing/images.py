@@ -16,12 +16,13 @@ from transformers import PreTrainedModel
 
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.models.vision.batch_images import TreeImages
+from dta_plugin.models.vision.dense import EXPERT_KINDS
 from dta_plugin.models.vision.forward import embedded_inputs, image_features
 from dta_plugin.models.vision.support import text_model_of
-from dta_plugin.models.vision.units import ImageInputs, image_token_id, input_names, row_units, stacked
+from dta_plugin.models.vision.units import ImageInputs, image_token_id, input_names, row_units, runs_of, stacked
 
 # What says of every token whether it stands for an image, which its id does, too.
-TOKEN_KINDS = {"mm_token_type_ids", "token_type_ids"}
+TOKEN_KINDS = {"mm_token_type_ids", "token_type_ids", EXPERT_KINDS}
 _FOR_TEXT = "dta_for_text"
 
 
@@ -39,8 +40,9 @@ def images_of_rows(
     rows: token ids without padding. Raises InvalidInputError where images end within a row.
     """
     token_id = image_token_id(decoder)
-    counts = [int((row == token_id).sum()) for row in rows]
-    units = iter(row_units(decoder, inputs, sum(counts)))
+    runs = [runs_of(row == token_id) for row in rows]
+    counts = [sum(own) for own in runs]
+    units = iter(row_units(decoder, inputs, [run for own in runs for run in own]))
     found: list[ImageInputs | None] = []
     for index, count in enumerate(counts):
         own, filled = [], 0

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.models.vision.support import images_obstacle
-from dta_plugin.models.vision.units import ImageInputs, Unit, image_token_id, row_units, stacked
+from dta_plugin.models.vision.units import ImageInputs, Unit, image_token_id, row_units, runs_of, stacked
 
 # Numbers from here on stand for what an image shows; ids of tokens are below. All fit into int32.
 _FIRST = 2**30
@@ -24,13 +24,13 @@ _FIRST = 2**30
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ImageRows:
-    """rows: per row, its images. placeholders: per row, how many it has, also where they do not run.
+    """rows: per row, its images. runs: per row, those of its placeholders, also where they do not run.
 
     model: the causal LM inside all wrappers; None if its images cannot come into a tree, so that rows run dense, whole.
     """
 
     rows: list[ImageInputs | None]
-    placeholders: list[int]
+    runs: list[list[int]]
     model: PreTrainedModel | None
 
     @classmethod
@@ -39,8 +39,8 @@ class ImageRows:
     ) -> ImageRows:
         """Of rows all of which is in the sequences."""
         if images_obstacle(model) is not None:
-            return cls(rows, [0] * len(rows), None)
-        return cls(rows, [int((sequence == image_token_id(model)).sum()) for sequence in sequences], model)
+            return cls(rows, [[] for _ in rows], None)
+        return cls(rows, [runs_of(sequence == image_token_id(model)) for sequence in sequences], model)
 
     def by_content(self, sequences: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Beginnings of the rows with what images show in place of placeholders, see the function of this name."""
@@ -63,13 +63,13 @@ class ImageRows:
 
     def _row_up_to(self, row: int, sequence: np.ndarray, end: int) -> tuple[int, ImageInputs | None]:
         assert self.model is not None
-        images, count = self.rows[row], self.placeholders[row]
+        images, count = self.rows[row], sum(self.runs[row])
         if images is None:
             return end, None
         places = np.flatnonzero(sequence == image_token_id(self.model))
         if len(places) == count and (not count or places[-1] < end):
             return end, images
-        units = row_units(self.model, images, count)
+        units = row_units(self.model, images, self.runs[row])
         ends = np.cumsum([unit.tokens for unit in units])
         begun = np.append(0, ends[:-1]) < np.searchsorted(places, end)
         if not begun.any():
@@ -93,7 +93,7 @@ def by_content(
     """
     is_image = [sequence == image_token_id(model) for sequence in sequences]
     units = [
-        [] if own is None else row_units(model, own, int(places.sum()))
+        [] if own is None else row_units(model, own, runs_of(places))
         for own, places in zip(images, is_image, strict=True)
     ]
     numbers = iter(_numbers([unit for own in units for unit in own]))
@@ -109,7 +109,6 @@ def _numbers(units: Sequence[Unit]) -> list[int]:
     sums = [(value.double().sum(), value.double().norm()) for unit in units for value in unit.inputs.values()]
     if not sums:
         return []
-    values = torch.stack([number for pair in sums for number in pair]).tolist()
-    size = len(values) // len(units)
-    parts = [values[start : start + size] for start in range(0, len(values), size)]
-    return [_FIRST + crc32(struct.pack(f"{size}d", *part)) % _FIRST for part in parts]
+    values = iter(torch.stack([number for pair in sums for number in pair]).tolist())
+    parts = [[next(values) for _ in range(2 * len(unit.inputs))] for unit in units]
+    return [_FIRST + crc32(struct.pack(f"{len(part)}d", *part)) % _FIRST for part in parts]

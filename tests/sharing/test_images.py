@@ -12,7 +12,8 @@ import dta_plugin
 from dta_plugin import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.models.vision import batch_images, forward
-from tests.support.vision_models import FAMILIES, IMAGE, SCENARIOS, over_images, rows_of, vision_model
+from tests.support.vision_images import IMAGE, over_images
+from tests.support.vision_models import FAMILIES, SCENARIOS, rows_of, vision_model
 from tests.support.widened import widened
 
 EXACT, NOTICED = 1e-11, 1e-2

@@ -235,7 +235,8 @@ def _line(error: Exception) -> str:
 
 
 def main() -> None:
-    from tests.support.family_table import table  # which imports this module
+    from tests.support.family_table import table  # which import this module
+    from tests.support.image_sweep import image_sweep
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", default=NAMES)
@@ -249,7 +250,10 @@ def main() -> None:
             doctor = "" if outcome.is_fine else f" [doctor: {outcome.doctor or 'works'}]"
             print(f"{row.family}{variant}: {outcome.result}, {outcome.note}{doctor} ({row.seconds:.1f} s)", flush=True)
     if args.write:
-        args.write.write_text(table(rows), encoding="utf-8")
+        images = list(image_sweep())
+        args.write.write_text(table(rows, images), encoding="utf-8")
+        if any(outcome.result in (WRONG, CRASH) for _, outcome in images):
+            sys.exit("There are families that are wrong, or crash, with images.")
     if not all(outcome.is_fine for row in rows for outcome in row.outcomes):
         sys.exit("There are families that are wrong, crash, or contradict dta doctor.")
 

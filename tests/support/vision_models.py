@@ -1,20 +1,19 @@
-"""Tiny random vision-language models, and rows with images as their processors would return them.
+"""Tiny random vision-language models of the families that most tests are about; every parameter is random.
 
-Every parameter is random. Images are random pixels; a row is a list of parts: token ids, and numbers of images.
+Rows with images for them are those of `vision_images`; more families are in `vision_families`.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-IMAGE, VOCABULARY = 90, 99
-Part = list[int] | int  # token ids, or the number of an image
+from tests.support.vision_images import IMAGE, Part, Rows, rows_in
+
+VOCABULARY = 99
 
 _TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -144,24 +143,6 @@ FAMILIES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """sequences: token ids. images: per sequence, what a processor would return for its images, or None."""
-
-    sequences: list[list[int]]
-    images: list[dict[str, torch.Tensor] | None]
-
-    def dense_inputs(self, model: PreTrainedModel) -> list[dict[str, torch.Tensor]]:
-        """Per row, what the model's own forward gets beside ids, its kinds of tokens included."""
-        taken = inspect.signature(type(model).forward).parameters
-        kinds = [name for name in ("mm_token_type_ids", "token_type_ids") if name in taken]
-        found: list[dict[str, torch.Tensor]] = []
-        for ids, images in zip(self.sequences, self.images, strict=True):
-            is_image = torch.tensor([ids]).eq(IMAGE).long()
-            found.append({} if images is None else images | dict.fromkeys(kinds, is_image))
-        return found
-
-
 def vision_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, **text: Any) -> PreTrainedModel:
     """text: changes of the text config."""
     config, _ = FAMILIES[family]
@@ -182,62 +163,4 @@ def vision_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0,
 
 def rows_of(family: str, parts: Sequence[Sequence[Part]], dtype: torch.dtype = torch.float64) -> Rows:
     """Sequences of token ids and images. Images of other numbers have other pixels, and sizes where the form has."""
-    form = FAMILIES[family][1]
-    sequences, images = [], []
-    for row in parts:
-        ids: list[int] = []
-        found: list[dict[str, torch.Tensor]] = []
-        for part in row:
-            if isinstance(part, int):
-                tokens, inputs = _image(form, part, dtype)
-                ids += tokens
-                found.append(inputs)
-            else:
-                ids += part
-        sequences.append(ids)
-        images.append(over_images(found) if found else None)
-    return Rows(sequences, images)
-
-
-def over_images(found: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """As a processor returns them: padded to the largest where images have sizes of their own."""
-    joined = {}
-    for name in found[0]:
-        values = [inputs[name] for inputs in found]
-        if name == "pixel_values" and values[0].ndim == 4:
-            height, width = (max(value.shape[axis] for value in values) for axis in (2, 3))
-            values = [torch.nn.functional.pad(v, (0, width - v.shape[3], 0, height - v.shape[2])) for v in values]
-        joined[name] = torch.cat(values)
-    return joined
-
-
-def _image(form: str, number: int, dtype: torch.dtype) -> tuple[list[int], dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(1000 + number)
-
-    def pixels(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype)
-
-    height, width = [(4, 4), (4, 8), (8, 4), (4, 6)][number % 4]  # in patches of 2 pixels, two of which make a token
-    tokens = height * width // 4
-    if form == "grid":
-        inputs = {
-            "pixel_values": pixels(height * width, 3 * 2 * 2 * 2),
-            "image_grid_thw": torch.tensor([[1, height, width]]),
-        }
-        return [92, *[IMAGE] * tokens, 93], inputs
-    if form == "square":
-        return [94, *[IMAGE] * 4, 95], {"pixel_values": pixels(1, 3, 16, 16)}
-    if form == "sizes":
-        row = [IMAGE] * (width // 2)
-        ids = [token for _ in range(height // 2) for token in [*row, 94]]
-        return ids, {
-            "pixel_values": pixels(1, 3, 2 * height, 2 * width),
-            "image_sizes": torch.tensor([[2 * height, 2 * width]]),
-        }
-    most = 32
-    places = torch.full((1, most, 2), -1)
-    grid = torch.cartesian_prod(torch.arange(height), torch.arange(width)).flip(-1)
-    places[0, : height * width] = grid
-    values = pixels(1, most, 3 * 2 * 2).abs().clamp(max=1)
-    values[0, height * width :] = 0
-    return [94, *[IMAGE] * tokens, 95], {"pixel_values": values, "image_position_ids": places}
+    return rows_in("grid 24" if FAMILIES[family][1] == "grid" else FAMILIES[family][1], parts, dtype)

@@ -11,7 +11,7 @@ from torch import nn
 from dta_plugin.adapters.trl.images import row_images
 from dta_plugin.models.introspection import causal_lm
 from dta_plugin.models.vision.support import images_obstacle
-from dta_plugin.models.vision.units import image_token_id
+from dta_plugin.models.vision.units import image_token_id, runs_of
 from dta_plugin.training.image_rows import ImageRows
 
 
@@ -22,7 +22,7 @@ def image_rows(model: nn.Module, inputs: Mapping[str, Any], input_ids: torch.Ten
         return None
     base = causal_lm(model)
     if images_obstacle(base) is not None:
-        return ImageRows(rows, [0] * len(rows), None)
+        return ImageRows(rows, [[] for _ in rows], None)
     placeholder = image_token_id(base)
     assert placeholder is not None
-    return ImageRows(rows, input_ids.eq(placeholder).sum(dim=1).tolist(), base)
+    return ImageRows(rows, list(map(runs_of, input_ids.eq(placeholder).cpu().numpy())), base)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from dta_plugin.models.indexers import index_limit
 from dta_plugin.models.rotary import length_limits
 from dta_plugin.models.sizes import attention_sizes
-from dta_plugin.models.vision.units import ImageInputs, image_token_id, row_units
+from dta_plugin.models.vision.units import ImageInputs, image_token_id, row_units, runs_of
 from dta_plugin.tree.trie import TokenSequence, token_rows
 
 # Of the longest sequence: the fewest tokens, and the most that are cheap.
@@ -73,9 +73,10 @@ def image_forest(
     token_id = image_token_id(model)
     found = []
     for sequence, images in zip(token_rows(sequences), rows, strict=True):
-        places = np.flatnonzero(sequence == token_id)
-        if images is not None and len(places):
-            first = row_units(model, images, len(places))[0]
+        is_image = sequence == token_id
+        if images is not None and is_image.any():
+            places = np.flatnonzero(is_image)
+            first = row_units(model, images, runs_of(is_image))[0]
             found.append((int(places[first.tokens - 1]) + 1, sequence, first))
     end, sequence, first = min(found, key=lambda each: each[0])
     random = np.random.default_rng(0)

@@ -20,7 +20,7 @@ from dta_plugin.models.image_blocks import block_rules
 from dta_plugin.models.introspection import decoder_of
 from dta_plugin.models.vision.distinct import distinct_units
 from dta_plugin.models.vision.support import check_images
-from dta_plugin.models.vision.units import ImageInputs, Unit, image_token_id, row_units
+from dta_plugin.models.vision.units import ImageInputs, Unit, image_token_id, indicator_ids, row_units, runs_of
 from dta_plugin.tree.trie import PrefixTree, TokenSequence, token_rows
 from dta_plugin.upload import upload
 
@@ -33,7 +33,7 @@ class TreeImages:
     """The images of a tree, or of a part of it, as a model call needs them; T = its tokens.
 
     units: the distinct ones, all of which the tower sees. feature: int64 [T] row of the units' features, one after the
-    other, that each token is, or -1 for text. positions: int64 [3, T] of the rotary embedding, None where they are
+    other, that each token is, or -1 for text. positions: int64 [axes, T] of the rotary embedding, None where they are
     depths.
     """
 
@@ -47,7 +47,7 @@ class TreeImages:
         return replace(self, feature=self.feature[tokens], positions=positions)
 
     def position_ids(self, device: torch.device) -> torch.Tensor | None:
-        """int64 [3, 1, T]."""
+        """int64 [axes, 1, T]."""
         if self.positions is None:
             return None
         return torch.stack(upload(list(np.ascontiguousarray(self.positions)), device))[:, None]
@@ -63,8 +63,8 @@ class TreeImages:
 class BatchImages:
     """rows: per sequence, its images' inputs, or None. units: the distinct ones of all.
 
-    ids: per sequence, int64 [len]. feature: int64 [len], positions: int64 [3, len] or None, of each; see `TreeImages`.
-    attends_both_ways: within an image, in some layer.
+    ids: per sequence, int64 [len]. feature: int64 [len], positions: int64 [axes, len] or None, of each: as in
+    `TreeImages`. attends_both_ways: within an image, in some layer.
     """
 
     rows: list[ImageInputs | None]
@@ -104,15 +104,18 @@ class BatchImages:
                     f"Sequence {index} has {count} image tokens (id {token_id}) and no images, in a batch with images. "
                     "Expected the inputs of its images, or none of these tokens."
                 )
-            units.append([] if row is None else row_units(model, row, count))
+            units.append([] if row is None else row_units(model, row, runs_of(places)))
         found, kinds = distinct_units([unit for own in units for unit in own])
         begins = np.cumsum([0, *(unit.tokens for unit in found)])
         kind, features, of_row = iter(kinds), [], []
-        for own, places in zip(units, is_image, strict=True):
+        indicators = indicator_ids(model)
+        for tokens, own, places in zip(ids, units, is_image, strict=True):
             which = [next(kind) for _ in own]
             feature = np.full(len(places), -1, dtype=np.int64)
             if which:
                 feature[places] = np.concatenate([np.arange(begins[k], begins[k + 1]) for k in which])
+                for place, indicator in enumerate(indicators, start=begins[-1]):
+                    feature[tokens == indicator] = place
             features.append(feature)
             of_row.append(which)
         positions = _positions(model, ids, is_image, rows)
@@ -160,8 +163,7 @@ class BatchImages:
 def _check_apart(units: list[list[Unit]], is_image: list[np.ndarray]) -> None:
     """Raises UnsupportedError for images side by side, whose tokens would see what comes after theirs."""
     for index, (own, places) in enumerate(zip(units, is_image, strict=True)):
-        edges = np.flatnonzero(np.diff(places.astype(np.int8), prepend=0, append=0))
-        if np.diff(edges)[::2].tolist() != [unit.tokens for unit in own]:
+        if runs_of(places) != [unit.tokens for unit in own]:
             raise UnsupportedError(
                 f"Row {index} has images without a token between them, in a model that attends both ways within runs "
                 "of image tokens. Expected text around each, as the model's own processor puts it."
@@ -171,6 +173,12 @@ def _check_apart(units: list[list[Unit]], is_image: list[np.ndarray]) -> None:
 def has_own_positions(model: PreTrainedModel) -> bool:
     """Whether images change the positions of what comes after them (multimodal rotary embedding)."""
     return hasattr(decoder_of(model), "get_rope_index")
+
+
+def position_axes(model: PreTrainedModel) -> int:
+    """How many positions a token has in the multimodal rotary embedding: time, height and width, or what is stated."""
+    sections = (getattr(model.config.get_text_config(), "rope_parameters", None) or {}).get("mrope_section")
+    return len(sections) if sections else 3
 
 
 def _in_layout(tree: PrefixTree, flat: np.ndarray) -> np.ndarray:
@@ -183,7 +191,7 @@ def _in_layout(tree: PrefixTree, flat: np.ndarray) -> np.ndarray:
 def _positions(
     model: PreTrainedModel, ids: list[np.ndarray], is_image: list[np.ndarray], rows: Sequence[ImageInputs | None]
 ) -> list[np.ndarray] | None:
-    """Per sequence, int64 [3, len]; None where positions are depths.
+    """Per sequence, int64 [axes, len]; None where positions are depths.
 
     The model's own function is asked once for siblings, up to the first token behind their last image. From there on
     positions count up, as those of all text do.
@@ -191,13 +199,16 @@ def _positions(
     if not has_own_positions(model):
         return None
     known: dict[object, np.ndarray] = {}
-    found = []
+    axes, found = position_axes(model), []
+    own: Any = decoder_of(model).get_rope_index
+    has_kinds = "mm_token_type_ids" in inspect.signature(own).parameters
     for row, places, images in zip(ids, is_image, rows, strict=True):
         if images is None:
-            found.append(np.broadcast_to(np.arange(len(row)), (3, len(row))))
+            found.append(np.broadcast_to(np.arange(len(row)), (axes, len(row))))
             continue
         end = int(np.flatnonzero(places)[-1]) + 2  # the first token behind the last image, too
-        key = places[:end].tobytes(), *(value.numpy().tobytes() for value in _of_positions(model, images).values())
+        told = places if has_kinds else row  # without kinds of tokens, it looks at ids
+        key = told[:end].tobytes(), *(value.numpy().tobytes() for value in _of_positions(model, images).values())
         if key not in known:
             known[key] = _own_positions(model, row[:end], places[:end], images)
         behind = known[key][:, -1:] + np.arange(1, max(0, len(row) - end) + 1)
@@ -206,13 +217,17 @@ def _positions(
 
 
 def _own_positions(model: PreTrainedModel, row: np.ndarray, places: np.ndarray, images: ImageInputs) -> np.ndarray:
-    """int64 [3, len] of one row, by the model's own function."""
+    """int64 [axes, len] of one row, by the model's own function."""
     own: Any = decoder_of(model).get_rope_index
-    inputs = _of_positions(model, images)
-    if "mm_token_type_ids" in inspect.signature(own).parameters:
-        inputs["mm_token_type_ids"] = torch.from_numpy(places.astype(np.int64))[None]
-    positions, _ = own(input_ids=torch.from_numpy(row)[None], **inputs)
-    return positions[-3:, 0].to(torch.int64).numpy()
+    tokens = torch.from_numpy(row)[None]
+    kinds = {
+        "mm_token_type_ids": torch.from_numpy(places.astype(np.int64))[None],
+        "attention_mask": torch.ones_like(tokens),
+    }
+    taken = inspect.signature(own).parameters
+    inputs = _of_positions(model, images) | {name: value for name, value in kinds.items() if name in taken}
+    positions, _ = own(tokens, **inputs)
+    return positions[-position_axes(model) :, 0].to(torch.int64).numpy()
 
 
 def _of_positions(model: PreTrainedModel, images: ImageInputs) -> dict[str, torch.Tensor]:

@@ -12,26 +12,36 @@ from dta_plugin.models.vision.units import ImageInputs, image_token_id
 
 # What forwards call the kind of each token: 1 for placeholders of images.
 _KINDS = ("mm_token_type_ids", "token_type_ids")
+# The same for experts of images: 1 also for the tokens around them.
+EXPERT_KINDS = "moe_mm_token_type_ids"
+_AROUND = ("image_start_token_id", "image_end_token_id")
 
 
 def dense_inputs(
     model: PreTrainedModel, ids: Sequence[torch.Tensor], rows: Sequence[ImageInputs | None], padding: int = 0
 ) -> list[dict[str, torch.Tensor]]:
-    """Per row, keyword arguments of the model's forward.
+    """Per row, keyword arguments of the model's forward, its attention mask among them.
 
     ids: int64 [len] per row. rows: its images as they were given; those that are missing at the end have none. padding:
     so many masked tokens in front of each.
     """
     taken = inspect.signature(type(model).forward).parameters
-    kinds = [name for name in _KINDS if name in taken]
     token_id = image_token_id(model)
     assert token_id is not None
     found: list[dict[str, torch.Tensor]] = []
     for row, images in zip(ids, [*rows, *[None] * (len(ids) - len(rows))], strict=True):
-        if images is None:
-            found.append({})
-            continue
-        is_image = torch.nn.functional.pad(row.eq(token_id).long(), (padding, 0))[None]
-        inputs = {name: value.to(row.device) for name, value in images.items()}
-        found.append(inputs | dict.fromkeys(kinds, is_image))
+        kinds = {EXPERT_KINDS: expert_kinds(model, row)}
+        if images is not None:
+            kinds |= dict.fromkeys(_KINDS, row.eq(token_id).long()) | {"attention_mask": torch.ones_like(row)}
+        tokens = {
+            name: torch.nn.functional.pad(value, (padding, 0))[None] for name, value in kinds.items() if name in taken
+        }
+        found.append(tokens | {name: value.to(row.device) for name, value in (images or {}).items()})
     return found
+
+
+def expert_kinds(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """int64, 1 for placeholders and the tokens around an image, as the processor has it; 0 elsewhere."""
+    around = [getattr(model.config, name, None) for name in _AROUND]
+    seen = [image_token_id(model), *(token for token in around if token is not None)]
+    return torch.isin(ids, ids.new_tensor(seen)).long()

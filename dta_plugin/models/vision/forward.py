@@ -18,9 +18,16 @@ from transformers import PreTrainedModel
 
 from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.models.introspection import decoder_of
+from dta_plugin.models.layers import forward_has
 from dta_plugin.models.vision.batch_images import TreeImages
+from dta_plugin.models.vision.dense import EXPERT_KINDS, expert_kinds
 from dta_plugin.models.vision.support import text_model_of
 from dta_plugin.models.vision.units import Unit, stacked
+
+# Inputs that are counts, not tensors.
+_COUNTS = ("num_local_patches",)
+# How language models call features for several layers.
+_LEVELS = ("deepstack_visual_embeds", "deepstack_features")
 
 
 def image_features(model: PreTrainedModel, units: Sequence[Unit], device: torch.device) -> list[torch.Tensor]:
@@ -33,15 +40,20 @@ def image_features(model: PreTrainedModel, units: Sequence[Unit], device: torch.
         UnsupportedError: features for several layers, which the language model does not take.
     """
     decoder: Any = decoder_of(model)
-    inputs = {name: value.to(device) for name, value in stacked(units).items()}
+    inputs: dict[str, Any] = {name: value.to(device) for name, value in stacked(units).items()}
+    inputs |= {name: inputs[name].tolist() for name in _COUNTS if name in inputs}
     output = decoder.get_image_features(**inputs)
     first, levels = _parts(output)
-    if levels and "deepstack_visual_embeds" not in inspect.signature(text_model_of(model).forward).parameters:
+    if first is None:
+        first = _projected(decoder, output.last_hidden_state)
+    if levels and not any(name in inspect.signature(text_model_of(model).forward).parameters for name in _LEVELS):
         raise UnsupportedError(
             f"The vision tower of {type(model).__name__} makes features for several layers, which its language model "
             "does not take; use another family for images, or on_unsupported='dense'."
         )
-    return [_flat(values, units, model) for values in (first, *levels)]
+    features = [_flat(values, units, model) for values in (first, *levels)]
+    indicators = getattr(output, "visual_indicator_features", None)
+    return features if indicators is None else [torch.cat([features[0], indicators.to(features[0])]), *features[1:]]
 
 
 def decoder_call(
@@ -65,6 +77,8 @@ def embedded_inputs(
     text: Any = text_model_of(model)
     inputs = dict(inputs)
     ids = inputs.pop("input_ids")
+    if EXPERT_KINDS in inspect.signature(text.forward).parameters:
+        inputs[EXPERT_KINDS] = expert_kinds(model, ids)
     places, rows = images.places(ids.device)
     padding = getattr(text.config, "pad_token_id", None) or 0
     ids = ids.index_fill(1, places, padding)
@@ -75,21 +89,40 @@ def embedded_inputs(
     if len(features) > 1:
         is_image = torch.zeros_like(ids, dtype=torch.bool).index_fill(1, places, True)
         levels = [level.index_select(0, rows) for level in features[1:]]
-        inputs |= {"visual_pos_masks": is_image, "deepstack_visual_embeds": levels}
+        inputs |= _for_layers(model, is_image, levels)
     position_ids = images.position_ids(ids.device)
     if position_ids is not None:
         inputs["position_ids"] = position_ids
     return inputs | {"inputs_embeds": embeddings.index_copy(1, places, own[None])}
 
 
+def _for_layers(model: PreTrainedModel, is_image: torch.Tensor, levels: list[torch.Tensor]) -> dict[str, Any]:
+    """How the language model takes features for its layers: the first ones, or those that the config names."""
+    if "deepstack_visual_embeds" in inspect.signature(text_model_of(model).forward).parameters:
+        return {"visual_pos_masks": is_image, "deepstack_visual_embeds": levels}
+    layers = [*(layer for _, layer in model.config.deepstack_layer_map), *model.config.spatial_target_layers]
+    return {"vision_mask": is_image[..., None], "deepstack_features": dict(zip(layers, levels, strict=False))}
+
+
 def _parts(output: Any) -> tuple[Any, list[Any]]:
-    """Features, and those for the first layers, of what releases of transformers return."""
+    """Features, if any, and those for other layers (deepstack), of what families and releases return."""
     if isinstance(output, torch.Tensor) or (isinstance(output, (list, tuple)) and isinstance(output[0], torch.Tensor)):
         return output, []
     if isinstance(output, tuple):  # before transformers 5
         return output[0], list(output[1])
-    pooled = output.pooler_output
-    return pooled, list(getattr(output, "deepstack_features", None) or [])
+    levels = list(getattr(output, "deepstack_features", None) or [])
+    if levels and isinstance(levels[0], tuple) and isinstance(levels[0][0], int):  # and nothing among the embeddings
+        levels = [values for _, values in levels]
+        return [torch.zeros_like(values) for values in levels[0]], levels
+    return getattr(output, "pooler_output", None), levels
+
+
+def _projected(decoder: Any, states: torch.Tensor) -> torch.Tensor:
+    """Features out of the tower's hidden states, where the decoder's own forward makes them."""
+    if not forward_has(decoder, "multi_modal_projector"):
+        return states
+    projected: torch.Tensor = decoder.multi_modal_projector(states)
+    return projected
 
 
 def _flat(values: Any, units: Sequence[Unit], model: PreTrainedModel) -> torch.Tensor:

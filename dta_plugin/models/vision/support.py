@@ -20,23 +20,26 @@ _FAMILIES = {
     "paligemma": "attends both ways within the whole prompt",
     "chameleon": "turns images into tokens of its vocabulary",
     "emu3": "turns images into tokens of its vocabulary",
+    "molmo2": "attends both ways among all images, and adds features to what placeholders are embedded as",
 }
 
 
 def images_obstacle(model: PreTrainedModel) -> str | None:
     """Why images of this model cannot come into a tree ("what; remedy"), or None if they can."""
     name, decoder = type(model).__name__, decoder_of(model)
-    if image_token_id(model) is None or not hasattr(decoder, "get_image_features"):
-        return (
-            f"{name} has no image token in its config, or no get_image_features; use a vision-language model of "
-            "transformers, loaded with AutoModelForImageTextToText"
-        )
     if model.config.model_type in _FAMILIES:
         return f"{name} {_FAMILIES[model.config.model_type]}; use another family for images"
+    if any("cross" in type(module).__name__.lower() for module in text_model_of(model).modules()):
+        return f"{name} attends to images by cross-attention; use another family for images"
+    missing = [] if image_token_id(model) is not None else ["image token in its config"]
+    missing += [] if hasattr(decoder, "get_image_features") else ["get_image_features"]
+    if missing:
+        return (
+            f"{name} has no {', and no '.join(missing)}; use a vision-language model of transformers, loaded with "
+            "AutoModelForImageTextToText"
+        )
     if text_model_of(model) is decoder:
         return f"{name} has no language model apart from its images; use another family for images"
-    if "cross" in "".join(map(str.lower, (type(module).__name__ for module in decoder.modules()))):
-        return f"{name} attends to images by cross-attention; use another family for images"
     return None
 
 
@@ -50,4 +53,6 @@ def check_images(model: PreTrainedModel) -> None:
 def text_model_of(model: PreTrainedModel) -> PreTrainedModel:
     """The language model alone, that turns embeddings into hidden states; the whole decoder where there is no other."""
     found: Any = decoder_of(model).get_decoder()
-    return found if isinstance(found, PreTrainedModel) else decoder_of(model)
+    if not isinstance(found, PreTrainedModel):
+        return decoder_of(model)
+    return found if found.get_output_embeddings() is None else decoder_of(found)

@@ -16,9 +16,11 @@ from dta_plugin.adapters.trl.micro_batch import MicroBatch, compared, joined, jo
 from dta_plugin.adapters.trl.regroup import regroup
 from dta_plugin.adapters.trl.token_weights import reweighted
 from dta_plugin.balance.costs import TYPICAL
+from dta_plugin.models.vision.units import runs_of
 from dta_plugin.training.image_rows import ImageRows
 from tests.adapters.trl.vision import buffered
-from tests.support.vision_models import IMAGE, rows_of, vision_model
+from tests.support.vision_images import IMAGE
+from tests.support.vision_models import rows_of, vision_model
 
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "internvl", "mistral3", "gemma3", "gemma4"])
@@ -44,7 +46,7 @@ def test_rows_are_cut_between_images(model: PreTrainedModel) -> None:
     (row,), (whole,) = rows_of(model.config.model_type, [ROW]).sequences, rows_of(model.config.model_type, [ROW]).images
     places = [i for i, token in enumerate(row) if token == IMAGE]
     rows = image_rows(model, inputs, ids)
-    assert rows is not None and rows.placeholders == [len(places), 0]
+    assert rows is not None and [sum(runs) for runs in rows.runs] == [len(places), 0]
     seen = set()
     for end in range(1, len(row) + 1):
         (stop, text_stop), (own, of_text) = rows.up_to([np.array(row), np.arange(5)], [end, 1])
@@ -67,7 +69,7 @@ def test_cut_rows_have_the_log_probs_of_whole_ones(model: PreTrainedModel) -> No
     """Up to where they were to end; and without the image that is cut off, they would not."""
     (row,), (images,) = (getattr(rows_of(model.config.model_type, [ROW]), name) for name in ("sequences", "images"))
     whole = sequence_logprobs(model, [row], images=[images]).logprobs[0]
-    rows = ImageRows([images], [row.count(IMAGE)], model)
+    rows = ImageRows([images], [runs_of(np.array(row) == IMAGE)], model)
     for end in range(2, len(row), 3):
         (stop,), own = rows.up_to([np.array(row)], [end])
         found = sequence_logprobs(model, [row[:stop]], images=own).logprobs[0]

@@ -28,7 +28,8 @@ from tests.adapters.trl.support import (
 )
 from tests.adapters.trl.test_regroup import EXTREMES, TOKEN_MEANS
 from tests.adapters.trl.vision import Tools, TowerCalls, buffered, processor, questions, save_vision_model
-from tests.support.vision_models import IMAGE, vision_model
+from tests.support.vision_images import IMAGE
+from tests.support.vision_models import vision_model
 
 # One image per prompt, of which two have the same text and size; several; and none, which TRL takes if tools have some.
 ONE = [[number] for number in range(4)] * 4

@@ -16,7 +16,7 @@ from dta_plugin import InvalidInputError
 from dta_plugin.adapters.trl.generation_batch import Inputs, RowTable, row_obstacle
 from dta_plugin.adapters.trl.images import are_the_same, entries_of_rows, input_obstacle, row_images
 from dta_plugin.adapters.trl.token_weights import reweighted
-from tests.support.vision_models import IMAGE
+from tests.support.vision_images import IMAGE
 
 C = 3  # completion tokens of a row; as many as the channels of an image, on purpose
 COUNTS = {"one_each": [1] * 8, "several": [0, 1, 2, 3, 0, 2, 1, 1], "two_each": [2] * 8}

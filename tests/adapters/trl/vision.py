@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
 from trl.trainer import utils
 
-from tests.support.vision_models import IMAGE, VOCABULARY, rows_of, vision_model
+from tests.support.vision_images import IMAGE
+from tests.support.vision_models import VOCABULARY, rows_of, vision_model
 
 _MARKS = {"<|image_pad|>": IMAGE, "<|video_pad|>": 91, "<|vision_start|>": 92, "<|vision_end|>": 93}
 _TEMPLATE = (

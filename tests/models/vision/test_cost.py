@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -11,15 +12,16 @@ from dta_plugin.execution.prepared_batch import prepare_batch
 from dta_plugin.models.vision.batch_images import BatchImages
 from dta_plugin.models.vision.cost import tower_work
 from dta_plugin.models.vision.forward import image_features
-from dta_plugin.models.vision.units import row_units
-from tests.support.vision_models import FAMILIES, IMAGE, SCENARIOS, rows_of, vision_model
+from dta_plugin.models.vision.units import row_units, runs_of
+from tests.support.vision_images import IMAGE
+from tests.support.vision_models import FAMILIES, SCENARIOS, rows_of, vision_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_counted_as_torch_does(family: str) -> None:
     model, rows = vision_model(family, torch.float32), rows_of(family, [[[1], 0, [2], 1, [3]]], torch.float32)
     assert rows.images[0] is not None
-    units = row_units(model, rows.images[0], rows.sequences[0].count(IMAGE))
+    units = row_units(model, rows.images[0], runs_of(np.array(rows.sequences[0]) == IMAGE))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         image_features(model, units, torch.device("cpu"))
     assert tower_work(model, units).flops == pytest.approx(counter.get_total_flops(), rel=0.15)
