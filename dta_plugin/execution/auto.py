@@ -125,7 +125,8 @@ def _probed(
     # Ranks that shard the model do the same, whether their own rows have images or a blank one stands in.
     has_images = batch.images is not None if is_fsdp(model) else rows is not None
     sample = (lambda: image_forest(causal_lm(model), batch.sequences, rows or [])) if has_images else None
-    obstacles = probe(model, executors, config.backend, device, sample)
+    images = 0 if batch.images is None else batch.images.most_per_row
+    obstacles = probe(model, executors, config.backend, device, sample, images)
     first = obstacles[executors[0]]
     if first is not None:
         raise UnsupportedError(first)

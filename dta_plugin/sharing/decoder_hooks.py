@@ -213,7 +213,8 @@ class PrefixSharing:
         if self.config.probe == "off" or is_fsdp(decoder):
             return None
         sample = None if batch.images is None else functools.partial(batch.forest, decoder)
-        obstacle = probe(decoder, ["decoder"], self.config.backend, sample=sample)["decoder"]
+        images = 0 if batch.images is None else batch.images.most_per_row
+        obstacle = probe(decoder, ["decoder"], self.config.backend, sample=sample, images=images)["decoder"]
         if obstacle is not None and self.config.on_unsupported == "error":
             raise UnsupportedError(obstacle)
         return obstacle

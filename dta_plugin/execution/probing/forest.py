@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from dta_plugin.models.indexers import index_limit
 from dta_plugin.models.rotary import length_limits
 from dta_plugin.models.sizes import attention_sizes
-from dta_plugin.models.vision.units import ImageInputs, image_token_id, row_units, runs_of
+from dta_plugin.models.vision.units import ImageInputs, image_token_id, row_units, runs_of, stacked
 from dta_plugin.tree.trie import TokenSequence, token_rows
 
 # Of the longest sequence: the fewest tokens, and the most that are cheap.
@@ -69,21 +69,26 @@ class Forest:
 def image_forest(
     model: PreTrainedModel, sequences: Sequence[TokenSequence], rows: Sequence[ImageInputs | None]
 ) -> Forest:
-    """Siblings behind the first image of a batch, of the row that comes to its end soonest; text between them."""
+    """Siblings behind the first two images of a row, or the first one where no row has two; text between them.
+
+    Of all rows, the one that comes to their end soonest.
+    """
     token_id = image_token_id(model)
     found = []
     for sequence, images in zip(token_rows(sequences), rows, strict=True):
         is_image = sequence == token_id
         if images is not None and is_image.any():
             places = np.flatnonzero(is_image)
-            first = row_units(model, images, runs_of(is_image))[0]
-            found.append((int(places[first.tokens - 1]) + 1, sequence, first))
-    end, sequence, first = min(found, key=lambda each: each[0])
+            first = row_units(model, images, runs_of(is_image))[:2]
+            end = int(places[sum(unit.tokens for unit in first) - 1]) + 1
+            found.append((-len(first), end, sequence, first))
+    _, end, sequence, first = min(found, key=lambda each: each[:2])
+    inputs = stacked(first)
     random = np.random.default_rng(0)
     ordinary = _ordinary_tokens(model.config.get_text_config(), model.config)
     stem = sequence[:end].tolist()
     ends = [random.choice(ordinary, _BEHIND_IMAGE).tolist() for _ in range(3)]
-    return Forest([stem + ends[0], ends[1], stem + ends[2]], [first.inputs, None, first.inputs])
+    return Forest([stem + ends[0], ends[1], stem + ends[2]], [inputs, None, inputs])
 
 
 def _length(model: PreTrainedModel) -> int:

@@ -70,12 +70,13 @@ def probe(
     backend: str,
     device: torch.device | None = None,
     sample: Callable[[], Forest] | None = None,
+    images: int = 0,
 ) -> dict[str, str | None]:
     """Per executor, why it may not run, as a sentence, or None if it may.
 
     executors: "packed", "streamed", or, of a model without a head, "decoder". device: where the model computes, None
         for where its input embedding is. sample: makes the forest out of a batch with images, on which a model is
-        probed apart from text; None for text.
+        probed apart from text; None for text. images: in the row that has most; two are probed apart from one.
 
     Those that were not probed yet are. Ranks whose weights are sharded must all call it, and get the same answers.
     """
@@ -83,8 +84,7 @@ def probe(
     device = device or input_device(base)
     # What FSDP says of its weights' type changes with the first call.
     precision = None if is_fsdp(model) else (rounding_unit(base), base.dtype)
-    has_images = sample is not None
-    state = backend, device, base.config._attn_implementation, precision, tuple(_adapters(model)), has_images
+    state = backend, device, base.config._attn_implementation, precision, tuple(_adapters(model)), min(images, 2)
     with _lock:
         known = _outcomes.setdefault(base, {})
         missing = [executor for executor in executors if (executor, state) not in known]

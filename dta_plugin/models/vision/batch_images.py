@@ -34,12 +34,13 @@ class TreeImages:
 
     units: the distinct ones, all of which the tower sees. feature: int64 [T] row of the units' features, one after the
     other, that each token is, or -1 for text. positions: int64 [axes, T] of the rotary embedding, None where they are
-    depths.
+    depths. most_per_row: units of the row that has most, 0 where one only stands in for those of other ranks.
     """
 
     units: list[Unit]
     feature: np.ndarray
     positions: np.ndarray | None
+    most_per_row: int = 0
 
     def at(self, tokens: np.ndarray) -> TreeImages:
         """Of some tokens only. tokens: int64 [C] layout indices."""
@@ -124,6 +125,11 @@ class BatchImages:
             _check_apart(units, is_image)
         return cls(list(rows), ids, found, of_row, features, positions, attends_both_ways)
 
+    @property
+    def most_per_row(self) -> int:
+        """Units of the row that has most."""
+        return max(map(len, self.units_of_row))
+
     def all_units(self) -> Iterator[Unit]:
         """Of every row, however many have the same."""
         return (self.units[kind] for own in self.units_of_row for kind in own)
@@ -149,7 +155,7 @@ class BatchImages:
     def _on_tree(self, tree: PrefixTree) -> TreeImages:
         feature = _in_layout(tree, np.concatenate(self.feature))
         if self.positions is None:
-            return TreeImages(self.units, feature, None)
+            return TreeImages(self.units, feature, None, self.most_per_row)
         flat = np.concatenate(self.positions, axis=1)
         positions = np.stack([_in_layout(tree, axis) for axis in flat])
         if (positions[:, tree.paths] != flat).any():
@@ -157,7 +163,7 @@ class BatchImages:
                 "Tokens with the same tokens and images before them have different positions. Expected positions that "
                 "depend on what comes before alone."
             )
-        return TreeImages(self.units, feature, positions)
+        return TreeImages(self.units, feature, positions, self.most_per_row)
 
 
 def _check_apart(units: list[list[Unit]], is_image: list[np.ndarray]) -> None:
