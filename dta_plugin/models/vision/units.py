@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dta_plugin.errors import InvalidInputError, UnsupportedError
+from dta_plugin.errors import InvalidInputError
 from dta_plugin.models.introspection import decoder_of
 
 # What a row's processor returned beside ids and masks, over all of its images.
@@ -52,11 +52,10 @@ def input_names(model: PreTrainedModel) -> list[str]:
 def row_units(model: PreTrainedModel, inputs: ImageInputs, placeholders: int) -> list[Unit]:
     """The units of one row, in the order of their placeholders. placeholders: how many the row has, in all.
 
-    Raises:
-        InvalidInputError: inputs that do not fit each other, or the row.
-        UnsupportedError: inputs that the model's tower does not take.
+    Raises InvalidInputError for inputs that do not fit each other, or the row, or that the model's tower does not take.
     """
     _check_names(model, inputs)
+    _check_values(inputs)
     cut = _by_grid(inputs) if _GRID in inputs else _by_first_dimension(inputs)
     tokens = _tokens(model, cut, placeholders)
     if sum(tokens) != placeholders:
@@ -78,12 +77,35 @@ def _check_names(model: PreTrainedModel, inputs: ImageInputs) -> None:
     known = input_names(model)
     unknown = sorted(set(inputs) - set(known))
     if unknown:
-        raise UnsupportedError(
+        raise InvalidInputError(
             f"A row has {', '.join(unknown)}. Expected for {type(model).__name__} only what makes features of images "
             f"({', '.join(known)}): videos and sound are not supported on trees; leave out what belongs to text."
         )
     if _PIXELS not in inputs:
         raise InvalidInputError(f"A row's images have {', '.join(inputs) or 'nothing'}. Expected {_PIXELS} among them.")
+
+
+def _check_values(inputs: ImageInputs) -> None:
+    for name, value in inputs.items():
+        if not isinstance(value, torch.Tensor):
+            raise InvalidInputError(
+                f"{name} of a row's images is a {type(value).__name__}. Expected a tensor over all of the row's "
+                "images; pass what the model's own processor returned with return_tensors='pt'."
+            )
+        if value.ndim == 0 or len(value) == 0:
+            raise InvalidInputError(
+                f"{name} of a row's images is {tuple(value.shape)}. Expected an entry or more along the first "
+                "dimension; pass None for a row without images."
+            )
+        if value.requires_grad:
+            raise InvalidInputError(
+                f"{name} of a row's images requires a gradient, and rows with the same image share one copy of it. "
+                f"Expected inputs that do not; pass {name}.detach()."
+            )
+    if _GRID in inputs and (inputs[_GRID].ndim != 2 or inputs[_GRID].shape[1] != 3):
+        raise InvalidInputError(
+            f"{_GRID} of a row's images is {tuple(inputs[_GRID].shape)}. Expected [images, 3]: time, height and width."
+        )
 
 
 def _by_grid(inputs: ImageInputs) -> list[dict[str, torch.Tensor]]:
