@@ -16,9 +16,10 @@ from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.execution.dense import dense_logprobs
 from dta_plugin.execution.memory import is_out_of_memory, token_budget
 from dta_plugin.execution.packed import EdgeOutputs, run_packed
-from dta_plugin.execution.prepared_batch import DUMMY_SEQUENCE, PreparedBatch, SequenceLogProbs
+from dta_plugin.execution.prepared_batch import PreparedBatch, SequenceLogProbs
 from dta_plugin.execution.probing.forest import image_forest
 from dta_plugin.execution.probing.probe import probe
+from dta_plugin.execution.rank_images import dense_turns
 from dta_plugin.execution.ranks import (
     gathered,
     has_tensor_parallel,
@@ -33,6 +34,7 @@ from dta_plugin.execution.streaming.autograd import run_streamed
 from dta_plugin.execution.streaming.chunk_plan import ChunkPlan
 from dta_plugin.models.introspection import attention_kinds, causal_lm
 from dta_plugin.models.layers import attention_modules, chunk_size
+from dta_plugin.models.vision.dense import dense_inputs
 from dta_plugin.tree.report import TreeReport
 
 
@@ -216,19 +218,19 @@ def run_dense(
     model: nn.Module, batch: PreparedBatch, *, temperature: float = 1.0, return_entropy: bool = False
 ) -> SequenceLogProbs:
     """Run the batch through the unmodified model, one sequence at a time."""
-    device = batch.edges.target.device
-    count = len(batch.sequences)
-    calls = max(gathered(model, count)) if is_collective(model) else count
-    sequences = [*batch.sequences, *[DUMMY_SEQUENCE] * (calls - count)]
-    rows = [torch.as_tensor(sequence, dtype=torch.int64, device=device) for sequence in sequences]
-    temperatures = [*batch.temperatures_or(temperature), *[1.0] * (calls - count)]
-    images = batch.dense_images(causal_lm(model), rows)
+    device, own = batch.edges.target.device, batch.temperatures_or(temperature)
+    turns = dense_turns(model, batch.rows())
+    places = [place for place, _ in turns]
+    rows = [torch.as_tensor(sequence, dtype=torch.int64, device=device) for _, (sequence, _) in turns]
+    images = dense_inputs(causal_lm(model), rows, [images for _, (_, images) in turns])
+    temperatures = [1.0 if place is None else own[place] for place in places]
     logprobs, entropies = dense_logprobs(model, rows, temperatures, return_entropy, images=images)
     anchor = _zero(logprobs)
+    order = [places.index(place) for place in range(len(batch.sequences))]
     unscored = batch.unscored()
     # The anchor makes the dummies go backward with the others.
-    logprobs = [anchor + v.masked_fill(mask, 0.0) for v, mask in zip(logprobs[:count], unscored, strict=False)]
+    logprobs = [anchor + logprobs[i].masked_fill(mask, 0.0) for i, mask in zip(order, unscored, strict=False)]
     if entropies is not None:
-        entropies = [v.masked_fill(mask, 0.0) for v, mask in zip(entropies[:count], unscored, strict=False)]
+        entropies = [entropies[i].masked_fill(mask, 0.0) for i, mask in zip(order, unscored, strict=False)]
     report = _report(batch, "dense", causal_lm(model).config._attn_implementation, len(rows))
     return SequenceLogProbs(logprobs, entropies, None, report, anchor)

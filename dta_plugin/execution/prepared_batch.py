@@ -17,14 +17,13 @@ from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.execution.calibration_store import Calibration, calibration_of
 from dta_plugin.execution.memory import token_budget
 from dta_plugin.execution.rank_images import along_with_others
-from dta_plugin.execution.ranks import gathered, is_collective
+from dta_plugin.execution.ranks import DUMMY_SEQUENCE, gathered, is_collective
 from dta_plugin.models.indexers import index_length_obstacle
 from dta_plugin.models.introspection import causal_lm, input_device, model_cost, say_guessed
 from dta_plugin.models.rotary import length_obstacle
 from dta_plugin.models.support import tree_obstacle
 from dta_plugin.models.vision.batch_images import BatchImages, TreeImages
 from dta_plugin.models.vision.cost import tower_work
-from dta_plugin.models.vision.dense import dense_inputs
 from dta_plugin.models.vision.support import images_obstacle
 from dta_plugin.models.vision.units import ImageInputs
 from dta_plugin.tree.cost import CostEstimate, ModelCost, Padded, estimate
@@ -32,9 +31,6 @@ from dta_plugin.tree.layout import Scored, ScoredEdges
 from dta_plugin.tree.report import TreeReport
 from dta_plugin.tree.time_model import Work
 from dta_plugin.tree.trie import PrefixTree, TokenSequence
-
-# What runs on a rank that has no sequences, or fewer than others.
-DUMMY_SEQUENCE = [0, 0]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,11 +79,9 @@ class PreparedBatch:
         """bool [len - 1] per sequence: which of its tokens 1.. are not scored."""
         return (self.edges.edge_of_token == len(self.edges.target)).split(self.edges.lengths)
 
-    def dense_images(
-        self, model: PreTrainedModel, rows: Sequence[torch.Tensor], padding: int = 0
-    ) -> list[dict[str, torch.Tensor]] | None:
-        """Per row, what the model's own forward is to get beside its ids; see `dense_inputs`. None without images."""
-        return None if self.image_rows is None else dense_inputs(model, rows, self.image_rows, padding)
+    def rows(self) -> list[tuple[TokenSequence, ImageInputs | None]]:
+        """Every sequence with its images."""
+        return list(zip(self.sequences, self.image_rows or [None] * len(self.sequences), strict=True))
 
     def temperatures_or(self, common: float) -> list[float]:
         """One per sequence: its own, or the common one."""
@@ -123,12 +117,19 @@ def prepare_batch(
         raise UnsupportedError(f"Prefix-tree execution is not exact here: {reason}; or on_unsupported='dense'.")
     base = causal_lm(model)
     _check_weights(base)
-    batch_images = BatchImages.from_rows(base, sequences, image_rows) if image_rows and reason is None else None
+    batch_images: BatchImages | None = None
+    if image_rows and reason is None:
+        try:
+            batch_images = BatchImages.from_rows(base, sequences, image_rows)
+        except UnsupportedError as error:  # of these rows, where the model's own code has a way
+            if config.on_unsupported == "error":
+                raise
+            reason = str(error)
     if batch_images is None:
         tree, own_images = PrefixTree.from_sequences([DUMMY_SEQUENCE] if is_dummy else sequences), None
     else:
         tree, own_images = batch_images.merged()
-    tree_images = along_with_others(model, tree, own_images) if reason is None else own_images
+    tree_images, reason = along_with_others(model, tree, own_images, reason)
     _check_vocabulary(tree, base, tree_images)
     if is_dummy:
         scored = temperatures = None

@@ -19,6 +19,9 @@ from dta_plugin.execution.streaming.chunk_plan import ChunkPlan
 
 T = TypeVar("T")
 
+# What runs on a rank that has no sequences, or fewer than others.
+DUMMY_SEQUENCE = [0, 0]
+
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 shards the model's weights."""

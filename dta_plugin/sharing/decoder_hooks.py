@@ -154,7 +154,7 @@ class PrefixSharing:
         self.calls += 1
         self.cached_calls += bool(arguments.get("use_cache")) or arguments.get("past_key_values") is not None
         asked = arguments.pop("dta_own_path", None)
-        batch = asked or self._call_obstacle(decoder, arguments) or PaddedBatch.from_arguments(arguments, decoder)
+        batch = asked or self._call_obstacle(decoder, arguments) or self._merged(decoder, arguments)
         if isinstance(batch, PaddedBatch) and self.padding_reader is not None and bool((batch.index < 0).any()):
             batch = f"its rows are padded, and {self.padding_reader}"
         if isinstance(batch, PaddedBatch):
@@ -171,10 +171,10 @@ class PrefixSharing:
         layout = TreeLayout.from_tree(batch.tree, arguments["input_ids"].device)
         mask = TreeMask.from_layout(layout, self.config.backend)
         inputs = model_inputs(layout, mask)
-        replaced = {*OF_THE_LOSS, *inputs}
+        replaced = {*OF_THE_LOSS, *TOKEN_KINDS, *inputs}
         if batch.images is not None:
             inputs = arguments_with_images(decoder, inputs, batch.images)
-            replaced |= {*TOKEN_KINDS, *image_arguments(decoder, arguments)}
+            replaced |= image_arguments(decoder, arguments).keys()
         read = {name: value for name, value in arguments.items() if name not in replaced}
         return (), read | inputs | {"dta_rows": batch}
 
@@ -190,6 +190,15 @@ class PrefixSharing:
             output.router_logits = tuple(_spread_flat(logits, batch) for logits in output.router_logits)
         self._count(decoder, batch, "+".join(sorted(mask.backends_used)))
         return output
+
+    def _merged(self, decoder: PreTrainedModel, arguments: dict[str, Any]) -> PaddedBatch | str:
+        """The rows of a call, or why they cannot be merged."""
+        try:
+            return PaddedBatch.from_arguments(arguments, decoder)
+        except UnsupportedError as error:
+            if self.config.on_unsupported == "error":
+                raise
+            return str(error)
 
     def _call_obstacle(self, decoder: PreTrainedModel, arguments: dict[str, Any]) -> str | None:
         """Why this call takes the model's own path, by what may change from call to call."""

@@ -32,6 +32,27 @@ def image_arguments(decoder: PreTrainedModel, arguments: Mapping[str, Any]) -> d
     return {name: value for name, value in arguments.items() if name in names and isinstance(value, torch.Tensor)}
 
 
+def known_kinds(decoder: PreTrainedModel, arguments: Mapping[str, Any], has_images: bool) -> set[str]:
+    """Which of a call's kinds of tokens say no more than ids do: 1 for placeholders of images, 0 for all others.
+
+    has_images: else placeholders are tokens like others.
+    """
+    token_id, ids, mask = image_token_id(decoder), arguments.get("input_ids"), arguments.get("attention_mask")
+    if token_id is None or not isinstance(ids, torch.Tensor):
+        return set()
+    expected = ids.eq(token_id) if has_images else torch.zeros_like(ids, dtype=torch.bool)
+    if isinstance(mask, torch.Tensor) and mask.shape == ids.shape:
+        expected = expected & mask.bool()
+    else:
+        mask = torch.ones_like(ids)
+    given = {name: arguments[name] for name in TOKEN_KINDS if isinstance(arguments.get(name), torch.Tensor)}
+    return {
+        name
+        for name, kinds in given.items()
+        if kinds.shape == ids.shape and torch.equal(kinds * mask, expected.to(kinds.dtype))
+    }
+
+
 def images_of_rows(
     decoder: PreTrainedModel, inputs: ImageInputs, rows: Sequence[np.ndarray]
 ) -> list[ImageInputs | None]:

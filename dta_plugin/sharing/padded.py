@@ -20,7 +20,7 @@ from dta_plugin.dtypes import accumulation_dtype
 from dta_plugin.execution.probing.forest import Forest, image_forest
 from dta_plugin.models.vision.batch_images import BatchImages, TreeImages
 from dta_plugin.models.vision.units import ImageInputs
-from dta_plugin.sharing.images import TOKEN_KINDS, image_arguments, images_of_rows
+from dta_plugin.sharing.images import image_arguments, images_of_rows, known_kinds
 from dta_plugin.tree.trie import PrefixTree
 
 # Arguments of a decoder that say nothing about single tokens, whatever their type.
@@ -57,7 +57,8 @@ class PaddedBatch:
         Returns what keeps the call from running as a tree, if anything does.
         """
         inputs = {} if decoder is None else image_arguments(decoder, arguments)
-        obstacle = _merge_obstacle(arguments, {*inputs, *TOKEN_KINDS} if inputs else set())
+        kinds = set() if decoder is None else known_kinds(decoder, arguments, has_images=bool(inputs))
+        obstacle = _merge_obstacle(arguments, {*inputs}, kinds)
         if obstacle is not None:
             return obstacle
         ids, mask = arguments["input_ids"].cpu().numpy(), arguments.get("attention_mask")
@@ -89,8 +90,8 @@ class PaddedBatch:
         return image_forest(decoder, sequences, self.image_rows or [])
 
 
-def _merge_obstacle(arguments: Mapping[str, Any], of_images: set[str]) -> str | None:
-    """of_images: arguments that belong to images."""
+def _merge_obstacle(arguments: Mapping[str, Any], of_images: set[str], of_tokens: set[str]) -> str | None:
+    """of_images: arguments that belong to images. of_tokens: those that say of every token what its id says, too."""
     for name, obstacle in _OWN_PATH.items():
         if arguments.get(name) is not None and arguments[name] is not False:
             return obstacle
@@ -107,7 +108,7 @@ def _merge_obstacle(arguments: Mapping[str, Any], of_images: set[str]) -> str | 
         return "it asks for a tuple"
     if arguments.get("is_causal") is False:
         return "it attends in both directions"
-    known = _ROWS | _OF_THE_CALL | OF_THE_LOSS | of_images
+    known = _ROWS | _OF_THE_CALL | OF_THE_LOSS | of_images | of_tokens
     for name, value in arguments.items():
         if name not in known and isinstance(value, torch.Tensor) and value.ndim:
             return f"it has an argument that may differ by row or token, {name}"

@@ -98,6 +98,41 @@ def test_text_alone() -> None:
     assert worst < EXACT and handle.shared_calls == 1
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "gemma4"])
+def test_text_alone_of_which_kinds_are_told(family: str) -> None:
+    """As processors do: 0 for every token."""
+    batch = padded(family, "two")
+    ids = batch["input_ids"].clamp(max=80)
+    name = KINDS.get(family, "mm_token_type_ids")
+    text = {"input_ids": ids, "attention_mask": batch["attention_mask"], name: torch.zeros_like(ids)}
+    worst, handle = apart(family, text)
+    assert worst < EXACT and handle.shared_calls == 1
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+def test_kinds_that_ids_do_not_tell(family: str) -> None:
+    """The model goes by them: it takes its own path."""
+    batch = padded(family, "two")
+    name = KINDS.get(family, "mm_token_type_ids")
+    text = {"input_ids": batch["input_ids"].clamp(max=80), "attention_mask": batch["attention_mask"]}
+    text[name] = batch[name] * 0
+    text[name][:, -3] = 1
+    handle = apart(family, text)[1]
+    assert handle.shared_calls == 0 and f"may differ by row or token, {name}" in handle.reason
+
+
+def test_rows_that_are_no_tree() -> None:
+    """Images side by side, in a model that attends both ways within a run of placeholders."""
+    pair = [images for images in rows_of("gemma3", [[0], [4]]).images if images is not None]
+    ids = torch.tensor([[1, *[IMAGE] * 8, 3], [1, *[IMAGE] * 8, 4]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": ids.eq(IMAGE).long()}
+    batch |= over_images([*pair, *pair])
+    with pytest.raises(UnsupportedError, match="images without a token between them"):
+        apart("gemma3", batch)
+    worst, handle = apart("gemma3", batch, TreeConfig(probe="off", on_unsupported="dense"))
+    assert worst == 0 and handle.shared_calls == 0 and "images without a token between them" in handle.reason
+
+
 def test_an_image_too_few() -> None:
     batch = padded("qwen3_vl", "one")
     batch["image_grid_thw"] = batch["image_grid_thw"][:-1]

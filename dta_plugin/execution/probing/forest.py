@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from dta_plugin.models.indexers import index_limit
 from dta_plugin.models.rotary import length_limits
 from dta_plugin.models.sizes import attention_sizes
-from dta_plugin.models.vision.units import ImageInputs, image_token_id, row_units, runs_of, stacked
+from dta_plugin.models.vision.units import ImageInputs, Unit, image_token_id, row_units, runs_of, stacked
 from dta_plugin.tree.trie import TokenSequence, token_rows
 
 # Of the longest sequence: the fewest tokens, and the most that are cheap.
@@ -21,8 +22,10 @@ _SHORTEST, _LONGEST = 32, 320
 _LOGITS = 2**25
 # Beyond the smallest window.
 _BEYOND = 16
-# Tokens behind an image.
-_BEHIND_IMAGE = 8
+# Tokens before an image, and behind it.
+_BEFORE_IMAGE, _BEHIND_IMAGE = 32, 8
+# Of an image whose grid says where patches are: the most tokens along a side.
+_SIDE = 8
 
 
 def probe_forest(model: PreTrainedModel) -> Forest:
@@ -71,7 +74,8 @@ def image_forest(
 ) -> Forest:
     """Siblings behind the first two images of a row, or the first one where no row has two; text between them.
 
-    Of all rows, the one that comes to their end soonest.
+    Of all rows, the one that comes to their end soonest. All that is far before an image is left out, as is all but a
+    corner of a large one: logits of every token are compared, of which there are as many as words.
     """
     token_id = image_token_id(model)
     found = []
@@ -80,15 +84,38 @@ def image_forest(
         if images is not None and is_image.any():
             places = np.flatnonzero(is_image)
             first = row_units(model, images, runs_of(is_image))[:2]
-            end = int(places[sum(unit.tokens for unit in first) - 1]) + 1
-            found.append((-len(first), end, sequence, first))
-    _, end, sequence, first = min(found, key=lambda each: each[:2])
-    inputs = stacked(first)
+            own = np.split(places, np.cumsum([unit.tokens for unit in first]))[: len(first)]
+            found.append((-len(first), int(own[-1][-1]), sequence, list(zip(first, own, strict=True))))
+    *_, sequence, pieces = min(found, key=lambda each: each[:2])
+    stem: list[int] = []
+    seen, after = [], 0
+    for unit, places in pieces:
+        begin, end = int(places[0]), int(places[-1]) + 1
+        corner = _corner(unit, end - begin)
+        image = sequence[begin:end] if corner is unit else sequence[begin : begin + corner.tokens]
+        stem += [*sequence[max(after, begin - _BEFORE_IMAGE) : begin].tolist(), *image.tolist()]
+        seen.append(corner)
+        after = end
+    inputs = stacked(seen)
     random = np.random.default_rng(0)
     ordinary = _ordinary_tokens(model.config.get_text_config(), model.config)
-    stem = sequence[:end].tolist()
     ends = [random.choice(ordinary, _BEHIND_IMAGE).tolist() for _ in range(3)]
     return Forest([stem + ends[0], ends[1], stem + ends[2]], [inputs, None, inputs])
+
+
+def _corner(image: Unit, run: int) -> Unit:
+    """An image of the first patches of one, in rows as short as needed. run: tokens from its first to its last."""
+    grid = image.inputs.get("image_grid_thw")
+    if grid is None or run != image.tokens:
+        return image
+    merged = int(grid.prod()) // image.tokens  # patches of a token
+    most = _SIDE * math.isqrt(merged)
+    height, width = (min(side, most) for side in grid[0, 1:].tolist())
+    if (1, height, width) == tuple(grid[0].tolist()):
+        return image
+    own = {"pixel_values": image.inputs["pixel_values"][: height * width]}
+    own["image_grid_thw"] = grid.new_tensor([[1, height, width]])
+    return Unit(image.inputs | own, height * width // merged)
 
 
 def _length(model: PreTrainedModel) -> int:

@@ -29,6 +29,7 @@ from dta_plugin.execution.probing.rounding_noise import (
 from dta_plugin.execution.ranks import gathered, is_collective, is_fsdp, is_zero3
 from dta_plugin.models.introspection import causal_lm, evaluation_mode
 from dta_plugin.models.recurrent_layers import mixers
+from dta_plugin.models.vision.dense import dense_inputs
 
 # Times the noise, and rounding steps beyond it, that a parameter's gradient may be off.
 _GRADIENT, _STEPS = 4.0, 8
@@ -145,7 +146,7 @@ def _own(
     total: Gradients = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     weights_of = _weights(batch).split(lengths)
     sequences = [torch.as_tensor(sequence, dtype=torch.int64, device=device) for sequence in batch.sequences]
-    images = batch.dense_images(causal_lm(model), sequences, padding) or [{}] * len(sequences)
+    images = dense_inputs(causal_lm(model), sequences, [images for _, images in batch.rows()], padding)
     rows = zip(sequences, images, batch.temperatures_or(temperature), batch.unscored(), weights_of, strict=True)
     for row, more, own, is_unscored, weights in rows:
         found, _ = dense_logprobs(model, [row], own, padding=padding, images=[more])

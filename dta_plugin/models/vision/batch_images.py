@@ -89,7 +89,7 @@ class BatchImages:
 
         Raises:
             InvalidInputError: inputs that do not fit each other, or placeholders.
-            UnsupportedError: a model of which it is not known how images come in, or inputs that it does not take.
+            UnsupportedError: a model of which it is not known how images come in, or rows that it cannot have as trees.
         """
         check_images(model)
         if len(rows) != len(sequences):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
+from dta_plugin.errors import InvalidInputError
 from dta_plugin.models.vision.units import ImageInputs, image_token_id
 
 # What forwards call the kind of each token: 1 for placeholders of images.
@@ -22,21 +23,27 @@ def dense_inputs(
 ) -> list[dict[str, torch.Tensor]]:
     """Per row, keyword arguments of the model's forward, its attention mask among them.
 
-    ids: int64 [len] per row. rows: its images as they were given; those that are missing at the end have none. padding:
-    so many masked tokens in front of each.
+    ids: int64 [len] per row. rows: its images as they were given, or None. padding: so many masked tokens in front of
+    each. Raises InvalidInputError for what the model's forward does not name, and might pass over.
     """
     taken = inspect.signature(type(model).forward).parameters
     token_id = image_token_id(model)
-    assert token_id is not None
     found: list[dict[str, torch.Tensor]] = []
-    for row, images in zip(ids, [*rows, *[None] * (len(ids) - len(rows))], strict=True):
-        kinds = {EXPERT_KINDS: expert_kinds(model, row)}
-        if images is not None:
+    for row, images in zip(ids, rows, strict=True):
+        inputs = {} if images is None else {name: value.to(row.device) for name, value in images.items()}
+        unknown = sorted(set(inputs) - set(taken))
+        if unknown:
+            raise InvalidInputError(
+                f"A row has {', '.join(unknown)}, which {type(model).__name__} does not take. Expected a "
+                "vision-language model for rows with images; load it with AutoModelForImageTextToText."
+            )
+        kinds = {EXPERT_KINDS: expert_kinds(model, row)} if EXPERT_KINDS in taken else {}
+        if inputs and token_id is not None:
             kinds |= dict.fromkeys(_KINDS, row.eq(token_id).long()) | {"attention_mask": torch.ones_like(row)}
         tokens = {
             name: torch.nn.functional.pad(value, (padding, 0))[None] for name, value in kinds.items() if name in taken
         }
-        found.append(tokens | {name: value.to(row.device) for name, value in (images or {}).items()})
+        found.append(tokens | inputs)
     return found
 
 

@@ -73,11 +73,10 @@ def runs_of(is_image: np.ndarray) -> list[int]:
 def row_units(model: PreTrainedModel, inputs: ImageInputs, runs: Sequence[int]) -> list[Unit]:
     """The units of one row, in the order of their placeholders. runs: of placeholders in the row, see `runs_of`.
 
-    Raises:
-        InvalidInputError: inputs that do not fit each other, or the row.
-        UnsupportedError: inputs that the model's tower does not take.
+    Raises InvalidInputError for inputs that do not fit each other, or the row, or that the model's tower does not take.
     """
     _check_names(model, inputs)
+    _check_values(inputs)
     cut = _cut(model, inputs)
     tokens = _tokens(model, cut, list(runs))
     if tokens is None:
@@ -118,19 +117,40 @@ def _check_names(model: PreTrainedModel, inputs: ImageInputs) -> None:
     known = input_names(model)
     unknown = sorted(set(inputs) - set(known))
     if unknown:
-        raise UnsupportedError(
+        raise InvalidInputError(
             f"A row has {', '.join(unknown)}. Expected for {type(model).__name__} only what makes features of images "
             f"({', '.join(known)}): videos and sound are not supported on trees; leave out what belongs to text."
         )
-    if not all(isinstance(value, torch.Tensor) for value in inputs.values()):
-        kinds = {name: type(value).__name__ for name, value in inputs.items()}
-        raise InvalidInputError(f"A row's images have {kinds}. Expected tensors, as return_tensors='pt' gives them.")
     if _PIXELS not in inputs:
         raise InvalidInputError(f"A row's images have {', '.join(inputs) or 'nothing'}. Expected {_PIXELS} among them.")
     if _ROW_COUNTS in inputs and inputs[_ROW_COUNTS].max() > 1:
         raise UnsupportedError(
             f"A row has {inputs[_ROW_COUNTS].max()} images ({_ROW_COUNTS}), which {type(model).__name__} sees "
             "otherwise than each alone. Expected one image in a row; or on_unsupported='dense'."
+        )
+
+
+def _check_values(inputs: ImageInputs) -> None:
+    for name, value in inputs.items():
+        if not isinstance(value, torch.Tensor):
+            raise InvalidInputError(
+                f"{name} of a row's images is a {type(value).__name__}. Expected a tensor over all of the row's "
+                "images; pass what the model's own processor returned with return_tensors='pt'."
+            )
+        if value.ndim == 0 or len(value) == 0:
+            raise InvalidInputError(
+                f"{name} of a row's images is {tuple(value.shape)}. Expected an entry or more along the first "
+                "dimension; pass None for a row without images."
+            )
+        if value.requires_grad:
+            raise InvalidInputError(
+                f"{name} of a row's images requires a gradient, and rows with the same image share one copy of it. "
+                f"Expected inputs that do not; pass {name}.detach()."
+            )
+    grids = inputs.get(_GRIDS[0])
+    if grids is not None and (grids.ndim != 2 or grids.shape[1] != 3):
+        raise InvalidInputError(
+            f"{_GRIDS[0]} of a row's images is {tuple(grids.shape)}. Expected [images, 3]: time, height and width."
         )
 
 
