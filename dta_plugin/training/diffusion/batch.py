@@ -11,6 +11,9 @@ import torch
 
 from dta_plugin.training.padding import side_by_side
 
+# Names under which frameworks carry the parts of a Rollout.
+CANVAS_IDS, COMMIT_STEPS = "canvas_ids", "commit_steps"
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rollout:
@@ -61,11 +64,12 @@ class DiffusionBatch:
         seeds: Sequence[int],
         pad: int,
         device: torch.device | None = None,
+        rollout: Rollout | None = None,
     ) -> DiffusionBatch:
         """Of rows without padding; begins: where each one's completion begins."""
         ids, mask = side_by_side(sequences, begins, pad)
         drawn = torch.tensor(seeds, dtype=torch.int64, device=device)
-        return cls(ids.to(device=device), mask.to(device=device), ids.shape[1] - max(begins), drawn)
+        return cls(ids.to(device=device), mask.to(device=device), ids.shape[1] - max(begins), drawn, rollout)
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from dta_plugin.training.diffusion.batch import DiffusionBatch, Rollout
+from dta_plugin.training.diffusion.batch import CANVAS_IDS, COMMIT_STEPS, DiffusionBatch, Rollout
 
-# Keys of TRL's buffered inputs: int64 [B], what each row's noise is drawn from; and, of objective "trajectory", int64
-# [B, canvas], the parts of a Rollout.
-MASK_SEEDS = "mask_seeds"
-CANVAS_IDS, COMMIT_STEPS = "canvas_ids", "commit_steps"
+MASK_SEEDS = "mask_seeds"  # key of TRL's buffered inputs: int64 [B], what each row's noise is drawn from
 
 
 def diffusion_batch(inputs: dict[str, Any]) -> DiffusionBatch:

@@ -23,14 +23,14 @@ from trl import GRPOTrainer
 from dta_plugin.adapters.trl import patch
 from dta_plugin.adapters.trl.diffusion.config import DiffusionGRPOConfig
 from dta_plugin.adapters.trl.diffusion.generation import sampled_completions
-from dta_plugin.adapters.trl.diffusion.micro_batch import CANVAS_IDS, COMMIT_STEPS, MASK_SEEDS, diffusion_batch
+from dta_plugin.adapters.trl.diffusion.micro_batch import MASK_SEEDS, diffusion_batch
 from dta_plugin.adapters.trl.diffusion.unsupported_options import check_arguments
 from dta_plugin.adapters.trl.upstream import check_diffusion, check_diffusion_trainer
 from dta_plugin.diffusion import DiffusionFamily, load_diffusion_lm
 from dta_plugin.diffusion.sampler import check_blocks
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.models.introspection import causal_lm
-from dta_plugin.training.diffusion.batch import DiffusionBatch, Rollout, draw_seeds
+from dta_plugin.training.diffusion.batch import CANVAS_IDS, COMMIT_STEPS, DiffusionBatch, Rollout, draw_seeds
 from dta_plugin.training.diffusion.objective import ElboObjective
 from dta_plugin.training.diffusion.one_step import OneStepObjective
 from dta_plugin.training.diffusion.statistics import PREFIX

@@ -20,11 +20,6 @@ _ALIASES = {
     "steps": "diffusion_steps",
     "fillers": "score_fillers",
 }
-# Objectives whose update reads what verl hands no rollout's update.
-_NOT_CARRIED = {
-    "diffu-grpo": "log-probs of tokens under one mask per epoch",
-    "trajectory": "the steps in which the sampler wrote a response",
-}
 _ELSEWHERE = {"length_norm": "actor_rollout_ref.actor.loss_agg_mode"}  # what settings of verl say
 
 
@@ -54,10 +49,10 @@ def diffusion_options(rollout: Any) -> DiffusionOptions | None:
         found.sampler_config(int(rollout.get("response_length")), 1.0, found.attention_block_length)
     except InvalidInputError as error:
         raise InvalidInputError(f"In {DIFFUSION}: {error}") from None
-    if found.objective in _NOT_CARRIED:
+    if found.objective == "diffu-grpo":
         raise InvalidInputError(
-            f"In {DIFFUSION}: objective={found.objective!r}. Expected 'bgpo' or 'vrpo': verl's data carries ELBO terms "
-            f"of the old policy, not {_NOT_CARRIED[found.objective]}."
+            f"In {DIFFUSION}: objective='diffu-grpo'. Expected 'bgpo', 'vrpo' or 'trajectory': verl's data carries a "
+            "number per sample of the old policy, not log-probs of tokens under one mask per epoch."
         )
     return found
 
