@@ -137,6 +137,8 @@ bench-diffusion: $(INSTALLED) ## measure updates of a diffusion LM: memory again
 	python -m benchmarks.diffusion.memory
 	test -d runs/quickstart_diffusion/model || python recipes/quickstart/diffusion.py --output runs/quickstart_diffusion
 	python -m benchmarks.diffusion.learning
+	test -d runs/diffusion/model || python recipes/verl/diffusion.py runs/diffusion
+	python -m benchmarks.diffusion.remasking
 
 # On a machine with a GPU: nothing is installed, and python3 is the one that holds torch. See benchmarks/gpu.
 #   make gpu RESULTS=out GPU_OPTIONS='--commit 1a2b3c4 --rollouts rollouts.jsonl.gz'

@@ -62,11 +62,18 @@ class SamplerConfig:
 @dataclass(frozen=True, slots=True, eq=False)
 class SampledCompletions:
     """completion_ids: int64 [B, gen_length]; after the first end token, end tokens. lengths: int64 [B] tokens up to and
-    with the first end token, gen_length without one. model_calls: how often the model ran."""
+    with the first end token, gen_length without one. model_calls: how often the model ran.
+
+    canvas_ids: int64 [B, gen_length], the canvas as the last step left it: after the first end token what was committed
+    there, and masks in blocks that did not run. steps: int64 [B, gen_length], the model call, from 0, that committed
+    each token; -1 for masks.
+    """
 
     completion_ids: torch.Tensor
     lengths: torch.Tensor
     model_calls: int
+    canvas_ids: torch.Tensor
+    steps: torch.Tensor
 
 
 @torch.no_grad()
@@ -95,6 +102,7 @@ def sample(
     block_of = _block_of_columns(family, config, real)
     ends = torch.tensor(family.eos_token_ids, dtype=canvas.dtype, device=canvas.device)
     active = torch.arange(len(canvas), device=canvas.device)
+    steps = torch.full_like(canvas[:, prompt_length:], -1)
     calls = 0
     for block in range(int(block_of.max()) + 1):
         here = block_of[active] == block
@@ -103,18 +111,22 @@ def sample(
         visible = prompt_length + (last if family.block_length else config.gen_length)  # later blocks are not seen
         rows, mask = canvas[active, :visible], attention[active, :visible]
         window = slice(prompt_length + first, prompt_length + last)
+        committed = steps[active, first:last]
         quotas = _tokens_per_step(here.sum(dim=1), config.steps // config.blocks)
         for quota in quotas:
             logits = _guided_logits(model, family, config, rows, mask, prompt_length, window)
             waiting = here[:, first:last] & (rows[:, window] == family.mask_token_id)
-            _commit_most_confident(rows[:, window], waiting, logits, quota, family, config, generator)
+            chosen = _commit_most_confident(rows[:, window], waiting, logits, quota, family, config, generator)
+            committed[chosen] = calls
             calls += 1
         canvas[active, :visible] = rows
+        steps[active, first:last] = committed
         active = active[~torch.isin(rows[:, prompt_length:], ends).any(dim=1)]
         if not len(active):
             break
-    completion, lengths = _filled_after_end(canvas[:, prompt_length:], ends)
-    return SampledCompletions(completion, lengths, calls)
+    written = canvas[:, prompt_length:]
+    completion, lengths = _filled_after_end(written, ends)
+    return SampledCompletions(completion, lengths, calls, written, steps)
 
 
 def check_blocks(family: DiffusionFamily, config: SamplerConfig) -> None:
@@ -166,8 +178,11 @@ def _commit_most_confident(
     family: DiffusionFamily,
     config: SamplerConfig,
     generator: torch.Generator | None,
-) -> None:
-    """Write the proposals of each row's `quota` [b] most confident waiting positions into `tokens` [b, w], in place."""
+) -> torch.Tensor:
+    """Write the proposals of each row's `quota` [b] most confident waiting positions into `tokens` [b, w], in place.
+
+    Returns which these are, bool [b, w].
+    """
     scores = logits[waiting]
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     scores[:, list(family.never_sampled)] = float("-inf")
@@ -181,6 +196,7 @@ def _commit_most_confident(
     rank = order.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     chosen = waiting & (rank < quota[:, None])
     tokens[chosen] = proposed[chosen[waiting]]
+    return chosen
 
 
 def _proposals(scores: torch.Tensor, temperature: float, generator: torch.Generator | None) -> torch.Tensor:

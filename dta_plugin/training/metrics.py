@@ -46,7 +46,7 @@ METRICS = (
     MetricInfo("dta/token_reduction_ideal", "ratio", "mean", "flat over tree tokens, if all siblings met"),
     MetricInfo("dta/token_reduction_of_shares", "ratio", "mean", "the same, of each rank's rows of a step"),
     MetricInfo("diffusion/elbo", "nats per token", "mean", "estimate of the likelihood's lower bound"),
-    MetricInfo("diffusion/log_prob", "nats per token", "mean", "log-probs in one fully masked forward (diffu-grpo)"),
+    MetricInfo("diffusion/log_prob", "nats per token", "mean", "fully masked (diffu-grpo), or of steps (trajectory)"),
     MetricInfo("diffusion/bound_gap", "advantage per row", "mean", "what the bound gives away on the samples (bgpo)"),
     MetricInfo("diffusion/mean_abs_d", "nats, scaled by length_norm", "mean", "how far the policy is from the old one"),
     MetricInfo("diffusion/max_abs_d", "nats, scaled by length_norm", "max", "the largest of these differences"),

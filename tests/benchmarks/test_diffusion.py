@@ -23,6 +23,15 @@ def test_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_remasking(tmp_path: Path) -> None:
+    built = tmp_path / "built"
+    python("recipes/verl/diffusion.py", str(built))
+    done = smoke("diffusion.remasking", tmp_path, "--folder", str(built))
+    assert [len(run["reward"]) for run in done.result["runs"]] == [2] * 6
+    assert all(name in done.printed for name in ("low_confidence, trajectory", "random, bgpo", "4 updates"))
+
+
+@pytest.mark.slow
 def test_learning(tmp_path: Path) -> None:
     built, plot = tmp_path / "built", tmp_path / "curves.png"
     python("recipes/quickstart/diffusion.py", "--steps", "20", "--output", str(built))

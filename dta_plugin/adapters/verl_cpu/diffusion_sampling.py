@@ -1,7 +1,8 @@
 """Batched sampling from a diffusion LM, for the rollout server: canvases of `rollout.response_length` tokens.
 
 Promises: what `dta_plugin.diffusion.sample` promises, at the temperature of the request; no log-probs, which such a
-model does not have. A response ends with its first end token, or, with `score_fillers`, is the whole canvas.
+model does not have. A response ends with its first end token, or, with `score_fillers`, is the whole canvas. For
+objective "trajectory" the record of its steps goes with it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 import dta_plugin.diffusion as diffusion
 from dta_plugin.adapters.verl_cpu.sampling import Request, Sample, Sampling
 from dta_plugin.errors import InvalidInputError
+from dta_plugin.training.diffusion.batch import CANVAS_IDS, COMMIT_STEPS
 from dta_plugin.training.diffusion.options import DiffusionOptions
 from dta_plugin.training.padding import left_padded
 
@@ -61,6 +63,9 @@ def sample_completions(
         lengths = [length] * len(chosen) if options.score_fillers else sampled.lengths.tolist()
         for i, tokens, kept in zip(chosen, sampled.completion_ids.tolist(), lengths, strict=True):
             found[i] = Sample(tokens[:kept], [])
+        if options.objective == "trajectory":
+            for i, canvas, steps in zip(chosen, sampled.canvas_ids.tolist(), sampled.steps.tolist(), strict=True):
+                found[i].extra.update({CANVAS_IDS: canvas, COMMIT_STEPS: steps})
     return [found[i] for i in range(len(requests))]
 
 

@@ -85,7 +85,7 @@ class HFServer:
             token_ids=found.tokens,
             log_probs=found.logprobs if sampling_params.get("logprobs") else None,
             stop_reason="completed",
-            extra_fields={"global_steps": self.steps},
+            extra_fields={"global_steps": self.steps, **found.extra},
         )
 
     async def _decode_waiting(self) -> None:

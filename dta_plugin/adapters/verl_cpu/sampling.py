@@ -8,7 +8,7 @@ may differ in everything.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,10 +53,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Sample:
-    """The sampled tokens, the end token included, and their log-probs."""
+    """The sampled tokens, the end token included, and their log-probs. extra: what verl carries to the update."""
 
     tokens: list[int]
     logprobs: list[float]
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def sample(model: PreTrainedModel, requests: list[Request], eos: Collection[int], pad: int) -> list[Sample]:

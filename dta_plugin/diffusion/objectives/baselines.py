@@ -29,6 +29,15 @@ def token_ratio_terms(
     return terms.masked_fill(~scored, 0.0).sum(dim=1) / scored.sum(dim=1).clamp(min=1)
 
 
+@torch.no_grad()
+def ratio_clipped(d: torch.Tensor, advantages: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Where the clip of `token_ratio_terms` takes away the gradient, bool in the shape of d; for metrics.
+
+    d: log-ratios. advantages: in a shape that goes with it.
+    """
+    return torch.where(advantages >= 0, d.exp() > 1.0 + epsilon, d.exp() < 1.0 - epsilon)
+
+
 def k3_terms(log_probs: torch.Tensor, reference: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
     """The k3 estimate of the KL divergence from a reference [B], the mean over scored tokens; to be minimised.
 

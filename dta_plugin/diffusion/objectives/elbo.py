@@ -37,12 +37,13 @@ def masked_log_probs(
     attention_mask: torch.Tensor | None,
     mask: torch.Tensor,
     prompt_mask: torch.Tensor | None = None,
+    waiting: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Log-probs [B, C] of the masked completion tokens, from one forward of the noised copy; exactly 0 elsewhere.
 
     input_ids: int64 [B, P + C], clean: prompts and completions side by side. attention_mask: [B, P + C], 0 at padding,
     or None. mask: bool [B, C], True where a completion token is hidden from the model and scored. prompt_mask: bool
-    [B, P], prompt tokens to hide as well; they are not scored.
+    [B, P], prompt tokens to hide as well; they are not scored. waiting: bool [B, C], the same for completion tokens.
 
     float32 (float64 for float64 models), differentiable in the parameters of `model`, wrapped or not. The LM head runs
     on the masked positions only and its softmax tile by tile (`models/lm_head.py`); a model without a decoder of its
@@ -57,7 +58,7 @@ def masked_log_probs(
         )
     check_attention(model, family, input_ids.device)
     hidden = torch.zeros_like(input_ids, dtype=torch.bool)
-    hidden[:, first:] = mask
+    hidden[:, first:] = mask if waiting is None else mask | waiting
     if prompt_mask is not None:
         hidden[:, :first] = prompt_mask
     noised = input_ids.masked_fill(hidden, family.mask_token_id)

@@ -11,18 +11,31 @@ import torch
 
 from dta_plugin.training.padding import side_by_side
 
+# Names under which frameworks carry the parts of a Rollout.
+CANVAS_IDS, COMMIT_STEPS = "canvas_ids", "commit_steps"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rollout:
+    """How completions came about: `canvas_ids` and `steps` of `SampledCompletions`, int64 [B, G]."""
+
+    canvas_ids: torch.Tensor
+    steps: torch.Tensor
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DiffusionBatch:
     """B prompts [B, P] (padded left) and completions [B, C] (padded right), side by side.
 
     input_ids, attention_mask: int64 [B, P + C]. width: C. seeds: int64 [B], what each row's noise is drawn from.
+    rollout: for the objective that reads it, else None.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     width: int
     seeds: torch.Tensor
+    rollout: Rollout | None = None
 
     @classmethod
     def from_padded(
@@ -32,6 +45,7 @@ class DiffusionBatch:
         completion_ids: torch.Tensor,
         completion_mask: torch.Tensor,
         seeds: torch.Tensor,
+        rollout: Rollout | None = None,
     ) -> DiffusionBatch:
         """Of rectangles [B, P] and [B, C] with their attention masks."""
         return cls(
@@ -39,6 +53,7 @@ class DiffusionBatch:
             torch.cat([prompt_mask, completion_mask], dim=1),
             completion_ids.shape[1],
             seeds,
+            rollout,
         )
 
     @classmethod
@@ -49,11 +64,12 @@ class DiffusionBatch:
         seeds: Sequence[int],
         pad: int,
         device: torch.device | None = None,
+        rollout: Rollout | None = None,
     ) -> DiffusionBatch:
         """Of rows without padding; begins: where each one's completion begins."""
         ids, mask = side_by_side(sequences, begins, pad)
         drawn = torch.tensor(seeds, dtype=torch.int64, device=device)
-        return cls(ids.to(device=device), mask.to(device=device), ids.shape[1] - max(begins), drawn)
+        return cls(ids.to(device=device), mask.to(device=device), ids.shape[1] - max(begins), drawn, rollout)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -65,8 +81,18 @@ class DiffusionBatch:
 
     def chunks(self, size: int) -> list[DiffusionBatch]:
         """The same rows, at most so many at a time."""
-        parts = zip(self.input_ids.split(size), self.attention_mask.split(size), self.seeds.split(size), strict=True)
-        return [DiffusionBatch(ids, mask, self.width, seeds) for ids, mask, seeds in parts]
+        parts = [slice(first, first + size) for first in range(0, len(self), size)]
+        own = self.rollout
+        return [
+            DiffusionBatch(
+                self.input_ids[part],
+                self.attention_mask[part],
+                self.width,
+                self.seeds[part],
+                None if own is None else Rollout(own.canvas_ids[part], own.steps[part]),
+            )
+            for part in parts
+        ]
 
 
 def draw_seeds(count: int, device: torch.device) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dta_plugin.diffusion import DiffusionFamily, prompt_noise
-from dta_plugin.diffusion.objectives.baselines import k3_terms, token_ratio_terms
+from dta_plugin.diffusion.objectives.baselines import k3_terms, ratio_clipped, token_ratio_terms
 from dta_plugin.diffusion.objectives.bgpo import rows_to_run
 from dta_plugin.diffusion.objectives.elbo import masked_log_probs
 from dta_plugin.training.diffusion.batch import DiffusionBatch
@@ -107,8 +107,7 @@ class OneStepUpdate:
         d = (new - old)[scored]
         found = run_statistics(ran, self.scored.sum(dim=1), d)
         found.means["log_prob"] = (new[scored].sum(), scored.sum())
-        advantages = self.advantages[:, None].expand_as(scored)[scored]
-        hit = torch.where(advantages >= 0, d.exp() > 1.0 + objective.epsilon, d.exp() < 1.0 - objective.epsilon)
+        hit = ratio_clipped(d, self.advantages[:, None].expand_as(scored)[scored], objective.epsilon)
         found.means["clip_fraction"] = (hit.sum(), hit.numel())
         if step.reference is not None:
             kl = k3_terms(new, step.reference[:, step.iteration], scored)

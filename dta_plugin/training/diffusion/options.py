@@ -18,8 +18,11 @@ from dta_plugin.diffusion.objectives.elbo import NORMS
 from dta_plugin.diffusion.sampler import REMASKING
 from dta_plugin.errors import InvalidInputError
 
-OBJECTIVES = ("bgpo", "diffu-grpo", "vrpo")
+OBJECTIVES = ("bgpo", "diffu-grpo", "trajectory", "vrpo")
+CLIPPED = ("diffu-grpo", "trajectory")  # those with token or step ratios, and PPO's clip range
 _ELBO, _BGPO, _ONE_STEP = ("bgpo", "vrpo"), ("bgpo",), ("diffu-grpo",)
+_SAMPLED = (*_ELBO, "trajectory")
+_WITH_FILLERS = ("bgpo", "vrpo", "diffu-grpo")
 _CHOICES = {"objective": OBJECTIVES, "mask_form": FORMS, "length_norm": NORMS, "remasking": REMASKING}
 _LEAST = {"block_length": 1, "attention_block_length": 1, "mask_token_id": 0}
 _BLOCK = 32  # the papers' block length, where the model has none of its own
@@ -37,11 +40,15 @@ class DiffusionOptions:
     objective: str = _option(
         "bgpo",
         "What is maximised: bgpo (a lower bound of exp(mean ELBO difference) times advantage that is back-propagated "
-        "sample by sample, so memory does not grow with num_elbo_samples), vrpo (that objective itself, one graph over "
-        "all samples), or diffu-grpo (token ratios from one fully masked forward).",
+        "sample by sample, so memory does not grow with num_elbo_samples), trajectory (clipped ratios of the steps in "
+        "which the sampler wrote, also sample by sample), vrpo (what bgpo bounds, in one graph over all samples), or "
+        "diffu-grpo (token ratios from one fully masked forward).",
     )
     num_elbo_samples: int = _option(
-        16, "Monte-Carlo samples of the ELBO per completion; each is one forward and one backward pass.", _ELBO
+        16,
+        "Monte-Carlo samples of the ELBO per completion, or with trajectory steps of its rollout; each is one forward "
+        "and one backward pass.",
+        _SAMPLED,
     )
     mask_form: str = _option(
         "k",
@@ -57,9 +64,10 @@ class DiffusionOptions:
     )
     length_norm: str = _option(
         "length",
-        "What ELBO differences are divided by: length (of the completion), max_length (of the longest completion that "
-        "can be) or none (differences grow with the length, and their exponentials overflow).",
-        _ELBO,
+        "What ELBO differences, or with trajectory the sum over steps, are divided by: length (of the completion), "
+        "max_length (of the longest completion that can be) or none (ELBO differences grow with the length, and their "
+        "exponentials overflow).",
+        _SAMPLED,
     )
     bound_clip: float | None = _option(
         None,
@@ -88,6 +96,7 @@ class DiffusionOptions:
         False,
         "Score the end tokens that fill the completion after the first one. Off: they would let a policy gain "
         "likelihood by ending early.",
+        _WITH_FILLERS,
     )
     mask_token_id: int | None = _option(None, "The mask token, where the model's config does not say it.")
     is_shifted: bool | None = _option(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch.distributed.tensor import DTensor
@@ -161,7 +162,8 @@ class Check:
         iteration: int,
     ) -> torch.Tensor:
         config = self.config
-        values: Callable[..., torch.Tensor] = self._tokens if config.objective == "diffu-grpo" else self._elbos
+        ways = {"diffu-grpo": self._tokens, "trajectory": self._steps}
+        values: Callable[..., torch.Tensor] = ways.get(config.objective, self._elbos)
         new = values(policy, inputs, iteration)
         with torch.no_grad():
             before, fixed = values(old, inputs, iteration), values(reference, inputs, iteration)
@@ -178,6 +180,8 @@ class Check:
         divisor = {"none": torch.ones_like(lengths), "length": lengths.clamp(min=1)}.get(
             config.length_norm, torch.full_like(lengths, config.max_completion_length)
         )
+        if config.objective == "trajectory":
+            return self._trajectory_loss(new, before, fixed, advantages, inputs, divisor)
         d, kl = (new - before) / divisor[:, None], (new - fixed) / divisor[:, None]
         is_empty = lengths == 0
         if config.objective == "vrpo":
@@ -191,6 +195,50 @@ class Check:
         if config.dual_clip is not None:
             terms = torch.where(advantages < 0, torch.maximum(terms, config.dual_clip * advantages), terms)
         return -(terms.masked_fill(is_empty[:, None], 0.0) - config.beta * kl.square() / 2).mean()
+
+    def _trajectory_loss(
+        self,
+        new: torch.Tensor,
+        before: torch.Tensor,
+        fixed: torch.Tensor,
+        advantages: torch.Tensor,
+        inputs: dict[str, Any],
+        divisor: torch.Tensor,
+    ) -> torch.Tensor:
+        """Of the log-probs [B, n] of drawn steps, 0 where a row has fewer."""
+        config, lengths = self.config, inputs["completion_mask"].sum(1)
+        ratio = (new - before).exp()
+        clipped = ratio.clamp(1 - config.epsilon, 1 + config.epsilon)
+        terms = torch.minimum(ratio * advantages, clipped * advantages)
+        terms = terms - config.beta * ((fixed - new).exp() - 1 - (fixed - new))
+        total = new.new_zeros(())
+        for row, length in enumerate(lengths.tolist()):
+            if length:
+                count = len(set(inputs["commit_steps"][row, :length].tolist()))
+                kept = terms[row, : min(count, config.num_elbo_samples)]
+                total = total + count * kept.mean() / divisor[row]  # the mean over drawn steps stands for that over all
+        return -total / len(lengths)
+
+    def _steps(self, model: torch.nn.Module, inputs: dict[str, Any], _: int) -> torch.Tensor:
+        """Log-probs [B, n] of each row's drawn steps, a forward for every row and step."""
+        config, lengths = self.config, inputs["completion_mask"].sum(1).tolist()
+        found = []
+        for row, length in enumerate(lengths):
+            steps, canvas = inputs["commit_steps"][row], inputs["canvas_ids"][row]
+            seed = int(inputs["mask_seeds"][row]) + self.seed_shift
+            order = np.random.default_rng(seed).permutation(sorted(set(steps[:length].tolist())))
+            own = []
+            for step in order[: config.num_elbo_samples].tolist():
+                seen = torch.where((steps >= 0) & (steps < step), canvas, MASK)
+                ids = torch.cat([inputs["prompt_ids"][row], seen])[None]
+                attention = torch.cat([inputs["prompt_mask"][row], torch.ones_like(seen)])[None]
+                logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits[0, -len(seen) :]
+                scored = (steps == step).nonzero()[:, 0]
+                scored = scored[scored < length]
+                own.append(logits[scored].log_softmax(-1).gather(1, canvas[scored, None]).sum())
+            own += [torch.zeros((), dtype=model.dtype)] * (config.num_elbo_samples - len(own))
+            found.append(torch.stack(own))
+        return torch.stack(found)
 
     def _elbos(self, model: torch.nn.Module, inputs: dict[str, Any], _: int) -> torch.Tensor:
         """ELBO terms [B, n]."""

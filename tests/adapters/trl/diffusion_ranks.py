@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dta_plugin.adapters.trl import DiffusionGRPOTrainer
 from dta_plugin.adapters.trl.diffusion import trainer as module
 from dta_plugin.adapters.trl.diffusion.micro_batch import MASK_SEEDS
+from dta_plugin.training.diffusion.batch import Rollout
 from tests.adapters.trl import diffusion as tiny
 from tests.support.recipes import fsdp_on_cpus
 
@@ -37,6 +38,9 @@ CASES: dict[str, tuple[dict[str, Any], list[float]]] = {
     "bgpo, t form, idle rank": ({"mask_form": "t", "num_elbo_samples": 3}, IDLE),
     "bgpo, checkpointing": ({"gradient_checkpointing": True}, MIXED),
     "bgpo, lora, idle rank": ({"lora": True, "beta": 0.5}, IDLE),
+    "trajectory": ({"objective": "trajectory", "num_iterations": 2, "beta": 0.5, "num_elbo_samples": 3}, MIXED),
+    "trajectory, idle rank": ({"objective": "trajectory"}, IDLE),
+    "trajectory, lora, idle rank": ({"objective": "trajectory", "lora": True, "num_elbo_samples": 2}, IDLE),
     "vrpo, idle rank": ({"objective": "vrpo"}, IDLE),
     "diffu-grpo, idle rank": ({"objective": "diffu-grpo", "num_elbo_samples": 16}, IDLE),
 }
@@ -51,6 +55,10 @@ class FixedRows(DiffusionGRPOTrainer):
         generator = torch.Generator().manual_seed(7)
         lengths = [8, 3, 5, 8, 1, 6, 8, 2]
         rows = [torch.randint(3, tiny.MASK, (n,), generator=generator).tolist() for n in lengths]
+        if self.args.objective == "trajectory":
+            canvas = torch.tensor([row + [tiny.MASK] * (8 - len(row)) for row in rows])
+            steps = torch.arange(8).flip(0).expand(len(rows), 8) // 2
+            self._rollout = Rollout(canvas[self.share], steps.masked_fill(canvas == tiny.MASK, -1)[self.share])
         return rows[self.share], None
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:

@@ -30,6 +30,19 @@ CASES: dict[str, dict[str, Any]] = {
     "fillers": {**OFF_POLICY, "score_fillers": True},
     "truncated completions masked": {**OFF_POLICY, "mask_truncated_completions": True, "max_completion_length": 24},
     "checkpointing": {**OFF_POLICY, "gradient_checkpointing": True},
+    "trajectory": {"objective": "trajectory", "num_elbo_samples": 2},
+    "trajectory, every step": {"objective": "trajectory", "length_norm": "max_length", "max_completion_length": 16},
+    "trajectory, two passes": {"objective": "trajectory", **OFF_POLICY, "num_elbo_samples": 3, "beta": 0.5},
+    "trajectory, clips": {"objective": "trajectory", **OFF_POLICY, "epsilon": 0.003, "length_norm": "none"},
+    "trajectory, two steps per generation": {"objective": "trajectory", "steps_per_generation": 4},
+    "trajectory, ends within blocks": {
+        **OFF_POLICY,
+        "objective": "trajectory",
+        "mask_truncated_completions": True,
+        "max_completion_length": 48,
+        "num_elbo_samples": 6,
+        "gradient_checkpointing": True,
+    },
     "vrpo": {"objective": "vrpo"},
     "vrpo, two passes": {"objective": "vrpo", **OFF_POLICY, "beta": 0.5},
     "diffu-grpo": {"objective": "diffu-grpo", "num_elbo_samples": 16},
@@ -60,10 +73,10 @@ def test_every_step_equals_the_formulas_in_one_graph(case: str, tmp_path: Path) 
         assert max(entry.get("diffusion/max_abs_d", 0.0) for entry in logged) > 1e-4
 
 
-@pytest.mark.parametrize("objective", ["bgpo", "vrpo", "diffu-grpo"])
+@pytest.mark.parametrize("objective", ["bgpo", "trajectory", "vrpo", "diffu-grpo"])
 def test_other_masks_give_another_gradient(objective: str, tmp_path: Path) -> None:
     """Negative control of the comparison above."""
-    options = {"num_elbo_samples": 16} if objective == "diffu-grpo" else {}
+    options = {"diffu-grpo": {"num_elbo_samples": 16}, "trajectory": {"num_elbo_samples": 1}}.get(objective, {})
     _, recorder, check = run(tmp_path, objective=objective, max_steps=1, **options)
     check.seed_shift = 1
     _, gradients = check.gradients(recorder, 0)
@@ -90,7 +103,7 @@ def test_on_policy_nothing_is_stored(tmp_path: Path) -> None:
     assert all(batch["mask_seeds"].shape == (4,) for batch in recorder.steps[0].micro_batches)
 
 
-@pytest.mark.parametrize("objective", ["bgpo", "vrpo"])
+@pytest.mark.parametrize("objective", ["bgpo", "trajectory", "vrpo"])
 def test_gradients_are_reduced_once_per_optimizer_step(
     objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,17 +122,19 @@ def test_gradients_are_reduced_once_per_optimizer_step(
     monkeypatch.setattr(trainer.accelerator, "no_sync", no_sync)
     monkeypatch.setattr(trainer.accelerator, "backward", lambda *args, **kwargs: log.append(".") or backward(*args))
     trainer.train()
-    assert "".join(log) == {"bgpo": "(....)(...).", "vrpo": "(.)()."}[objective] * 2
+    assert "".join(log) == {"vrpo": "(.)()."}.get(objective, "(....)(...).") * 2
 
 
-@pytest.mark.parametrize("reentrant", [None, False, True])
-def test_lora(reentrant: bool | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("objective", "reentrant"), [("bgpo", None), ("bgpo", False), ("bgpo", True), ("trajectory", None)]
+)
+def test_lora(objective: str, reentrant: bool | None, tmp_path: Path) -> None:
     """The reference is the model without its adapters; only they are trained; checkpointing changes nothing."""
     lora = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
     torch.manual_seed(0)
     policy = get_peft_model(tiny.model(), lora).double()
     blank = copy.deepcopy(policy)
-    options: dict[str, Any] = {"beta": 0.5, "num_iterations": 2, "max_steps": 2}
+    options: dict[str, Any] = {"objective": objective, "beta": 0.5, "num_iterations": 2, "max_steps": 2}
     options["gradient_checkpointing"] = reentrant is not None
     if reentrant is not None:
         options["gradient_checkpointing_kwargs"] = {"use_reentrant": reentrant}

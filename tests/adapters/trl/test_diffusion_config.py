@@ -48,7 +48,7 @@ UNUSED: dict[str, Any] = {
 }
 # Per wrong options, what the message says.
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"objective": "ppo"}, "Expected one of bgpo, diffu-grpo, vrpo"),
+    ({"objective": "ppo"}, "Expected one of bgpo, diffu-grpo, trajectory, vrpo"),
     ({"mask_form": "x"}, "Expected one of k, t"),
     ({"length_norm": "width"}, "Expected one of none, length, max_length"),
     ({"remasking": "entropy"}, "Expected one of low_confidence, random"),
@@ -74,6 +74,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"objective": "diffu-grpo", "stratified_masks": False}, "objective='bgpo' or 'vrpo'"),
     ({"objective": "diffu-grpo", "coupled_masks": True}, "objective='bgpo' or 'vrpo'"),
     ({"objective": "diffu-grpo", "length_norm": "none"}, "objective='bgpo' or 'vrpo'"),
+    ({"objective": "trajectory", "bound_clip": 0.2}, "objective='bgpo'"),
+    ({"objective": "trajectory", "coupled_masks": True}, "objective='bgpo' or 'vrpo'"),
+    ({"objective": "trajectory", "score_fillers": True}, "objective='bgpo' or 'vrpo' or 'diffu-grpo'"),
     ({"optim": "lomo"}, "adamw_torch"),
 ]
 

@@ -13,6 +13,7 @@ from verl.utils import tensordict_utils as tu
 from dta_plugin.adapters.verl_plugin.diffusion.micro_batch import TERMS, diffusion_batch
 from dta_plugin.adapters.verl_plugin.diffusion.updates import Settings
 from dta_plugin.diffusion import bidirectional, draw_masks
+from dta_plugin.diffusion.steps import draw_steps
 from dta_plugin.training.diffusion.options import DiffusionOptions
 from tests.adapters.verl.support import SHAPES, Setup, build, nested, save_model
 
@@ -87,6 +88,48 @@ def mini_batch(
         calculate_entropy=True,
     )
     return data
+
+
+def record_steps(data: TensorDict, gen_length: int = 32) -> None:
+    """Put the sampler's record into the data, as verl carries it: canvases written two tokens at a time from the end.
+
+    A token behind the response was committed, too.
+    """
+    extras = []
+    for response in data["responses"].unbind():
+        canvas = torch.full((gen_length,), MASK)
+        canvas[: len(response)] = response
+        canvas[len(response) : len(response) + 1] = 9
+        steps = (torch.arange(gen_length).flip(0) // 2).masked_fill(canvas == MASK, -1)
+        extras.append({"canvas_ids": canvas.tolist(), "commit_steps": steps.tolist(), "global_steps": 1})
+    tu.assign_non_tensor_stack(data, "extra_fields", extras)
+
+
+def step_gradient(folder: Path, data: TensorDict, old: torch.Tensor | None, epsilon: float = 0.2) -> Gradients:
+    """Of the trajectory objective, row by row, step by step, in one graph."""
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    batch = diffusion_batch(data, 0, 0, with_rollout=True)
+    assert batch.rollout is not None
+    draws = draw_steps(batch.rollout.steps, batch.lengths, SAMPLES, batch.seeds)
+    advantages, total = [row[0] for row in data["advantages"].unbind()], torch.zeros(())
+    for row, (ids, response) in enumerate(zip(data["input_ids"].unbind(), data["responses"].unbind(), strict=True)):
+        canvas, steps = batch.rollout.canvas_ids[row], batch.rollout.steps[row]
+        count = len(set(steps[: len(response)].tolist()))
+        terms = []
+        for sample, step in enumerate(draws.chosen[row].tolist()):
+            if step < 0:
+                continue
+            seen = torch.where((steps >= 0) & (steps < step), canvas, MASK)
+            begin = len(ids) - len(response)
+            scores = model(torch.cat([ids[:begin], seen])[None]).logits[0, begin:].log_softmax(-1)
+            scored = [i for i in range(len(response)) if steps[i] == step]
+            new = scores[scored].gather(1, canvas[scored, None]).sum()
+            ratio = (new - (new.detach() if old is None else old[row, sample])).exp()
+            clipped = ratio.clamp(1 - epsilon, 1 + epsilon)
+            terms.append(torch.minimum(ratio * advantages[row], clipped * advantages[row]))
+        total = total + count * torch.stack(terms).mean()
+    (-total / len(data)).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def carry_terms(engine: Any, data: TensorDict, moved: float = 0.0) -> torch.Tensor:

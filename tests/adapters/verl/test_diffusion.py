@@ -26,8 +26,10 @@ from tests.adapters.verl.diffusion_support import (
     largest_difference,
     mini_batch,
     norm,
+    record_steps,
     save_diffusion_model,
     settings,
+    step_gradient,
 )
 
 
@@ -97,6 +99,27 @@ def test_one_graph(diffusion_folder: Path) -> None:
     assert sum(outputs["loss"]) == pytest.approx(loss, abs=1e-5)
     bound, _ = graph_gradient(diffusion_folder, data, old)
     assert largest_difference(found, bound) > 1e-2
+
+
+@pytest.mark.parametrize("moved", [0.0, 0.9])
+def test_trajectory(moved: float, diffusion_folder: Path) -> None:
+    """The record of steps comes with verl's data; without it, or with another response's, nothing runs."""
+    given, data = settings(objective="trajectory"), mini_batch(shape="turns")
+    with pytest.raises(UnsupportedError, match="without the steps in which it was written"):
+        engine_gradient(engine_of(diffusion_folder, given), data)
+    record_steps(data)
+    engine = engine_of(diffusion_folder, given)
+    old = carry_terms(engine, data, moved=moved) if moved else None
+    found, outputs = engine_gradient(engine, data)
+    assert largest_difference(found, step_gradient(diffusion_folder, data, old)) < 1e-5
+    metrics = {name: metric.aggregate() for name, metric in outputs["metrics"].items()}
+    assert (metrics["diffusion/clip_fraction"] > 0) == (moved > 0)
+    bound, _ = graph_gradient(diffusion_folder, data, None)
+    assert largest_difference(found, bound) > 1e-2
+    extras = list(data["extra_fields"])
+    tu.assign_non_tensor_stack(data, "extra_fields", extras[1:] + extras[:1])
+    with pytest.raises(UnsupportedError, match="of another one"):
+        engine_gradient(engine_of(diffusion_folder, given), data)
 
 
 def test_log_prob_pass(diffusion_folder: Path) -> None:

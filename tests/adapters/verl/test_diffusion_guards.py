@@ -119,7 +119,8 @@ def test_defaults_are_those_of_the_options() -> None:
         ({"diffusion": {"steps": 65}}, "steps=65"),
         ({"diffusion": {"steps": 32, "diffusion_steps": 32}}, "steps=32 and diffusion_steps=32. Expected diffusion_st"),
         ({"diffusion": {"length_norm": "none"}}, "length_norm='none'. Expected none; set .*actor.loss_agg_mode"),
-        ({"diffusion": {"objective": "diffu-grpo"}}, "Expected 'bgpo' or 'vrpo'"),
+        ({"diffusion": {"objective": "diffu-grpo"}}, "Expected 'bgpo', 'vrpo' or 'trajectory'"),
+        ({"diffusion": {"objective": "trajectory", "score_fillers": True}}, "objective='bgpo'"),
         ({"diffusion": {"objective": "vrpo", "bound_clip": 0.2}}, "objective='bgpo'"),
         ({"diffusion": {}, "executor": "packed"}, "Got executor besides"),
         ({"diffusion": {}, "use_dta": False}, "Got use_dta besides"),
@@ -154,6 +155,16 @@ def test_settings_of_verl_that_do_not_fit(name: str, value: Any) -> None:
         diffusion_settings(config({"diffusion": {}}, **{name: value}))
     assert f"actor_rollout_ref.{name.replace('__', '.')}={value!r}" in str(error.value)
     diffusion_settings(config({"executor": "packed"}, **{name: value}))  # not the tree's concern
+
+
+def test_the_clip_range_of_steps_is_verls() -> None:
+    options = {"diffusion": {"objective": "trajectory"}}
+    found = diffusion_settings(config(options, actor__clip_ratio_low=0.3, actor__clip_ratio_high=0.3))
+    assert found is not None and found.epsilon == 0.3
+    with pytest.raises(UnsupportedError, match=r"clip_ratio_high=\[0\.2, 0\.2, 0\.28\].*one range"):
+        diffusion_settings(config(options, actor__clip_ratio_high=0.28))
+    with pytest.raises(UnsupportedError, match="one range"):
+        diffusion_settings(config(options, actor__clip_ratio=0.3))
 
 
 def test_verl_08(monkeypatch: pytest.MonkeyPatch) -> None:

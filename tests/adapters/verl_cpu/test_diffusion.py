@@ -69,6 +69,20 @@ def test_two_optimizer_steps_per_batch(tmp_path: Path) -> None:
 
 @needs_v1
 @pytest.mark.slow
+def test_the_record_of_steps_reaches_the_update(tmp_path: Path) -> None:
+    """Through verl's data path, to the log-prob pass and to two optimizer steps per batch."""
+    steps = train(
+        tmp_path,
+        "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+        "+actor_rollout_ref.rollout.custom.dta.diffusion.objective=trajectory",
+    )
+    assert len(steps) == STEPS
+    assert steps[-1]["critic/score/mean"] > 1.5 * steps[0]["critic/score/mean"] > 0
+    assert all(step["actor/diffusion/log_prob"] < 0 and step["actor/diffusion/max_abs_d"] > 0 for step in steps)
+
+
+@needs_v1
+@pytest.mark.slow
 def test_on_policy(tmp_path: Path) -> None:
     steps = train(tmp_path)
     check_learning(steps)

@@ -69,6 +69,18 @@ def test_greedy_canvases(model: PreTrainedModel, end: int | None) -> None:
         assert row.tokens == kept.tokens + [family_of(model.config).eos_token_ids[0]] * (LENGTH - len(kept.tokens))
 
 
+def test_the_record_of_steps_goes_with_a_response(model: PreTrainedModel) -> None:
+    sampler = diffusion_sampler(rollout(objective="trajectory"))
+    assert sampler is not None
+    for prompt, row in zip(PROMPTS, sampler(model, requests(0.0, 0.0, 0.0, 0.0), {EOS}, PAD), strict=True):
+        found = sample(model, family_of(model.config), torch.tensor([prompt]), config=canvas_options())
+        expected = {"canvas_ids": found.canvas_ids[0].tolist(), "commit_steps": found.steps[0].tolist()}
+        assert row.extra == expected and row.extra["canvas_ids"][: len(row.tokens)] == row.tokens
+    plain = diffusion_sampler(rollout())
+    assert plain is not None
+    assert all(row.extra == {} for row in plain(model, requests(0.0, 0.0, 0.0, 0.0), {EOS}, PAD))
+
+
 def test_temperatures_do_not_mix(model: PreTrainedModel) -> None:
     sampler = diffusion_sampler(rollout())
     assert sampler is not None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
-from dta_plugin.training.diffusion.batch import DiffusionBatch, content_seed, draw_seeds
+from dta_plugin.training.diffusion.batch import DiffusionBatch, Rollout, content_seed, draw_seeds
 
 SEQUENCES = [np.array([3, 4, 5, 6]), np.array([7, 8]), np.array([9, 10, 11, 12, 13, 14])]
 BEGINS, SEEDS = [3, 1, 2], [11, 12, 13]
@@ -30,6 +32,13 @@ def test_chunks() -> None:
     assert (len(first), len(last), last.width) == (2, 1, 4)
     assert torch.equal(torch.cat([first.input_ids, last.input_ids]), found.input_ids)
     assert first.seeds.tolist() + last.seeds.tolist() == SEEDS
+    canvas = torch.arange(12).view(3, 4)
+    parts = replace(found, rollout=Rollout(canvas, -canvas)).chunks(2)
+    assert all(part.rollout is not None and torch.equal(part.rollout.steps, -part.rollout.canvas_ids) for part in parts)
+    assert [part.rollout.canvas_ids.tolist() for part in parts if part.rollout] == [
+        canvas[:2].tolist(),
+        canvas[2:].tolist(),
+    ]
 
 
 def test_seeds_of_contents() -> None:

@@ -36,12 +36,14 @@ def test_what_is_given_goes_first() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"objective": "ppo"}, "Expected one of bgpo, diffu-grpo, vrpo"),
+        ({"objective": "ppo"}, "Expected one of bgpo, diffu-grpo, trajectory, vrpo"),
         ({"num_elbo_samples": 3, "coupled_masks": True}, "even number"),
         ({"dual_clip": 1.0}, "above 1"),
         ({"mask_token_id": -1}, "at least 0"),
         ({"objective": "vrpo", "bound_clip": 0.2}, r"bound_clip=0\.2 .*Expected bound_clip=None.*objective='bgpo'"),
         ({"objective": "diffu-grpo", "mask_form": "t"}, "objective='bgpo' or 'vrpo'"),
+        ({"objective": "trajectory", "mask_form": "t"}, "objective='bgpo' or 'vrpo'"),
+        ({"objective": "trajectory", "score_fillers": True}, "objective='bgpo' or 'vrpo' or 'diffu-grpo'"),
         ({"prompt_mask_probability": 0.3}, "objective='diffu-grpo'"),
     ],
 )

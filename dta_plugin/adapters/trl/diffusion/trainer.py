@@ -30,10 +30,11 @@ from dta_plugin.diffusion import DiffusionFamily, load_diffusion_lm
 from dta_plugin.diffusion.sampler import check_blocks
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.models.introspection import causal_lm
-from dta_plugin.training.diffusion.batch import DiffusionBatch, draw_seeds
+from dta_plugin.training.diffusion.batch import CANVAS_IDS, COMMIT_STEPS, DiffusionBatch, Rollout, draw_seeds
 from dta_plugin.training.diffusion.objective import ElboObjective
 from dta_plugin.training.diffusion.one_step import OneStepObjective
 from dta_plugin.training.diffusion.statistics import PREFIX
+from dta_plugin.training.diffusion.trajectory import TrajectoryObjective
 from dta_plugin.training.diffusion.update import MicroStep, Objective, back_propagated
 
 
@@ -54,6 +55,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
     ref_model: Any
     processing_class: Any
     objective: Objective
+    _rollout: Rollout | None = None
 
     def __init__(
         self,
@@ -91,6 +93,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         own = (args.diffusion_options, self.family, self.accelerator.autocast)
         if args.objective == "diffu-grpo":
             return OneStepObjective(*own, epsilon=args.epsilon, iterations=self.num_iterations, beta=args.beta)
+        if args.objective == "trajectory":
+            return TrajectoryObjective(*own, max_length=args.canvas, epsilon=args.epsilon, beta=args.beta)
         return ElboObjective(*own, max_length=args.canvas, beta=args.beta)
 
     def _prepared(self, reference: PreTrainedModel) -> Any:
@@ -121,6 +125,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             raise InvalidInputError("The data has images. Expected text: diffusion LMs with images are not supported.")
         found = sampled_completions(self, self.family, self.sampler, prompt_ids)
         self._record({f"{PREFIX}model_calls": float(found.model_calls)})
+        self._rollout = Rollout(found.canvas_ids, found.steps) if self.args.objective == "trajectory" else None
         completions = found.completion_ids.tolist()
         if self.args.score_fillers:
             return completions, None
@@ -128,7 +133,10 @@ class DiffusionGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._seeds = draw_seeds(len(inputs), self.accelerator.device)
-        return {**super()._generate_and_score_completions(inputs), MASK_SEEDS: self._seeds}
+        found = {**super()._generate_and_score_completions(inputs), MASK_SEEDS: self._seeds}
+        if self._rollout is not None:
+            found |= {CANVAS_IDS: self._rollout.canvas_ids, COMMIT_STEPS: self._rollout.steps}
+        return found
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -140,7 +148,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         **_: Any,
     ) -> tuple[torch.Tensor | None, ...]:
         """What the objective compares later policies with, in place of the log-probs that TRL stores and slices."""
-        batch = DiffusionBatch(input_ids, attention_mask, logits_to_keep, self._seeds)
+        batch = DiffusionBatch(input_ids, attention_mask, logits_to_keep, self._seeds, self._rollout)
         terms = torch.cat([self.objective.stored(model, part) for part in batch.chunks(batch_size or len(batch))])
         own = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
         return (terms, None, None) if "compute_aux_loss" in own else (terms, None)

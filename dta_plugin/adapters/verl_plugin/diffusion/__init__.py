@@ -9,5 +9,6 @@ weight synchronisation stay verl's.
 
 What verl calls old log-probs is NaN here: nothing may read them. Where a batch of rollouts makes more than one
 optimizer step, verl's log-prob pass computes the old policy's ELBO terms instead, which verl's data path carries, as
-field `dta_elbo_terms`, to the update; masks are drawn again, from the tokens of a row.
+field `dta_elbo_terms`, to the update; masks are drawn again, from the tokens of a row. With objective "trajectory"
+the field has log-probs of steps, and the rollout's record of them travels in verl's `extra_fields`.
 """

@@ -23,6 +23,7 @@ LENGTH_NORMS = {
 _NO_POLICY_LOSS = "the bound takes the place of verl's policy loss"
 _NO_CLIPPING = f"verl's clipping is part of a loss that does not run; use {DIFFUSION}.bound_clip and .dual_clip"
 _NO_LOG_PROBS = "a diffusion LM has no log-probs of single tokens"
+_CLIP_RANGE = ("actor.clip_ratio", "actor.clip_ratio_low", "actor.clip_ratio_high")
 # Settings below actor_rollout_ref, the only value that goes, and why.
 _ONLY: dict[str, tuple[Any, str]] = {
     "rollout.name": ("hf_cpu", "verl has no other rollout that samples from a diffusion LM"),
@@ -31,9 +32,6 @@ _ONLY: dict[str, tuple[Any, str]] = {
     "rollout.top_p": (1.0, "the sampler has no top-p"),
     "rollout.top_k": (-1, "the sampler has no top-k"),
     "actor.policy_loss.loss_mode": ("vanilla", _NO_POLICY_LOSS),
-    "actor.clip_ratio": (0.2, _NO_CLIPPING),
-    "actor.clip_ratio_low": (0.2, _NO_CLIPPING),
-    "actor.clip_ratio_high": (0.2, _NO_CLIPPING),
     "actor.clip_ratio_c": (3.0, _NO_CLIPPING),
     "actor.loss_scale_factor": (None, "seq-mean-token-sum-norm divides by rollout.response_length"),
     "actor.use_kl_loss": (False, _NO_LOG_PROBS),
@@ -44,7 +42,7 @@ _ONLY: dict[str, tuple[Any, str]] = {
 }
 
 
-def check_settings(config: DictConfig) -> None:
+def check_settings(config: DictConfig, objective: str) -> None:
     """config: `actor_rollout_ref`. Raises UnsupportedError for verl 0.8 and for what does not fit."""
     found = version("verl")
     if Version(found).release < (0, 9):
@@ -54,10 +52,24 @@ def check_settings(config: DictConfig) -> None:
     mode = config.actor.loss_agg_mode
     if mode not in LENGTH_NORMS:
         raise _unfit("actor.loss_agg_mode", mode, f"one of {', '.join(LENGTH_NORMS)}", "a likelihood is a response's")
-    for name, (only, reason) in _ONLY.items():
+    ranges = {} if objective == "trajectory" else dict.fromkeys(_CLIP_RANGE, (0.2, _NO_CLIPPING))
+    for name, (only, reason) in (_ONLY | ranges).items():
         given = OmegaConf.select(config, name, default=only)
         if given != only:
             raise _unfit(name, given, only, reason)
+
+
+def clip_range(config: DictConfig) -> float:
+    """Of a step's ratio, for objective "trajectory": verl's clip_ratio_low and clip_ratio_high, which have to be one.
+
+    verl's own losses read these two; clip_ratio may say the same, or is at its default.
+    """
+    given = [OmegaConf.select(config, name, default=0.2) for name in _CLIP_RANGE]
+    if given[1] != given[2] or given[0] not in (0.2, given[1]):
+        raise _unfit(
+            "actor.clip_ratio, clip_ratio_low, clip_ratio_high", given, given[1], "the ratio of a step has one range"
+        )
+    return float(given[1])
 
 
 def check_model(module: Any, is_diffusion: bool) -> None:

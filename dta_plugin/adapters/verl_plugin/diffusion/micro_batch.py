@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from tensordict import TensorDict
+from tensordict import NonTensorData, TensorDict
 
 from dta_plugin.adapters.verl_plugin.jagged import token_rows
 from dta_plugin.errors import UnsupportedError
-from dta_plugin.training.diffusion.batch import DiffusionBatch, content_seed
+from dta_plugin.training.diffusion.batch import CANVAS_IDS, COMMIT_STEPS, DiffusionBatch, Rollout, content_seed
 
-TERMS = "dta_elbo_terms"  # field of verl's data: [S, samples] ELBO terms of the policy that generated
+# Field of verl's data: [S, samples], what an objective has `stored` of the policy that generated.
+TERMS = "dta_elbo_terms"
 
 
-def diffusion_batch(data: TensorDict, pad: int, step: int) -> DiffusionBatch:
+def diffusion_batch(data: TensorDict, pad: int, step: int, with_rollout: bool = False) -> DiffusionBatch:
     """Its rows, with seeds from their tokens and `step` (`content_seed`): verl's data has no place for drawn ones.
 
-    Raises UnsupportedError for the trainer of verl 0.8.
+    with_rollout: with what the sampler recorded. Raises UnsupportedError for the trainer of verl 0.8, and for rows
+    whose record is not there.
     """
     prompts: Any = data["prompts"]
     if not prompts.is_nested:
@@ -27,7 +30,28 @@ def diffusion_batch(data: TensorDict, pad: int, step: int) -> DiffusionBatch:
         )
     sequences, begins = token_rows(data), prompts.offsets().diff().tolist()
     seeds = [content_seed(row, begin, step) for row, begin in zip(sequences, begins, strict=True)]
-    return DiffusionBatch.from_sequences(sequences, begins, seeds, pad, data["input_ids"].device)
+    rollout = _rollout(data) if with_rollout else None
+    return DiffusionBatch.from_sequences(sequences, begins, seeds, pad, data["input_ids"].device, rollout)
+
+
+def _rollout(data: TensorDict) -> Rollout:
+    """From what verl carries of each row's TokenOutput, checked against the row's response."""
+    extras = list(data["extra_fields"]) if "extra_fields" in data.keys() else [None] * len(data)  # noqa: SIM118
+    canvases, steps = [], []
+    for extra, response in zip(extras, data["responses"].unbind(), strict=True):
+        given: Any = extra.data if isinstance(extra, NonTensorData) else extra
+        record = given if isinstance(given, Mapping) else {}
+        canvas = list(record.get(CANVAS_IDS, []))
+        if COMMIT_STEPS not in record or canvas[: len(response)] != response.tolist():
+            raise UnsupportedError(
+                f"A response of {len(response)} tokens comes without the steps in which it was written, or with those "
+                "of another one. Expected the sampler's record beside it, for objective=trajectory: set "
+                "actor_rollout_ref.rollout.name=hf_cpu and use the single_turn_agent of verl."
+            )
+        canvases.append(canvas)
+        steps.append(list(record[COMMIT_STEPS]))
+    device = data["input_ids"].device
+    return Rollout(torch.tensor(canvases, device=device), torch.tensor(steps, device=device))
 
 
 def row_advantages(data: TensorDict) -> torch.Tensor:

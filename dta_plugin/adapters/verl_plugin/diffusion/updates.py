@@ -28,12 +28,13 @@ from dta_plugin.training.diffusion.batch import DiffusionBatch
 from dta_plugin.training.diffusion.objective import ElboObjective
 from dta_plugin.training.diffusion.options import DiffusionOptions
 from dta_plugin.training.diffusion.statistics import Statistics
+from dta_plugin.training.diffusion.trajectory import TrajectoryObjective
 from dta_plugin.training.diffusion.update import MicroStep, back_propagated
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """What an engine is told. max_length: of responses.
+    """What an engine is told. max_length: of responses. epsilon: the clip range of a step, for objective "trajectory".
 
     rows_per_step: rows of all ranks in one optimizer step, if every row is used once; else None. A batch of so many
     rows is on-policy: its old ELBO terms are the new ones.
@@ -42,6 +43,7 @@ class Settings:
     options: DiffusionOptions
     max_length: int
     rows_per_step: int | None
+    epsilon: float = 0.2
 
 
 class DiffusionUpdates:
@@ -56,10 +58,19 @@ class DiffusionUpdates:
             )
         self.engine, self.settings = engine, settings
         self.family = settings.options.family(causal_lm(engine.module).config)
-        self.objective = ElboObjective(settings.options, self.family, self._autocast, settings.max_length)
+        self.objective = self._objective()
         self._wants_terms = True
         self._updated: int | None = None  # the step that has been trained on without old terms
         self._statistics: Statistics | None = None  # of the mini-batch so far
+
+    def _objective(self) -> ElboObjective | TrajectoryObjective:
+        settings = self.settings
+        own = (settings.options, self.family, self._autocast, settings.max_length)
+        return TrajectoryObjective(*own, settings.epsilon) if self._is_trajectory else ElboObjective(*own)
+
+    @property
+    def _is_trajectory(self) -> bool:
+        return self.settings.options.objective == "trajectory"
 
     def mini_batch(self, run: Callable[..., Any], data: TensorDict, forward_only: bool) -> Any:
         """verl's `run` over the micro-batches of `data`; metrics of an update are those of all ranks."""
@@ -79,7 +90,7 @@ class DiffusionUpdates:
     def forward_step(self, micro_batch: TensorDict, forward_only: bool) -> tuple[torch.Tensor, dict[str, Any]]:
         """In the place of verl's: the loss to be back-propagated, and what verl keeps of a micro-batch."""
         data = micro_batch.to(get_device_id())
-        batch = diffusion_batch(data, self.family.pad_token_id or 0, self._step())
+        batch = diffusion_batch(data, self.family.pad_token_id or 0, self._step(), self._is_trajectory)
         if forward_only:
             outputs = self._outputs(data, batch)
             return torch.tensor(1.0), {"model_output": outputs, "loss": 1.0, "metrics": {}}

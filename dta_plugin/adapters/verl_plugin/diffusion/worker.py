@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from omegaconf import DictConfig
 
-from dta_plugin.adapters.verl_plugin.diffusion.guards import LENGTH_NORMS, check_settings
+from dta_plugin.adapters.verl_plugin.diffusion.guards import LENGTH_NORMS, check_settings, clip_range
 from dta_plugin.adapters.verl_plugin.diffusion.options import diffusion_options
 from dta_plugin.adapters.verl_plugin.diffusion.updates import Settings
 
@@ -19,10 +19,11 @@ def diffusion_settings(config: DictConfig) -> Settings | None:
     options = diffusion_options(config.rollout)
     if options is None:
         return None
-    check_settings(config)
+    check_settings(config, options.objective)
     actor, rollout = config.actor, config.rollout
     return Settings(
         options=replace(options, length_norm=LENGTH_NORMS[actor.loss_agg_mode]),
         max_length=rollout.response_length,
+        epsilon=clip_range(config),
         rows_per_step=actor.ppo_mini_batch_size * rollout.n if actor.ppo_epochs == 1 else None,
     )
