@@ -15,6 +15,9 @@ TRITON ?= triton==3.9.0
 VERL_VENV ?= .venv-verl
 VERL ?= verl==0.9.1
 VERL_OLDEST ?= verl==0.8.0
+# verl's Megatron engine has one, too: Megatron-Core comes with much that verl for FSDP goes without.
+MEGATRON_VENV ?= .venv-megatron
+MEGATRON ?= megatron-core==0.16.1 mbridge==0.15.1
 
 ifneq ($(VENV),)
 export PATH := $(abspath $(VENV))/bin:$(PATH)
@@ -24,13 +27,17 @@ ifneq ($(VERL_VENV),)
 VERL_INSTALLED := $(VERL_VENV)/.installed
 test-verl test-verl-oldest quickstart-verl $(VERL_INSTALLED): export PATH := $(abspath $(VERL_VENV))/bin:$(PATH)
 endif
+ifneq ($(MEGATRON_VENV),)
+MEGATRON_INSTALLED := $(MEGATRON_VENV)/.installed
+test-megatron $(MEGATRON_INSTALLED): export PATH := $(abspath $(MEGATRON_VENV))/bin:$(PATH)
+endif
 # The suite's tensors are tiny: one thread per process. Nothing here needs a hub.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m pytest
 # Deprecation notes of the libraries among themselves are no news to a user.
 QUIET := HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-long test-slow test-verl test-verl-oldest lint quickstart quickstart-lora quickstart-verl bench
+.PHONY: help venv test test-long test-slow test-verl test-verl-oldest test-megatron lint quickstart quickstart-lora quickstart-verl bench
 .PHONY: quickstart-diffusion quickstart-hybrid quickstart-images bench-images bench-streamed bench-balance bench-nat bench-diffusion
 .PHONY: families gpu gpu-trl gpu-more gpu-dry gpu-wheels
 
@@ -55,6 +62,14 @@ $(VERL_VENV)/.installed: pyproject.toml
 	touch $@
 endif
 
+ifneq ($(MEGATRON_VENV),)
+$(MEGATRON_VENV)/.installed: pyproject.toml
+	test -d $(MEGATRON_VENV) || python3 -m venv $(MEGATRON_VENV)
+	python -m pip install --quiet $(TORCH)
+	python -m pip install --quiet --editable '.[megatron,test]' $(VERL) $(MEGATRON)
+	touch $@
+endif
+
 test: $(INSTALLED) ## the test suite, on a CPU
 	$(PYTEST) --numprocesses $(WORKERS) --dist loadfile
 
@@ -66,6 +81,9 @@ test-slow: $(INSTALLED) ## long fuzzing and many trainer runs
 
 test-verl: $(VERL_INSTALLED) ## the adapter for verl, up to its whole training loop, on a CPU; creates .venv-verl
 	$(PYTEST) --numprocesses $(WORKERS) --dist loadfile $(wildcard tests/adapters/verl*) tests/adapters/test_imports.py
+
+test-megatron: $(MEGATRON_INSTALLED) ## the adapter for verl's Megatron engine, on a CPU, minutes; creates .venv-megatron
+	$(PYTEST) --numprocesses $(WORKERS) --dist loadfile tests/adapters/megatron
 
 # The same environment, with the older verl in front of the newer one.
 OVERLAY := $(abspath $(or $(VERL_VENV),build))/$(subst ==,-,$(VERL_OLDEST))

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from importlib import import_module, metadata
 from typing import Any
 
-from dta_plugin.adapters.releases import TORCH, TRANSFORMERS, TRL, VERL, counted_as
+from dta_plugin.adapters.releases import MEGATRON_CORE, TORCH, TRANSFORMERS, TRL, VERL, counted_as
 from dta_plugin.errors import UnsupportedError
 
-_RELEASES = {releases.package: releases for releases in (TRL, VERL, TRANSFORMERS, TORCH)}
+_RELEASES = {releases.module: releases for releases in (TRL, VERL, TRANSFORMERS, TORCH, MEGATRON_CORE)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +62,9 @@ def _refuse(faults: Mapping[str, list[str]]) -> None:
     sentences = []
     for package, found in faults.items():
         releases = _RELEASES[package]
+        installed = metadata.version(releases.package)
         sentences.append(
-            f"{releases.name} {metadata.version(package)} is not as the plugin needs it: {'; '.join(found)}. Expected "
+            f"{releases.name} {installed} is not as the plugin needs it: {'; '.join(found)}. Expected "
             f"what {releases.tested} have; {releases.remedy}."
         )
     raise UnsupportedError(" ".join(sentences))

@@ -31,6 +31,11 @@ class Releases:
         return self.name.lower()
 
     @property
+    def module(self) -> str:
+        """The top-level module that the package installs."""
+        return self.package.partition("-")[0]
+
+    @property
     def tested(self) -> str:
         return f"{self.name} {self.oldest} to {self.newest_tested}"
 
@@ -53,6 +58,7 @@ TRL = Releases("TRL", "1.0.0", "1.16", "2")
 VERL = Releases("verl", "0.8.0", "0.9.1", "0.10")
 TRANSFORMERS = Releases("transformers", "4.57", "5.24")
 TORCH = Releases("torch", "2.8", "2.13")
+MEGATRON_CORE = Releases("Megatron-Core", "0.16", "0.16")
 
 
 def counted_as(version: str) -> Version:

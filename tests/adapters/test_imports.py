@@ -38,7 +38,7 @@ def state():
 
 before = state()
 entries = {"dta_plugin.adapters.verl", "dta_plugin.adapters.verl_cpu", "dta_plugin.adapters.verl_plugin.discovery"}
-missing = {"trl", "verl", "triton"} - {name for name in ("trl", "verl", "triton") if find_spec(name)}
+missing = {name for name in ("trl", "verl", "triton", "megatron") if not find_spec(name)}
 count = 0
 effect = EFFECT
 modules = pkgutil.walk_packages(dta_plugin.__path__, "dta_plugin.", onerror=lambda name: None)

@@ -1,8 +1,9 @@
 """What importing `dta_plugin.adapters.verl` does to a process. Each part waits until verl imports what it extends.
 
-Workers: engine classes are registered under this machine's device and vendor, where verl looks before it takes its
-own; `ActorRolloutRefWorker` tells its engines the options; the engine module's `prepare_micro_batches` takes micro-
-batches that our engine has planned. Task runner: `balance.install()`, after a trainer module has been imported.
+Workers: engine classes, for FSDP and, where Megatron is installed, for Megatron, are registered under this machine's
+device and vendor, where verl looks before it takes its own; `ActorRolloutRefWorker` tells its engines the options; the
+`prepare_micro_batches` of engine modules takes micro-batches that our engine has planned. Task runner:
+`balance.install()`, after a trainer module has been imported.
 """
 
 from __future__ import annotations
@@ -17,19 +18,24 @@ import dta_plugin
 from dta_plugin.adapters.imports import when_imported
 from dta_plugin.adapters.verl_plugin import trainers
 from dta_plugin.adapters.verl_plugin.reach import checked_version, unreached_trainer
+from dta_plugin.adapters.verl_plugin.run_checks import MEGATRON
 from dta_plugin.adapters.verl_plugin.upstream import (
     ENGINE,
+    MEGATRON_ENGINE,
     TRAINERS,
     WORKERS,
     check_engine_module,
+    check_megatron_modules,
     check_trainer_module,
     check_worker_module,
 )
+from dta_plugin.errors import UnsupportedError
 from dta_plugin.training.notices import say
 
 _BALANCE = "dta_plugin.adapters.verl_plugin.balance"
 _OUR_ENGINE = "dta_plugin.adapters.verl_plugin.engine"
 _OUR_CRITIC = "dta_plugin.adapters.verl_plugin.critic"
+_OUR_MEGATRON = "dta_plugin.adapters.verl_plugin.megatron.engine"
 
 _installed = False
 
@@ -43,6 +49,7 @@ def install() -> None:
     when_imported(_OUR_ENGINE, _register_engine)
     when_imported(_OUR_CRITIC, _register_critic)
     when_imported(ENGINE, _import_our_engines)
+    when_imported(MEGATRON_ENGINE, _import_our_megatron_engine)
     when_imported(WORKERS, _pass_options_on)
     trainers.watch()
     balances = find_spec(_BALANCE) is not None
@@ -65,6 +72,19 @@ def _import_our_engines(_: ModuleType) -> None:
     check_engine_module()
     for ours in (_OUR_ENGINE, _OUR_CRITIC):
         import_module(ours)  # it may have begun this import, and goes on after it
+
+
+def _import_our_megatron_engine(theirs: ModuleType) -> None:
+    """verl imports its engine wherever Megatron is installed; a run that does not use it goes on without ours."""
+    from dta_plugin.adapters.verl_plugin.registry import follow_plans, register
+
+    try:
+        check_megatron_modules()
+    except UnsupportedError as error:
+        say(f"no trees with strategy=megatron: {error}", logging.WARNING)
+        return
+    register("language_model", import_module(_OUR_MEGATRON).TreeMegatronEngine, (MEGATRON,))
+    follow_plans(theirs)
 
 
 def _register_engine(module: ModuleType) -> None:

@@ -42,10 +42,11 @@ class JaggedRows:
     old_log_probs: torch.Tensor | None = None
 
     @classmethod
-    def from_data(cls, data: TensorDict, model: PreTrainedModel) -> JaggedRows:
+    def from_data(cls, data: TensorDict, model: PreTrainedModel | None) -> JaggedRows:
         """What of `data` is to run: tokens up to the last one with a weight; of a row without any, its first token.
 
-        An image that the last token is in runs whole. model: the causal LM, which says which tokens are of which image.
+        An image that the last token is in runs whole. model: the causal LM, which says which tokens are of which image;
+        None for text.
         """
         whole = cls.whole(data)
         if WEIGHTS not in data.keys():  # noqa: SIM118 (a TensorDict)
@@ -54,6 +55,7 @@ class JaggedRows:
         masks = np.split(np.roll(read.cpu().numpy(), 1), whole.offsets[1:-1].cpu().numpy())
         runs, images = whole.runs.up_to_last_read(masks), whole.images
         if images is not None:
+            assert model is not None
             sequences = whole.runs.sequences
             in_rows = ImageRows.of_whole(model, sequences, images)
             ends, images = in_rows.up_to(sequences, list(map(len, runs.sequences)))

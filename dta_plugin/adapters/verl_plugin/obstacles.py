@@ -58,9 +58,12 @@ def batch_obstacle(data: TensorDict) -> str | None:
 
 
 def text_obstacle(data: TensorDict) -> str | None:
-    """The same, of critics and diffusion LMs, which take text alone."""
+    """The same, of critics, diffusion LMs and Megatron's engine, which take text alone."""
     if row_images(data) is not None:
-        return "the batch has images or other multimodal inputs, which only causal actors take along; train on text"
+        return (
+            "the batch has images or other multimodal inputs, which only causal actors with strategy=fsdp(2) take "
+            "along; train on text"
+        )
     return batch_obstacle(data) or position_obstacle(data, None)
 
 

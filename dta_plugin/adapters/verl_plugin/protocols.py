@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.optim.lr_scheduler import LRScheduler
+
+from dta_plugin.config import TreeConfig
 
 
 class EngineConfig(Protocol):
@@ -54,6 +56,14 @@ class OurEngine(Engine, Protocol):
 
     @property
     def dta_is_last_micro_batch(self) -> bool: ...
+
+
+@runtime_checkable
+class TreePolicyEngine(Protocol):
+    """An engine of the plugin's for policies, whatever of verl's it extends."""
+
+    def configure(self, config: TreeConfig | None, diffusion: Any = None) -> None: ...
+    def configure_early(self, config: TreeConfig | None) -> None: ...
 
 
 class Part(Protocol):

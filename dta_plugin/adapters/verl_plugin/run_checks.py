@@ -12,6 +12,8 @@ from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.training.notices import say
 
 STRATEGIES = ("fsdp", "fsdp2")
+MEGATRON = "megatron"
+OF_POLICIES = (*STRATEGIES, MEGATRON)
 
 
 def check_run(config: Any) -> None:
@@ -29,7 +31,7 @@ def check_run(config: Any) -> None:
         return
     for role in ("actor", "ref") if need_reference_policy(config) else ("actor",):
         strategy = run[role].strategy
-        if strategy not in STRATEGIES:
+        if strategy not in (OF_POLICIES if diffusion is None else STRATEGIES):
             refuse_strategy(options, f"actor_rollout_ref.{role}.strategy={strategy}")
         elif options is not None:
             check_chunks(options, strategy)
@@ -58,8 +60,9 @@ def refuse_strategy(config: TreeConfig | None, found: str) -> None:
 
     config: None for a diffusion LM.
     """
+    expected = " or ".join(STRATEGIES if config is None else OF_POLICIES)
     reason = (
-        f"{found}. Expected {' or '.join(STRATEGIES)} on this machine's own kind of device "
+        f"{found}. Expected {expected} on this machine's own kind of device "
         "(actor_rollout_ref.actor.strategy, .ref.strategy)"
     )
     if config is None:
@@ -71,9 +74,10 @@ def refuse_strategy(config: TreeConfig | None, found: str) -> None:
 
 def check_chunks(config: TreeConfig, strategy: str) -> None:
     """Raises InvalidInputError where a strategy cannot run a micro-batch in chunks and is asked to."""
-    if strategy == "fsdp" and (config.executor == "streamed" or config.max_tree_tokens_per_chunk):
+    is_asked = config.executor == "streamed" or config.max_tree_tokens_per_chunk
+    if is_asked and strategy in ("fsdp", MEGATRON):
         raise InvalidInputError(
-            "Got executor=streamed or max_tree_tokens_per_chunk with strategy=fsdp, which cannot run a micro-batch "
-            "in chunks. Expected actor_rollout_ref.actor.strategy=fsdp2 (and .ref.strategy); or bound memory with "
-            "ppo_max_token_len_per_gpu, which counts tree tokens."
+            f"Got executor=streamed or max_tree_tokens_per_chunk with strategy={strategy}, which cannot run a "
+            "micro-batch in chunks. Expected actor_rollout_ref.actor.strategy=fsdp2 (and .ref.strategy); or bound "
+            "memory with ppo_max_token_len_per_gpu, which counts tree tokens."
         )

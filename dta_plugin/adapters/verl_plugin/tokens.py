@@ -68,12 +68,12 @@ def selection_obstacle(data: TensorDict, loss_function: Any, config: TreeConfig)
 
 
 def choose_tokens(
-    data: TensorDict, model: nn.Module, loss_function: Any, config: TreeConfig, step: int, rank: int
+    data: TensorDict, model: nn.Module | None, loss_function: Any, config: TreeConfig, step: int, rank: int
 ) -> DrawnTokens | None:
     """Give the mini-batch of an update its weights, if not all of its tokens have to run. The drawing, if there is one.
 
-    model: the engine's. step: as `OptimizerPasses` counts. rank: data-parallel. The seed is `actor.data_loader_seed`.
-    For an update that `selection_obstacle` has nothing against.
+    model: the engine's, None for text. step: as `OptimizerPasses` counts. rank: data-parallel. The seed is
+    `actor.data_loader_seed`. For an update that `selection_obstacle` has nothing against.
     """
     actor, selection = ppo_config(loss_function), config.selection()
     if actor is None or not (selection or _may_prune(data, loss_function, config)):
@@ -87,7 +87,7 @@ def choose_tokens(
             set_weights(data, carries)
         return None
     seed = int(actor.data_loader_seed or 0) % 2**32
-    groups = rows.by_content(causal_lm(model)).groups
+    groups = (rows.runs if model is None else rows.by_content(causal_lm(model))).groups
     drawn = draw_tokens(selection, carries, groups, seed=seed, step=step, rank=rank)
     set_weights(data, drawn.weights)
     return drawn

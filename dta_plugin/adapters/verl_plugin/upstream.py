@@ -9,8 +9,10 @@ from __future__ import annotations
 from types import ModuleType
 
 from dta_plugin.adapters.contract import Name, require, require_attributes
+from dta_plugin.adapters.releases import MEGATRON_CORE, say_if_untested, supported_release
 
 ENGINE = "verl.workers.engine.fsdp.transformer_impl"
+MEGATRON_ENGINE = "verl.workers.engine.megatron.transformer_impl"
 WORKERS = "verl.workers.engine_workers"
 # Modules and classes of the trainers whose batches are balanced: v1, and v0, which verl means to drop.
 V1, V0 = "verl.trainer.ppo.v1.trainer_base", "verl.trainer.ppo.ray_trainer"
@@ -56,6 +58,39 @@ _OF_ENGINES = (
     Name("verl.utils.device:get_device_name"),
     Name("verl.utils.device:get_vendor", is_optional=True),  # verl 0.9
 )
+_MEGATRON_LM = f"{MEGATRON_ENGINE}:MegatronEngineWithLMHead"
+_GPT = "megatron.core.models.gpt.gpt_model:GPTModel"
+_OF_MEGATRON = (
+    Name("verl.utils.device:get_vendor"),  # verl 0.9, the first that was tried
+    Name(f"{_MEGATRON_LM}.initialize"),
+    Name(f"{_MEGATRON_LM}.forward_backward_batch", ("data", "loss_function", "forward_only")),
+    Name(
+        f"{_MEGATRON_LM}.forward_step",
+        ("batch_iter", "model", "logits_processor_func", "postprocess_micro_batch_func"),
+    ),
+    Name(f"{_MEGATRON_LM}.postprocess_micro_batch_func", ("output", "data", "forward_only", "loss_function")),
+    Name(f"{MEGATRON_ENGINE}:prepare_micro_batches", ("data",)),
+    Name("verl.utils.megatron_utils:unwrap_model"),
+    Name("verl.utils.megatron.tensor_parallel:vocab_parallel_entropy", ("vocab_parallel_logits",)),
+    Name(
+        "verl.utils.megatron.tensor_parallel:vocab_parallel_entropy_with_chunking",
+        ("vocab_parallel_logits", "chunk_size"),
+    ),
+    Name("verl.utils.megatron.tensor_parallel:vocab_parallel_log_probs_from_logits", ("logits", "labels")),
+    Name(f"{_GPT}._preprocess", ("packed_seq_params",)),
+    Name(f"{_GPT}._postprocess", ("hidden_states", "packed_seq_params")),
+    Name(f"{_GPT}.forward", ("input_ids", "position_ids", "attention_mask", "packed_seq_params")),
+    Name("megatron.core.transformer.attention:SelfAttention.forward", ("packed_seq_params",)),
+    Name(
+        "megatron.core.transformer.utils:is_layer_window_attention",
+        ("window_size", "window_attn_skip_freq", "layer_number"),
+    ),
+    Name(
+        "megatron.core.tensor_parallel.mappings:gather_from_sequence_parallel_region",
+        ("tensor_parallel_output_grad", "group"),
+    ),
+    Name("megatron.core.parallel_state:get_virtual_pipeline_model_parallel_world_size"),
+)
 _OF_WORKERS = (
     Name(f"{WORKERS}:ActorRolloutRefWorker.set_dispatch_collect"),
     Name(f"{WORKERS}:TrainingWorker.train_batch", ("data",)),
@@ -72,6 +107,19 @@ _ENGINE = {
     "ulysses_sequence_parallel_size": "0.8.0",
     "_qat_enabled": "0.8.0",
 }
+_MEGATRON_ENGINE = dict.fromkeys(("module", "engine_config", "model_config", "tf_config", "_qat_enabled"), "0.9.0")
+_MEGATRON_CONFIG = dict.fromkeys(
+    (
+        "context_parallel_size",
+        "dynamic_context_parallel",
+        "router_replay",
+        "use_fused_kernels",
+        "use_megatron_fsdp",
+        "entropy_from_logits_with_chunking",
+        "entropy_from_logits_chunk_size",
+    ),
+    "0.9.0",
+)
 _DIFFUSION = {"scaler": "0.8.0", "_autocast_dtype": "0.8.0"}
 _MODEL_CONFIG = {"mtp": "0.8.0", "enable_activation_offload": "0.8.0", "external_lib": "0.8.0"}
 _WORKER = {"config": "0.8.0", "actor": "0.8.0", "ref": "0.8.0"}
@@ -83,6 +131,12 @@ _WORKER_GROUP = {"_dispatch_info": "0.8.0"}
 def check_engine_module() -> None:
     """Raises UnsupportedError where a name that the engine is built on is missing or has other parameters."""
     require(_OF_ENGINES)
+
+
+def check_megatron_modules() -> None:
+    """The same for verl's engine for Megatron and Megatron-Core itself, of which some releases are too old."""
+    supported_release(MEGATRON_CORE, ", or train with strategy=fsdp2")
+    require(_OF_MEGATRON)
 
 
 def check_worker_module() -> None:
@@ -110,6 +164,13 @@ def check_engine(engine: object) -> None:
     """The same for an engine that has been initialised."""
     require_attributes(engine, _ENGINE, "verl")
     require_attributes(engine.model_config, _MODEL_CONFIG, "verl")  # type: ignore[attr-defined]
+
+
+def check_megatron_engine(engine: object) -> None:
+    """The same for one of Megatron's; one line where Megatron-Core is newer than what was tested."""
+    say_if_untested(MEGATRON_CORE)
+    require_attributes(engine, _MEGATRON_ENGINE, "verl")
+    require_attributes(engine.engine_config, _MEGATRON_CONFIG, "verl")  # type: ignore[attr-defined]
 
 
 def check_diffusion_engine(engine: object) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dta_plugin.adapters.verl_plugin.config import tree_config
-from dta_plugin.adapters.verl_plugin.protocols import Worker
+from dta_plugin.adapters.verl_plugin.protocols import TreePolicyEngine, Worker
 from dta_plugin.adapters.verl_plugin.reach import unreached_separate_trainer
 from dta_plugin.adapters.verl_plugin.run_checks import refuse_strategy
 from dta_plugin.adapters.verl_plugin.sft import options_of_command
@@ -28,7 +28,6 @@ def passing_options_on(set_dispatch_collect: Callable[..., None]) -> Callable[..
         set_dispatch_collect(worker, *args, **kwargs)
         from dta_plugin.adapters.verl_plugin import critic
         from dta_plugin.adapters.verl_plugin.diffusion.worker import diffusion_settings
-        from dta_plugin.adapters.verl_plugin.engine import TreeEngine
 
         check_worker(worker)
         unreached = unreached_separate_trainer(type(worker))
@@ -38,7 +37,7 @@ def passing_options_on(set_dispatch_collect: Callable[..., None]) -> Callable[..
         critic.configure(config)
         for part in (part for part in (worker.actor, worker.ref) if part is not None):
             engine = part.engine
-            if isinstance(engine, TreeEngine):
+            if isinstance(engine, TreePolicyEngine):
                 engine.configure(config, diffusion)
             elif config is not None or diffusion is not None:
                 refuse_strategy(config, f"strategy {part.engine_config.strategy!r} runs in {type(engine).__name__}")
@@ -53,9 +52,7 @@ def passing_sft_options_on(init: Callable[..., None]) -> Callable[..., None]:
     def wrapped(worker: Any, *args: Any, **kwargs: Any) -> None:
         options = options_of_command()
         init(worker, *args, **kwargs)
-        from dta_plugin.adapters.verl_plugin.engine import TreeEngine
-
-        if isinstance(worker.engine, TreeEngine):
+        if isinstance(worker.engine, TreePolicyEngine):
             worker.engine.configure_early(options)
 
     return wrapped

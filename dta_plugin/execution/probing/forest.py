@@ -35,9 +35,12 @@ def probe_forest(model: PreTrainedModel) -> Forest:
     rotary frequencies change or indexers choose keys: what happens there is decided by batch. Tokens are random, none
     of them special.
     """
-    length = _length(model)
+    return Forest(forest_rows(_length(model), _ordinary_tokens(model.config.get_text_config(), model.config)))
+
+
+def forest_rows(length: int, ordinary: np.ndarray) -> list[list[int]]:
+    """The sequences of `probe_forest`. length: of the longest, at least 8. ordinary: ids to take tokens from."""
     random = np.random.default_rng(0)
-    ordinary = _ordinary_tokens(model.config.get_text_config(), model.config)
 
     def run(tokens: int) -> list[int]:
         return random.choice(ordinary, max(1, tokens)).tolist()
@@ -46,19 +49,17 @@ def probe_forest(model: PreTrainedModel) -> Forest:
     stem = run(quarter)
     longest = stem + run(length - quarter)
     sibling = stem + run(quarter)
-    return Forest(
-        [
-            longest,
-            sibling,
-            stem + run(quarter),
-            stem + run(quarter),
-            stem + run(quarter),
-            sibling[: 3 * quarter // 2] + run(quarter // 2),
-            longest[: 2 * quarter] + run(1),
-            longest[: 2 * quarter] + run(1),
-            longest[: 3 * quarter],
-        ]
-    )
+    return [
+        longest,
+        sibling,
+        stem + run(quarter),
+        stem + run(quarter),
+        stem + run(quarter),
+        sibling[: 3 * quarter // 2] + run(quarter // 2),
+        longest[: 2 * quarter] + run(1),
+        longest[: 2 * quarter] + run(1),
+        longest[: 3 * quarter],
+    ]
 
 
 @dataclass(frozen=True, slots=True)

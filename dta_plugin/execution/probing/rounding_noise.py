@@ -9,7 +9,7 @@ Measured on tiny random models, the tree differs from the dense path by 0.4 to 1
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -95,18 +95,25 @@ def noise_seeds(model: PreTrainedModel, values: int, numbers: int = _FEW_NUMBERS
     return range(_LOOKS if is_shifty or is_recurrent or values < _FEW or numbers < _FEW_NUMBERS else 1)
 
 
+def half_steps(unit: float, seed: int) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
+    """A forward hook that moves every number of a module's output by up to half a rounding step, drawn by `seed`.
+
+    unit: relative size of a step.
+    """
+    random = torch.Generator("cpu").manual_seed(seed)
+
+    def move(_: nn.Module, __: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        steps = torch.rand(output.shape, generator=random, dtype=torch.float32, device="cpu") - 0.5
+        size = max(unit, torch.finfo(output.dtype).eps)  # mixed precision may hand them out in a narrower type
+        return output * (1 + size * steps).to(output)
+
+    return move
+
+
 @contextmanager
 def perturbed_embeddings(model: PreTrainedModel, seed: int = 0) -> Iterator[None]:
     """Within the context, every number of an input embedding is off by up to half a rounding step, drawn by `seed`."""
-    unit = rounding_unit(model)
-    random = torch.Generator("cpu").manual_seed(seed)
-
-    def move(_: nn.Module, __: tuple[Any, ...], embeddings: torch.Tensor) -> torch.Tensor:
-        steps = torch.rand(embeddings.shape, generator=random, dtype=torch.float32, device="cpu") - 0.5
-        size = max(unit, torch.finfo(embeddings.dtype).eps)  # mixed precision may hand them out in a narrower type
-        return embeddings * (1 + size * steps).to(embeddings)
-
-    handle = model.get_input_embeddings().register_forward_hook(move)
+    handle = model.get_input_embeddings().register_forward_hook(half_steps(rounding_unit(model), seed))
     try:
         yield
     finally:

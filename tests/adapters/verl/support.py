@@ -202,11 +202,17 @@ def positions(ids: torch.Tensor, rows: int = 1, grid: torch.Tensor | None = None
     return torch.cat([depth[None], get_rope_index(processor, ids, grid, attention_mask=torch.ones_like(ids))])
 
 
-def mini_batch(step: Step, seed: int = 0, budget: int | None = None) -> TensorDict:
-    """This rank's part of a mini-batch, as `TrainingWorker.train_batch` hands it to an engine."""
+def mini_batch(
+    step: Step, seed: int = 0, budget: int | None = None, share: tuple[int, int] | None = None
+) -> TensorDict:
+    """This rank's part of a mini-batch, as `TrainingWorker.train_batch` hands it to an engine.
+
+    share: which part of how many, where ranks have them in common.
+    """
     sequences, begins, *further = SHAPES[step.shape](seed)
     total = len(sequences)
-    rank, per_rank = distributed.get_rank(), total // distributed.get_world_size()
+    rank, parts = share or (distributed.get_rank(), distributed.get_world_size())
+    per_rank = total // parts
     mine = slice(rank * per_rank, (rank + 1) * per_rank)
     ids = [torch.tensor(sequence) for sequence in sequences[mine]]
     pairs = list(zip(ids, begins[mine], strict=True))

@@ -1,0 +1,233 @@
+"""`TreeMegatronEngine`: verl's Megatron engine for language models, with log-probs and entropies from prefix trees.
+
+Old log-probs, reference and update all come through `forward_step`: each micro-batch is one packed row of a tree, which
+Megatron's own model, schedules and recomputation carry along (`model`). Everything around it stays verl's and
+Megatron's: losses, pipeline, gradient reduction, optimizer, checkpoints, weight export. A mini-batch is cut into
+micro-batches in which siblings meet, and tokens that no loss reads are left out, as in the engine for FSDP. Packed
+execution only: a micro-batch is one call of the model, and memory is bounded by `max_token_len_per_gpu` tree tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import distributed
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_id
+from verl.utils.megatron_utils import unwrap_model
+from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead
+
+from dta_plugin.adapters.verl_plugin.jagged import JaggedRows, clear_weights
+from dta_plugin.adapters.verl_plugin.megatron.check import Agreement, agreement, probe_data
+from dta_plugin.adapters.verl_plugin.megatron.cost import model_cost
+from dta_plugin.adapters.verl_plugin.megatron.mini_batch import (
+    cost_on_all_ranks,
+    find,
+    for_the_pipeline,
+    tree_cost,
+    virtual_stages_multiple,
+)
+from dta_plugin.adapters.verl_plugin.megatron.model import read_along_trees, run_row
+from dta_plugin.adapters.verl_plugin.megatron.obstacles import engine_obstacle
+from dta_plugin.adapters.verl_plugin.megatron.row import TreeRow
+from dta_plugin.adapters.verl_plugin.megatron.scoring import model_output
+from dta_plugin.adapters.verl_plugin.micro_batches import agreed, clear_plan, set_plan
+from dta_plugin.adapters.verl_plugin.mini_batch import MiniBatchRun, decide
+from dta_plugin.adapters.verl_plugin.run_checks import check_chunks
+from dta_plugin.adapters.verl_plugin.tokens import OptimizerPasses, choose_tokens, selection_obstacle
+from dta_plugin.adapters.verl_plugin.upstream import check_megatron_engine
+from dta_plugin.adapters.verl_plugin.weighted_loss import weighted
+from dta_plugin.config import TreeConfig
+from dta_plugin.errors import UnsupportedError
+from dta_plugin.training.notices import Notices
+from dta_plugin.tree.cost import ModelCost
+from dta_plugin.tree.report import TreeReport
+from dta_plugin.verify import VerificationError
+
+
+class TreeMegatronEngine(MegatronEngineWithLMHead):
+    """Same arguments as the engine it extends. Until `configure` is called, options have their defaults."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._dta_config: TreeConfig | None = TreeConfig()
+        self._dta_obstacle: str | None = None
+        self._dta_cost: ModelCost | None = None
+        self._dta_run: MiniBatchRun | None = None
+        self._dta_passes = OptimizerPasses()
+        self._dta_batches = 0
+        self._dta_notices = Notices(speaks=distributed.get_rank() == 0)
+
+    def configure(self, config: TreeConfig | None, diffusion: object = None) -> None:
+        """Options from now on; None: verl's own path.
+
+        Raises InvalidInputError for what Megatron cannot do, and UnsupportedError for a diffusion LM.
+        """
+        if diffusion is not None:
+            raise UnsupportedError("Diffusion LMs do not run with strategy=megatron. Expected strategy=fsdp or fsdp2.")
+        self.configure_early(config)
+
+    def configure_early(self, config: TreeConfig | None) -> None:
+        """`configure` before there is a model. Raises InvalidInputError likewise."""
+        if config is not None:
+            check_chunks(config, self.engine_config.strategy)
+        self._dta_config = config
+
+    def initialize(self) -> None:
+        super().initialize()
+        check_megatron_engine(self)
+        self._dta_obstacle = engine_obstacle(self)
+        if self._dta_obstacle is None:
+            self._vocabulary = int(self.model_config.hf_config.vocab_size)
+            self._dta_cost = model_cost(self.tf_config, self._vocabulary)
+            for chunk in self.module:
+                read_along_trees(unwrap_model(chunk))
+
+    def forward_backward_batch(self, data: TensorDict, loss_function: Any, forward_only: bool = False) -> Any:
+        if self._dta_config is None:
+            return super().forward_backward_batch(data, loss_function, forward_only)
+        self._check(data, self._dta_config)
+        try:
+            self._dta_run = run = self._begin(data, self._dta_config, loss_function, forward_only)
+            if run.drawn is not None:
+                loss_function = weighted(loss_function)
+            outputs = super().forward_backward_batch(data, loss_function, forward_only)
+        finally:
+            self._dta_run = None
+            clear_plan(data)
+            clear_weights(data)
+        if run.is_update and outputs:  # of the last pipeline stage
+            outputs["metrics"].update(run.metrics())
+        return outputs
+
+    def forward_step(
+        self,
+        batch_iter: Iterator[TensorDict],
+        model: Any,
+        logits_processor_func: Any,
+        postprocess_micro_batch_func: Any,
+    ) -> Any:
+        run = self._dta_run
+        if run is None:
+            return super().forward_step(batch_iter, model, logits_processor_func, postprocess_micro_batch_func)
+        stage = unwrap_model(model)
+        counts = not getattr(stage, "vp_stage", None)  # of virtual stages, the first one
+        micro_batch = next(batch_iter)
+        if run.config is None:
+            if counts:
+                run.counts.add_dense(int(micro_batch["input_ids"].offsets()[-1]))
+            return super().forward_step(iter([micro_batch]), model, logits_processor_func, postprocess_micro_batch_func)
+        micro_batch = micro_batch.to(get_device_id())
+        rows = JaggedRows.from_data(micro_batch, None)
+        multiple = self.tf_config.tensor_model_parallel_size if self.tf_config.sequence_parallel else 1
+        row = TreeRow.from_rows(rows, run.config.backend, multiple, rows.offsets.device)
+        output: Any = run_row(model, row, stage)
+        if stage.post_process:
+            wants_entropy = bool(tu.get_non_tensor_data(micro_batch, "calculate_entropy", False))
+            output = model_output(output, row, rows, self._entropy_chunk, wants_entropy)
+        if counts:
+            self._report(run, row, rows)
+        return output, functools.partial(postprocess_micro_batch_func, data=micro_batch)
+
+    @property
+    def _entropy_chunk(self) -> int | None:
+        config = self.engine_config
+        return config.entropy_from_logits_chunk_size if config.entropy_from_logits_with_chunking else None
+
+    def _report(self, run: MiniBatchRun, row: TreeRow, rows: JaggedRows) -> None:
+        assert self._dta_cost is not None
+        cost = tree_cost(self._dta_cost, row.tree, row.edges)
+        report = TreeReport(
+            tree=row.tree,
+            chunks=1,
+            executor="packed",
+            backend="+".join(sorted(row.params.mask.backends_used)),
+            reason=f"{cost.saving:.0%} of dense FLOPs saved",
+            ceiling=max(1.0, cost.ceiling),
+            pruned_tokens=rows.left_out,
+        )
+        run.counts.add_tree(report)
+        if run.is_update:
+            self._dta_notices.say_once(str(report), topic="idle" if report.is_idle else "report")
+
+    def _check(self, data: TensorDict, config: TreeConfig) -> None:
+        """The probe, before the first mini-batch, and what `verify` asks for.
+
+        Raises VerificationError where a mini-batch has to be verified and is not within rounding.
+        """
+        number = self._dta_batches
+        self._dta_batches += 1
+        if self._dta_obstacle is None and number == 0 and config.probe == "auto":
+            probed = self._agreement(probe_data(self.tf_config, self._vocabulary, data["input_ids"].device), config)
+            if not probed.is_given:
+                self._dta_obstacle = (
+                    f"a small tree differs from the model's own path by {probed}. Expected rounding errors only; "
+                    "please report the model, and train without trees (probe=off would train on what differs)"
+                )
+            self._dta_notices.say_once(f"probed: log-probs of a small tree differ by {probed}")
+        if config.verifies(number):
+            found = self._agreement(data, config)
+            if not found.is_given:
+                raise VerificationError(
+                    f"Trees and verl's own path differ by {found}. Run without trees, and report it."
+                )
+            self._dta_notices.say(
+                f"mini-batch {number + 1} verified against verl's own path: log-probs differ by {found}"
+            )
+
+    def _agreement(self, data: TensorDict, config: TreeConfig) -> Agreement:
+        return agreement(self._log_probs, lambda rows: self._log_probs(rows, config), data, self.module, self.tf_config)
+
+    def _log_probs(self, data: TensorDict, config: TreeConfig | None = None) -> torch.Tensor | None:
+        """A pass in evaluation mode, as a tree if there is a config; None on ranks that have no outputs."""
+        training = [chunk.training for chunk in self.module]
+        try:
+            for chunk in self.module:
+                chunk.eval()
+            if config is not None:
+                self._dta_run = self._begin(data, config, None, forward_only=True)
+            with torch.no_grad():
+                outputs = super().forward_backward_batch(data, None, forward_only=True)
+        finally:
+            self._dta_run = None
+            for chunk, was_training in zip(self.module, training, strict=True):
+                chunk.train(was_training)
+        return outputs["model_output"]["log_probs"] if outputs else None
+
+    def _begin(self, data: TensorDict, config: TreeConfig, loss_function: Any, forward_only: bool) -> MiniBatchRun:
+        """Choose a mini-batch's tokens, let all ranks agree on how it runs, and cut it into micro-batches."""
+        run = MiniBatchRun(None, not forward_only)
+        if run.is_update and selection_obstacle(data, loss_function, config) is None:
+            step, rank = self._dta_passes.next(self.lr_scheduler.num_steps), self.get_data_parallel_rank()
+            run.drawn = choose_tokens(data, None, loss_function, config, step, rank)
+        findings, plans = find(self._dta_obstacle, self._dta_cost, data, config, loss_function, forward_only)
+        ranks = agreed(findings, distributed.group.WORLD)  # pipeline stages have obstacles of their own
+        decision = decide(ranks)
+        if decision.obstacle is not None:
+            self._refuse(decision.obstacle, config)
+            return run
+        if config.min_saving and self._dta_cost is not None:
+            saving = cost_on_all_ranks(self._dta_cost, data, self.get_data_parallel_group()).saving
+            if saving < config.min_saving:
+                saved = f"{saving:.0%} of FLOPs saved, min_saving {config.min_saving:.0%}"
+                self._dta_notices.say_once(f"verl's own path: only {saved}", "min_saving")
+                return run
+        count = for_the_pipeline(decision, ranks, virtual_stages_multiple(self.tf_config))
+        if plans is not None and count is not None:
+            set_plan(data, plans.plan(count))
+        run.config = config
+        return run
+
+    def _refuse(self, reason: str, config: TreeConfig) -> None:
+        """Raise, or say once that verl's own path runs, as `on_unsupported` has it."""
+        if config.on_unsupported == "error":
+            raise UnsupportedError(
+                f"Prefix-tree execution is not exact here: {reason}. Or set "
+                "+actor_rollout_ref.rollout.custom.dta.on_unsupported=dense."
+            )
+        self._dta_notices.say_once(f"verl's own path: {reason}", level=logging.WARNING)
