@@ -11,11 +11,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from megatron.core import parallel_state
 from tensordict import TensorDict
 from torch import distributed
 
+from dta_plugin.adapters.verl_plugin.megatron import engine as engine_module
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import UnsupportedError
 from tests.adapters.megatron.models import save_models
@@ -51,9 +53,10 @@ def disagreeing_pipeline(folder: Path) -> dict[str, Any]:
     """Only the second stage has a layer that is not covered; then both take verl's own path."""
     setup, step = LAYOUTS["pipeline"], Step(config=TreeConfig(on_unsupported="dense"))
     stock = train(build(setup, folder, tree=False), [step])
-    engine = build(setup, folder, tree=True)
-    if distributed.get_rank() == 1:
-        engine._dta_obstacle = "layer 2 attends by GatedDeltaNet"
+    with pytest.MonkeyPatch.context() as patch:
+        if distributed.get_rank() == 1:
+            patch.setattr(engine_module, "engine_obstacle", lambda _: "layer 2 attends by GatedDeltaNet")
+        engine = build(setup, folder, tree=True)
     error = _refusal(engine, mini_batch(step, share=(0, 1)))
     return {"error": error, "dense": difference(train(engine, [step])[0], stock[0])}
 

@@ -81,7 +81,8 @@ class TreeMegatronEngine(MegatronEngineWithLMHead):
     def initialize(self) -> None:
         super().initialize()
         check_megatron_engine(self)
-        self._dta_obstacle = engine_obstacle(self)
+        obstacles = agreed(engine_obstacle(self), distributed.group.WORLD)  # pipeline stages have some of their own
+        self._dta_obstacle = next((found for found in obstacles if found is not None), None)
         if self._dta_obstacle is None:
             self._vocabulary = int(self.model_config.hf_config.vocab_size)
             self._dta_cost = model_cost(self.tf_config, self._vocabulary)
@@ -206,7 +207,7 @@ class TreeMegatronEngine(MegatronEngineWithLMHead):
             step, rank = self._dta_passes.next(self.lr_scheduler.num_steps), self.get_data_parallel_rank()
             run.drawn = choose_tokens(data, None, loss_function, config, step, rank)
         findings, plans = find(self._dta_obstacle, self._dta_cost, data, config, loss_function, forward_only)
-        ranks = agreed(findings, distributed.group.WORLD)  # pipeline stages have obstacles of their own
+        ranks = agreed(findings, distributed.group.WORLD)
         decision = decide(ranks)
         if decision.obstacle is not None:
             self._refuse(decision.obstacle, config)
