@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +11,9 @@ import torch
 from tensordict import NonTensorStack
 from verl.utils.megatron_utils import unwrap_model
 
+from dta_plugin.adapters.verl_plugin import install
 from dta_plugin.adapters.verl_plugin.megatron.obstacles import engine_obstacle
+from dta_plugin.adapters.verl_plugin.protocols import TreePolicyEngine
 from dta_plugin.adapters.verl_plugin.run_checks import check_run
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedError
@@ -124,6 +126,26 @@ def test_switched_off_is_verls_own_path(engine: Any, folder: Path) -> None:
     data = mini_batch(Step(shape="turns"))
     found, expected = (inferred(one, data)["log_probs"].values() for one in (engine, build(Setup(), folder, False)))
     assert torch.equal(found, expected)
+
+
+def test_workers_know_the_engine(engine: Any, folder: Path) -> None:
+    """They hand their options to what is of the plugin."""
+    assert isinstance(engine, TreePolicyEngine)
+    assert not isinstance(build(Setup(), folder, tree=False), TreePolicyEngine)
+
+
+def test_a_megatron_that_is_not_as_expected_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def check() -> None:
+        raise UnsupportedError("GPTModel has no _preprocess")
+
+    monkeypatch.setattr(install, "check_megatron_modules", check)
+    theirs = ModuleType("theirs")
+    with caplog.at_level("WARNING", logger="dta_plugin"):
+        install._import_our_megatron_engine(theirs)
+    assert "no trees with strategy=megatron: GPTModel has no _preprocess" in caplog.text
+    assert not hasattr(theirs, "prepare_micro_batches")
 
 
 def test_the_driver_takes_the_strategy(monkeypatch: pytest.MonkeyPatch) -> None:
