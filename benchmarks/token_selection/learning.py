@@ -45,6 +45,7 @@ RECIPE = ROOT / "recipes" / "trl" / "quickstart.yaml"
 SELECTIONS: dict[str, dict[str, Any]] = {
     "all tokens": {},
     "rpc 50 %": {"token_selection": "rpc", "token_budget": 0.5},
+    "rpc 50 %, floor 0.1": {"token_selection": "rpc", "token_budget": 0.5, "token_floor": 0.1},
     "urs 50 %": {"token_selection": "urs", "token_budget": 0.5},
 }
 
@@ -104,12 +105,12 @@ class Updates(TrainerCallback):
 
 
 def main() -> None:
-    args = arguments(__doc__, steps=60, folder=ROOT / "runs" / "quickstart")
+    args = arguments(__doc__, steps=60, folder=ROOT / "runs" / "quickstart", ways=list(SELECTIONS))
     if not (args.folder / "model").is_dir():
         sys.exit(f"{args.folder} has no model. Make one: python recipes/quickstart/build.py --output {args.folder}")
     torch.set_num_threads(1)
     where = environment(torch.device("cpu"))
-    tasks = [Task(name, seed, args.steps, str(args.folder)) for seed in args.seeds for name in SELECTIONS]
+    tasks = [Task(name, seed, args.steps, str(args.folder)) for seed in args.seeds for name in args.only]
     runs = []
     for run in _trained(tasks, args.workers):
         runs.append(run)
@@ -120,7 +121,7 @@ def main() -> None:
         "smoke": args.smoke,
         "clock": "cpu",
         "steps": args.steps,
-        "selections": SELECTIONS,
+        "selections": {name: SELECTIONS[name] for name in args.only},
         **where,
         "runs": [asdict(run) for run in runs],
     }

@@ -7,6 +7,7 @@ are clipped; one row has a tool's tokens in the middle; KL and entropy bonus tak
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,18 +144,18 @@ def test_single_terms(model: str, tmp_path: Path, loss_type: str, terms: str) ->
 def self_normalised(drawn: Drawn) -> Drawn:
     """Weights that add up to the number of tokens in every drawing."""
     counts = drawn.carries_loss.sum(axis=1, keepdims=True)
-    return Drawn(drawn.weights * counts / drawn.weights.sum(axis=1, keepdims=True), drawn.carries_loss, drawn.entropy)
+    return replace(drawn, weights=drawn.weights * counts / drawn.weights.sum(axis=1, keepdims=True))
 
 
 def unweighted(drawn: Drawn) -> Drawn:
-    return Drawn((drawn.weights > 0).astype(float), drawn.carries_loss, drawn.entropy)
+    return replace(drawn, weights=(drawn.weights > 0).astype(float))
 
 
 def first_half(drawn: Drawn) -> Drawn:
     """The same prefix every time."""
     counts = drawn.carries_loss.sum(axis=1, keepdims=True)
     kept = drawn.carries_loss & (np.cumsum(drawn.carries_loss, axis=1) <= counts / 2)
-    return Drawn(kept / 0.5, drawn.carries_loss, drawn.entropy)
+    return replace(drawn, weights=kept / 0.5)
 
 
 @pytest.mark.parametrize("wrong", [self_normalised, unweighted, first_half])
