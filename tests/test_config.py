@@ -40,7 +40,7 @@ INVALID: dict[str, tuple[dict[str, object], str]] = {
     ),
     "prefix": ({"token_selection": "rpc", "token_min_prefix": 0}, r"token_min_prefix=0. Expected a whole number"),
     "floor above budget": (
-        {"token_selection": "rpc", "token_budget": 0.05},
+        {"token_selection": "rpc", "token_budget": 0.05, "token_floor": 0.1},
         r"token_budget=0.05 with token_floor=0.1.*Expected token_floor at most token_budget",
     ),
     "floor": ({"token_selection": "urs", "token_floor": 0.0}, r"token_floor=0.0. Expected a probability in \(0, 1\]"),

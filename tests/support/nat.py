@@ -36,7 +36,10 @@ def drawings(selection: TokenSelection, carries_loss: np.ndarray) -> Iterator[tu
     probabilities = np.stack([_row_probabilities(selection, carries) for carries in carries_loss])
     for combination in itertools.product(*rows):
         weights = np.stack([weights for weights, _ in combination])
-        yield Drawn(weights, probabilities, carries_loss, (0, 0, 0)), math.prod(probability for _, probability in combination)
+        yield (
+            Drawn(weights, probabilities, carries_loss, (0, 0, 0)),
+            math.prod(probability for _, probability in combination),
+        )
 
 
 def _row_probabilities(selection: TokenSelection, carries: np.ndarray) -> np.ndarray:
