@@ -29,7 +29,7 @@ def cut_moments(designs: Sequence[PrefixCut], rows: Sequence[np.ndarray]) -> tup
         kept = len(row) - np.searchsorted(design.probabilities[::-1], offsets + starts + widths / 2, side="right")
         sums.append(cumulative[kept] - row.sum(0))  # [G, intervals, R], 0 on average
     own = sum(float(np.einsum("gir,i->", each**2, widths)) for each in sums)
-    # Pairs of different rows at different places of the grid: all pairs, less those of one row, less those of one place.
+    # Different rows at different places of the grid: all pairs, less those of one row, less those of one place.
     over_places = [each.sum(0) for each in sums]
     pairs = np.square(sum(over_places)) - sum(np.square(each) for each in over_places)
     alike = np.square(sum(sums)) - sum(np.square(each) for each in sums)

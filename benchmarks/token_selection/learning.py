@@ -4,15 +4,15 @@
     python -m benchmarks.token_selection.learning --plot docs/selection.png      # about 10 minutes on 2 CPU cores
     python -m benchmarks.token_selection.learning --smoke                        # 2 steps, 1 seed
 
-Trains recipes/trl/quickstart.yaml on all tokens, with rpc and with urs at half of them, each with the same seeds: runs
-of one seed see the same prompts in the same order, and differ in nothing else. Every run has a process that computes on
-one thread; two of them run at a time.
+Trains recipes/trl/quickstart.yaml on all tokens, with rpc (its own floor, and one of 0.1) and with urs at half of them,
+each with the same seeds: runs of one seed see the same prompts in the same order, and differ in nothing else. Every run
+has a process that computes on one thread; two of them run at a time. `--only` takes some of them.
 
-How to read the table: rewards are means of the first tenth of the steps, the last, and all of them, `+-` the standard
-deviation over seeds. `update s` is the CPU time of loss and backward pass per step; drawing is not in it. `tokens run`
-go through the model in it, after sharing, pruning (rows with advantage 0 do not run) and selection; `kept` is the
-selection's share of the tokens that carry loss. `saved` is the most that autograd holds at a time, as a mean over
-steps. Three seeds tell large differences only.
+How to read the table: rewards are means of the first tenth of the steps, the last, all of them, and of the last tenth
+of as many tokens as every run has run; `+-` is the standard deviation over seeds. `update s` is the CPU time of loss
+and backward pass per step; drawing is not in it. `tokens run` go through the model in it, after sharing, pruning (rows
+with advantage 0 do not run) and selection; `kept` is the selection's share of the tokens that carry loss. `saved` is the
+most that autograd holds at a time, as a mean over steps. Three seeds tell large differences only.
 
 This task is about learning, not about saving: completions are short, prompts are most of what runs, and what a step
 runs depends on how many groups are solved and therefore pruned.

@@ -7,10 +7,10 @@ Variances over drawings, exact (exact.py), divided by the square of the full gra
 of the completions' tokens, counted up to a row's last one that is drawn: budgets are solved for that. `urs` cannot run
 fewer than nearly all, and runs on random rows where it has to.
 
-Lengths: completions of recorded agents, in groups of 4, 8 and 16. `unrelated`: gradients of tokens at right angles, which
-on-policy ones are on average, since each has mean 0 given what is before it. `row alike`: those of a row are all the
-same, and rows at right angles. `alike, sum 0` and `alike`: those of a group are all the same, advantages add up to 0 (then
-relative to the sum of rows' squares), or are equal.
+Lengths: completions of recorded agents, in groups of 4, 8 and 16. `unrelated`: gradients of tokens at right angles,
+which on-policy ones are on average, since each has mean 0 given what is before it. `row alike`: those of a row are all
+the same, and rows at right angles. `alike, sum 0` and `alike`: those of a group are all the same, advantages add up to
+0 (then relative to the sum of rows' squares), or are equal.
 
 Gradients: real ones, of the quickstart's base model, for its own completions and their advantages (gradients.py).
 `apart` draws cuts row by row, `spread` evenly over siblings.
@@ -179,7 +179,7 @@ def _of_gradients(folder: Path) -> list[dict[str, Any]]:
     rows = {size: [row for group in groups[size] for row in group] for size in GROUPS}
     found = []
     for way in WAYS:
-        if way.min_prefix > 8:  # longer than most completions here
+        if way.min_prefix > 2:  # most of a guess, which has 3 tokens
             continue
         selection = way.at_run(lengths, RUN)
         line = _described(way, selection, lengths)

@@ -30,8 +30,8 @@ _DESIGNS: dict[str, Callable[[int, float, int, float], Design]] = {
 }
 SCHEMES = tuple(_DESIGNS)
 SHARINGS = ("row", "group")
-# Within a fifth of the least variance where tokens' gradients are unrelated, a twentieth where those of a row are alike,
-# and off the grid of evenly spread cuts at half of the tokens (benchmarks/token_selection/variance.py).
+# Near the least variance where tokens' gradients are unrelated, and where those of a row are alike; with half of the
+# tokens off the grid of evenly spread cuts (docs/selection.md).
 FLOOR_OF_BUDGET = 0.8
 
 
@@ -103,7 +103,8 @@ def _design(scheme: str, tokens: int, budget: float, min_prefix: int, floor: flo
 class Drawn:
     """One drawing. weights: float64 [B, C], m_t / p_t at tokens that carry loss, 0 at all others.
 
-    probabilities: float64 [B, C], p_t at tokens that carry loss, 1 at all others. carries_loss: bool [B, C]. entropy: what it was drawn from, (seed, step, rank): the same numbers draw the same.
+    probabilities: float64 [B, C], p_t at tokens that carry loss, 1 at all others. carries_loss: bool [B, C].
+    entropy: what it was drawn from, (seed, step, rank): the same numbers draw the same.
     """
 
     weights: np.ndarray

@@ -40,7 +40,7 @@ def test_options() -> None:
 
 @pytest.mark.parametrize("scheme", ("urs", "rpc", "rpc-two-point"))
 def test_no_weight_is_large_by_default(scheme: str) -> None:
-    """The second of two tokens above all, whose first one takes the whole budget; a floor of 0.1 weighs it ten times."""
+    """Above all the second of two tokens, whose first one takes the whole budget: a floor of 0.1 weighs it 10 times."""
     for tokens in (1, 2, 3, 10, 1000):
         assert 1 / TokenSelection(scheme=scheme).design(tokens).probabilities.min() <= 2.5 * (1 + 1e-12)
     assert TokenSelection(scheme=scheme, floor=0.1).design(2).probabilities[1] == pytest.approx(0.1)
