@@ -11,8 +11,8 @@ has a process that computes on one thread; two of them run at a time. `--only` t
 How to read the table: rewards are means of the first tenth of the steps, the last, all of them, and of the last tenth
 of as many tokens as every run has run; `+-` is the standard deviation over seeds. `update s` is the CPU time of loss
 and backward pass per step; drawing is not in it. `tokens run` go through the model in it, after sharing, pruning (rows
-with advantage 0 do not run) and selection; `kept` is the selection's share of the tokens that carry loss. `saved` is the
-most that autograd holds at a time, as a mean over steps. Three seeds tell large differences only.
+with advantage 0 do not run) and selection; `kept` is the selection's share of the tokens that carry loss. `saved` is
+the most that autograd holds at a time, as a mean over steps. Three seeds tell large differences only.
 
 This task is about learning, not about saving: completions are short, prompts are most of what runs, and what a step
 runs depends on how many groups are solved and therefore pruned.
