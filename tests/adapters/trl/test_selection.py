@@ -212,7 +212,8 @@ def test_training_runs_on_half_the_tokens(model: str, tmp_path: Path, merge: str
     kept = [entry["dta/kept_fraction"] for entry in run.dta]
     assert 0.3 < np.mean(kept) < 0.8 and len(set(kept)) > 2, "drawings differ between passes"
     assert all(entry["dta/pruned_tokens"] > 0 for entry in run.dta)
-    assert all(1.0 <= entry["dta/max_weight"] <= 10.0 + 1e-6 for entry in run.dta)
+    assert all(1.0 <= entry["dta/max_weight"] <= 2.5 + 1e-6 for entry in run.dta)
+    assert all(0.0 < entry["dta/predicted_variance"] <= 1.5 + 1e-6 for entry in run.dta)
     if merge == "always":
         apart_runs = train(model, tmp_path, TreeGRPOTrainer, TreeGRPOConfig, **config, dta_merge_window="never")
         assert run.dta[0]["dta/kept_fraction"] == apart_runs.dta[0]["dta/kept_fraction"]

@@ -197,6 +197,7 @@ def test_what_is_cut_is_not_computed(engine: TreeEngine) -> None:
         assert update.metrics["dta/flat_tokens"] + update.metrics["dta/pruned_tokens"] == total
         assert 0 < update.metrics["dta/kept_fraction"] < 1 < update.metrics["dta/max_weight"]
         assert update.metrics["dta/effective_sample_size"] < 1
+        assert 0 < update.metrics["dta/predicted_variance"] <= 1 / 0.24 - 1  # rpc at 0.3: a floor of 0.24
     assert first.metrics["loss"] != second.metrics["loss"]
 
 
