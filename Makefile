@@ -146,9 +146,10 @@ bench-streamed: $(INSTALLED) ## measure streamed execution: what bounded memory 
 bench-balance: $(INSTALLED) ## measure how evenly sequences are dealt out, against other ways to deal
 	python -m benchmarks.balance
 
-bench-nat: $(INSTALLED) ## measure updates on half of the tokens: time, memory, learning curves
+bench-nat: $(INSTALLED) ## measure updates on half of the tokens: time, memory, noise, learning curves
 	python -m benchmarks.token_selection.updates
 	test -d runs/quickstart/model || python recipes/quickstart/build.py --output runs/quickstart
+	python -m benchmarks.token_selection.variance
 	python -m benchmarks.token_selection.learning
 
 bench-diffusion: $(INSTALLED) ## measure updates of a diffusion LM: memory against the number of samples, learning curves

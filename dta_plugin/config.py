@@ -111,7 +111,8 @@ class TreeConfig:
     )
     token_floor: float | None = _option(
         None,
-        "Smallest probability with which token_selection keeps a token; the largest weight is its inverse. None: 0.1.",
+        "Smallest probability with which token_selection keeps a token; the largest weight is its inverse. None: 0.8 "
+        "times token_budget.",
     )
     token_sharing: str | None = _option(
         None,

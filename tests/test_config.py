@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError, fields
 import pytest
 
 from dta_plugin import InvalidInputError, TreeConfig
-from dta_plugin.token_selection.select import TokenSelection
+from dta_plugin.token_selection.select import FLOOR_OF_BUDGET, TokenSelection
 
 INVALID: dict[str, tuple[dict[str, object], str]] = {
     "backend": ({"backend": "cuda"}, r"backend='cuda'. Expected one of auto, cpu, flex, reference"),
@@ -40,7 +40,7 @@ INVALID: dict[str, tuple[dict[str, object], str]] = {
     ),
     "prefix": ({"token_selection": "rpc", "token_min_prefix": 0}, r"token_min_prefix=0. Expected a whole number"),
     "floor above budget": (
-        {"token_selection": "rpc", "token_budget": 0.05},
+        {"token_selection": "rpc", "token_budget": 0.05, "token_floor": 0.1},
         r"token_budget=0.05 with token_floor=0.1.*Expected token_floor at most token_budget",
     ),
     "floor": ({"token_selection": "urs", "token_floor": 0.0}, r"token_floor=0.0. Expected a probability in \(0, 1\]"),
@@ -110,11 +110,16 @@ def test_token_options_choose_a_selection(options: dict[str, object], expected: 
     assert TreeConfig.from_options(options).selection() == expected
 
 
-@pytest.mark.parametrize("name,default", [("budget", 0.5), ("min_prefix", 1), ("floor", 0.1), ("sharing", "group")])
+@pytest.mark.parametrize("name,default", [("budget", 0.5), ("min_prefix", 1), ("sharing", "group")])
 def test_help_names_the_value_that_none_stands_for(name: str, default: object) -> None:
     (help_text,) = (option.metadata["help"] for option in fields(TreeConfig) if option.name == f"token_{name}")
     assert help_text.endswith(f"None: {default}.")
     assert getattr(TokenSelection(scheme="rpc"), name) == default
+
+
+def test_help_names_the_floor_that_none_stands_for() -> None:
+    (help_text,) = (option.metadata["help"] for option in fields(TreeConfig) if option.name == "token_floor")
+    assert help_text.endswith(f"None: {FLOOR_OF_BUDGET} times token_budget.")
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,19 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-COLOURS = ("#5b6b7f", "#c0562b", "#2f5d8c")
+COLOURS = ("#5b6b7f", "#c0562b", "#2f5d8c", "#7a9a3a")
 SMOOTHED = 5
 
 Runs = list[dict[str, Any]]
 
 
-def arguments(description: str | None, steps: int, folder: Path) -> argparse.Namespace:
-    """The command line of a learning benchmark. steps: of every training. folder: where its model and data are."""
+def arguments(
+    description: str | None, steps: int, folder: Path, ways: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """The command line of a learning benchmark. steps: of every training. folder: where its model and data are.
+
+    ways: names that `--only` chooses from; None where there is no such choice.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="2 steps, 1 seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
@@ -33,6 +38,8 @@ def arguments(description: str | None, steps: int, folder: Path) -> argparse.Nam
     parser.add_argument("--folder", type=Path, default=folder, help="what the recipe's build script wrote")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     parser.add_argument("--plot", type=Path, help="PNG file for the curves")
+    if ways is not None:
+        parser.add_argument("--only", nargs="+", choices=ways, default=list(ways), help="some of what is trained")
     args = parser.parse_args()
     if args.smoke:
         args.seeds, args.steps = args.seeds[:1], 2

@@ -4,15 +4,15 @@
     python -m benchmarks.token_selection.learning --plot docs/selection.png      # about 10 minutes on 2 CPU cores
     python -m benchmarks.token_selection.learning --smoke                        # 2 steps, 1 seed
 
-Trains recipes/trl/quickstart.yaml on all tokens, with rpc and with urs at half of them, each with the same seeds: runs
-of one seed see the same prompts in the same order, and differ in nothing else. Every run has a process that computes on
-one thread; two of them run at a time.
+Trains recipes/trl/quickstart.yaml on all tokens, with rpc (its own floor, and one of 0.1) and with urs at half of them,
+each with the same seeds: runs of one seed see the same prompts in the same order, and differ in nothing else. Every run
+has a process that computes on one thread; two of them run at a time. `--only` takes some of them.
 
-How to read the table: rewards are means of the first tenth of the steps, the last, and all of them, `+-` the standard
-deviation over seeds. `update s` is the CPU time of loss and backward pass per step; drawing is not in it. `tokens run`
-go through the model in it, after sharing, pruning (rows with advantage 0 do not run) and selection; `kept` is the
-selection's share of the tokens that carry loss. `saved` is the most that autograd holds at a time, as a mean over
-steps. Three seeds tell large differences only.
+How to read the table: rewards are means of the first tenth of the steps, the last, all of them, and of the last tenth
+of as many tokens as every run has run; `+-` is the standard deviation over seeds. `update s` is the CPU time of loss
+and backward pass per step; drawing is not in it. `tokens run` go through the model in it, after sharing, pruning (rows
+with advantage 0 do not run) and selection; `kept` is the selection's share of the tokens that carry loss. `saved` is
+the most that autograd holds at a time, as a mean over steps. Three seeds tell large differences only.
 
 This task is about learning, not about saving: completions are short, prompts are most of what runs, and what a step
 runs depends on how many groups are solved and therefore pruned.
@@ -45,6 +45,7 @@ RECIPE = ROOT / "recipes" / "trl" / "quickstart.yaml"
 SELECTIONS: dict[str, dict[str, Any]] = {
     "all tokens": {},
     "rpc 50 %": {"token_selection": "rpc", "token_budget": 0.5},
+    "rpc 50 %, floor 0.1": {"token_selection": "rpc", "token_budget": 0.5, "token_floor": 0.1},
     "urs 50 %": {"token_selection": "urs", "token_budget": 0.5},
 }
 
@@ -104,12 +105,12 @@ class Updates(TrainerCallback):
 
 
 def main() -> None:
-    args = arguments(__doc__, steps=60, folder=ROOT / "runs" / "quickstart")
+    args = arguments(__doc__, steps=60, folder=ROOT / "runs" / "quickstart", ways=list(SELECTIONS))
     if not (args.folder / "model").is_dir():
         sys.exit(f"{args.folder} has no model. Make one: python recipes/quickstart/build.py --output {args.folder}")
     torch.set_num_threads(1)
     where = environment(torch.device("cpu"))
-    tasks = [Task(name, seed, args.steps, str(args.folder)) for seed in args.seeds for name in SELECTIONS]
+    tasks = [Task(name, seed, args.steps, str(args.folder)) for seed in args.seeds for name in args.only]
     runs = []
     for run in _trained(tasks, args.workers):
         runs.append(run)
@@ -120,7 +121,7 @@ def main() -> None:
         "smoke": args.smoke,
         "clock": "cpu",
         "steps": args.steps,
-        "selections": SELECTIONS,
+        "selections": {name: SELECTIONS[name] for name in args.only},
         **where,
         "runs": [asdict(run) for run in runs],
     }

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 
-from benchmarks.common.curves import Runs, by_name, draw_bands, reward_cells
+from benchmarks.common.curves import Runs, by_name, draw_bands, reward_cells, with_deviation
 from benchmarks.common.harness import table
 
 
@@ -18,6 +20,7 @@ def learning_table(runs: Runs) -> str:
         "reward, first 10 %",
         "last 10 %",
         "all steps",
+        "at equal tokens",
         "kept",
         "tokens run",
         "update s",
@@ -27,15 +30,17 @@ def learning_table(runs: Runs) -> str:
     )
     found = by_name(runs)
     whole = _over_all(next(iter(found.values())), "seconds")
-    return table(header, [_line(name, runs, whole) for name, runs in found.items()])
+    tokens = min(sum(run["tree_tokens"]) for run in runs)
+    return table(header, [_line(name, runs, whole, tokens) for name, runs in found.items()])
 
 
-def _line(name: str, runs: Runs, seconds_of_all: float) -> tuple[str, ...]:
+def _line(name: str, runs: Runs, seconds_of_all: float, tokens: float) -> tuple[str, ...]:
     kept = [value for run in runs for value in run["kept_fraction"] if value is not None]
     seconds = _over_all(runs, "seconds")
     return (
         name,
         *reward_cells(runs),
+        with_deviation([_reward_at(run, tokens) for run in runs]),
         f"{statistics.fmean(kept):.0%}" if kept else "100%",
         f"{_over_all(runs, 'tree_tokens'):.0f}",
         f"{seconds:.3f}",
@@ -43,6 +48,13 @@ def _line(name: str, runs: Runs, seconds_of_all: float) -> tuple[str, ...]:
         f"{_over_all(runs, 'saved_bytes') / 1e6:.1f}",
         f"{_over_all(runs, 'grad_norm'):.2f}",
     )
+
+
+def _reward_at(run: dict[str, Any], tokens: float) -> float:
+    """Mean over the steps of the last tenth of so many tokens."""
+    run_by_then = np.cumsum(run["tree_tokens"])
+    last = (run_by_then > 0.9 * tokens) & (run_by_then <= tokens)
+    return float(np.array(run["reward"])[last].mean())
 
 
 def draw(runs: Runs, path: Path) -> None:

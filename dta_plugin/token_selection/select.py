@@ -30,6 +30,9 @@ _DESIGNS: dict[str, Callable[[int, float, int, float], Design]] = {
 }
 SCHEMES = tuple(_DESIGNS)
 SHARINGS = ("row", "group")
+# Near the least variance where tokens' gradients are unrelated, and where those of a row are alike; with half of the
+# tokens off the grid of evenly spread cuts (docs/selection.md).
+FLOOR_OF_BUDGET = 0.8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,14 +40,15 @@ class TokenSelection:
     """Which tokens carry an update. Raises InvalidInputError for a value that is not one of those described.
 
     scheme: one of SCHEMES. budget: share of the tokens to keep on average, in (0, 1]. min_prefix: first tokens of
-    every row that are always kept. floor: smallest probability of a token; 1 / floor is the largest weight. sharing,
-    for cuts: drawn for every row by itself, or spread evenly over a group's rows.
+    every row that are always kept. floor: smallest probability of a token, 1 over the largest weight; None is
+    FLOOR_OF_BUDGET times the budget. sharing, for cuts: drawn for every row by itself, or spread evenly over a group's
+    rows.
     """
 
     scheme: str
     budget: float = 0.5
     min_prefix: int = 1
-    floor: float = 0.1
+    floor: float | None = None
     sharing: str = "group"
 
     def __post_init__(self) -> None:
@@ -61,9 +65,9 @@ class TokenSelection:
             raise InvalidInputError(
                 f"token_min_prefix={self.min_prefix!r}. Expected a whole number of tokens, at least 1."
             )
-        if not _is_share(self.floor):
+        if not _is_share(self.smallest_probability):
             raise InvalidInputError(f"token_floor={self.floor!r}. Expected a probability in (0, 1].")
-        if self.budget < self.floor and self.scheme != "rpc-uniform":
+        if self.budget < self.smallest_probability and self.scheme != "rpc-uniform":
             raise InvalidInputError(
                 f"token_budget={self.budget} with token_floor={self.floor}: every token is kept with that probability, "
                 "so that more are kept. Expected token_floor at most token_budget."
@@ -76,9 +80,14 @@ class TokenSelection:
         """Whether it keeps prefixes, so that what is behind them need not run."""
         return self.scheme.startswith("rpc")
 
+    @property
+    def smallest_probability(self) -> float:
+        """The floor, or what None stands for."""
+        return FLOOR_OF_BUDGET * self.budget if self.floor is None else self.floor
+
     def design(self, tokens: int) -> Design:
         """The design for a row of so many tokens (at least 1)."""
-        return _design(self.scheme, tokens, self.budget, self.min_prefix, self.floor)
+        return _design(self.scheme, tokens, self.budget, self.min_prefix, self.smallest_probability)
 
 
 def _is_share(value: object) -> bool:
@@ -94,16 +103,20 @@ def _design(scheme: str, tokens: int, budget: float, min_prefix: int, floor: flo
 class Drawn:
     """One drawing. weights: float64 [B, C], m_t / p_t at tokens that carry loss, 0 at all others.
 
-    carries_loss: bool [B, C]. entropy: what it was drawn from, (seed, step, rank): the same numbers draw the same.
+    probabilities: float64 [B, C], p_t at tokens that carry loss, 1 at all others. carries_loss: bool [B, C].
+    entropy: what it was drawn from, (seed, step, rank): the same numbers draw the same.
     """
 
     weights: np.ndarray
+    probabilities: np.ndarray
     carries_loss: np.ndarray
     entropy: tuple[int, int, int]
 
     def statistics(self) -> dict[str, float]:
-        """kept_fraction of the tokens that carry loss, max_weight and mean_weight (1 on average), and
-        effective_sample_size: (sum w)^2 / sum w^2 as a share of those tokens, 0 where none is kept."""
+        """kept_fraction of the tokens that carry loss, max_weight and mean_weight (1 on average),
+        effective_sample_size: (sum w)^2 / sum w^2 as a share of those tokens, 0 where none is kept, and
+        predicted_variance: the mean of 1 / p - 1, which the gradient's variance over drawings is, relative to its
+        square, where tokens' gradients are unrelated and alike in size."""
         weights = self.weights[self.carries_loss]
         if not len(weights):
             return {}
@@ -113,6 +126,7 @@ class Drawn:
             "max_weight": float(weights.max()),
             "mean_weight": float(weights.mean()),
             "effective_sample_size": float(weights.sum()) ** 2 / squares / len(weights) if squares else 0.0,
+            "predicted_variance": float((1 / self.probabilities[self.carries_loss] - 1).mean()),
         }
 
 
@@ -135,7 +149,7 @@ def draw(
         raise InvalidInputError(f"Got {len(groups)} groups for {len(carries_loss)} rows. Expected one number per row.")
     entropy = (seed, step, rank)
     uniforms = _uniforms(selection.sharing, groups, entropy) if selection.cuts else np.empty(0)
-    weights = np.zeros(carries_loss.shape)
+    weights, probabilities = np.zeros(carries_loss.shape), np.ones(carries_loss.shape)
     for row, carries in enumerate(carries_loss):
         candidates = np.flatnonzero(carries)
         if not len(candidates):
@@ -145,8 +159,9 @@ def draw(
         design = selection.design(len(candidates))
         kept = design.cut(uniforms[row]) if isinstance(design, PrefixCut) else design.kept(_generator(entropy, row))
         weights[row, candidates] = kept / design.probabilities
-    weights[~carries_loss] = 0.0
-    return Drawn(weights, carries_loss, entropy)
+        probabilities[row, candidates] = design.probabilities
+    weights[~carries_loss], probabilities[~carries_loss] = 0.0, 1.0
+    return Drawn(weights, probabilities, carries_loss, entropy)
 
 
 def _uniforms(sharing: str, groups: Sequence[int], entropy: tuple[int, int, int]) -> np.ndarray:

@@ -36,6 +36,12 @@ METRICS = (
     MetricInfo("dta/mean_weight", "weight", "mean", "of tokens that carry loss; 1 on average over drawings"),
     MetricInfo("dta/max_weight", "weight", "max", "the largest of a token, one over its probability"),
     MetricInfo("dta/effective_sample_size", "share of tokens", "mean", "(sum w)^2 / sum w^2 over tokens with loss"),
+    MetricInfo(
+        "dta/predicted_variance",
+        "ratio",
+        "mean",
+        "variance of the gradient over drawings, to its square, if those of tokens are unrelated and alike in size",
+    ),
     MetricInfo("dta/micro_batch_load_predicted", "ratio", "mean", f"cost of micro-batches, by tokens: {_LOAD}"),
     MetricInfo("dta/micro_batch_load_measured", "ratio", "mean", f"seconds of micro-batches: {_LOAD}"),
     MetricInfo("dta/rank_load_predicted", "ratio", "mean", f"cost of ranks, by tokens: {_LOAD}"),

@@ -18,11 +18,10 @@ options=(
   +actor_rollout_ref.rollout.custom.dta.verify=first # compare the first batch with verl's own path, then never again
 
   # Every update runs a random prefix of each completion, half of the tokens on average, weighted so that the gradient
-  # is on average that of all of them. Watch actor/dta/kept_fraction, .../effective_sample_size and actor/grad_norm.
+  # is on average that of all of them, none by more than 2.5. Watch actor/dta/kept_fraction, .../predicted_variance,
+  # .../effective_sample_size and actor/grad_norm.
   +actor_rollout_ref.rollout.custom.dta.token_selection=rpc
   +actor_rollout_ref.rollout.custom.dta.token_budget=0.5
-  +actor_rollout_ref.rollout.custom.dta.token_min_prefix=32 # these are always kept
-  +actor_rollout_ref.rollout.custom.dta.token_floor=0.1     # no cut with this probability: weights up to 10
 
   # 128 prompts x 8 completions per step, in mini-batches of 32 prompts. Make n x ppo_mini_batch_size a multiple of
   # n x the number of GPUs: then every rank gets whole groups, and what they share is computed once.

@@ -9,7 +9,7 @@ import pytest
 from tests.benchmarks.running import PNG, python, smoke
 
 CONTENDERS = ["dense", "tree", "rpc", "urs"]
-NAMES = ["all tokens", "rpc 50 %", "urs 50 %"]
+NAMES = ["all tokens", "rpc 50 %", "rpc 50 %, floor 0.1", "urs 50 %"]
 
 
 @pytest.mark.long

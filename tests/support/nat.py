@@ -33,17 +33,34 @@ def drawings(selection: TokenSelection, carries_loss: np.ndarray) -> Iterator[tu
     for single tokens. Drawings of equal weights (cuts between which no token carries loss) come once.
     """
     rows = [_row_weights(selection, carries) for carries in carries_loss]
+    probabilities = np.stack([_row_probabilities(selection, carries) for carries in carries_loss])
     for combination in itertools.product(*rows):
         weights = np.stack([weights for weights, _ in combination])
-        yield Drawn(weights, carries_loss, (0, 0, 0)), math.prod(probability for _, probability in combination)
+        yield (
+            Drawn(weights, probabilities, carries_loss, (0, 0, 0)),
+            math.prod(probability for _, probability in combination),
+        )
+
+
+def _row_probabilities(selection: TokenSelection, carries: np.ndarray) -> np.ndarray:
+    """p at the tokens that carry loss, 1 at all others."""
+    probabilities = np.ones(len(carries))
+    positions = _positions(selection, carries)
+    if len(positions):
+        probabilities[positions] = selection.design(len(positions)).probabilities
+    return np.where(carries, probabilities, 1.0)
+
+
+def _positions(selection: TokenSelection, carries: np.ndarray) -> np.ndarray:
+    """What a row's design is over: tokens with loss, or all up to the last one of them for cuts."""
+    positions = carries.nonzero()[0]
+    return np.arange(positions.max() + 1) if selection.cuts and len(positions) else positions
 
 
 def _row_weights(selection: TokenSelection, carries: np.ndarray) -> list[tuple[np.ndarray, float]]:
     if not carries.any():
         return [(np.zeros(len(carries)), 1.0)]
-    positions = carries.nonzero()[0]
-    if selection.cuts:
-        positions = np.arange(positions.max() + 1)
+    positions = _positions(selection, carries)
     design = selection.design(len(positions))
     probability_of: dict[bytes, float] = {}
     for kept, probability in outcomes(design):

@@ -33,7 +33,17 @@ def test_options() -> None:
     assert SCHEMES == ("urs", "rpc", "rpc-uniform", "rpc-two-point")
     assert [TokenSelection(scheme=scheme).cuts for scheme in SCHEMES] == [False, True, True, True]
     default = TokenSelection(scheme="rpc")
-    assert (default.budget, default.min_prefix, default.floor, default.sharing) == (0.5, 1, 0.1, "group")
+    assert (default.budget, default.min_prefix, default.floor, default.sharing) == (0.5, 1, None, "group")
+    assert default.smallest_probability == 0.4
+    assert TokenSelection(scheme="rpc", budget=0.05).smallest_probability == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize("scheme", ("urs", "rpc", "rpc-two-point"))
+def test_no_weight_is_large_by_default(scheme: str) -> None:
+    """Above all the second of two tokens, whose first one takes the whole budget: a floor of 0.1 weighs it 10 times."""
+    for tokens in (1, 2, 3, 10, 1000):
+        assert 1 / TokenSelection(scheme=scheme).design(tokens).probabilities.min() <= 2.5 * (1 + 1e-12)
+    assert TokenSelection(scheme=scheme, floor=0.1).design(2).probabilities[1] == pytest.approx(0.1)
 
 
 INVALID: dict[str, tuple[dict[str, object], str]] = {
@@ -225,18 +235,38 @@ def test_nothing_behind_the_last_loss_token_counts(scheme: str) -> None:
 
 def test_statistics_by_hand() -> None:
     weights = np.array([[1.0, 4.0, 0.0], [0.0, 0.0, 3.0]])
+    probabilities = np.array([[1.0, 0.25, 0.2], [0.5, 1.0, 1.0]])
     carries_loss = np.array([[True, True, True], [True, False, False]])
-    assert Drawn(weights, carries_loss, (0, 0, 0)).statistics() == {
+    assert Drawn(weights, probabilities, carries_loss, (0, 0, 0)).statistics() == {
         "kept_fraction": 0.5,
         "max_weight": 4.0,
         "mean_weight": 1.25,
         "effective_sample_size": pytest.approx(25 / 17 / 4),
+        "predicted_variance": pytest.approx((0 + 3 + 4 + 1) / 4),
     }
-    everything = Drawn(np.ones((2, 3)), np.ones((2, 3), dtype=bool), (0, 0, 0)).statistics()
+    everything = Drawn(np.ones((2, 3)), np.ones((2, 3)), np.ones((2, 3), dtype=bool), (0, 0, 0)).statistics()
+    assert everything.pop("predicted_variance") == 0.0
     assert set(everything.values()) == {1.0}
 
 
 def test_statistics_where_a_cut_leaves_no_loss_token() -> None:
     """As in a row that begins with a tool's answer."""
-    statistics = Drawn(np.zeros((1, 3)), np.array([[False, False, True]]), (0, 0, 0)).statistics()
+    p = np.array([[1.0, 1.0, 0.5]])
+    statistics = Drawn(np.zeros((1, 3)), p, np.array([[False, False, True]]), (0, 0, 0)).statistics()
+    assert statistics.pop("predicted_variance") == 1.0
     assert set(statistics.values()) == {0.0}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_predicted_variance_is_that_over_all_drawings(scheme: str, sharing: str) -> None:
+    """Enumerated for gradients at right angles, rows that begin, or go on, without loss; the same for every drawing."""
+    carries_loss = np.array([[1, 1, 0, 1, 1], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0]], dtype=bool)
+    selection = TokenSelection(scheme=scheme, budget=0.6, floor=0.2, sharing=sharing)
+    off = sum(chance * ((one.weights - carries_loss) ** 2).sum() for one, chance in drawings(selection, carries_loss))
+    found = {drawn(selection, carries_loss, step=step).statistics()["predicted_variance"] for step in range(5)}
+    assert len(found) == 1
+    predicted = found.pop()
+    assert predicted == pytest.approx(off / carries_loss.sum(), rel=1e-12)
+    other = TokenSelection(scheme=scheme, budget=0.8, floor=0.2, sharing=sharing)
+    assert drawn(other, carries_loss).statistics()["predicted_variance"] < 0.9 * predicted

@@ -32,9 +32,13 @@ from dta_plugin.tree.cost import CostEstimate
 
 _AGGREGATIONS = {"sum": AggregationType.SUM, "mean": AggregationType.MEAN, "max": AggregationType.MAX}
 # Of a drawing; of all tokens on a rank that has none to draw from: verl's gathering needs the same names everywhere.
-_OF_ALL_TOKENS = dict.fromkeys(
-    ("dta/kept_fraction", "dta/mean_weight", "dta/effective_sample_size", "dta/max_weight"), 1.0
-)
+_OF_ALL_TOKENS = {
+    "dta/kept_fraction": 1.0,
+    "dta/mean_weight": 1.0,
+    "dta/effective_sample_size": 1.0,
+    "dta/max_weight": 1.0,
+    "dta/predicted_variance": 0.0,
+}
 
 
 @dataclass(slots=True)

@@ -83,7 +83,10 @@ def _every_draw_of_row(options: TokenSelection, carries: np.ndarray) -> Draws:
 
 
 def _fixed(monkeypatch: pytest.MonkeyPatch, weights: np.ndarray) -> None:
-    monkeypatch.setattr(drawing, "draw", lambda options, carries, *_, **__: Drawn(weights, carries, (0, 0, 0)))
+    def drawn(options: TokenSelection, carries: np.ndarray, *_: object, **__: object) -> Drawn:
+        return Drawn(weights, np.ones(carries.shape), carries, (0, 0, 0))
+
+    monkeypatch.setattr(drawing, "draw", drawn)
 
 
 def _mean(updates: Iterator[tuple[float, Update]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,6 +178,7 @@ def test_all_tokens_are_the_baseline_bit_by_bit(options: dict[str, Any], engine:
     assert torch.equal(full.gradient, chosen.gradient)
     assert [chosen.metrics[f"dta/{name}"] for name in ("kept_fraction", "max_weight", "mean_weight")] == [1, 1, 1]
     assert chosen.metrics["dta/effective_sample_size"] == pytest.approx(1.0)
+    assert chosen.metrics["dta/predicted_variance"] == 0
 
 
 def test_what_is_cut_is_not_computed(engine: TreeEngine) -> None:
@@ -193,6 +197,7 @@ def test_what_is_cut_is_not_computed(engine: TreeEngine) -> None:
         assert update.metrics["dta/flat_tokens"] + update.metrics["dta/pruned_tokens"] == total
         assert 0 < update.metrics["dta/kept_fraction"] < 1 < update.metrics["dta/max_weight"]
         assert update.metrics["dta/effective_sample_size"] < 1
+        assert 0 < update.metrics["dta/predicted_variance"] <= 1 / 0.24 - 1  # rpc at 0.3: a floor of 0.24
     assert first.metrics["loss"] != second.metrics["loss"]
 
 
