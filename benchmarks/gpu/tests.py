@@ -27,6 +27,7 @@ FILES = (
     "tests/gpu",
     "tests/attention/test_self_check.py",
     "tests/attention/test_triton.py",
+    "tests/attention/test_triton_blocks.py",
     "tests/attention/test_triton_random.py",
     "tests/execution/test_waits.py",
 )

@@ -59,7 +59,7 @@ def check_compact(tree: PrefixTree, members: list[np.ndarray], found: TreeCounts
     order, lcp = found.group(group)
     compact = PrefixTree.from_sorted(members, np.searchsorted(own, order), lcp, is_compact=True)
     for name in PrefixTree.__slots__:
-        assert getattr(compact, name).tolist() == getattr(tree, name).tolist()
+        assert np.array_equal(getattr(compact, name), getattr(tree, name))
     assert compact.parent.dtype == np.int32 and compact.tokens.dtype == members[0].dtype
     assert [vars_of(fork) for fork in rank_forks(compact, None, 4)] == [
         vars_of(fork) for fork in rank_forks(tree, None, 4)

@@ -23,7 +23,7 @@ def arrays_of(sequences: Sequences, as_short: bool, monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patch:
         patch.setattr(trie, "_are_short", lambda rows: as_short)
         tree = PrefixTree.from_sequences(sequences)
-    return {name: getattr(tree, name).tolist() for name in PrefixTree.__slots__}
+    return {name: np.asarray(getattr(tree, name)).tolist() for name in PrefixTree.__slots__}
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -107,8 +107,8 @@ def test_every_trainer_has_a_recipe_and_a_line() -> None:
 def test_a_wrong_tree_is_noticed(names: list[str], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     merge = PaddedBatch.from_arguments
 
-    def losing_a_row(call: dict[str, Any]) -> PaddedBatch | str:
-        batch = merge(call)
+    def losing_a_row(*call: Any) -> PaddedBatch | str:
+        batch = merge(*call)
         if isinstance(batch, str):
             return batch
         return PaddedBatch(batch.tree, batch.index, [(0, 0), *batch.spans[1:]])

@@ -194,8 +194,8 @@ def test_a_wrong_tree_is_noticed(model: str, tmp_path: Path, monkeypatch: pytest
     dense = run(stock(SFTTrainer), model, tmp_path)
     merge = PaddedBatch.from_arguments
 
-    def losing_a_row(call: dict[str, Any]) -> PaddedBatch:
-        batch = merge(call)
+    def losing_a_row(*call: Any) -> PaddedBatch:
+        batch = merge(*call)
         assert isinstance(batch, PaddedBatch)
         return PaddedBatch(batch.tree, batch.index, [(0, 0), *batch.spans[1:]])
 
