@@ -32,6 +32,8 @@ __all__ = ["poisoned_memory"]
 SMALL = Launches(Launch(32, 16, 4, 2), Launch(16, 32, 4, 2), Launch(16, 32, 4, 2))
 TWO_PASSES = Launches(Launch(32, 16, 4, 2), Launch(16, 32, 4, 2, True), Launch(16, 32, 4, 2), Launch(32, 16, 4, 2))
 rules = pytest.mark.parametrize("rule", RULES)
+# Rules and windows that are tried at length only: minutes in the interpreter.
+LONG = [("windowed", 9), ("whole", 50)]
 
 
 @pytest.fixture
@@ -48,8 +50,11 @@ def test_shapes(small_tiles: None, option: str, rule: BlockRule) -> None:
         check_mask(block_mask(SHAPES[name], seed, rule=rule, device=DEVICE), VARIANTS[option])
 
 
-@pytest.mark.parametrize("length", [7, 40])
-@pytest.mark.parametrize(("rule", "window"), [("windowed", None), ("windowed", 9), ("whole", 9), ("whole", 50)])
+@pytest.mark.parametrize("length", [7, pytest.param(40, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("rule", "window"),
+    [("windowed", None), ("whole", 9), *(pytest.param(*each, marks=pytest.mark.long) for each in LONG)],
+)
 def test_blocks_at_every_offset_of_a_tile(small_tiles: None, length: int, rule: BlockRule, window: int | None) -> None:
     """Shorter and longer than a tile and than the window; at the start of a node, and at its end."""
     options = replace(VARIANTS["plain"], q_heads=1, kv_heads=1, window=window)
@@ -73,7 +78,7 @@ def test_queries_that_follow_the_keys_of_their_ancestors(small_tiles: None, opti
         check_mask(mask, replace(VARIANTS[option], q_heads=2, kv_heads=1), queries=queries)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 6))])
 def test_random_forests(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     forward, queries, keys, values = (Launch(*TILES[(seed // n) % len(TILES)], 4, 2) for n in (1, 2, 3, 5))
     sizes = Launches(forward, replace(queries, described=seed % 2 == 0), keys, values if seed % 3 else None)

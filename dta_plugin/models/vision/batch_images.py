@@ -223,7 +223,10 @@ def _positions(
 
 
 def _own_positions(model: PreTrainedModel, row: np.ndarray, places: np.ndarray, images: ImageInputs) -> np.ndarray:
-    """int64 [axes, len] of one row, by the model's own function."""
+    """int64 [axes, len] of one row, by the model's own function.
+
+    Raises InvalidInputError where it cannot be asked: for images of other sizes than the row has places for.
+    """
     own: Any = decoder_of(model).get_rope_index
     tokens = torch.from_numpy(row)[None]
     kinds = {
@@ -232,7 +235,13 @@ def _own_positions(model: PreTrainedModel, row: np.ndarray, places: np.ndarray, 
     }
     taken = inspect.signature(own).parameters
     inputs = _of_positions(model, images) | {name: value for name, value in kinds.items() if name in taken}
-    positions, _ = own(tokens, **inputs)
+    try:
+        positions, _ = own(tokens, **inputs)
+    except Exception as error:  # whatever it raises for images that are others than those of the row
+        raise InvalidInputError(
+            f"{type(model).__name__} has no positions for a row of {int(places.sum())} image tokens and its images "
+            f"({type(error).__name__}: {error}). Expected what the model's own processor returned for this row."
+        ) from error
     return positions[-position_axes(model) :, 0].to(torch.int64).numpy()
 
 

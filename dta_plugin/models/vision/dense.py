@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dta_plugin.errors import InvalidInputError
-from dta_plugin.models.vision.units import ImageInputs, image_token_id
+from dta_plugin.models.vision.units import ImageInputs, image_token_id, input_names
 
 # What forwards call the kind of each token: 1 for placeholders of images.
 _KINDS = ("mm_token_type_ids", "token_type_ids")
@@ -24,18 +24,20 @@ def dense_inputs(
     """Per row, keyword arguments of the model's forward, its attention mask among them.
 
     ids: int64 [len] per row. rows: its images as they were given, or None. padding: so many masked tokens in front of
-    each. Raises InvalidInputError for what the model's forward does not name, and might pass over.
+    each. Raises InvalidInputError for what does not belong to images, whose kinds of tokens would be others, and for
+    what the model's forward does not name, and might pass over.
     """
     taken = inspect.signature(type(model).forward).parameters
-    token_id = image_token_id(model)
+    token_id, names = image_token_id(model), set(input_names(model)) & set(taken)
     found: list[dict[str, torch.Tensor]] = []
     for row, images in zip(ids, rows, strict=True):
         inputs = {} if images is None else {name: value.to(row.device) for name, value in images.items()}
-        unknown = sorted(set(inputs) - set(taken))
+        unknown = sorted(set(inputs) - names)
         if unknown:
             raise InvalidInputError(
-                f"A row has {', '.join(unknown)}, which {type(model).__name__} does not take. Expected a "
-                "vision-language model for rows with images; load it with AutoModelForImageTextToText."
+                f"A row has {', '.join(unknown)}, which {type(model).__name__} does not take for images. "
+                "Expected a vision-language model for rows with images (load it with AutoModelForImageTextToText), and "
+                "images alone: run rows with videos or sound through the model itself."
             )
         kinds = {EXPERT_KINDS: expert_kinds(model, row)} if EXPERT_KINDS in taken else {}
         if inputs and token_id is not None:

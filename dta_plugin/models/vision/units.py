@@ -73,7 +73,9 @@ def runs_of(is_image: np.ndarray) -> list[int]:
 def row_units(model: PreTrainedModel, inputs: ImageInputs, runs: Sequence[int]) -> list[Unit]:
     """The units of one row, in the order of their placeholders. runs: of placeholders in the row, see `runs_of`.
 
-    Raises InvalidInputError for inputs that do not fit each other, or the row, or that the model's tower does not take.
+    Raises:
+        InvalidInputError: inputs that do not fit each other, or the row.
+        UnsupportedError: inputs that do not belong to images, such as videos.
     """
     _check_names(model, inputs)
     _check_values(inputs)
@@ -117,7 +119,7 @@ def _check_names(model: PreTrainedModel, inputs: ImageInputs) -> None:
     known = input_names(model)
     unknown = sorted(set(inputs) - set(known))
     if unknown:
-        raise InvalidInputError(
+        raise UnsupportedError(
             f"A row has {', '.join(unknown)}. Expected for {type(model).__name__} only what makes features of images "
             f"({', '.join(known)}): videos and sound are not supported on trees; leave out what belongs to text."
         )

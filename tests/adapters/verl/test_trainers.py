@@ -134,8 +134,8 @@ def test_verls_trainers_have_the_method(module: str) -> None:
 @pytest.mark.parametrize(
     ("config", "error", "message"),
     [
-        (_config({}, actor="megatron"), UnsupportedError, "actor.strategy=megatron. Expected fsdp or fsdp2"),
-        (_config({}, ref="megatron"), UnsupportedError, "ref.strategy=megatron"),
+        (_config({}, actor="veomni"), UnsupportedError, "actor.strategy=veomni. Expected fsdp or fsdp2 or megatron"),
+        (_config({}, ref="veomni"), UnsupportedError, "ref.strategy=veomni"),
         (_config({"executor": "streamed"}, actor="fsdp"), InvalidInputError, "strategy=fsdp2"),
         (_config({"balance_ranks": "always"}), InvalidInputError, "balance_ranks, which does nothing with verl"),
         (_config({"diffusion": {"no_such": 1}}), InvalidInputError, "no_such"),
@@ -148,13 +148,14 @@ def test_what_is_checked(config: Any, error: type[Exception], message: str) -> N
 
 def test_what_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     for config in (
-        _config({"use_dta": False}, actor="megatron"),
-        _config({}, ref="megatron", kl=False),  # no reference
-        _config({"on_unsupported": "dense"}, actor="megatron"),
+        _config({}, actor="megatron", ref="megatron"),
+        _config({"use_dta": False}, actor="veomni"),
+        _config({}, ref="veomni", kl=False),  # no reference
+        _config({"on_unsupported": "dense"}, actor="veomni"),
     ):
         with caplog.at_level("INFO", logger="dta_plugin"), pytest.raises(_Started):
             _start(config, upstream.V1)
-    assert caplog.text.count("verl's own path: actor_rollout_ref.actor.strategy=megatron") == 1
+    assert caplog.text.count("verl's own path: actor_rollout_ref.actor.strategy=veomni") == 1
 
 
 def test_a_critic_gets_the_plugin_from_the_actor(

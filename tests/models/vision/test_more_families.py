@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dta_plugin import InvalidInputError, UnsupportedError, sequence_logprobs
+from dta_plugin import UnsupportedError, sequence_logprobs
 from tests.support.image_sweep import image_outcome
 from tests.support.sweep import EXACT, NOT_BUILDABLE, REFUSED
 from tests.support.vision_families import MORE_FAMILIES, NAMES, family_model
@@ -96,7 +96,7 @@ def test_cannot_be_tried(family: str) -> None:
 def test_videos_and_sound_are_refused(family: str, name: str) -> None:
     rows = rows_in(MORE_FAMILIES[family][1], SCENARIOS["one"], torch.float64)
     images = [inputs and inputs | {name: torch.zeros(1, 3)} for inputs in rows.images]
-    with pytest.raises(InvalidInputError, match=rf"A row has {name}.*videos and sound are not supported"):
+    with pytest.raises(UnsupportedError, match=rf"A row has {name}.*videos and sound are not supported"):
         sequence_logprobs(family_model(family), rows.sequences, images=images)
 
 
