@@ -22,6 +22,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -39,13 +40,21 @@ _ROW, _WINDOW = [0, 1, 1, 1, 0], 2
 _rules: dict[tuple[object, ...], dict[str, BlockRule]] = {}
 
 
+# Looked at once per model.
+_of_models: WeakKeyDictionary[PreTrainedModel, dict[int, BlockRule]] = WeakKeyDictionary()
+
+
 def block_rules(model: PreTrainedModel) -> dict[int, BlockRule]:
     """What each attention layer makes of images, by index: "causal" everywhere, or some attend both ways.
 
     "causal" also where the model's file has no code for masks that tells images apart.
     """
-    modules = attention_modules(model)
-    return {index: "causal" if _mask_code(module) is None else block_rule(module) for index, module in modules.items()}
+    if model not in _of_models:
+        _of_models[model] = {
+            index: "causal" if _mask_code(module) is None else block_rule(module)
+            for index, module in attention_modules(model).items()
+        }
+    return _of_models[model]
 
 
 def block_rule(module: nn.Module) -> BlockRule:

@@ -6,6 +6,7 @@ import sys
 from functools import cache
 from importlib.metadata import version
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -119,6 +120,7 @@ def test_models_whose_masks_do_not_tell() -> None:
 def test_the_masks_are_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, asked = [], image_blocks._masks
     monkeypatch.setattr(image_blocks, "_rules", {})
+    monkeypatch.setattr(image_blocks, "_of_models", WeakKeyDictionary())
     monkeypatch.setattr(image_blocks, "_masks", lambda *a: calls.append(a) or asked(*a))
     config = gemma("gemma3").config.get_text_config()
     before = config.to_dict()

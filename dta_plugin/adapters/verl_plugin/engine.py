@@ -32,7 +32,7 @@ from dta_plugin.adapters.verl_plugin.mini_batch import (
     find,
 )
 from dta_plugin.adapters.verl_plugin.obstacles import packing_fault
-from dta_plugin.adapters.verl_plugin.run_checks import check_chunks
+from dta_plugin.adapters.verl_plugin.run_checks import check_chunks, saves_enough, take_own_path
 from dta_plugin.adapters.verl_plugin.tokens import OptimizerPasses, choose_tokens, selection_obstacle
 from dta_plugin.adapters.verl_plugin.tree_call import TreeCall, TreeOutputs
 from dta_plugin.adapters.verl_plugin.upstream import check_engine
@@ -135,7 +135,7 @@ class TreeEngine(FSDPEngineWithLMHead):
             with self._calling(call):
                 result = super().forward_step(micro_batch, loss_function, forward_only)
         except UnsupportedError as error:  # found only while running, such as a layer that bypasses the tree
-            self._refuse(str(error))
+            take_own_path(str(error), run.config, self._dta_notices)
             run.config = None
             return self._dense_step(run, micro_batch, loss_function, forward_only)
         self._dta_calls += 1
@@ -193,25 +193,13 @@ class TreeEngine(FSDPEngineWithLMHead):
         findings, plans = find(self, data, config, loss_function, forward_only)
         decision = decide(agreed(findings, self.get_data_parallel_group()))
         if decision.obstacle is not None:
-            self._refuse(decision.obstacle)
+            take_own_path(decision.obstacle, config, self._dta_notices)
             return run
         if config.min_saving:
             saving = cost_on_all_ranks(self, data, decision.is_cut).saving
-            if saving < config.min_saving:
-                saved = f"{saving:.0%} of FLOPs saved, min_saving {config.min_saving:.0%}"
-                self._dta_notices.say_once(f"verl's own path: only {saved}", "min_saving")
+            if not saves_enough(saving, config, self._dta_notices):
                 return run
         if plans is not None and decision.micro_batches is not None:
             set_plan(data, plans.plan(decision.micro_batches))
         run.config = config_of_micro_batches(data, config, self.engine_config.strategy)
         return run
-
-    def _refuse(self, reason: str) -> None:
-        """Raise, or say once that verl's own path runs, as `on_unsupported` has it."""
-        assert self._dta_config is not None
-        if self._dta_config.on_unsupported == "error":
-            raise UnsupportedError(
-                f"Prefix-tree execution is not exact here: {reason}. Or set "
-                "+actor_rollout_ref.rollout.custom.dta.on_unsupported=dense."
-            )
-        self._dta_notices.say_once(f"verl's own path: {reason}", level=logging.WARNING)

@@ -9,7 +9,7 @@ from dta_plugin.adapters.verl_plugin.config import DIFFUSION, tree_config
 from dta_plugin.adapters.verl_plugin.reach import no_entry_point
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedError
-from dta_plugin.training.notices import say
+from dta_plugin.training.notices import Notices, say
 
 STRATEGIES = ("fsdp", "fsdp2")
 MEGATRON = "megatron"
@@ -70,6 +70,24 @@ def refuse_strategy(config: TreeConfig | None, found: str) -> None:
     if config.on_unsupported == "error" or config.selection():
         raise UnsupportedError(f"Prefix-tree execution is not available: {reason}.")
     say(f"verl's own path: {reason}")
+
+
+def take_own_path(reason: str, config: TreeConfig, notices: Notices) -> None:
+    """Raise UnsupportedError, or say once that verl's own path runs a mini-batch, as `on_unsupported` has it."""
+    if config.on_unsupported == "error":
+        raise UnsupportedError(
+            f"Prefix-tree execution is not exact here: {reason}. Or set "
+            "+actor_rollout_ref.rollout.custom.dta.on_unsupported=dense."
+        )
+    notices.say_once(f"verl's own path: {reason}", level=logging.WARNING)
+
+
+def saves_enough(saving: float, config: TreeConfig, notices: Notices) -> bool:
+    """Whether a mini-batch saves what `min_saving` asks for; says once where it does not. saving: a share of FLOPs."""
+    if saving < config.min_saving:
+        saved = f"{saving:.0%} of FLOPs saved, min_saving {config.min_saving:.0%}"
+        notices.say_once(f"verl's own path: only {saved}", "min_saving")
+    return saving >= config.min_saving
 
 
 def check_chunks(config: TreeConfig, strategy: str) -> None:

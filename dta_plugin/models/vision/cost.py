@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -19,17 +20,23 @@ from dta_plugin.tree.time_model import Work
 _FORWARD = 1 / 3
 
 
+# Looked at once per model: how many numbers multiply every patch, and every token, and the modules.
+_towers: WeakKeyDictionary[PreTrainedModel, tuple[int, int, list[nn.Module]]] = WeakKeyDictionary()
+
+
 def tower_work(model: PreTrainedModel, units: Iterable[Unit]) -> Work:
     """All that is not the language model, for these units. A tower that is not trained goes forward only."""
-    decoder, vision = decoder_of(model), model.config.vision_config
-    language = set(text_model_of(model).modules())
-    modules = [module for module in decoder.modules() if module not in language]
-    is_trained = any(p.requires_grad for module in modules for p in module.parameters(recurse=False))
+    vision = model.config.vision_config
+    if model not in _towers:
+        language = set(text_model_of(model).modules())
+        tower = [module for module in decoder_of(model).modules() if module not in language]
+        _towers[model] = *_matrices(tower), tower
+    on_patches, on_tokens, tower = _towers[model]
+    is_trained = any(p.requires_grad for module in tower for p in module.parameters(recurse=False))
     share = 1.0 if is_trained else _FORWARD
     sizes = [(_patches(unit, vision), unit.tokens) for unit in units]
     patches, tokens = (sum(column) for column in zip(*sizes, strict=True))
     pairs = sum(count * _visible(count, vision) for count, _ in sizes)
-    on_patches, on_tokens = _matrices(modules)
     width = _number(vision, "hidden_size", "embed_dim")
     linear = 2.0 * (on_patches * patches + on_tokens * tokens)
     return Work(0.0, share * linear, share * 4.0 * width * pairs, 0.0)

@@ -34,13 +34,13 @@ def distinct_units(units: Sequence[Unit]) -> tuple[list[Unit], list[int]]:
 
 def _samples(units: Sequence[Unit]) -> list[tuple[object, ...]]:
     """Per unit, shapes and some of its numbers. One transfer for all."""
-    parts = [_spread(value) for unit in units for value in unit.inputs.values()]
-    numbers = iter(torch.cat(parts).tolist()) if parts else iter(())
+    parts = [[_spread(value) for value in unit.inputs.values()] for unit in units]
+    flat = [part for own in parts for part in own]
+    numbers = iter(torch.cat([part.to(flat[0].device) for part in flat]).tolist() if flat else ())
     samples = []
-    for unit in units:
+    for unit, own in zip(units, parts, strict=True):
         shapes = tuple((name, value.shape, value.dtype) for name, value in unit.inputs.items())
-        count = sum(len(_spread(value)) for value in unit.inputs.values())
-        samples.append((unit.tokens, shapes, *(next(numbers) for _ in range(count))))
+        samples.append((unit.tokens, shapes, *(next(numbers) for part in own for _ in range(len(part)))))
     return samples
 
 
@@ -51,4 +51,5 @@ def _spread(value: torch.Tensor) -> torch.Tensor:
 
 
 def _are_equal(one: Unit, other: Unit) -> bool:
-    return all(torch.equal(value, other.inputs[name]) for name, value in one.inputs.items())
+    pairs = ((value, other.inputs[name]) for name, value in one.inputs.items())
+    return all(torch.equal(value, same.to(value.device)) for value, same in pairs)

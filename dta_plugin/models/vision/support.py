@@ -7,6 +7,7 @@ placeholders among the embeddings, and the language model goes on. Where more ha
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedModel
 
@@ -24,8 +25,18 @@ _FAMILIES = {
 }
 
 
+# Looked at once per model: it takes a walk over all of its modules.
+_obstacles: WeakKeyDictionary[PreTrainedModel, str | None] = WeakKeyDictionary()
+
+
 def images_obstacle(model: PreTrainedModel) -> str | None:
     """Why images of this model cannot come into a tree ("what; remedy"), or None if they can."""
+    if model not in _obstacles:
+        _obstacles[model] = _found_obstacle(model)
+    return _obstacles[model]
+
+
+def _found_obstacle(model: PreTrainedModel) -> str | None:
     name, decoder = type(model).__name__, decoder_of(model)
     if model.config.model_type in _FAMILIES:
         return f"{name} {_FAMILIES[model.config.model_type]}; use another family for images"

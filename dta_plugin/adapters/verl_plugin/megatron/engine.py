@@ -10,7 +10,6 @@ execution only: a micro-batch is one call of the model, and memory is bounded by
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,7 +37,7 @@ from dta_plugin.adapters.verl_plugin.megatron.row import TreeRow
 from dta_plugin.adapters.verl_plugin.megatron.scoring import model_output
 from dta_plugin.adapters.verl_plugin.micro_batches import agreed, clear_plan, set_plan
 from dta_plugin.adapters.verl_plugin.mini_batch import MiniBatchRun, decide
-from dta_plugin.adapters.verl_plugin.run_checks import check_chunks
+from dta_plugin.adapters.verl_plugin.run_checks import check_chunks, saves_enough, take_own_path
 from dta_plugin.adapters.verl_plugin.tokens import OptimizerPasses, choose_tokens, selection_obstacle
 from dta_plugin.adapters.verl_plugin.upstream import check_megatron_engine
 from dta_plugin.adapters.verl_plugin.weighted_loss import weighted
@@ -210,25 +209,14 @@ class TreeMegatronEngine(MegatronEngineWithLMHead):
         ranks = agreed(findings, distributed.group.WORLD)
         decision = decide(ranks)
         if decision.obstacle is not None:
-            self._refuse(decision.obstacle, config)
+            take_own_path(decision.obstacle, config, self._dta_notices)
             return run
         if config.min_saving and self._dta_cost is not None:
             saving = cost_on_all_ranks(self._dta_cost, data, self.get_data_parallel_group()).saving
-            if saving < config.min_saving:
-                saved = f"{saving:.0%} of FLOPs saved, min_saving {config.min_saving:.0%}"
-                self._dta_notices.say_once(f"verl's own path: only {saved}", "min_saving")
+            if not saves_enough(saving, config, self._dta_notices):
                 return run
         count = for_the_pipeline(decision, ranks, virtual_stages_multiple(self.tf_config))
         if plans is not None and count is not None:
             set_plan(data, plans.plan(count))
         run.config = config
         return run
-
-    def _refuse(self, reason: str, config: TreeConfig) -> None:
-        """Raise, or say once that verl's own path runs, as `on_unsupported` has it."""
-        if config.on_unsupported == "error":
-            raise UnsupportedError(
-                f"Prefix-tree execution is not exact here: {reason}. Or set "
-                "+actor_rollout_ref.rollout.custom.dta.on_unsupported=dense."
-            )
-        self._dta_notices.say_once(f"verl's own path: {reason}", level=logging.WARNING)
