@@ -37,7 +37,7 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m pytest
 QUIET := HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-long test-slow test-verl test-verl-oldest test-megatron lint quickstart quickstart-lora quickstart-verl bench
+.PHONY: help venv test test-long test-slow test-verl test-verl-oldest test-megatron lint docs quickstart quickstart-lora quickstart-verl bench
 .PHONY: quickstart-diffusion quickstart-hybrid quickstart-images bench-images bench-streamed bench-balance bench-nat bench-diffusion
 .PHONY: families gpu gpu-trl gpu-more gpu-dry gpu-wheels
 
@@ -95,6 +95,9 @@ test-verl-oldest: $(VERL_INSTALLED) ## equality, balancing and training loop wit
 
 families: $(INSTALLED) ## every causal family of transformers, exact or refused and why: docs/families.md
 	OMP_NUM_THREADS=1 $(QUIET) python -m tests.support.sweep --write docs/families.md
+
+docs: $(INSTALLED) ## the documentation as a site, in build/site; fails on a broken link
+	mkdocs build --quiet
 
 lint: $(INSTALLED) ## style and types
 	ruff check .
