@@ -37,7 +37,7 @@ PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m pytest
 QUIET := HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-long test-slow test-verl test-verl-oldest test-megatron lint docs quickstart quickstart-lora quickstart-verl bench
+.PHONY: help venv test test-long test-slow test-verl test-verl-oldest test-megatron lint docs wheel-check quickstart quickstart-lora quickstart-verl bench
 .PHONY: quickstart-diffusion quickstart-hybrid quickstart-images bench-images bench-streamed bench-balance bench-nat bench-diffusion
 .PHONY: families gpu gpu-trl gpu-more gpu-dry gpu-wheels
 
@@ -95,6 +95,18 @@ test-verl-oldest: $(VERL_INSTALLED) ## equality, balancing and training loop wit
 
 families: $(INSTALLED) ## every causal family of transformers, exact or refused and why: docs/families.md
 	OMP_NUM_THREADS=1 $(QUIET) python -m tests.support.sweep --write docs/families.md
+
+# From the wheel alone, away from the checkout: what a user of PyPI gets. torch comes as pip prefers it.
+PYTHON ?= python3
+WHEEL_VENV := $(abspath build/wheel-$(notdir $(PYTHON)))
+wheel-check: ## build sdist and wheel into dist/, install the wheel with $(PYTHON) in a new environment, and use it
+	rm -rf dist build/lib $(WHEEL_VENV)
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python -m pip install --quiet build
+	$(WHEEL_VENV)/bin/python -m build --outdir dist .
+	$(WHEEL_VENV)/bin/python -m pip install --quiet $(TORCH) "$$(ls dist/*.whl)[trl,test]"
+	cd build && $(WHEEL_VENV)/bin/dta doctor && $(WHEEL_VENV)/bin/dta inspect ../recipes/rollouts/agent.jsonl
+	cd build && $(QUIET) $(WHEEL_VENV)/bin/python ../tests/installed.py
 
 docs: $(INSTALLED) ## the documentation as a site, in build/site; fails on a broken link
 	mkdocs build --quiet
