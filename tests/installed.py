@@ -44,7 +44,7 @@ def train(folder: Path) -> tuple[torch.Tensor, list[dict[str, float]]]:
     trainer = GRPOTrainer(
         model=str(folder),
         reward_funcs=reward,
-        args=GRPOConfig(output_dir=str(folder / "run"), learning_rate=1e-2, seed=1, **options, **quiet),
+        args=GRPOConfig(output_dir=str(folder / "run"), learning_rate=1e-3, seed=1, **options, **quiet),
         train_dataset=Dataset.from_list([{"prompt": " ".join("abcdefgh"[i:] * 4)} for i in range(4)]),
     )
     trainer.train()
