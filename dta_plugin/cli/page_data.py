@@ -1,7 +1,7 @@
-"""What the page of `dta inspect --html` is told of a file: groups, their trees, texts, forks and sequences, as columns.
+"""What the page of `dta inspect --html` is told of a file: groups, their trees, texts, forks and rewards, as columns.
 
-A node of the page is a stretch of tokens that the same sequences pass through. The largest nodes are kept, by the tokens
-of their subtrees, so that a kept node's parent is kept, too; of long texts the middle is left out.
+A node of the page is a stretch of tokens that the same sequences pass through. The largest nodes are kept, by tokens of
+their subtrees, so that a kept node's parent is kept, too; of long texts the middle is left out.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def page_data(
 def _trees(found: Inspection, numbers: list[int], decoder: Decoder | None, run_length: int) -> list[_GroupTree]:
     """The trees of these groups. Forks are looked for in those that save most, up to a number of tokens."""
     saving = {number: _saved(found.groups[number]) for number in numbers}
-    searched, budget = set(), _SEARCHED
+    searched: set[int] = set()
+    budget = _SEARCHED
     for number in sorted(numbers, key=lambda number: -saving[number]):
         budget -= found.groups[number].sharing.tree_tokens
         if budget >= 0 or not searched:
