@@ -88,6 +88,10 @@ def _notes(found: Inspection, left_out: LeftOut, options: PageOptions) -> list[s
     notes = []
     if options.only is not None and len(found.groups) > 1:
         notes.append(f"Only one of {len(found.groups):,} groups is here (--group).")
+    if left_out.groups:
+        notes.append(
+            f"The groups that share most are here; {left_out.groups:,} others are left out. Any of them with --group."
+        )
     if left_out.nodes:
         notes.append(
             f"The largest {options.nodes:,} nodes are here; {left_out.nodes:,} smaller ones are left out. More with "
@@ -98,9 +102,9 @@ def _notes(found: Inspection, left_out: LeftOut, options: PageOptions) -> list[s
             f"About {options.megabytes:g} MB of text are here; {left_out.tokens:,} tokens in the middle of long nodes "
             "are left out, also from the search. More with --html-mb, or one group in full with --group."
         )
-    if left_out.groups:
+    if left_out.unsearched:
         notes.append(
-            f"Forks were looked for in the groups that share most; in {left_out.groups:,} others they were not. One "
-            "group in full with --group."
+            f"Forks were looked for in the groups that share most; in {left_out.unsearched:,} others they were not. "
+            "One group in full with --group."
         )
     return notes

@@ -18,6 +18,7 @@ from dta_plugin.cli.terminal import progress
 from dta_plugin.tree.divergence import Decoder, Fork, rank_forks
 from dta_plugin.tree.stretches import Stretches
 
+_SEQUENCES = 100_000  # of the groups that are shown
 _FORKS = 20  # listed per group
 _SEARCHED = 1 << 24  # tokens of trees in which forks are looked for
 _TAIL = 4  # a quarter of a cut text is its end
@@ -33,11 +34,16 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """What the limits leave out: nodes, tokens whose text is not there, and groups whose forks were not looked for."""
+    """What the limits leave out.
 
+    groups: that are not shown. nodes: of the others. tokens: whose text is not there. unsearched: groups whose forks
+    were not looked for.
+    """
+
+    groups: int
     nodes: int
     tokens: int
-    groups: int
+    unsearched: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,15 +65,19 @@ def page_data(
     only: str | None = None,
 ) -> tuple[dict[str, Any], LeftOut]:
     """(what the page shows, ready for JSON; what it leaves out). only: the one group to show; None: all."""
-    numbers = [number for number, group in enumerate(found.groups) if only is None or group.name == only]
+    asked = [number for number, group in enumerate(found.groups) if only is None or group.name == only]
+    numbers = _first(
+        [(number, found.groups[number].sharing.sequences) for number in _by_saving(found, asked)], _SEQUENCES
+    )
     trees = _trees(found, numbers, decoder, run_length)
     kept = _kept([tree.stretches for tree in trees], limits.nodes)
     lengths = np.concatenate([tree.stretches.tokens[own] for tree, own in zip(trees, kept, strict=True)])
     most = _most_tokens(lengths, limits.tokens)
     left_out = LeftOut(
+        groups=len(asked) - len(numbers),
         nodes=sum(len(tree.stretches) for tree in trees) - len(lengths),
         tokens=int(np.maximum(lengths - most, 0).sum()),
-        groups=sum(tree.forks is None for tree in trees),
+        unsearched=sum(tree.forks is None for tree in trees),
     )
     together = zip(trees, kept, strict=True)
     groups = [_group(tree, own, sequences, decoder, most) for tree, own in progress(together, "groups written")]
@@ -76,13 +86,8 @@ def page_data(
 
 def _trees(found: Inspection, numbers: list[int], decoder: Decoder | None, run_length: int) -> list[_GroupTree]:
     """The trees of these groups. Forks are looked for in those that save most, up to a number of tokens."""
-    saving = {number: _saved(found.groups[number]) for number in numbers}
-    searched: set[int] = set()
-    budget = _SEARCHED
-    for number in sorted(numbers, key=lambda number: -saving[number]):
-        budget -= found.groups[number].sharing.tree_tokens
-        if budget >= 0 or not searched:
-            searched.add(number)
+    sizes = [(number, found.groups[number].sharing.tree_tokens) for number in _by_saving(found, numbers)]
+    searched = set(_first(sizes, _SEARCHED))
     trees = []
     for number in progress(numbers, "groups merged"):
         tree = found.merged(number)
@@ -103,8 +108,22 @@ def _fork(node: int, fork: Fork) -> list[Any]:
     return found if repeat is None else [*found, repeat.tokens, repeat.after, repeat.text]
 
 
-def _saved(group: GroupSharing) -> int:
-    return group.sharing.flat_tokens - group.sharing.tree_tokens
+def _by_saving(found: Inspection, numbers: list[int]) -> list[int]:
+    """Those that save most tokens first."""
+    sharing = [group.sharing for group in found.groups]
+    return sorted(numbers, key=lambda number: sharing[number].tree_tokens - sharing[number].flat_tokens)
+
+
+def _first(sizes: list[tuple[int, int]], limit: int) -> list[int]:
+    """As many of (number, size), at least one, as come to no more than the limit; in the order of their numbers."""
+    numbers: list[int] = []
+    total = 0
+    for number, size in sizes:
+        total += size
+        if total > limit and numbers:
+            break
+        numbers.append(number)
+    return sorted(numbers)
 
 
 def _kept(trees: list[Stretches], limit: int) -> list[np.ndarray]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dta_plugin.cli import page_data
 from dta_plugin.cli.inspect_html import page
 from dta_plugin.cli.page_data import _kept, _most_tokens
 from dta_plugin.tree import PrefixTree
@@ -234,6 +235,20 @@ def test_small_nodes_are_left_out_and_counted(tmp_path: Path, capsys: pytest.Cap
     one = data_of(written(capsys, file, "--html-nodes", "30", "--group", "1"))
     assert [group["name"] for group in one["groups"]] == ["1"] and "Only one of 2 groups" in one["notes"][0]
     assert len(one["notes"]) == 1
+
+
+def test_groups_beyond_what_a_page_can_hold(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"uid": i // 2, "tokens": [*range(i // 2), 99, i]} for i in range(12)]
+    file = write_rollouts(tmp_path / "ids.jsonl", rows)
+    monkeypatch.setattr(page_data, "_SEQUENCES", 5)
+    monkeypatch.setattr(page_data, "_SEARCHED", 8)
+    data = data_of(written(capsys, file))
+    assert [group["name"] for group in data["groups"]] == ["4", "5"] and data["within"]["trees"] == 6
+    assert [group["forks"] is None for group in data["groups"]] == [True, False]
+    assert "4 others are left out. Any of them with --group" in data["notes"][0] and "in 1 others" in data["notes"][1]
+    assert [group["name"] for group in data_of(written(capsys, file, "--group", "0"))["groups"]] == ["0"]
 
 
 @pytest.mark.parametrize("seed", range(5))
