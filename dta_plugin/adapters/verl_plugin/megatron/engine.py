@@ -148,7 +148,7 @@ class TreeMegatronEngine(MegatronEngineWithLMHead):
             executor="packed",
             backend="+".join(sorted(row.params.mask.backends_used)),
             reason=f"{cost.saving:.0%} of dense FLOPs saved",
-            ceiling=max(1.0, cost.ceiling),
+            cost=cost,
             pruned_tokens=rows.left_out,
         )
         run.counts.add_tree(report)
