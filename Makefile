@@ -109,7 +109,7 @@ wheel-check: ## build sdist and wheel into dist/, install the wheel with $(PYTHO
 	cd build && $(QUIET) $(WHEEL_VENV)/bin/python ../tests/installed.py
 
 docs: $(INSTALLED) ## the documentation as a site, in build/site; fails on a broken link
-	mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
 
 lint: $(INSTALLED) ## style and types
 	ruff check .

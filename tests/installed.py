@@ -1,6 +1,6 @@
 """A training with the installed package and nothing of the checkout: `make wheel-check` runs this file as a script.
 
-A tiny random model, made here, through TRL's own GRPOTrainer with the flag and without: the same weights after two steps.
+A tiny random model, made here, through TRL's own GRPOTrainer with the flag and without: equal weights after two steps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import dta_plugin
 
-WORDS = "<pad> </s> a b c d e f g h".split()
+WORDS = ["<pad>", "</s>", *"abcdefgh"]
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -29,7 +29,13 @@ def save(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None}
+    heads = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+    }
     Qwen3ForCausalLM(Qwen3Config(vocab_size=len(WORDS), **sizes, **heads)).save_pretrained(folder)
 
 

@@ -1,7 +1,8 @@
 """What the site needs beyond Markdown, as hooks of MkDocs.
 
-Pages link to files of the repository that are no pages (recipes, results, tests) by relative paths, which work in a checkout; on
-the site they lead to the repository, and one that does not exist fails the build. `llms.txt` lists the pages for language models.
+Pages link to files of the repository that are no pages (recipes, results, tests) by relative paths, which work in a
+checkout; on the site they lead to the repository, and one that does not exist fails the build. `llms.txt` lists the
+pages for language models.
 """
 
 from __future__ import annotations

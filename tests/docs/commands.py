@@ -1,4 +1,4 @@
-"""The commands that README and docs show, and who runs each: the files of tests, or the recipes of CI, by what they contain."""
+"""The commands that README and docs show, and who runs each: a file of tests or of CI, by what stands in it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ EVIDENCE = (
     RunBy(r"pip install (-e )?'(dta-plugin|\.)\[trl\]'", "Makefile", "--editable '.[trl,dev]'"),
     RunBy(r"pip install 'dta-plugin\[verl\]'", "Makefile", "--editable '.[verl,test]'"),
     RunBy(r"python -m dta_plugin\.run train\.py", "tests/adapters/trl/test_activation.py", "test_launcher"),
-    RunBy(r"accelerate launch -m dta_plugin\.run train\.py", "tests/adapters/trl/test_activation.py", "test_accelerate"),
+    RunBy(
+        r"accelerate launch -m dta_plugin\.run train\.py", "tests/adapters/trl/test_activation.py", "test_accelerate"
+    ),
     RunBy(r"trl grpo --config recipe\.yaml", "tests/adapters/trl/test_activation.py", 'site.run("trl", "grpo"'),
     RunBy(r"python -m verl\.trainer\.main_ppo", "tests/adapters/verl_cpu/test_quickstart.py", "external_lib"),
     RunBy(r"python -m dta_plugin\.adapters\.verl_cpu", "tests/adapters/verl_cpu/test_quickstart.py", "quickstart"),

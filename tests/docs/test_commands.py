@@ -1,4 +1,4 @@
-"""Every command that README and docs show runs here, or is run by another test or by CI, or says that it needs a GPU."""
+"""Every command that README and docs show runs here, is run by another test or by CI, or says that it needs a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""README and docs: what is generated is that of today, links of the README lead somewhere, the first screen stays short."""
+"""README and docs: what is generated is of today, links of the README lead somewhere, the first screen is short."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def test_links_of_the_readme_lead_somewhere() -> None:
         path, _, anchor = link.partition("#")
         assert (ROOT / path).exists(), link
         if anchor:
-            assert anchor in {_anchor(title) for title in re.findall(r"^#+ (.+)$", (ROOT / path).read_text(), re.M)}, link
+            assert anchor in {_anchor(title) for title in re.findall(r"^#+ (.+)$", (ROOT / path).read_text(), re.M)}, (
+                link
+            )
 
 
 def test_every_page_is_in_the_navigation() -> None:

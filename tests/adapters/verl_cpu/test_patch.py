@@ -1,4 +1,4 @@
-"""`patches/verl-*.diff`: applied to the installed release, verl's own flag trains as trees; without it nothing is imported."""
+"""`patches/verl-*.diff`, applied to the installed release: its flag trains as trees, without it nothing is imported."""
 
 from __future__ import annotations
 
