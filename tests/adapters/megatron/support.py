@@ -48,13 +48,14 @@ RECOMPUTATION: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Setup:
-    """How an engine is built. packed: verl's own layout of rows. engine, transformer: further settings of either."""
+    """How an engine is built. packed: verl's own layout of rows. engine, transformer, lora: further settings."""
 
     model: str = "qwen3"
     packed: bool = True
     dtype: str = "float32"
     engine: dict[str, Any] = field(default_factory=dict)
     transformer: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)
 
 
 def corners(seed: int) -> tuple[Sequences, list[int]]:
@@ -76,13 +77,12 @@ SHAPES |= {"corners": corners, "star": star}
 
 def build(setup: Setup, folder: Path, tree: bool) -> Any:
     """An initialised engine: the one that verl's registry gives, or verl's own."""
-    model = HFModelConfig(path=str(folder / setup.model), load_tokenizer=False)
+    model = HFModelConfig(path=str(folder / setup.model), load_tokenizer=False, lora=setup.lora)
     model.tokenizer = SimpleNamespace(pad_token_id=0)
     engine = McoreEngineConfig(
-        vanilla_mbridge=True,
         use_remove_padding=setup.packed,
         override_transformer_config=TRANSFORMER_CONFIG | setup.transformer,
-        **setup.engine,
+        **{"vanilla_mbridge": True} | setup.engine,
     )
     object.__setattr__(engine, "dtype", setup.dtype)
     # As for the engine of FSDP: a large eps keeps Adam's first steps near the gradient.

@@ -28,6 +28,7 @@ _SETTINGS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("softmax_type", ("vanilla",), "attention sinks are not covered"),
     ("apply_query_key_layer_scaling", (False,), "scores that are scaled by layer are not covered"),
     ("mrope_section", (None,), "positions of images (mRoPE) are not covered; train on text models"),
+    ("fused_single_qkv_rope", (False,), "this fusion takes no packed rows"),
     ("log_max_attention_logit", (False,), "the largest attention logit is not recorded along trees"),
     ("moe_z_loss_coeff", (None, 0), "the router's z-loss is a mean over tokens, of which a tree has fewer"),
     ("moe_expert_capacity_factor", (None,), "which tokens an expert drops depends on all tokens of a batch"),
@@ -74,8 +75,9 @@ def model_obstacle(model: Any, config: Any) -> str | None:
         value = getattr(config, name, allowed[0])
         if value not in allowed:
             return f"{name}={value}: {reason}; set {_OVERRIDE}.{name}={_in_yaml(allowed[0])}, or train without trees"
-    if (balancing := _router_loss(config)) is not None:
-        return balancing
+    reason = _router_loss(config) or _gradients_of_experts(config)
+    if reason is not None:
+        return reason
     if type(model) is not GPTModel:
         return f"the model is a {type(model).__name__}; only Megatron's GPTModel is covered, no images, no state spaces"
     if model.position_embedding_type not in ("rope", "yarn", "learned_absolute", "none"):
@@ -103,6 +105,18 @@ def _router_loss(config: Any) -> str | None:
     return (
         f"moe_router_load_balancing_type={kinds} with moe_aux_loss_coeff={coefficients} balances over all tokens of a "
         f"batch, of which a tree has fewer; set {_OVERRIDE}.moe_router_load_balancing_type=none, verl's default"
+    )
+
+
+def _gradients_of_experts(config: Any) -> str | None:
+    """Such experts have gradients of the tokens of one tensor-parallel rank: Megatron-Core adds up none of others."""
+    shared, whole = config.tensor_model_parallel_size, config.expert_tensor_parallel_size
+    if not config.num_moe_experts or config.expert_model_parallel_size > 1 or whole in (None, shared):
+        return None
+    return (
+        f"expert_tensor_parallel_size={whole} with tensor_model_parallel_size={shared} and no expert parallelism: "
+        "Megatron does not add up experts' gradients over tensor-parallel ranks, so an update depends on which tokens "
+        f"are on which of them; set {_MEGATRON}.expert_tensor_parallel_size=null, or expert_model_parallel_size above 1"
     )
 
 
