@@ -81,7 +81,7 @@ options=(
   trainer.test_freq=10
 )
 # Adam's states, 12 bytes per parameter, are shared by the GPUs that hold the same ones. Experts are on one each of 8
-# GPUs: 45 GB, so Adam runs on the CPUs (some 500 GB of host memory). On 64 it is 6 GB, which only wait there.
+# GPUs: 46 GB, so Adam runs on the CPUs (some 500 GB of host memory). On 64 it is 6 GB, which only wait there.
 if ((NNODES == 1)); then
   options+=(
     actor_rollout_ref.actor.optim.use_precision_aware_optimizer=True

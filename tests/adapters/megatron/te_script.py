@@ -7,6 +7,7 @@ Those classes are Megatron's own; what they extend is in stand_in/transformer_en
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from tests.adapters.verl.support import Step
 assert verl_cpu
 TENSOR = ranks_script.TENSOR
 FUSED = {"apply_rope_fusion": True}
-GROUPED = {"moe_grouped_gemm": True}
+GROUPED = {"moe_grouped_gemm": True, "moe_permute_fusion": False}
 BRIDGE = {"vanilla_mbridge": False}
 LORA = {
     "type": "lora",
@@ -78,12 +79,12 @@ def layers(folder: Path) -> dict[str, Any]:
     return found
 
 
-def wrong_positions(folder: Path) -> dict[str, Any]:
-    """The fused rotary embedding with a table that goes by index."""
+def wrong_positions(setup: Setup, folder: Path) -> dict[str, Any]:
+    """A rotary table that goes by index."""
     with pytest.MonkeyPatch.context() as patch:
         FAULTS["rotary by index"](patch)
         step = Step(shape="turns", config=TreeConfig(probe="off"))
-        return {"differences": differences(Setup(transformer=FUSED), [step], folder)[0]}
+        return {"differences": differences(setup, [step], folder)[0]}
 
 
 if __name__ == "__main__":
@@ -92,5 +93,9 @@ if __name__ == "__main__":
     Bridge._weight_name_mapping_mcore_to_hf = Bridge._weight_name_mapping_mcore_to_hf.__wrapped__
     ranks_script.LAYOUTS.clear()
     ranks_script.LAYOUTS.update(LAYOUTS)
-    ranks_script.SPECIAL.update({"layers": layers, "wrong positions": wrong_positions})
+    ranks_script.SPECIAL["layers"] = layers
+    ranks_script.SPECIAL["wrong positions"] = functools.partial(wrong_positions, Setup(transformer=FUSED))
+    ranks_script.SPECIAL["bridge, wrong positions"] = functools.partial(
+        wrong_positions, Setup(engine=BRIDGE, lora=LORA)
+    )
     ranks_script.main()

@@ -94,6 +94,13 @@ def test_load_balancing_losses(folder: Path) -> None:
     assert dense["dta"]["dta/dense_fallback"] == 1
 
 
+def test_dropout_of_adapters(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = unwrap_model(engine.module[0]).decoder.layers[1].self_attention.linear_qkv
+    monkeypatch.setattr(linear, "adapter", torch.nn.Dropout(0.1), raising=False)
+    found = str(engine_obstacle(engine))
+    assert "linear_qkv.adapter has p=0.1" in found and "model.lora.dropout=0.0" in found
+
+
 def test_experts_whose_gradients_megatron_does_not_add_up(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On two tensor-parallel ranks with whole experts, stock verl's gradient norm was 2% below that of one rank."""
     config = engine.tf_config

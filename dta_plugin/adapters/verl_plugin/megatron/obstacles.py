@@ -10,6 +10,7 @@ from typing import Any
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.attention import SelfAttention
+from torch import nn
 from verl.utils.megatron_utils import unwrap_model
 
 _MEGATRON = "actor_rollout_ref.actor.megatron"
@@ -84,6 +85,12 @@ def model_obstacle(model: Any, config: Any) -> str | None:
         return f"positions of type {model.position_embedding_type} are not covered"
     if model.post_process and type(model.output_layer) is not ColumnParallelLinear:
         return f"the head is a {type(model.output_layer).__name__}; expected Megatron's ColumnParallelLinear"
+    for name, part in model.named_modules():
+        if isinstance(part, nn.Dropout) and part.p > 0:
+            return (
+                f"dropout differs between rows that share a token, and {name} has p={part.p}; set "
+                "actor_rollout_ref.model.lora.dropout=0.0 where that is an adapter's"
+            )
     for layer in model.decoder.layers:
         attention = getattr(layer, "self_attention", None)
         if type(attention) is not SelfAttention:

@@ -150,6 +150,7 @@ class GroupedLinear(nn.Module):
         super().__init__()
         assert not bias and tp_size == 1
         self.num_gemms, self.use_bias = num_gemms, bias
+        self.in_features, self.out_features = in_features, out_features
         for i in range(num_gemms):
             self.register_parameter(
                 f"weight{i}", _parameter((out_features, in_features), params_dtype, device, init_method)
