@@ -10,7 +10,12 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-Output = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+def mappings() -> Any:
+    """Megatron's, which imports Transformer Engine while it is imported."""
+    from megatron.core.tensor_parallel import mappings
+
+    return mappings
 
 
 def _parameter(shape: Sequence[int], dtype: torch.dtype | None, device: Any, init: Any = None) -> nn.Parameter:
@@ -83,26 +88,35 @@ class Linear(nn.Module):
             vars(parameter)["partition_dim"] = 1 if parallel_mode == "row" else 0
             vars(parameter)["partition_stride"] = 1
 
-    def forward(self, inp: torch.Tensor, is_first_microbatch: bool | None = None) -> Output:
-        from megatron.core.tensor_parallel import mappings
-
-        if self.parallel_mode == "column":
-            gather, copy = mappings.gather_from_sequence_parallel_region, mappings.copy_to_tensor_model_parallel_region
-            inp = (gather if self.sequence_parallel else copy)(inp, group=self.tp_group)
-        out = F.linear(inp, self.weight)
-        if self.parallel_mode == "row":
-            scatter, add = (
-                mappings.reduce_scatter_to_sequence_parallel_region,
-                mappings.reduce_from_tensor_model_parallel_region,
-            )
-            out = (scatter if self.sequence_parallel else add)(out, group=self.tp_group)
+    def forward(self, inp: torch.Tensor, is_first_microbatch: bool | None = None) -> Any:
+        out = self._product(self._shared(inp))
         if self.bias is None:
             return out
         return (out, self.bias) if self.return_bias else out + self.bias
 
+    def _shared(self, inp: torch.Tensor) -> torch.Tensor:
+        """What ranks that have parts of all outputs need of the input."""
+        if self.parallel_mode != "column":
+            return inp
+        gather, copy = mappings().gather_from_sequence_parallel_region, mappings().copy_to_tensor_model_parallel_region
+        return (gather if self.sequence_parallel else copy)(inp, group=self.tp_group)
+
+    def _product(self, inp: torch.Tensor) -> torch.Tensor:
+        out = F.linear(inp, self.weight)
+        if self.parallel_mode != "row":
+            return out
+        scatter, add = (
+            mappings().reduce_scatter_to_sequence_parallel_region,
+            mappings().reduce_from_tensor_model_parallel_region,
+        )
+        return (scatter if self.sequence_parallel else add)(out, group=self.tp_group)
+
 
 class LayerNormLinear(Linear):
-    """A norm, and a linear layer of what it gives."""
+    """A norm, and a linear layer of what it gives.
+
+    LoRA sets `return_layernorm_output`, and `return_layernorm_output_gathered` with sequence parallelism.
+    """
 
     def __init__(
         self,
@@ -116,13 +130,22 @@ class LayerNormLinear(Linear):
     ) -> None:
         super().__init__(in_features, out_features, **of_linear)
         assert normalization == "RMSNorm" and not return_layernorm_output and not zero_centered_gamma
+        self.return_layernorm_output = self.return_layernorm_output_gathered = False
         self.eps = eps
         dtype, device = of_linear["params_dtype"], of_linear["device"]
         self.layer_norm_weight = _parameter((in_features,), dtype, device, nn.init.ones_)
         vars(self.layer_norm_weight)["sequence_parallel"] = self.sequence_parallel
 
-    def forward(self, inp: torch.Tensor, is_first_microbatch: bool | None = None) -> Output:
-        return super().forward(_rms_norm(inp, self.layer_norm_weight, self.eps), is_first_microbatch)
+    def forward(self, inp: torch.Tensor, is_first_microbatch: bool | None = None) -> Any:
+        normed = _rms_norm(inp, self.layer_norm_weight, self.eps)
+        shared = self._shared(normed)
+        out = self._product(shared)
+        if self.bias is not None and not self.return_bias:
+            out = out + self.bias
+        found = (out, self.bias) if self.bias is not None and self.return_bias else (out,)
+        if self.return_layernorm_output:
+            found = (*found, shared if self.return_layernorm_output_gathered else normed)
+        return found if len(found) > 1 else out
 
 
 class GroupedLinear(nn.Module):
