@@ -76,9 +76,8 @@ def model_obstacle(model: Any, config: Any) -> str | None:
         value = getattr(config, name, allowed[0])
         if value not in allowed:
             return f"{name}={value}: {reason}; set {_OVERRIDE}.{name}={_in_yaml(allowed[0])}, or train without trees"
-    reason = _router_loss(config) or _gradients_of_experts(config)
-    if reason is not None:
-        return reason
+    if (of_experts := _router_loss(config) or _gradients_of_experts(config)) is not None:
+        return of_experts
     if type(model) is not GPTModel:
         return f"the model is a {type(model).__name__}; only Megatron's GPTModel is covered, no images, no state spaces"
     if model.position_embedding_type not in ("rope", "yarn", "learned_absolute", "none"):
