@@ -83,7 +83,7 @@ test-verl: $(VERL_INSTALLED) ## the adapter for verl, up to its whole training l
 	$(PYTEST) --numprocesses $(WORKERS) --dist loadfile $(wildcard tests/adapters/verl*) tests/adapters/test_imports.py
 
 test-megatron: $(MEGATRON_INSTALLED) ## the adapter for verl's Megatron engine, on a CPU, minutes; creates .venv-megatron
-	$(PYTEST) --numprocesses $(WORKERS) --dist loadfile tests/adapters/megatron
+	$(PYTEST) --numprocesses $(WORKERS) --dist loadfile -m "not slow and not gpu" tests/adapters/megatron
 
 # The same environment, with the older verl in front of the newer one.
 OVERLAY := $(abspath $(or $(VERL_VENV),build))/$(subst ==,-,$(VERL_OLDEST))

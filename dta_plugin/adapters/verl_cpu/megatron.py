@@ -10,7 +10,7 @@ schedules, recomputation, optimizer and collectives (over gloo) are their own. W
   padding mask, as Transformer Engine's causal attention does.
 
 `TRANSFORMER_CONFIG` is what `override_transformer_config` has to hold for them: no fused kernels, which need a GPU.
-Parameters are float32 if `dtype` is set on an engine's configuration after it has been made; verl checks it only then.
+An engine's `dtype` may be float32, too.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def install() -> None:
         ("megatron.core.transformer.moe.moe_utils", _router_without_transformer_engine),
         ("mbridge.core.llm_bridge", _own_layers),
         ("mbridge.core.bridge", _names_of_own_layers),
+        ("verl.workers.config.engine", _float32),
     ):
         when_imported(name, action)
 
@@ -182,3 +183,18 @@ def _names_of_own_layers(module: Any) -> None:
         return own(self, name)
 
     module.Bridge._weight_name_mapping_mcore_to_hf = mapped
+
+
+def _float32(module: Any) -> None:
+    """verl has a list of types that it allows, of which this is none."""
+    own = module.McoreEngineConfig.__post_init__
+
+    @functools.wraps(own)
+    def post_init(config: Any) -> None:
+        dtype = config.dtype
+        if dtype == "float32":
+            object.__setattr__(config, "dtype", "bfloat16")
+        own(config)
+        object.__setattr__(config, "dtype", dtype)
+
+    module.McoreEngineConfig.__post_init__ = post_init

@@ -82,9 +82,9 @@ def build(setup: Setup, folder: Path, tree: bool) -> Any:
         vanilla_mbridge=True,
         use_remove_padding=setup.packed,
         override_transformer_config=TRANSFORMER_CONFIG | setup.transformer,
+        dtype=setup.dtype,
         **setup.engine,
     )
-    object.__setattr__(engine, "dtype", setup.dtype)
     # As for the engine of FSDP: a large eps keeps Adam's first steps near the gradient.
     optimizer = McoreOptimizerConfig(
         lr=1e-3, total_training_steps=10, clip_grad=1e6, override_optimizer_config={"adam_eps": 1e-2}
