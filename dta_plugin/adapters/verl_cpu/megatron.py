@@ -92,12 +92,11 @@ def _on_cpu(constructor: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
 
     @functools.wraps(constructor)
     def wrapped(*args: Any, device: Any = None, **given: Any) -> torch.Tensor:
+        given.pop("pin_memory", None)
         if device is None:
             return constructor(*args, **given)
-        if torch.device(device).type == "cuda":
-            device = _CPU
-            given.pop("pin_memory", None)
-        return constructor(*args, device=device, **given)
+        on_gpu = torch.device(device).type == "cuda"
+        return constructor(*args, device=_CPU if on_gpu else device, **given)
 
     return wrapped
 
@@ -117,8 +116,11 @@ def _one_random_state(module: Any) -> None:
     def fork(tracker: Any, *_: Any) -> Iterator[None]:
         yield
 
+    def add(tracker: Any, name: str, *_: Any) -> None:
+        tracker.states_[name] = torch.get_rng_state()  # checkpoints have to hold one
+
     module.CudaRNGStatesTracker.fork = fork
-    module.CudaRNGStatesTracker.add = lambda *_: None
+    module.CudaRNGStatesTracker.add = add
     module._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     module._set_cuda_rng_state = lambda *_, **__: None
 

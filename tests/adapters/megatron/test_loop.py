@@ -35,9 +35,8 @@ def train(folder: Path, *overrides: str) -> tuple[Metrics, str]:
         patch.setenv("QUICKSTART", str(folder))
         options = command_of(RECIPES / "verl" / "quickstart.sh", folder)
     options = [option for option in options if ".fsdp_config." not in option]
-    return trained(
-        [sys.executable, *options, "model_engine=megatron", *FLOAT32, *FEW_STEPS, *overrides], folder, variables
-    )
+    command = [sys.executable, *options, "model_engine=megatron", *FLOAT32, *FEW_STEPS, *overrides]
+    return trained(command, folder, variables)
 
 
 @pytest.mark.long
