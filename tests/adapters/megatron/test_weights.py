@@ -1,7 +1,7 @@
 """What leaves an engine and comes back: weights for rollouts, checkpoints, offloaded parameters and optimizer states.
 
-All of it is verl's, with trees as without. Megatron's distributed optimizer, verl's default: with the plain one verl
-exports nothing (`load_megatron_model_to_gpu` reads `param_data`, which that one does not have).
+All of it is verl's, with trees as without. With Megatron's distributed optimizer, which is verl's default: with the
+plain one verl exports and saves nothing (its `load_megatron_model_to_gpu` reads a buffer that there is not).
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from tests.adapters.megatron.support import Setup, build, difference, inferred, 
 from tests.adapters.verl.support import Step, mini_batch, response_rows
 
 TOLERANCE = 1e-5
-DISTRIBUTED = {"use_distributed_optimizer": True}
 
 
 def exported(engine: Any) -> dict[str, torch.Tensor]:
@@ -37,7 +36,7 @@ def exported(engine: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("model", ["qwen3", "qwen2", "tied", "moe"])
 def test_exported_weights(model: str, folder: Path, tmp_path: Path) -> None:
     """Names and values are stock's; after updates as trees, a Hugging Face model of them is the engine's."""
-    setup = Setup(model, engine=DISTRIBUTED)
+    setup = Setup(model)
     engine = build(setup, folder, tree=True)
     before, stock = exported(engine), exported(build(setup, folder, tree=False))
     assert list(before) == list(stock)
@@ -82,7 +81,7 @@ def test_checkpoints(sharded: bool, folder: Path, tmp_path: Path) -> None:
 
 def _updated(folder: Path, tree: bool, sharded: bool, step: Step) -> Any:
     """An engine after a first update."""
-    engine = build(Setup(engine=DISTRIBUTED), folder, tree)
+    engine = build(Setup(), folder, tree)
     engine.checkpoint_mananager.use_dist_checkpointing = sharded
     train(engine, [step])
     return engine
@@ -102,7 +101,7 @@ def _contents(checkpoint: Path) -> dict[str, Any]:
 def test_offloading(folder: Path) -> None:
     """Parameters and states that leave and come back between passes, by verl's functions for it."""
     steps = [Step(), Step(shape="turns")]
-    setup = Setup(engine=DISTRIBUTED)
+    setup = Setup()
     expected = train(build(setup, folder, tree=False), steps)
     engine = build(setup, folder, tree=True)
     found = []
