@@ -189,7 +189,7 @@ def _names_of_own_layers(module: Any) -> None:
 
     @functools.wraps(own)
     def mapped(self: Any, model: torch.nn.Module, consider_ep: bool = True) -> dict[str, str]:
-        """Names of a rank's weights -> Transformer Engine's, with the layer's and, if `consider_ep`, expert's number."""
+        """Names of a rank's weights -> Transformer Engine's, with the numbers of layers and, if asked for, experts."""
         experts = getattr(self.config, "num_moe_experts", None) or 0
         first = experts // self.mpu.ep_size * self.mpu.ep_rank if consider_ep else 0
         renamed = (_INPUT_NORM, (_EXPERT, lambda found: f".experts.{found[2]}.weight{int(found[1]) + first}"))
