@@ -101,7 +101,7 @@ test-verl: $(VERL_INSTALLED) ## the adapter for verl, up to its whole training l
 	$(PYTEST) --numprocesses $(WORKERS) --dist loadfile $(wildcard tests/adapters/verl*) tests/adapters/test_imports.py
 
 test-megatron: $(MEGATRON_INSTALLED) ## the adapter for verl's Megatron engine, on a CPU, minutes; creates .venv-megatron
-	$(PYTEST) --numprocesses $(WORKERS) --dist loadfile tests/adapters/megatron
+	$(PYTEST) --numprocesses $(WORKERS) --dist loadfile -m "not slow and not gpu" tests/adapters/megatron
 
 test-bridge: $(BRIDGE_INSTALLED) ## the same with Megatron-Bridge and LoRA, minutes; needs Python 3.12, creates .venv-bridge
 	$(PYTEST) tests/adapters/megatron/test_bridge.py

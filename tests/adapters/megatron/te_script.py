@@ -32,6 +32,7 @@ assert verl_cpu
 TENSOR = ranks_script.TENSOR
 FUSED = {"apply_rope_fusion": True}
 GROUPED = {"moe_grouped_gemm": True, "moe_permute_fusion": False}
+EXPERTS = {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
 BRIDGE = {"vanilla_mbridge": False}
 LORA = {
     "type": "lora",
@@ -55,6 +56,8 @@ LAYOUTS = {
     "tensor": Setup(engine=TENSOR | {"sequence_parallel": False}, transformer={"sequence_parallel": False} | FUSED),
     "sequence": Setup(engine=TENSOR, transformer=FUSED),
     "grouped experts, sequence": Setup("moe", engine=TENSOR, transformer=GROUPED),
+    "experts on ranks": Setup("moe", engine=EXPERTS, transformer=GROUPED),
+    "experts on ranks, sequence": Setup("moe", engine=TENSOR | EXPERTS, transformer=GROUPED),
     "bridge": Setup(engine=BRIDGE),
     "bridge, tied": Setup("tied", engine=BRIDGE),
     "bridge, padded": Setup(packed=False, engine=BRIDGE),
@@ -90,7 +93,9 @@ def wrong_positions(setup: Setup, folder: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     # Where verl_cpu asks for Megatron's own layers, and maps their names.
     vars(llm_bridge)["get_gpt_decoder_block_spec"] = llm_bridge.get_gpt_decoder_block_spec.__wrapped__
-    Bridge._weight_name_mapping_mcore_to_hf = Bridge._weight_name_mapping_mcore_to_hf.__wrapped__
+    for name, wrapped in list(vars(Bridge).items()):
+        if (own := getattr(wrapped, "__wrapped__", None)) is not None:
+            setattr(Bridge, name, own)
     ranks_script.LAYOUTS.clear()
     ranks_script.LAYOUTS.update(LAYOUTS)
     ranks_script.SPECIAL["layers"] = layers

@@ -44,7 +44,7 @@ def test_recomputation(model: str, recomputed: str, folder: Path) -> None:
 
 
 OTHERWISE = {
-    "distributed optimizer": Setup(engine={"use_distributed_optimizer": True}),
+    "plain optimizer": Setup(engine={"use_distributed_optimizer": False}),
     "sliding window": Setup(packed=False, transformer={"window_size": (6, 0), "window_attn_skip_freq": 2}),
     "softmax scale": Setup(transformer={"softmax_scale": 0.2}),
     "padded to buckets": Setup(engine={"pad_to_length": True, "pad_to_length_bucket": 64}),

@@ -21,6 +21,8 @@ LAYOUTS = (
     "tensor",
     "sequence",
     "grouped experts, sequence",
+    "experts on ranks",
+    "experts on ranks, sequence",
 )
 
 
