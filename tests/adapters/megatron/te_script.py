@@ -90,7 +90,9 @@ def wrong_positions(setup: Setup, folder: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     # Where verl_cpu asks for Megatron's own layers, and maps their names.
     vars(llm_bridge)["get_gpt_decoder_block_spec"] = llm_bridge.get_gpt_decoder_block_spec.__wrapped__
-    Bridge._weight_name_mapping_mcore_to_hf = Bridge._weight_name_mapping_mcore_to_hf.__wrapped__
+    for name, wrapped in list(vars(Bridge).items()):
+        if (own := getattr(wrapped, "__wrapped__", None)) is not None:
+            setattr(Bridge, name, own)
     ranks_script.LAYOUTS.clear()
     ranks_script.LAYOUTS.update(LAYOUTS)
     ranks_script.SPECIAL["layers"] = layers
