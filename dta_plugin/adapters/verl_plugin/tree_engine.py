@@ -11,7 +11,6 @@ from torch import distributed, nn
 from dta_plugin.adapters.verl_plugin.jagged import clear_weights
 from dta_plugin.adapters.verl_plugin.micro_batches import clear_plan
 from dta_plugin.adapters.verl_plugin.mini_batch import MiniBatchRun
-from dta_plugin.adapters.verl_plugin.protocols import EngineConfig
 from dta_plugin.adapters.verl_plugin.run_checks import check_chunks
 from dta_plugin.adapters.verl_plugin.tokens import OptimizerPasses, choose_tokens, selection_obstacle
 from dta_plugin.adapters.verl_plugin.weighted_loss import weighted
@@ -25,7 +24,7 @@ class TreeEngineFrame:
     Who extends both says what a mini-batch comes to (`_begin`), and how far training has come (`_updates`).
     """
 
-    engine_config: EngineConfig
+    engine_config: Any
     get_data_parallel_rank: Callable[[], int]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
