@@ -3,8 +3,8 @@
     python -m dta_plugin.adapters.verl_cpu trainer.n_gpus_per_node=2 ...       # instead of verl.trainer.main_ppo
 
 Promises: every process of the run imports dta_plugin.adapters.verl_cpu; a rank is one of `n_gpus_per_node` logical GPUs
-of Ray. The settings in `DEFAULTS`, and those for the `model_engine` (`dp`, which is FSDP, or `megatron`), come before yours,
-so yours win. Nothing else differs from verl's own command.
+of Ray. The settings in `DEFAULTS`, and those for the `model_engine` (`dp`, which is FSDP, or `megatron`), come before
+yours, so yours win. Nothing else differs from verl's own command.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tokens that run: as many as with the engine for FSDP. Pruned ones change nothing, drawn ones are those drawn there."""
+"""Tokens that run: as many as with the engine for FSDP. Pruned ones change nothing, drawn ones are drawn there, too."""
 
 from __future__ import annotations
 
