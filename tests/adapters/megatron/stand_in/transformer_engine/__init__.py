@@ -1,7 +1,8 @@
 """What Megatron-Core uses of Transformer Engine, in plain PyTorch, so that its layer spec runs on a CPU.
 
-Names of modules and parameters, constructors and forwards are those of release 2.6; there is no argument that Megatron
-does not pass. Arithmetic is what the documentation says. Nothing of its kernels is shown by what runs here.
+Names of modules, parameters and arguments are those of its source (2.14.1 was looked at), of which Megatron passes
+some; it asks releases after 2.6 for more names, so that is the version here. Arithmetic is what the documentation says.
+Nothing of its kernels is shown by what runs here.
 """
 
 from __future__ import annotations
