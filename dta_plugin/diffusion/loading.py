@@ -75,17 +75,22 @@ def checkpoint_directory(path_or_id: str | PathLike[str], **hub: Any) -> Path:
         try:
             directory = Path(snapshot_download(str(path_or_id), allow_patterns=["*.json", "*.safetensors"], **hub))
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-            raise InvalidInputError(
-                f"Got the model {str(path_or_id)!r}. Expected a directory with a checkpoint, which there is not here "
-                f"(from {Path.cwd()}), or a repository of the model hub, which answers {type(error).__name__}: "
-                f"{str(error).splitlines()[0]} Look at the spelling, or download the model first."
-            ) from error
+            raise no_model(path_or_id, error) from error
     if not (directory / "config.json").is_file():
         raise InvalidInputError(
             f"{directory} has no config.json. Expected the directory of a checkpoint, with its config and safetensors; "
             "give the folder that holds them."
         )
     return directory
+
+
+def no_model(path_or_id: str | PathLike[str], error: Exception) -> InvalidInputError:
+    """What to raise for a path that is no model; error: of the model hub."""
+    return InvalidInputError(
+        f"Got the model {str(path_or_id)!r}. Expected a directory with a checkpoint, which there is not here (from "
+        f"{Path.cwd()}), or a repository of the model hub, where looking for it ended in {type(error).__name__}: "
+        f"{str(error).splitlines()[0]} Look at the spelling, or download the model first."
+    )
 
 
 def save_diffusion_lm(

@@ -133,5 +133,5 @@ def test_a_cache_that_cannot_be_is_refused_and_auto_goes_without() -> None:
 def test_masks_of_ones_own_need_attention_that_takes_them() -> None:
     model = diffusion_model(attention="sdpa", vocab_size=VOCABULARY)
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(UnsupportedError, match="kv_cache='prefix'.*attn_implementation='sdpa'"):
+    with pytest.raises(UnsupportedError, match=r"kv_cache='prefix'.*attn_implementation='sdpa'"):
         sampled(model, FAMILY, CONFIG, "prefix")

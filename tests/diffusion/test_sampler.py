@@ -8,8 +8,7 @@ import itertools
 import pytest
 import torch
 
-from dta_plugin.diffusion import SamplerConfig, predictions, sample
-from dta_plugin.diffusion import block_cache, commits
+from dta_plugin.diffusion import SamplerConfig, block_cache, commits, predictions, sample
 from dta_plugin.diffusion.sampler_config import default_block_length
 from dta_plugin.errors import InvalidInputError
 from tests.support.tiny_diffusion import EOS, FAMILY, MASK, SHIFTED, VOCABULARY, diffusion_model, padded, shifted_twin
@@ -281,7 +280,9 @@ def test_a_threshold_commits_what_is_sure_and_the_surest(monkeypatch: pytest.Mon
 
 def test_a_threshold_that_nothing_reaches_commits_one_token_per_call() -> None:
     model = diffusion_model()
-    slow = sample(model, ENDLESS, PROMPTS, None, SamplerConfig(gen_length=8, block_length=4, confidence_threshold=0.999))
+    slow = sample(
+        model, ENDLESS, PROMPTS, None, SamplerConfig(gen_length=8, block_length=4, confidence_threshold=0.999)
+    )
     single = sample(model, ENDLESS, PROMPTS, None, SamplerConfig(gen_length=8, block_length=4, steps=8))
     assert slow.model_calls == 8
     assert torch.equal(slow.canvas_ids, single.canvas_ids) and torch.equal(slow.steps, single.steps)
