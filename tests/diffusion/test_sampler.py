@@ -247,7 +247,7 @@ def test_rows_that_begin_in_the_middle_of_a_block_may_end_first(monkeypatch: pyt
 def test_a_prompt_that_is_too_long_is_refused() -> None:
     model = diffusion_model(max_position_embeddings=16)
     sample(model, FAMILY, PROMPTS[:, :4], None, SMALL)
-    with pytest.raises(InvalidInputError, match="prompt of 5 tokens and a canvas of 12 .* 16 positions.*at most 4"):
+    with pytest.raises(InvalidInputError, match=r"prompt of 5 tokens and a canvas of 12 .* 16 positions.*at most 4"):
         sample(model, FAMILY, PROMPTS, PROMPT_MASK, SMALL)
     left = torch.nn.functional.pad(PROMPTS[:, :4], (3, 0))
     sample(model, FAMILY, left, torch.nn.functional.pad(torch.ones(3, 4), (3, 0)), SMALL)  # padding has no position
@@ -280,9 +280,8 @@ def test_a_threshold_commits_what_is_sure_and_the_surest(monkeypatch: pytest.Mon
 
 def test_a_threshold_that_nothing_reaches_commits_one_token_per_call() -> None:
     model = diffusion_model()
-    slow = sample(
-        model, ENDLESS, PROMPTS, None, SamplerConfig(gen_length=8, block_length=4, confidence_threshold=0.999)
-    )
+    surest = SamplerConfig(gen_length=8, block_length=4, confidence_threshold=0.999)
+    slow = sample(model, ENDLESS, PROMPTS, None, surest)
     single = sample(model, ENDLESS, PROMPTS, None, SamplerConfig(gen_length=8, block_length=4, steps=8))
     assert slow.model_calls == 8
     assert torch.equal(slow.canvas_ids, single.canvas_ids) and torch.equal(slow.steps, single.steps)

@@ -167,9 +167,13 @@ def test_a_mistyped_model_is_named_on_the_driver(diffusion_folder: Path, monkeyp
     for path in (str(diffusion_folder), "hdfs://of/verl/to/fetch"):
         run = config({"diffusion": {}}, model__path=path, actor__strategy="fsdp2")
         check_run(OmegaConf.create({"actor_rollout_ref": run}))
-    for path in ("runs/mistyped/model", str(diffusion_folder.parent)):
+    empty = str(diffusion_folder.parent)
+    for path, message in (
+        ("runs/no/model", "Got the model 'runs/no/model'. Expected a directory"),
+        (empty, "no config"),
+    ):
         run = config({"diffusion": {}}, model__path=path, actor__strategy="fsdp2")
-        with pytest.raises(InvalidInputError, match=f"Got the model '{path}'. Expected a directory"):
+        with pytest.raises(InvalidInputError, match=message):
             check_run(OmegaConf.create({"actor_rollout_ref": run}))
 
 

@@ -1,8 +1,8 @@
 """DiffusionGRPOConfig: a GRPOConfig with what reinforcement learning of a diffusion LM adds, validated as a whole.
 
-Its own fields are those of DiffusionOptions, and how evaluation samples. It is an ordinary dataclass: TrlParser offers the fields on the command
-line and in YAML. Options of GRPOConfig that have no meaning for a diffusion LM raise InvalidInputError when they are
-set, instead of being ignored (`unsupported_options`).
+Its own fields are those of DiffusionOptions, and how evaluation samples. It is an ordinary dataclass: TrlParser offers
+the fields on the command line and in YAML. Options of GRPOConfig that have no meaning for a diffusion LM raise
+InvalidInputError when they are set, instead of being ignored (`unsupported_options`).
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -12,7 +13,7 @@ from transformers.utils import cached_file
 
 from dta_plugin.adapters.verl_plugin.config import DIFFUSION
 from dta_plugin.diffusion import family_of
-from dta_plugin.diffusion.loading import no_model
+from dta_plugin.diffusion.loading import checkpoint_directory, no_model
 from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.models.introspection import causal_lm
 
@@ -68,8 +69,11 @@ def check_path(path: str) -> None:
     if "://" in path:
         return
     try:
-        cached_file(path, "config.json")
-    except (OSError, ValueError) as error:
+        if Path(path).is_dir():
+            checkpoint_directory(path)
+        else:
+            cached_file(path, "config.json")
+    except OSError as error:
         raise no_model(path, error) from error
 
 
