@@ -25,7 +25,7 @@ from benchmarks.diffusion.learning import trained
 ROOT = Path(__file__).resolve().parents[2]
 CALLS = ["--diffusion_steps", "4"]
 SAMPLERS = {
-    "kv_cache off": [*CALLS, "--kv_cache", "off"],
+    "kv_cache none": [*CALLS, "--kv_cache", "none"],
     "prefix": [*CALLS, "--kv_cache", "prefix"],
     "dual": [*CALLS, "--kv_cache", "dual"],
     "confidence_threshold 0.9": ["--diffusion_steps", "null", "--confidence_threshold", "0.9"],

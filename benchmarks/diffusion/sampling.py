@@ -8,7 +8,7 @@ blocks (as SDAR): after every token only FOLLOWERS others may come, with the pro
 can be judged: `legal` is the share of its tokens that may follow the one before. Then each samples completions in
 several ways, interleaved, from the same seeds at temperature 1.
 
-`differ` is the share of tokens that are not those of `off`, the sampler without a cache, at the same noise, in float32,
+`differ` is the share of tokens that are not those of `none`, the sampler without a cache, at the same noise, in float32,
 where rounding may turn a choice between two tokens. Where attention is causal over blocks a cache has to give the same
 samples in float64, with and without a threshold, or the benchmark fails. A threshold reads other random numbers than a
 fixed number of calls, so that tokens of the two cannot be compared. Speed-ups are medians of ratios within a round.
@@ -38,19 +38,19 @@ FOLLOWERS = len(CHANCES)
 BLOCK = 32
 SHAPES = ((64, 64), (64, 256), (512, 64), (512, 256))  # prompt, canvas
 THRESHOLD = 0.9
-# Per attention: how it samples, beside `off`.
+# Per attention: how it samples, beside `none`.
 WAYS: dict[str, dict[str, dict[str, Any]]] = {
     "full": {
-        "off": {"kv_cache": "off"},
+        "none": {"kv_cache": "none"},
         "prefix": {"kv_cache": "prefix"},
         "dual": {"kv_cache": "dual"},
-        "threshold": {"kv_cache": "off", "confidence_threshold": THRESHOLD},
+        "threshold": {"kv_cache": "none", "confidence_threshold": THRESHOLD},
         "threshold, dual": {"kv_cache": "dual", "confidence_threshold": THRESHOLD},
     },
     "blocks": {
-        "off": {"kv_cache": "off"},
+        "none": {"kv_cache": "none"},
         "prefix": {"kv_cache": "prefix"},
-        "threshold": {"kv_cache": "off", "confidence_threshold": THRESHOLD},
+        "threshold": {"kv_cache": "none", "confidence_threshold": THRESHOLD},
         "threshold, prefix": {"kv_cache": "prefix", "confidence_threshold": THRESHOLD},
     },
 }
@@ -153,7 +153,7 @@ def _same_in_float64(
     base = SamplerConfig(gen_length=canvas, block_length=BLOCK, temperature=1.0)
     both = [
         sample(exact, family, prompts, None, replace(base, **given), torch.Generator().manual_seed(0))
-        for given in (options, options | {"kv_cache": "off"})
+        for given in (options, options | {"kv_cache": "none"})
     ]
     return torch.equal(both[0].completion_ids, both[1].completion_ids) and torch.equal(both[0].steps, both[1].steps)
 
@@ -187,7 +187,7 @@ def _measure(
     rows = []
     for name, options in ways.items():
         tokens = torch.stack([one.completion_ids for one in found[name]])
-        reference = torch.stack([one.completion_ids for one in found["off"]])
+        reference = torch.stack([one.completion_ids for one in found["none"]])
         differ = None if "confidence_threshold" in options else float((tokens != reference).double().mean())
         rows.append(
             {
@@ -197,10 +197,10 @@ def _measure(
                 "way": name,
                 "model_calls": statistics.fmean(one.model_calls for one in found[name]),
                 "tokens_per_second": tokens[0].numel() / statistics.median(seconds[name]),
-                "speed_up": median_ratio(seconds["off"], seconds[name]),
+                "speed_up": median_ratio(seconds["none"], seconds[name]),
                 "differ": differ,
                 "same_in_float64": _same_in_float64(model, family, prompts, canvas, options)
-                if attention == "blocks" and options["kv_cache"] != "off"
+                if attention == "blocks" and options["kv_cache"] != "none"
                 else None,
                 "legal": statistics.fmean(language.legal(prompts, one) for one in tokens),
                 "seconds": {clock: values[name] for clock, values in clocks.items()},

@@ -76,7 +76,7 @@ class BlockReader:
     def __init__(self, model: nn.Module, family: DiffusionFamily, config: SamplerConfig, prompt_length: int) -> None:
         self.model, self.family, self.config, self.prompt_length = model, family, config, prompt_length
         self.kind = _cache_kind(model, family, config)
-        self.cache = None if self.kind == "off" else ColumnCache(prompt_length + config.gen_length)
+        self.cache = None if self.kind == "none" else ColumnCache(prompt_length + config.gen_length)
         self.stale = 0  # the first column whose states a block's first call has to renew
         self.begin = 0  # the first column that a block's later calls run
         self.is_first = True
@@ -148,21 +148,21 @@ def cached_predictions(
     if not cache.states:
         raise UnsupportedError(
             f"{type(base).__name__} took a cache and wrote nothing into it. Expected a decoder of transformers; set "
-            "kv_cache='off'."
+            "kv_cache='none'."
         )
     return logits
 
 
 def _cache_kind(model: nn.Module, family: DiffusionFamily, config: SamplerConfig) -> str:
-    """ "off", "prefix" or "dual". Raises UnsupportedError for a cache that is asked for and cannot be."""
-    if config.kv_cache == "off" or (config.kv_cache == "auto" and family.block_length is None):
-        return "off"
+    """ "none", "prefix" or "dual". Raises UnsupportedError for a cache that is asked for and cannot be."""
+    if config.kv_cache == "none" or (config.kv_cache == "auto" and family.block_length is None):
+        return "none"
     reason = _obstacle(causal_lm(model))
     if reason is None:
         return "prefix" if config.kv_cache == "auto" else config.kv_cache
     if config.kv_cache == "auto":
-        return "off"
-    raise UnsupportedError(f"kv_cache={config.kv_cache!r}: {reason}. Or set kv_cache='off'.")
+        return "none"
+    raise UnsupportedError(f"kv_cache={config.kv_cache!r}: {reason}. Or set kv_cache='none'.")
 
 
 def _obstacle(model: PreTrainedModel) -> str | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dta_plugin.errors import InvalidInputError
 
 REMASKING = ("low_confidence", "random")
-KV_CACHES = ("auto", "off", "prefix", "dual")
+KV_CACHES = ("auto", "none", "prefix", "dual")
 _BLOCK = 32  # the papers' block length, where the model has none of its own
 
 
@@ -27,7 +27,7 @@ class SamplerConfig:
     kv_cache: which keys and values are kept from a block's first call to its last, where they do not run again.
     "prefix": those of the prompt and of finished blocks. "dual": those of the masked blocks behind, too. Exact where
     attention is causal over blocks; an approximation where it is full, as the kept ones would change with the
-    block (Fast-dLLM). "auto": "prefix" where that is exact and the model can, else "off".
+    block (Fast-dLLM). "auto": "prefix" where that is exact and the model can, else "none".
     """
 
     gen_length: int = 256

@@ -51,7 +51,7 @@ def test_blocks_are_sampled_as_without_a_cache(
     """Prompts of several lengths, so that blocks begin at other columns in every row; rows that end early."""
     net = diffusion_model(**({"dtype": torch.float64, "seed": seed} | model))
     own, settings = dataclasses.replace(BLOCKS, **family), dataclasses.replace(CONFIG, **config)
-    whole = sampled(net, own, settings, "off")
+    whole = sampled(net, own, settings, "none")
     for cache in ("auto", "prefix", "dual"):
         assert_same(sampled(net, own, settings, cache), whole)
 
@@ -92,11 +92,11 @@ def test_a_cache_out_of_date_is_noticed() -> None:
 
 def test_full_attention_is_exact_at_a_blocks_first_call_and_off_by_default() -> None:
     model = diffusion_model(dtype=torch.float64)
-    whole = sampled(model, FAMILY, CONFIG, "off")
+    whole = sampled(model, FAMILY, CONFIG, "none")
     assert_same(sampled(model, FAMILY, CONFIG, "auto"), whole)
     once = dataclasses.replace(CONFIG, steps=6)  # one call per block: nothing is reused
     for cache in ("prefix", "dual"):
-        assert_same(sampled(model, FAMILY, once, cache), sampled(model, FAMILY, once, "off"))
+        assert_same(sampled(model, FAMILY, once, cache), sampled(model, FAMILY, once, "none"))
         assert not torch.equal(sampled(model, FAMILY, CONFIG, cache).canvas_ids, whole.canvas_ids)
 
 
@@ -105,12 +105,12 @@ def test_with_adapters() -> None:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.5)
-    assert_same(sampled(model, BLOCKS, CONFIG, "auto"), sampled(model, BLOCKS, CONFIG, "off"))
+    assert_same(sampled(model, BLOCKS, CONFIG, "auto"), sampled(model, BLOCKS, CONFIG, "none"))
 
 
 def test_a_cache_that_cannot_be_is_refused_and_auto_goes_without() -> None:
     model = diffusion_model(dtype=torch.float64).train()
-    whole = sampled(model, BLOCKS, CONFIG, "off")
+    whole = sampled(model, BLOCKS, CONFIG, "none")
     model.gradient_checkpointing_enable()
     with pytest.raises(UnsupportedError, match="kv_cache='dual': gradient checkpointing is on"):
         sampled(model, BLOCKS, CONFIG, "dual")

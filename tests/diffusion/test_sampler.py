@@ -185,7 +185,7 @@ def test_guidance_moves_the_logits_away_from_those_without_prompt(monkeypatch: p
 def test_blocks_of_block_attention_continue_those_of_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = traced(monkeypatch)
     family = dataclasses.replace(ENDLESS, block_length=4)
-    whole = dataclasses.replace(SMALL, kv_cache="off")
+    whole = dataclasses.replace(SMALL, kv_cache="none")
     result = sample(diffusion_model(), family, PROMPTS[:1], None, whole)  # five prompt tokens: three open places
     states = [ids[0, 5:] for ids in seen]
     assert [int((s != MASK).sum()) for s in states] == [0, 2, 3, 5, 7, 9, 11]
@@ -206,7 +206,7 @@ def test_blocks_of_block_attention_continue_those_of_the_prompt(monkeypatch: pyt
         ({"temperature": -1.0}, "at least 0"),
         ({"guidance_scale": -1.0}, "at least 0"),
         ({"remasking": "entropy"}, "Expected one of low_confidence, random"),
-        ({"kv_cache": "on"}, "Expected one of auto, off, prefix, dual"),
+        ({"kv_cache": "on"}, "Expected one of auto, none, prefix, dual"),
         ({"confidence_threshold": 1.0, "steps": None}, r"a probability in \(0, 1\)"),
         ({"confidence_threshold": 0.9}, "confidence_threshold=0.9 with steps=6"),
         ({"confidence_threshold": 0.9, "steps": None, "remasking": "random"}, "remasking='random'"),
@@ -230,7 +230,7 @@ def test_rows_that_begin_in_the_middle_of_a_block_may_end_first(monkeypatch: pyt
     """They have one block more than the others, in which nobody is left."""
     monkeypatch.setattr("dta_plugin.diffusion.family.check_attention", lambda *_: None)
     family = dataclasses.replace(FAMILY, block_length=4)
-    whole = dataclasses.replace(SMALL, kv_cache="off")
+    whole = dataclasses.replace(SMALL, kv_cache="none")
     prompts, mask = padded([[3, 4, 5, 6], [8, 9]])
     model = diffusion_model(tie_word_embeddings=False)
 

@@ -41,7 +41,12 @@ def test_yaml(recipe: str, tmp_path: Path) -> None:
     script, training, model = TrlParser((arguments, DiffusionGRPOConfig, ModelConfig)).parse_args_and_config(
         ["--config", str(SCRIPT.with_name(f"{recipe}.yaml")), *here]
     )
-    assert (training.objective, script.task) == ("bgpo", "sums" if recipe.startswith("quickstart") else "gsm8k")
+    task = "sums" if recipe.startswith("quickstart") else recipe.split("_")[2]
+    assert script.task == task
+    assert training.objective == ("trajectory" if task in ("countdown", "sudoku") else "bgpo")
+    each = training.accelerator_config.gradient_accumulation_kwargs or {}
+    assert each == ({"sync_each_batch": True} if recipe.endswith("fsdp2") else {})
+    assert training.eval_sampler_config(None).temperature == (0.0 if training.eval_temperature is not None else 1.0)
     assert not model.use_peft or model.lora_dropout == 0.0
 
 

@@ -106,8 +106,8 @@ class DiffusionOptions:
     kv_cache: str = _option(
         "auto",
         "Which keys and values the sampler keeps within a block: prefix (of the prompt and finished blocks), dual (of "
-        "what is still masked behind the block, too), off, or auto: prefix where attention is causal over blocks, "
-        "which is exact, else off. With full attention prefix and dual are approximations.",
+        "what is still masked behind the block, too), none, or auto: prefix where attention is causal over blocks, "
+        "which is exact, else none. With full attention prefix and dual are approximations.",
     )
     score_fillers: bool = _option(
         False,

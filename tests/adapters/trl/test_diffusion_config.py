@@ -65,7 +65,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"diffusion_steps": 17}, "Expected a multiple of"),
     ({"temperature": -1.0}, "at least 0"),
     ({"guidance_scale": -1.0}, "at least 0"),
-    ({"kv_cache": "on"}, "Expected one of auto, off, prefix, dual"),
+    ({"kv_cache": "on"}, "Expected one of auto, none, prefix, dual"),
     ({"confidence_threshold": 1.5}, r"a probability in \(0, 1\)"),
     ({"confidence_threshold": 0.9, "diffusion_steps": 128}, "confidence_threshold=0.9 with steps=128"),
     ({"eval_temperature": -1.0}, "In evaluation: temperature=-1.0"),

@@ -119,7 +119,7 @@ def test_defaults_are_those_of_the_options() -> None:
         ({"diffusion": {"block_length": 48}}, "gen_length=64, block_length=48"),
         ({"diffusion": {"steps": 65}}, "steps=65"),
         ({"diffusion": {"steps": 64, "confidence_threshold": 0.9}}, "confidence_threshold=0.9 with steps=64"),
-        ({"diffusion": {"kv_cache": "on"}}, "Expected one of auto, off, prefix, dual"),
+        ({"diffusion": {"kv_cache": "on"}}, "Expected one of auto, none, prefix, dual"),
         ({"diffusion": {"steps": 32, "diffusion_steps": 32}}, "steps=32 and diffusion_steps=32. Expected diffusion_st"),
         ({"diffusion": {"length_norm": "none"}}, "length_norm='none'. Expected none; set .*actor.loss_agg_mode"),
         ({"diffusion": {"objective": "diffu-grpo"}}, "Expected 'bgpo', 'vrpo' or 'trajectory'"),
