@@ -8,8 +8,8 @@ blocks (as SDAR): after every token only FOLLOWERS others may come, with the pro
 can be judged: `legal` is the share of its tokens that may follow the one before. Then each samples completions in
 several ways, interleaved, from the same seeds at temperature 1.
 
-`differ` is the share of tokens that are not those of `none`, the sampler without a cache, at the same noise, in float32,
-where rounding may turn a choice between two tokens. Where attention is causal over blocks a cache has to give the same
+`differ` is the share of tokens that are not those of `none`, the sampler without a cache, at the same noise; in float32
+rounding may turn a choice between two tokens. Where attention is causal over blocks a cache has to give the same
 samples in float64, with and without a threshold, or the benchmark fails. A threshold reads other random numbers than a
 fixed number of calls, so that tokens of the two cannot be compared. Speed-ups are medians of ratios within a round.
 """
