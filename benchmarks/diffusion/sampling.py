@@ -33,10 +33,10 @@ from dta_plugin.diffusion import DiffusionFamily, SampledCompletions, SamplerCon
 from dta_plugin.diffusion.objectives.elbo import masked_log_probs
 
 VOCABULARY, MASK = 64, 0  # the other tokens are words
-CHANCES = (0.7, 0.15, 0.1, 0.05)
+CHANCES = (0.97, 0.01, 0.01, 0.01)
 FOLLOWERS = len(CHANCES)
 BLOCK = 32
-SHAPES = ((64, 64), (64, 256), (512, 64), (512, 256))  # prompt, canvas
+SHAPES = ("64x64", "64x256", "512x64", "512x256")  # prompt x canvas
 THRESHOLD = 0.9
 # Per attention: how it samples, beside `none`.
 WAYS: dict[str, dict[str, dict[str, Any]]] = {
@@ -81,13 +81,14 @@ class Language:
 def main() -> None:
     args = _arguments()
     torch.set_num_threads(args.threads)
-    config = qwen3(layers=2, hidden=64, vocab=VOCABULARY) if args.smoke else qwen3(3, 128, VOCABULARY)
+    config = qwen3(layers=2, hidden=64, vocab=VOCABULARY) if args.smoke else qwen3(2, 128, VOCABULARY)
     language, rows = Language(), []
     for attention, ways in WAYS.items():
         block = BLOCK if attention == "blocks" else None
         model = _taught(config, block, language, args.teaching)
         family = family_of(model.config)
-        for prompt, canvas in ((8, 64),) if args.smoke else SHAPES:
+        for shape in args.shapes:
+            prompt, canvas = map(int, shape.split("x"))
             prompts = language.texts(args.rows, prompt)
             rows += _measure(model, family, attention, ways, prompts, canvas, language, args)
     print(f"\n{sampling_table(rows)}")
@@ -111,6 +112,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="tiny model and shapes, 1 round, 2 steps of teaching")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="tokens of prompt x canvas, which 32 divides")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=2, help="completions at a time")
     parser.add_argument("--teaching", type=int, default=300, help="training steps of each model")
@@ -119,7 +121,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     args = parser.parse_args()
     if args.smoke:
-        args.rounds, args.teaching, args.rows = 1, 2, 2
+        args.rounds, args.teaching, args.rows, args.shapes = 1, 2, 2, ["8x64"]
     return args
 
 
