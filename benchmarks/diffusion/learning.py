@@ -79,7 +79,7 @@ def _trained(tasks: list[tuple[str, int]], args: argparse.Namespace) -> Iterator
         yield from pool.map(lambda task: trained(*task, OBJECTIVES[task[0]][0], args.steps, args.folder), tasks)
 
 
-def trained(name: str, seed: int, options: list[str], steps: int, folder: Path) -> Run:
+def trained(name: str, seed: int, options: list[str], steps: int, folder: Path, recipe: Path = RECIPE) -> Run:
     """The recipe, with other options, in a process of its own."""
     overrides = {
         "model_name_or_path": folder / "model",
@@ -93,7 +93,7 @@ def trained(name: str, seed: int, options: list[str], steps: int, folder: Path) 
     }
     with tempfile.TemporaryDirectory() as output:
         flags = [str(text) for key, value in overrides.items() for text in (f"--{key}", value)]
-        command = [sys.executable, str(SCRIPT), "--config", str(RECIPE), *flags, *options]
+        command = [sys.executable, str(SCRIPT), "--config", str(recipe), *flags, *options]
         done = subprocess.run(
             [*command, "--output_dir", output],
             cwd=ROOT,

@@ -12,15 +12,17 @@ what is sampled is that of the approximation. `+-`: the standard deviation over 
 from __future__ import annotations
 
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import yaml
 
 from benchmarks.common.curves import Runs, arguments, by_name, reward_cells
 from benchmarks.common.harness import environment, table, write_json
-from benchmarks.diffusion.learning import trained
+from benchmarks.diffusion.learning import RECIPE, Run, trained
 
 ROOT = Path(__file__).resolve().parents[2]
 CALLS = ["--diffusion_steps", "4"]
@@ -28,7 +30,7 @@ SAMPLERS = {
     "kv_cache none": [*CALLS, "--kv_cache", "none"],
     "prefix": [*CALLS, "--kv_cache", "prefix"],
     "dual": [*CALLS, "--kv_cache", "dual"],
-    "confidence_threshold 0.9": ["--diffusion_steps", "null", "--confidence_threshold", "0.9"],
+    "confidence_threshold 0.9": ["--confidence_threshold", "0.9"],
 }
 OBJECTIVES = ("bgpo", "trajectory")
 
@@ -40,23 +42,30 @@ def main() -> None:
     where = environment(torch.device("cpu"))
     tasks = [(seed, objective, name) for seed in args.seeds for objective in OBJECTIVES for name in SAMPLERS]
     runs: Runs = []
-    with ThreadPoolExecutor(args.workers) as pool:
-        for run in pool.map(
-            lambda task: trained(
-                f"{task[1]}, {task[2]}",
-                task[0],
-                ["--objective", task[1], *SAMPLERS[task[2]]],
-                args.steps,
-                args.folder,
-            ),
-            tasks,
-        ):
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.workers) as pool:
+        recipe = _without_steps(Path(folder))
+
+        def train(task: tuple[int, str, str]) -> Run:
+            seed, objective, name = task
+            options = ["--objective", objective, *SAMPLERS[name]]
+            return trained(f"{objective}, {name}", seed, options, args.steps, args.folder, recipe)
+
+        for run in pool.map(train, tasks):
             runs.append(asdict(run))
             print(f"{run.name}, seed {run.seed}: reward {run.reward[0]:.2f} -> {run.reward[-1]:.2f}", flush=True)
     print(f"\n{sampler_table(runs)}")
     content = {"benchmark": "diffusion_sampler_learning", "smoke": args.smoke, "steps": args.steps, **where}
     if args.output:
         write_json(args.output, content | {"runs": runs})
+
+
+def _without_steps(folder: Path) -> Path:
+    """The recipe without `diffusion_steps`, which does not go with a threshold."""
+    options = yaml.safe_load(RECIPE.read_text())
+    del options["diffusion_steps"]
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(options))
+    return path
 
 
 def sampler_table(runs: Runs) -> str:
