@@ -77,18 +77,12 @@ def sample(
         visible = prompt_length + (last if family.block_length else config.gen_length)  # later blocks are not seen
         rows, mask = canvas[active, :visible], attention[active, :visible]
         window = slice(prompt_length + first, prompt_length + last)
-        committed = steps[active, first:last]
         reader.start_block(window.start - (int(started[active].max()) if block == 0 else 0))
-        for quota in tokens_per_call(here.sum(dim=1), config):
-            waiting = here[:, first:last] & (rows[:, window] == family.mask_token_id)
-            if not waiting.any():
-                break
-            logits = reader.logits(rows, mask, window)
-            chosen = commit_most_confident(rows[:, window], waiting, logits, quota, family, config, generator)
-            committed[chosen] = calls
-            calls += 1
+        chosen = _fill_block(reader, rows, mask, here[:, first:last], window, generator)
         canvas[active, :visible] = rows
-        steps[active, first:last] = committed
+        for which in chosen:
+            steps[active, first:last] = steps[active, first:last].masked_fill(which, calls)
+            calls += 1
         going_on = (~torch.isin(rows[:, prompt_length:], ends).any(dim=1)).nonzero()[:, 0]
         reader.keep(going_on, of=len(active))
         active = active[going_on]
@@ -97,6 +91,29 @@ def sample(
     written = canvas[:, prompt_length:]
     completion, lengths = _filled_after_end(written, ends)
     return SampledCompletions(completion, lengths, calls, written, steps)
+
+
+def _fill_block(
+    reader: BlockReader,
+    rows: torch.Tensor,
+    attention: torch.Tensor,
+    here: torch.Tensor,
+    window: slice,
+    generator: torch.Generator | None,
+) -> list[torch.Tensor]:
+    """Write the tokens of the window's columns that are of the block (`here`, bool [b, w]) into rows [b, S], in place.
+
+    Returns what each model call has committed, bool [b, w].
+    """
+    family, config = reader.family, reader.config
+    chosen: list[torch.Tensor] = []
+    for quota in tokens_per_call(here.sum(dim=1), config):
+        waiting = here & (rows[:, window] == family.mask_token_id)
+        if not waiting.any():
+            break
+        logits = reader.logits(rows, attention, window)
+        chosen.append(commit_most_confident(rows[:, window], waiting, logits, quota, family, config, generator))
+    return chosen
 
 
 def check_blocks(family: DiffusionFamily, config: SamplerConfig) -> None:
