@@ -48,7 +48,7 @@ def test_sampling(tmp_path: Path) -> None:
     rows = {(row["attention"], row["way"]): row for row in done.result["rows"]}
     cached = [rows["blocks", way] for way in ("prefix", "threshold, prefix")]
     assert all(row["same_in_float64"] for row in cached)
-    assert cached[0]["model_calls"] == rows["blocks", "off"]["model_calls"]
+    assert cached[0]["model_calls"] == rows["blocks", "none"]["model_calls"]
     assert all(row["speed_up"] > 0 and 0 <= row["legal"] <= 1 for row in rows.values())
     assert "tokens/s" in done.printed
 
