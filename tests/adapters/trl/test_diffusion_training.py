@@ -214,4 +214,4 @@ def test_a_checkpoint_needs_only_its_name(checkpoint: str, tmp_path: Path) -> No
     trainer = DiffusionGRPOTrainer(checkpoint, wants_w7, args, train_dataset=Dataset.from_dict({"prompt": ["w5"] * 8}))
     assert trainer.model.dtype is torch.bfloat16 and trainer.family.mask_token_id == tiny.MASK
     assert args.model_init_kwargs == {"dtype": "bfloat16"}
-    assert (trainer.sampler.block_length, trainer.sampler.steps) == (32, 16)
+    assert (trainer.sampler.block_length, trainer.sampler.calls_per_block) == (32, 16)
