@@ -2,21 +2,22 @@
 
     python recipes/verl/diffusion.py runs/diffusion
     python recipes/quickstart/diffusion.py --output runs/quickstart_diffusion
-    python -m benchmarks.diffusion.objectives --seeds 42 43 44 45 46 --output results.json   # 160 runs, half an hour of CPU
+    python -m benchmarks.diffusion.objectives --seeds 42 43 44 45 46 --output results.json   # 160 runs
     python -m benchmarks.diffusion.objectives --smoke
 
-Each objective of DiffusionGRPOTrainer trains on both tasks, with low-confidence and random remasking, on-policy and with 4
-updates per rollout. Runs of one seed start from the same weights and see the same prompts. Every update takes 4 forward
-passes. Learning rates are constant and too large for comfort: what collapses should do so here.
+Each objective of DiffusionGRPOTrainer trains on both tasks, with low-confidence and random remasking, on-policy and
+with 4 updates per rollout. Runs of one seed start from the same weights and see the same prompts. Every update takes 4
+forward passes. The learning rate is constant and too large for comfort: what collapses should do so here.
 
     sevens   the task of recipes/verl/diffusion.sh: the reward is the share of 7s in 8 tokens, whatever the prompt says;
              random weights
     sums     the task of recipes/trl/quickstart_diffusion.yaml: the reward is 1 for the right sum of two digits, else 0;
              a model that writes most sums wrong by one
 
-On-policy a run has `--steps` rollouts, with 4 updates each half as many. Off-policy the objectives run with the clips
-that they have by default: `trajectory` and `gdsd` TRL's epsilon of 0.2, `bgpo` and `vrpo` none. `fall` is the largest
-distance of a mean reward of 5 rollouts below its best so far; `+-` the standard deviation over seeds.
+On-policy a run has 60 rollouts of sevens and 40 of sums (`--steps`: at most so many), with 4 updates each half as many.
+Off-policy the objectives run with the clips that they have by default: `trajectory` and `gdsd` TRL's epsilon of 0.2,
+`bgpo` and `vrpo` none. `fall` is the largest distance of a mean reward of 5 rollouts below its best so far; `+-` the
+standard deviation over seeds.
 
 Results are written after each run, and runs that are in `--output` already are not repeated.
 """
@@ -58,12 +59,16 @@ UPDATES = (1, 4)
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Where its model and prompts are, below `--folder`; tokens of a completion; prompts of 8 completions a rollout."""
+    """Where its model and prompts are, below `--folder`; tokens of a completion; prompts, of 8 completions, a rollout.
+
+    rollouts: of a training with one update each.
+    """
 
     model: str
     prompts: str
     length: int
     prompts_per_rollout: int
+    rollouts: int
     reward: Callable[..., list[float]]
 
 
@@ -94,8 +99,8 @@ def right_sum(completions: list[str], answer: list[str], **_: Any) -> list[float
 
 
 TASKS = {
-    "sevens": Task("diffusion/model", "diffusion/train.jsonl", 8, 4, share_of_sevens),
-    "sums": Task("quickstart_diffusion/model", "quickstart_diffusion/data/train.jsonl", 4, 16, right_sum),
+    "sevens": Task("diffusion/model", "diffusion/train.jsonl", 8, 4, 60, share_of_sevens),
+    "sums": Task("quickstart_diffusion/model", "quickstart_diffusion/data/train.jsonl", 4, 16, 40, right_sum),
 }
 
 
@@ -144,6 +149,7 @@ def _train(key: Key, steps: int, folder: Path) -> Run:
     warnings.filterwarnings("ignore")
     name, remasking, updates, objective, seed = key
     task = TASKS[name]
+    rollouts = min(steps, task.rollouts)
     rows = [json.loads(line) for line in (folder / task.prompts).read_text().splitlines()]
     columns = [column for column in ("prompt", "answer") if column in rows[0]]
     with tempfile.TemporaryDirectory() as output:
@@ -160,7 +166,7 @@ def _train(key: Key, steps: int, folder: Path) -> Run:
             num_iterations=updates,
             learning_rate=1e-3,
             lr_scheduler_type="constant",
-            max_steps=steps if updates == 1 else max(1, steps // 2) * updates,
+            max_steps=rollouts if updates == 1 else rollouts // 2 * updates,
             logging_steps=1,
             seed=seed,
             use_cpu=True,

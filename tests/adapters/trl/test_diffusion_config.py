@@ -48,7 +48,7 @@ UNUSED: dict[str, Any] = {
 }
 # Per wrong options, what the message says.
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"objective": "ppo"}, "Expected one of bgpo, diffu-grpo, trajectory, vrpo"),
+    ({"objective": "ppo"}, "Expected one of bgpo, diffu-grpo, gdsd, trajectory, vrpo"),
     ({"mask_form": "x"}, "Expected one of k, t"),
     ({"length_norm": "width"}, "Expected one of none, length, max_length"),
     ({"remasking": "entropy"}, "Expected one of low_confidence, random"),
@@ -69,14 +69,19 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"prompt_mask_probability": 0.3}, "objective='diffu-grpo'"),
     ({"objective": "vrpo", "bound_clip": 0.2}, "objective='bgpo'"),
     ({"objective": "vrpo", "dual_clip": 3.0}, "objective='bgpo'"),
-    ({"objective": "diffu-grpo", "num_elbo_samples": 4}, "objective='bgpo' or 'vrpo'"),
-    ({"objective": "diffu-grpo", "mask_form": "t"}, "objective='bgpo' or 'vrpo'"),
-    ({"objective": "diffu-grpo", "stratified_masks": False}, "objective='bgpo' or 'vrpo'"),
-    ({"objective": "diffu-grpo", "coupled_masks": True}, "objective='bgpo' or 'vrpo'"),
-    ({"objective": "diffu-grpo", "length_norm": "none"}, "objective='bgpo' or 'vrpo'"),
+    ({"objective": "diffu-grpo", "num_elbo_samples": 4}, "objective='bgpo' or 'gdsd' or 'vrpo'"),
+    ({"objective": "diffu-grpo", "mask_form": "t"}, "objective='bgpo' or 'gdsd' or 'vrpo'"),
+    ({"objective": "diffu-grpo", "stratified_masks": False}, "objective='bgpo' or 'gdsd' or 'vrpo'"),
+    ({"objective": "diffu-grpo", "coupled_masks": True}, "objective='bgpo' or 'gdsd' or 'vrpo'"),
+    ({"objective": "diffu-grpo", "length_norm": "none"}, "objective='bgpo' or 'trajectory' or 'vrpo'"),
     ({"objective": "trajectory", "bound_clip": 0.2}, "objective='bgpo'"),
-    ({"objective": "trajectory", "coupled_masks": True}, "objective='bgpo' or 'vrpo'"),
-    ({"objective": "trajectory", "score_fillers": True}, "objective='bgpo' or 'vrpo' or 'diffu-grpo'"),
+    ({"objective": "trajectory", "coupled_masks": True}, "objective='bgpo' or 'gdsd' or 'vrpo'"),
+    ({"objective": "trajectory", "score_fillers": True}, "objective='bgpo' or 'gdsd' or 'vrpo' or 'diffu-grpo'"),
+    ({"objective": "gdsd", "length_norm": "none"}, "objective='bgpo' or 'trajectory' or 'vrpo'"),
+    ({"objective": "gdsd", "dual_clip": 3.0}, "objective='bgpo'"),
+    ({"objective": "gdsd", "advantage_scale": 0.0}, "Expected a finite value above 0"),
+    ({"objective": "gdsd", "epsilon": 1.0}, "Expected a value between 0 and 1"),
+    ({"objective": "bgpo", "advantage_scale": 0.5}, "objective='gdsd'"),
     ({"optim": "lomo"}, "adamw_torch"),
 ]
 

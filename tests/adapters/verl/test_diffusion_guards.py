@@ -119,7 +119,7 @@ def test_defaults_are_those_of_the_options() -> None:
         ({"diffusion": {"steps": 65}}, "steps=65"),
         ({"diffusion": {"steps": 32, "diffusion_steps": 32}}, "steps=32 and diffusion_steps=32. Expected diffusion_st"),
         ({"diffusion": {"length_norm": "none"}}, "length_norm='none'. Expected none; set .*actor.loss_agg_mode"),
-        ({"diffusion": {"objective": "diffu-grpo"}}, "Expected 'bgpo', 'vrpo' or 'trajectory'"),
+        ({"diffusion": {"objective": "diffu-grpo"}}, "Expected 'bgpo', 'gdsd', 'trajectory' or 'vrpo'"),
         ({"diffusion": {"objective": "trajectory", "score_fillers": True}}, "objective='bgpo'"),
         ({"diffusion": {"objective": "vrpo", "bound_clip": 0.2}}, "objective='bgpo'"),
         ({"diffusion": {}, "executor": "packed"}, "Got executor besides"),
@@ -165,6 +165,17 @@ def test_the_clip_range_of_steps_is_verls() -> None:
         diffusion_settings(config(options, actor__clip_ratio_high=0.28))
     with pytest.raises(UnsupportedError, match="one range"):
         diffusion_settings(config(options, actor__clip_ratio=0.3))
+
+
+def test_gdsd_divides_by_the_width_of_the_canvas() -> None:
+    options = {"diffusion": {"objective": "gdsd", "advantage_scale": 0.05}}
+    mode = {"actor__loss_agg_mode": "seq-mean-token-sum-norm"}
+    found = diffusion_settings(config(options, **mode, actor__clip_ratio_low=0.3, actor__clip_ratio_high=0.3))
+    assert found is not None and (found.epsilon, found.max_length, found.options.advantage_scale) == (0.3, 64, 0.05)
+    with pytest.raises(UnsupportedError, match="Expected 'seq-mean-token-sum-norm': gdsd divides by the width"):
+        diffusion_settings(config(options))
+    with pytest.raises(InvalidInputError, match=r"epsilon=1\.0.*between 0 and 1"):
+        diffusion_settings(config(options, **mode, actor__clip_ratio_low=1.0, actor__clip_ratio_high=1.0))
 
 
 def test_verl_08(monkeypatch: pytest.MonkeyPatch) -> None:

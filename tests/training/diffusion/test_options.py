@@ -36,14 +36,18 @@ def test_what_is_given_goes_first() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"objective": "ppo"}, "Expected one of bgpo, diffu-grpo, trajectory, vrpo"),
+        ({"objective": "ppo"}, "Expected one of bgpo, diffu-grpo, gdsd, trajectory, vrpo"),
         ({"num_elbo_samples": 3, "coupled_masks": True}, "even number"),
         ({"dual_clip": 1.0}, "above 1"),
         ({"mask_token_id": -1}, "at least 0"),
         ({"objective": "vrpo", "bound_clip": 0.2}, r"bound_clip=0\.2 .*Expected bound_clip=None.*objective='bgpo'"),
-        ({"objective": "diffu-grpo", "mask_form": "t"}, "objective='bgpo' or 'vrpo'"),
-        ({"objective": "trajectory", "mask_form": "t"}, "objective='bgpo' or 'vrpo'"),
-        ({"objective": "trajectory", "score_fillers": True}, "objective='bgpo' or 'vrpo' or 'diffu-grpo'"),
+        ({"objective": "diffu-grpo", "mask_form": "t"}, "objective='bgpo' or 'gdsd' or 'vrpo'"),
+        ({"objective": "trajectory", "mask_form": "t"}, "objective='bgpo' or 'gdsd' or 'vrpo'"),
+        ({"objective": "trajectory", "score_fillers": True}, "objective='bgpo' or 'gdsd' or 'vrpo' or 'diffu-grpo'"),
+        ({"objective": "gdsd", "length_norm": "none"}, "objective='bgpo' or 'trajectory' or 'vrpo'"),
+        ({"objective": "gdsd", "advantage_scale": -1.0}, "Expected a finite value above 0"),
+        ({"objective": "gdsd", "advantage_scale": float("nan")}, "Expected a finite value above 0"),
+        ({"advantage_scale": 0.5}, "objective='gdsd'"),
         ({"prompt_mask_probability": 0.3}, "objective='diffu-grpo'"),
     ],
 )

@@ -13,6 +13,7 @@ from dta_plugin.adapters.verl_plugin.config import DIFFUSION
 from dta_plugin.diffusion import family_of
 from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.models.introspection import causal_lm
+from dta_plugin.training.diffusion.options import CLIPPED
 
 # loss_agg_mode of verl -> length_norm of an ELBO's difference (`objectives.elbo.length_scale`).
 LENGTH_NORMS = {
@@ -52,7 +53,9 @@ def check_settings(config: DictConfig, objective: str) -> None:
     mode = config.actor.loss_agg_mode
     if mode not in LENGTH_NORMS:
         raise _unfit("actor.loss_agg_mode", mode, f"one of {', '.join(LENGTH_NORMS)}", "a likelihood is a response's")
-    ranges = {} if objective == "trajectory" else dict.fromkeys(_CLIP_RANGE, (0.2, _NO_CLIPPING))
+    if objective == "gdsd" and LENGTH_NORMS[mode] != "max_length":
+        raise _unfit("actor.loss_agg_mode", mode, "seq-mean-token-sum-norm", "gdsd divides by the width of the canvas")
+    ranges = {} if objective in CLIPPED else dict.fromkeys(_CLIP_RANGE, (0.2, _NO_CLIPPING))
     for name, (only, reason) in (_ONLY | ranges).items():
         given = OmegaConf.select(config, name, default=only)
         if given != only:
@@ -60,15 +63,13 @@ def check_settings(config: DictConfig, objective: str) -> None:
 
 
 def clip_range(config: DictConfig) -> float:
-    """Of a step's ratio, for objective "trajectory": verl's clip_ratio_low and clip_ratio_high, which have to be one.
+    """For objectives that have one (`CLIPPED`): verl's clip_ratio_low and clip_ratio_high, which have to be the same.
 
     verl's own losses read these two; clip_ratio may say the same, or is at its default.
     """
     given = [OmegaConf.select(config, name, default=0.2) for name in _CLIP_RANGE]
     if given[1] != given[2] or given[0] not in (0.2, given[1]):
-        raise _unfit(
-            "actor.clip_ratio, clip_ratio_low, clip_ratio_high", given, given[1], "the ratio of a step has one range"
-        )
+        raise _unfit("actor.clip_ratio, clip_ratio_low, clip_ratio_high", given, given[1], "ratios have one range")
     return float(given[1])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,6 +33,14 @@ def diffusion_batch(data: TensorDict, pad: int, step: int, with_rollout: bool = 
     seeds = [content_seed(row, begin, step) for row, begin in zip(sequences, begins, strict=True)]
     rollout = _rollout(data) if with_rollout else None
     return DiffusionBatch.from_sequences(sequences, begins, seeds, pad, data["input_ids"].device, rollout)
+
+
+def without_padding(batch: DiffusionBatch, data: TensorDict) -> DiffusionBatch:
+    """The same rows, completions of length 0 in those that fill up verl's last mini-batch: they count for nothing."""
+    counts = torch.stack([mask.any() for mask in data["response_mask"].unbind()])
+    mask = batch.attention_mask.clone()
+    mask[:, -batch.width :] *= counts[:, None]
+    return replace(batch, attention_mask=mask)
 
 
 def _rollout(data: TensorDict) -> Rollout:
