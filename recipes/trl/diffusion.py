@@ -1,4 +1,4 @@
-"""RL of a diffusion language model with BGPO, on GSM8K or on the quickstart's sums.
+"""RL of a diffusion language model, on GSM8K or on the quickstart's sums.
 
     python recipes/trl/diffusion.py --config recipes/trl/llada_8b_gsm8k.yaml
     python recipes/trl/diffusion.py --config recipes/trl/quickstart_diffusion.yaml

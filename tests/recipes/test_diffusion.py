@@ -41,7 +41,7 @@ def test_yaml(recipe: str, tmp_path: Path) -> None:
     script, training, model = TrlParser((arguments, DiffusionGRPOConfig, ModelConfig)).parse_args_and_config(
         ["--config", str(SCRIPT.with_name(f"{recipe}.yaml")), *here]
     )
-    assert (training.objective, script.task) == ("bgpo", "sums" if recipe.startswith("quickstart") else "gsm8k")
+    assert (training.objective, script.task) == ("trajectory", "sums" if recipe.startswith("quickstart") else "gsm8k")
     assert not model.use_peft or model.lora_dropout == 0.0
 
 
@@ -73,6 +73,6 @@ def test_trains(
     runpy.run_path(str(SCRIPT), run_name="__main__")
     trained = Trained.read(tmp_path, capsys.readouterr().out)
     assert len(trained.steps) == 2
-    assert all(step["grad_norm"] > 0 and step["diffusion/elbo"] < 0 for step in trained.steps)
+    assert all(step["grad_norm"] > 0 and step["diffusion/log_prob"] < 0 for step in trained.steps)
     start = load_file(built / "model" / "model.safetensors")
     assert all("lora" in name or not (start[name] == w).all() for name, w in trained.weights.items() if "proj" in name)

@@ -40,12 +40,12 @@ class DiffusionOptions:
     """Raises InvalidInputError for values that cannot be, or that the objective would not look at."""
 
     objective: str = _option(
-        "bgpo",
-        "What is maximised: bgpo (a lower bound of exp(mean ELBO difference) times advantage that is back-propagated "
-        "sample by sample, so memory does not grow with num_elbo_samples), trajectory (clipped ratios of the steps in "
-        "which the sampler wrote, also sample by sample), gdsd (squared distances of unweighted masked log-ratios from "
-        "the advantage, also sample by sample), vrpo (what bgpo bounds, in one graph over all samples), or diffu-grpo "
-        "(token ratios from one fully masked forward).",
+        "trajectory",
+        "What is maximised: trajectory (clipped ratios of the steps in which the sampler wrote), bgpo (a lower bound "
+        "of exp(mean ELBO difference) times advantage), gdsd (minus the squared distance of unweighted masked "
+        "log-ratios from the advantage), vrpo (what bgpo bounds), or diffu-grpo (token ratios from one fully masked "
+        "forward). The first three are back-propagated sample by sample, so memory does not grow with "
+        "num_elbo_samples; vrpo is one graph over all samples.",
     )
     num_elbo_samples: int = _option(
         16,

@@ -24,6 +24,7 @@ MASK = VOCABULARY - 1
 Gradients = dict[str, torch.Tensor]
 # Four completions of each of two prompts per step, SGD steps large enough that later passes are off-policy.
 TINY: dict[str, Any] = TRAINING | {
+    "objective": "bgpo",
     "mask_token_id": MASK,
     "is_shifted": False,
     "per_device_train_batch_size": 4,

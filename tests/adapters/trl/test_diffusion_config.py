@@ -65,7 +65,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"diffusion_steps": 17}, "Expected a multiple of"),
     ({"temperature": -1.0}, "at least 0"),
     ({"guidance_scale": -1.0}, "at least 0"),
-    ({"epsilon": 0.5}, "objective='diffu-grpo'"),
+    ({"objective": "bgpo", "epsilon": 0.5}, "objective='diffu-grpo'"),
     ({"prompt_mask_probability": 0.3}, "objective='diffu-grpo'"),
     ({"objective": "vrpo", "bound_clip": 0.2}, "objective='bgpo'"),
     ({"objective": "vrpo", "dual_clip": 3.0}, "objective='bgpo'"),
@@ -82,6 +82,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"objective": "gdsd", "advantage_scale": 0.0}, "Expected a finite value above 0"),
     ({"objective": "gdsd", "epsilon": 1.0}, "Expected a value between 0 and 1"),
     ({"objective": "bgpo", "advantage_scale": 0.5}, "objective='gdsd'"),
+    ({"score_fillers": True}, "Expected score_fillers=False .leave it out., or objective='bgpo' or 'gdsd'"),
+    ({"mask_form": "t"}, "mask_form=t with objective='trajectory', which does not use it"),
     ({"optim": "lomo"}, "adamw_torch"),
 ]
 
@@ -125,7 +127,7 @@ def test_fields_are_those_of_the_options() -> None:
 
 def test_defaults() -> None:
     config = DiffusionGRPOConfig(**BASE, max_completion_length=256)
-    assert (config.objective, config.num_elbo_samples, config.length_norm) == ("bgpo", 16, "length")
+    assert (config.objective, config.num_elbo_samples, config.length_norm) == ("trajectory", 16, "length")
     assert (config.sampler_config(None).block_length, config.sampler_config(None).steps) == (32, 128)
     assert (config.sampler_config(4).block_length, config.sampler_config(4).steps) == (4, 128)
     odd = DiffusionGRPOConfig(**BASE, max_completion_length=7).sampler_config(None)

@@ -32,7 +32,8 @@ def save_diffusion_model(folder: Path) -> Path:
 
 
 def settings(rows_per_step: int | None = None, length_norm: str = "none", **options: Any) -> Settings:
-    norm = {} if options.get("objective") == "gdsd" else {"length_norm": length_norm}
+    options = {"objective": "bgpo"} | options
+    norm = {} if options["objective"] == "gdsd" else {"length_norm": length_norm}
     return Settings(
         options=DiffusionOptions(num_elbo_samples=SAMPLES, **norm, **options),
         max_length=12,

@@ -48,6 +48,8 @@ def test_what_is_given_goes_first() -> None:
         ({"objective": "gdsd", "advantage_scale": -1.0}, "Expected a finite value above 0"),
         ({"objective": "gdsd", "advantage_scale": float("nan")}, "Expected a finite value above 0"),
         ({"advantage_scale": 0.5}, "objective='gdsd'"),
+        ({"score_fillers": True}, "Expected score_fillers=False .leave it out., or objective='bgpo' or 'gdsd'"),
+        ({"coupled_masks": True}, "coupled_masks=True with objective='trajectory', which does not use it"),
         ({"prompt_mask_probability": 0.3}, "objective='diffu-grpo'"),
     ],
 )

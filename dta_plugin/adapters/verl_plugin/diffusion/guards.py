@@ -1,4 +1,4 @@
-"""What verl can be set to that a diffusion LM and its bound cannot follow: an error, before anything is sampled."""
+"""What verl can be set to that diffusion LMs and their objectives cannot follow: errors, before anything is sampled."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LENGTH_NORMS = {
     "seq-mean-token-mean": "length",
     "seq-mean-token-sum-norm": "max_length",
 }
-_NO_POLICY_LOSS = "the bound takes the place of verl's policy loss"
+_NO_POLICY_LOSS = "the objective takes the place of verl's policy loss"
 _NO_CLIPPING = f"verl's clipping is part of a loss that does not run; use {DIFFUSION}.bound_clip and .dual_clip"
 _NO_LOG_PROBS = "a diffusion LM has no log-probs of single tokens"
 _CLIP_RANGE = ("actor.clip_ratio", "actor.clip_ratio_low", "actor.clip_ratio_high")
@@ -89,7 +89,7 @@ def check_model(module: Any, is_diffusion: bool) -> None:
     elif _is_diffusion_lm(module):
         raise UnsupportedError(
             f"{type(causal_lm(module)).__name__} is a diffusion LM: it sees the tokens that verl's losses would have "
-            f"it predict. Expected a causal model, or '+{DIFFUSION}={{num_elbo_samples: 16}}': BGPO."
+            f"it predict. Expected a causal model, or '+{DIFFUSION}={{num_elbo_samples: 16}}'."
         )
 
 

@@ -55,7 +55,8 @@ def _rollout(data: TensorDict) -> Rollout:
             raise UnsupportedError(
                 f"A response of {len(response)} tokens comes without the steps in which it was written, or with those "
                 "of another one. Expected the sampler's record beside it, for objective=trajectory: set "
-                "actor_rollout_ref.rollout.name=hf_cpu and use the single_turn_agent of verl."
+                "actor_rollout_ref.rollout.name=hf_cpu and use the single_turn_agent of verl; or objective=bgpo, "
+                "which needs none."
             )
         canvases.append(canvas)
         steps.append(list(record[COMMIT_STEPS]))
