@@ -126,10 +126,13 @@ def _key(run: dict[str, Any]) -> Key:
 
 
 def _missing(args: argparse.Namespace, runs: Runs) -> list[Key]:
-    """Runs that are not there yet, seed by seed: stopped early, every objective has as many."""
+    """Runs that are not there yet, by remasking and seed: stopped early, every objective has as many."""
     done = {_key(run) for run in runs}
-    wanted = product(args.seeds, TASKS, REMASKING, UPDATES, args.only)
-    return [key for seed, *setting in wanted if (key := (*setting, seed)) not in done]
+    keys = [
+        (task, remasking, updates, name, seed)
+        for remasking, seed, task, updates, name in product(REMASKING, args.seeds, TASKS, UPDATES, args.only)
+    ]
+    return [key for key in keys if key not in done]
 
 
 def _trained(keys: list[Key], args: argparse.Namespace) -> Any:
