@@ -21,6 +21,7 @@ examples:
   dta inspect rollouts.jsonl.gz --per-turn                   one sequence per assistant turn, as agentic RL trains
   dta inspect ids.jsonl --group-by uid --model PATH          token ids, groups by uid, the cost of your own model
   dta inspect ids.jsonl --group 17 --forks 10 --svg 17.svg   one group in detail, with a picture
+  dta inspect rollouts.jsonl.gz --html rollouts.html         a page to explore in a browser
 
 FILE is JSONL, a JSON array, Parquet or Arrow (these two by pyarrow), also compressed by gzip, bzip2 or xz; a folder of
 such files (TRL's completion logs, verl's dumps, a data set saved by `datasets`); or - for standard input.
@@ -31,6 +32,7 @@ a row is a list of token ids, a list of messages, or an object with
   prompt and completion(s)               texts, messages or token ids (also: response(s); input and output)
   chosen and rejected                    two rollouts, after prompt or what both begin with
 null means absent; no row may be longer than 64 Mi characters
+a number as reward or score, or a list of one per rollout of the row, is shown on the page
 messages go through the tokenizer's chat template, if it has one; else each is rendered as
   <|role|>  newline  content  newline    and <|call|>name arguments, a line per tool call
 
@@ -42,6 +44,10 @@ reading the report:
   FLOP ceiling   the largest speed-up sharing can give: linear layers, attention and LM head counted, nothing lost
   repeated       tokens after a fork that a sibling has too, in runs of about ten words (64 bytes, 16 tokens):
                  what was computed again only because the text before it differs
+
+the page of --html is one file that loads nothing: groups, the tree of each with the text of every node, where siblings
+part, rewards, search. It holds the rollouts' text: pass it on as you would the file. Long texts and many nodes are cut,
+and the page says so
 """
 
 
@@ -58,7 +64,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--tokenizer", metavar="PATH", help="folder, tokenizer.json or hub name; default: bytes")
     parser.add_argument("--group-by", metavar="KEY", help="key that names the group; default: found, or equal prompts")
     parser.add_argument(
-        "--group", metavar="ID", help="list forks of this group only, and draw it; default: the largest"
+        "--group", metavar="ID", help="list forks of this group only, and draw it alone; default: the largest"
     )
     parser.add_argument("--per-turn", action="store_true", help="one sequence per assistant turn")
     parser.add_argument("--limit", type=int, metavar="N", help="read the first N rollouts only")
@@ -70,6 +76,13 @@ def add_parser(commands: Any) -> None:
         help="cost of a model of these sizes, see below; default: Qwen3-0.6B's",
     )
     parser.add_argument("--svg", metavar="OUT", help="also write the picture as SVG")
+    parser.add_argument("--html", metavar="OUT", help="also write a page to explore groups, trees and texts")
+    parser.add_argument(
+        "--html-mb", type=float, default=16.0, metavar="N", help="about N MB of text there (default 16)"
+    )
+    parser.add_argument(
+        "--html-nodes", type=int, default=100_000, metavar="N", help="at most N nodes there (default 100000)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.set_defaults(run=run)
 
@@ -83,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.forks < 0:
         raise InvalidInputError(f"--forks {args.forks}. Expected 0 or more.")
+    _check_outputs(args)
     cost, model = cost_of(args.model, args.geometry)
     file = read_file(args.file, args.group_by, args.limit)
     encoder = load_encoder(args.tokenizer)
@@ -100,25 +114,47 @@ def run(args: argparse.Namespace) -> int:
         "tokens": "token ids" if are_ids else encoder.description,
         "model": model,
     }
+    written = []
     if args.svg:
-        _write_svg(args.svg, found)
+        from dta_plugin.tree.picture import draw_svg
+
+        _write(args.svg, draw_svg(found.tree, f"group {printable(found.shown)}"), "--svg")
+        written.append(args.svg)
+    if args.html:
+        from dta_plugin.cli.inspect_html import PageOptions, as_html
+
+        options = PageOptions(args.html_nodes, args.html_mb, args.group)
+        _write(args.html, as_html(found, sequences, about, decoder, run_length, options), "--html")
+        written.append(args.html)
     if args.json:  # escapes every control character but DEL
         print(json.dumps(_as_json(found, about), indent=2).replace("\x7f", "\\u007f"))
     else:
         print("\n".join(as_text(found, about)))
-    if args.svg and not args.json:
-        print(f"\nwrote {printable(args.svg)}")
+        for path in written:
+            print(f"\nwrote {printable(path)}")
     return 0
 
 
-def _write_svg(path: str, found: Inspection) -> None:
-    from dta_plugin.tree.picture import draw_svg
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Before anything is read. Raises InvalidInputError for what cannot be written, or limits that make no sense."""
+    if args.html_nodes < 1 or not 0 <= args.html_mb < float("inf"):
+        raise InvalidInputError(
+            f"--html-nodes {args.html_nodes} --html-mb {args.html_mb}. Expected at least 1 node, and 0 MB or more."
+        )
+    for option, path in (("--svg", args.svg), ("--html", args.html)):
+        if path is not None and (Path(path).is_dir() or not Path(path).parent.is_dir()):
+            raise InvalidInputError(
+                f"{path} cannot be written: {'a folder' if Path(path).is_dir() else 'its folder does not exist'}. "
+                f"Expected a file name for {option}."
+            )
 
+
+def _write(path: str, content: str, option: str) -> None:
     try:
-        Path(path).write_text(draw_svg(found.tree, f"group {printable(found.shown)}"), encoding="utf-8")
+        Path(path).write_text(content, encoding="utf-8", newline="\n")
     except OSError as error:
         raise InvalidInputError(
-            f"{path} cannot be written: {error.strerror}. Expected a file name for --svg."
+            f"{path} cannot be written: {error.strerror}. Expected a file name for {option}."
         ) from error
 
 

@@ -56,11 +56,21 @@ class FirstForks:
     highest: int
 
 
+@dataclass(frozen=True, slots=True)
+class GroupSharing:
+    """One group: its name, the places of its sequences in the list of all, and what they share."""
+
+    name: str
+    rows: list[int]
+    sharing: Sharing
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Inspection:
     """within: every group a tree. whole: all sequences one tree. common: tokens with which all sequences begin.
 
     forks: the most expensive ones over all groups, at most as many as asked for. shown: the group to draw, its tree.
+    groups: all of them, in the order of the file. merged: makes the tree of one of them, by its place there.
     """
 
     within: Sharing
@@ -70,6 +80,8 @@ class Inspection:
     forks: list[GroupFork]
     shown: str
     tree: PrefixTree
+    groups: list[GroupSharing]
+    merged: Callable[[int], PrefixTree]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,23 +134,29 @@ def inspect_sequences(
         whole, within, groups = _counted(sequences, names, group_of_row, run_length)
     most = int(within.tree_tokens.argmax()) if group is None else names.index(group)
 
-    def merged(group: _Group) -> PrefixTree:
-        own = members[group.name]
-        order, lcp = within.group(group.number)
+    def merged(number: int) -> PrefixTree:
+        if number == most and made:
+            return made[0]
+        own = members[names[number]]
+        order, lcp = within.group(number)
         rows = [sequences[row].tokens for row in own]
         return PrefixTree.from_sorted(rows, np.searchsorted(own, order), lcp, is_compact=True)
 
-    tree = merged(groups[most])
+    made: list[PrefixTree] = []  # the one to draw, once it is
+    made.append(merged(most))
     searched = groups if group is None else [groups[most]]
-    shared = _sharing(within, model)
+    of_groups = _sharing(within, model)
+    shared = _sum(of_groups)
     return Inspection(
         shared,
-        shared if whole is within else _sharing(whole, model),
+        shared if whole is within else _sum(_sharing(whole, model)),
         int(whole.common_tokens()[0]),
         _first_forks(within),
-        _top(searched, lambda group: tree if group.number == most else merged(group), decoder, forks, run_length),
+        _top(searched, merged, decoder, forks, run_length),
         names[most],
-        tree,
+        made[0],
+        [GroupSharing(*item) for item in zip(names, members.values(), of_groups, strict=True)],
+        merged,
     )
 
 
@@ -157,17 +175,23 @@ def _counted(
     return whole, within, [_Group(name, number, *bounds) for number, (name, *bounds) in numbered]
 
 
-def _sharing(counts: TreeCounts, model: ModelCost) -> Sharing:
-    """Of all trees together; costs are added up in their order."""
+def _sharing(counts: TreeCounts, model: ModelCost) -> list[Sharing]:
+    """Of every tree."""
     dense = model.flops_of_pairs(counts.flat_tokens, counts.flat_pairs, counts.scored_tokens())
     tree = model.flops_of_pairs(counts.tree_tokens, counts.tree_pairs, counts.scored_rows())
+    columns = (counts.sequences, counts.flat_tokens, counts.tree_tokens, dense, tree)
+    return [Sharing(1, *values) for values in zip(*(column.tolist() for column in columns), strict=True)]
+
+
+def _sum(trees: list[Sharing]) -> Sharing:
+    """Of all together; costs are added up in their order."""
     return Sharing(
-        trees=len(counts.starts),
-        sequences=len(counts.order),
-        flat_tokens=int(counts.flat_tokens.sum()),
-        tree_tokens=int(counts.tree_tokens.sum()),
-        dense_flops=float(np.cumsum(dense)[-1]),
-        tree_flops=float(np.cumsum(tree)[-1]),
+        trees=len(trees),
+        sequences=sum(tree.sequences for tree in trees),
+        flat_tokens=sum(tree.flat_tokens for tree in trees),
+        tree_tokens=sum(tree.tree_tokens for tree in trees),
+        dense_flops=sum(tree.dense_flops for tree in trees),
+        tree_flops=sum(tree.tree_flops for tree in trees),
     )
 
 
@@ -181,7 +205,7 @@ def _first_forks(counts: TreeCounts) -> FirstForks | None:
 
 def _top(
     groups: list[_Group],
-    merged: Callable[[_Group], PrefixTree],
+    merged: Callable[[int], PrefixTree],
     decoder: Decoder | None,
     limit: int,
     run_length: int,
@@ -194,7 +218,7 @@ def _top(
             break
         if len(best) == limit and best[-1].cost > (group.repeated, group.apart):
             break
-        tree = merged(group)
+        tree = merged(group.number)
         ranked = rank_forks(tree, limit, run_length)
         best += [_Found(group, place, tree, fork) for place, fork in enumerate(ranked)]
         best.sort(key=lambda found: (-found.fork.repeated, -found.fork.apart, found.group.number, found.place))

@@ -9,13 +9,14 @@ A row is a list of token ids, a list of messages, or an object with one of these
     prompt + completion              texts, chats or token ids (see _PAIRS; `input` + `output` in verl's dumps)
     prompt + completions             a rollout per completion
 
-Null means absent.
+Null means absent. `reward` or `score` is a number, or a list of one per rollout of the row; anything else is no reward.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
@@ -48,7 +49,9 @@ _PAIRS = (
     ("prompt", "completions"),
     ("prompt", "responses"),
 )
+_REWARDS = ("reward", "score")
 _MAX_ID = 2**32 - 1
+_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ class Rollout:
 
     tokens: token ids. messages: a chat, as cli/messages.py leaves it. text: (prompt, completion).
     prompt_length: tokens, or messages, that belong to the prompt; 0 if the file does not say. where: file and line.
+    reward: None if the file does not say.
     """
 
     group: str
@@ -65,6 +69,7 @@ class Rollout:
     text: tuple[str, str] | None = None
     prompt_length: int = 0
     where: str = ""
+    reward: float | None = None
 
 
 def parse_row(row: Any, where: str) -> list[Rollout]:
@@ -81,7 +86,15 @@ def parse_row(row: Any, where: str) -> list[Rollout]:
             f"{where} has the keys {', '.join(row) or 'of an empty object'}. Expected token ids (prompt_ids and "
             "completion_ids, input_ids, tokens or token_ids), messages, or prompt and completion."
         )
-    return found
+    rewards = _rewards(row, len(found))
+    return [replace(rollout, reward=reward) for rollout, reward in zip(found, rewards, strict=True)]
+
+
+def _rewards(row: dict[str, Any], count: int) -> list[float | None]:
+    """One per rollout of the row."""
+    given = next((row[key] for key in _REWARDS if row.get(key) is not None), None)
+    values = given if isinstance(given, list) and len(given) == count else [given] * count
+    return [float(value) if isinstance(value, (int, float)) and abs(value) <= _LARGEST else None for value in values]
 
 
 def _parse_object(row: dict[str, Any], where: str) -> Iterator[Rollout]:

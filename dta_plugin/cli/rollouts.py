@@ -28,11 +28,16 @@ GROUP_KEYS = ("group", "group_id", "task_id", "prompt_id", "uid", "problem_id")
 
 @dataclass(frozen=True, slots=True)
 class TokenizedSequence:
-    """What training computes. tokens: int [n]. first_scored: the first token that the loss needs, at least 1."""
+    """What training computes. tokens: int [n]. first_scored: the first token that the loss needs, at least 1.
+
+    where: file, line and, of a single turn, its number. reward: of the whole rollout, None if the file does not say.
+    """
 
     group: str
     tokens: np.ndarray
     first_scored: int = 1
+    where: str = ""
+    reward: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +119,8 @@ def per_turn_sequences(rollouts: Iterable[Rollout], encoder: ByteEncoder) -> lis
             raise InvalidInputError("--per-turn needs to know the turns. Expected `messages` in every line.")
         for turn, message in enumerate(rollout.messages):
             if message["role"] == "assistant":
-                upto = replace(rollout, messages=rollout.messages[: turn + 1], prompt_length=turn)
+                where = f"{rollout.where}, message {turn + 1}"
+                upto = replace(rollout, messages=rollout.messages[: turn + 1], prompt_length=turn, where=where)
                 sequences.append(_sequence(upto, *_encode(upto, encoder)))
     if not sequences:
         raise InvalidInputError("No message has the role 'assistant'. Expected at least one assistant turn.")
@@ -124,7 +130,7 @@ def per_turn_sequences(rollouts: Iterable[Rollout], encoder: ByteEncoder) -> lis
 def _sequence(rollout: Rollout, tokens: np.ndarray, prompt: int) -> TokenizedSequence:
     if not len(tokens):
         raise InvalidInputError(f"{rollout.where} is empty: no tokens. Expected at least one; drop empty rollouts.")
-    return TokenizedSequence(rollout.group, tokens, max(1, prompt))
+    return TokenizedSequence(rollout.group, tokens, max(1, prompt), rollout.where, rollout.reward)
 
 
 def _encode(rollout: Rollout, encoder: ByteEncoder) -> tuple[np.ndarray, int]:

@@ -208,7 +208,8 @@ def _report(
         executor=executor,
         backend=backend,
         reason=batch.reason if batch.sequences else "no sequences here, runs along with the other ranks",
-        ceiling=batch.cost.ceiling,
+        cost=batch.cost,
+        seconds=batch.seconds,
         peak_tokens=peak,
         recomputed_tokens=recomputed + rebuilt,
     )

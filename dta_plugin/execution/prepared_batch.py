@@ -58,6 +58,7 @@ class PreparedBatch:
     """A batch that is ready to run: its tree, what is scored, and the decision with its reason.
 
     sequences: without any, the tree is of a stand-in that takes part in what the other ranks do. cost: in FLOPs.
+    seconds: the same as predicted, where the machine was calibrated.
     is_gated: the tree would be exact, but does not save enough. temperatures: per sequence, where they differ; these
     count then, not the one that `run_tree` is given. image_rows: per sequence, its images as they were given, if there
     are any; images: the same, as the tree has them.
@@ -74,6 +75,7 @@ class PreparedBatch:
     temperatures: Sequence[float] | None = None
     image_rows: list[ImageInputs | None] | None = None
     images: TreeImages | None = None
+    seconds: CostEstimate | None = None
 
     def unscored(self) -> tuple[torch.Tensor, ...]:
         """bool [len - 1] per sequence: which of its tokens 1.. are not scored."""
@@ -157,7 +159,7 @@ def prepare_batch(
         speeds = None  # what memory asks for is not compared by time
     seconds = None if speeds is None else _predicted(speeds, weights, tree, edges, dense_batches, tower)
     use_tree, reason = _gate(model, cost, seconds, config.min_saving)
-    return replace(prepared, use_tree=use_tree, reason=reason, is_gated=not use_tree)
+    return replace(prepared, use_tree=use_tree, reason=reason, is_gated=not use_tree, seconds=seconds)
 
 
 def _image_rows(images: Sequence[ImageInputs | None] | None) -> list[ImageInputs | None] | None:

@@ -37,6 +37,7 @@ from dta_plugin.sharing.padded import OF_THE_LOSS, PaddedBatch, spread
 from dta_plugin.tree.cost import estimate
 from dta_plugin.tree.layout import TreeLayout
 from dta_plugin.tree.report import TreeReport
+from dta_plugin.tree.totals import Totals
 
 OPTIONS = {"backend", "min_saving", "probe", "on_unsupported"}  # of TreeConfig, that apply
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -90,6 +91,7 @@ class PrefixSharing:
 
     report: what the last call shared, None if it took the model's own path. reason: why it did, else "".
     calls, shared_calls, flat_tokens, tree_tokens: counted since the handle was made; tokens of shared calls only.
+    totals: the same with reasons and costs, since whoever trains began.
     cached_calls: those that read a cache or ask for one, as generation does.
     padding_reader: who may read the hidden states of padding, in words; then padded rows take the model's own path.
     reads_caches: whether callers in evaluation mode, or without gradients, may want a cache that they did not ask for.
@@ -104,6 +106,7 @@ class PrefixSharing:
         self.reads_caches = True
         self.is_paused = False
         self.calls = self.cached_calls = self.shared_calls = self.flat_tokens = self.tree_tokens = 0
+        self.totals = Totals()
         self._decoder: PreTrainedModel | None = None
         self._hooks: list[RemovableHandle] = []
         self._watched: list[PreTrainedModel] = []
@@ -152,19 +155,23 @@ class PrefixSharing:
         if "dta_tree" in arguments or self.is_paused:  # merged already, by an executor
             return None
         self.calls += 1
-        self.cached_calls += bool(arguments.get("use_cache")) or arguments.get("past_key_values") is not None
-        asked = arguments.pop("dta_own_path", None)
+        is_cached = bool(arguments.get("use_cache")) or arguments.get("past_key_values") is not None
+        self.cached_calls += is_cached
+        topic, asked = None, arguments.pop("dta_own_path", None)
         batch = asked or self._call_obstacle(decoder, arguments) or self._merged(decoder, arguments)
         if isinstance(batch, PaddedBatch) and self.padding_reader is not None and bool((batch.index < 0).any()):
             batch = f"its rows are padded, and {self.padding_reader}"
         if isinstance(batch, PaddedBatch):
             batch = self._gate(decoder, batch)
+            topic = "min_saving" if isinstance(batch, str) else None  # a number in it differs from call to call
         if isinstance(batch, PaddedBatch) and batch.images is not None and is_fsdp(decoder):
             batch = "it has images, whose tower FSDP shards"
         if isinstance(batch, PaddedBatch) and (obstacle := self._probe_obstacle(decoder, batch)) is not None:
             batch = obstacle
         if isinstance(batch, str):
             self.report, self.reason = None, batch
+            if not is_cached:
+                self.totals.add_dense(batch, topic)
             return ((), arguments) if asked else None
         self.reason = ""
         install(decoder)
@@ -245,8 +252,9 @@ class PrefixSharing:
             executor="packed",
             backend=backend,
             reason=f"{cost.saving:.0%} of the decoder's dense FLOPs saved",
-            ceiling=cost.ceiling,
+            cost=cost,
         )
+        self.totals.add_tree(self.report)
         self.shared_calls += 1
         self.flat_tokens += tree.flat_tokens
         self.tree_tokens += tree.tree_tokens

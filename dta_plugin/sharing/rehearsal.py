@@ -18,6 +18,7 @@ from dta_plugin.execution.probing.probe import undisturbed
 from dta_plugin.execution.ranks import gathered, is_fsdp, is_zero3
 from dta_plugin.models.introspection import causal_lm, decoder_of, input_device
 from dta_plugin.sharing.decoder_hooks import PrefixSharing
+from dta_plugin.tree.totals import Totals
 
 _TOKENS = 8  # of a row
 
@@ -29,7 +30,7 @@ def rehearse(model: nn.Module, sharing: PrefixSharing) -> str | None:
     """
     before = dict(vars(sharing))
     sharing.config = replace(sharing.config, min_saving=0.0, probe="off", on_unsupported="error")
-    sharing.padding_reader, sharing.reads_caches, sharing.is_paused = None, False, False
+    sharing.padding_reader, sharing.reads_caches, sharing.is_paused, sharing.totals = None, False, False, Totals()
     found = None
     try:
         _run(model)

@@ -113,6 +113,9 @@ class CostEstimate:
         """Share of the dense cost that the tree avoids, below 1; negative where it costs more."""
         return 1.0 - self.tree / self.dense
 
+    def __add__(self, other: CostEstimate) -> CostEstimate:
+        return CostEstimate(self.dense + other.dense, self.tree + other.tree)
+
 
 def estimate(tree: PrefixTree, model: ModelCost, scored_dense: int, scored_tree: int) -> CostEstimate:
     """Compare dense and tree execution.

@@ -16,9 +16,11 @@ from html import escape
 
 import numpy as np
 
+from dta_plugin.tree.stretches import Stretches
 from dta_plugin.tree.trie import PrefixTree
 
 _SVG_WIDTH, _SVG_MARGIN, _SVG_HEIGHT = 960, 36, 600
+_SVG_BOXES = 5000  # about 1 MB
 _LIGHT, _MIDDLE, _DARK = (214, 222, 232), (143, 184, 222), (8, 69, 148)  # one sequence, two, all
 
 
@@ -150,7 +152,10 @@ def _bar(nodes: _Nodes, node: int | None, scale: float, glyphs: _Glyphs) -> str:
 
 
 def draw_svg(tree: PrefixTree, title: str = "") -> str:
-    """The tree as a self-contained SVG document: one row per sequence, darker where more sequences share a box."""
+    """The tree as a self-contained SVG document: one row per sequence, darker where more sequences share a box.
+
+    Of more than 5,000 boxes the largest are drawn, and a note counts the others.
+    """
     row = min(max(_SVG_HEIGHT / tree.num_sequences, 1.0), 20.0)
     bottom = 2 * _SVG_MARGIN + row * tree.num_sequences
     longest = int(tree.depth.max()) + 1
@@ -160,38 +165,41 @@ def draw_svg(tree: PrefixTree, title: str = "") -> str:
         f"({tree.compression_ratio:.2f}x shared)"
     )
     heading = f"{title}: {counts}" if title else counts
+    boxes = Stretches.from_tree(tree)
+    kept = np.sort(np.argsort(-boxes.tokens * boxes.sequences, kind="stable")[:_SVG_BOXES])
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_SVG_WIDTH} {bottom + _SVG_MARGIN:.0f}" '
             'font-family="system-ui, sans-serif" font-size="12" fill="#333">',
             f'<rect width="{_SVG_WIDTH}" height="{bottom + _SVG_MARGIN:.0f}" fill="#fff"/>',
             f'<text x="{_SVG_MARGIN}" y="24" font-size="14">{escape(heading)}</text>',
-            *_boxes(tree, scale, row),
+            *_boxes(tree, boxes, kept, scale, row),
             *_axis(longest, scale, bottom),
+            *_note(boxes, kept, bottom),
             "</svg>\n",
         ]
     )
 
 
-def _boxes(tree: PrefixTree, scale: float, row: float) -> Iterator[str]:
-    """A box for every run of tokens that the same sequences pass through."""
-    is_start = np.zeros(tree.tree_tokens, dtype=bool)
-    is_start[tree.node_start[:-1]] = True
-    is_start[1:] |= tree.multiplicity[1:] != tree.multiplicity[:-1]
-    starts = np.flatnonzero(is_start)
-    lengths = np.diff(np.append(starts, tree.tree_tokens))
-    # A token's topmost row is the first sequence, in depth-first order, that contains it: the one that brought it.
-    ends = tree.paths[tree.offsets[1:] - 1][tree.order] + 1
-    top = np.searchsorted(np.maximum.accumulate(ends), starts, side="right")
+def _boxes(tree: PrefixTree, boxes: Stretches, kept: np.ndarray, scale: float, row: float) -> Iterator[str]:
+    """A box for every stretch of tokens that is kept, of all that there are."""
     gap = 1.0 if row >= 4 else 0.0
-    for start, length, first in zip(starts.tolist(), lengths.tolist(), top.tolist(), strict=True):
-        sequences = int(tree.multiplicity[start])
+    columns = (boxes.depth, boxes.tokens, boxes.sequences, boxes.row)
+    for depth, length, sequences, first in zip(*(column[kept].tolist() for column in columns), strict=True):
         yield (
-            f'<rect x="{_SVG_MARGIN + tree.depth[start] * scale:.2f}" y="{_SVG_MARGIN + first * row:.2f}" '
+            f'<rect x="{_SVG_MARGIN + depth * scale:.2f}" y="{_SVG_MARGIN + first * row:.2f}" '
             f'width="{max(length * scale - gap, 0.5):.2f}" height="{sequences * row - gap:.2f}" '
             f'fill="{_colour(sequences, tree.num_sequences)}">'
-            f"<title>{length:,} tokens from position {tree.depth[start]:,}, {sequences:,} sequences</title></rect>"
+            f"<title>{length:,} tokens from position {depth:,}, {sequences:,} sequences</title></rect>"
         )
+
+
+def _note(boxes: Stretches, kept: np.ndarray, bottom: float) -> Iterator[str]:
+    """What is left out, if anything is."""
+    if len(kept) < len(boxes):
+        tokens = int(boxes.tokens.sum() - boxes.tokens[kept].sum())
+        text = f"{len(boxes) - len(kept):,} smaller boxes ({tokens:,} tokens) are left out"
+        yield f'<text x="{_SVG_MARGIN}" y="{bottom + 6:.1f}">{text}</text>'
 
 
 def _colour(sequences: int, most: int) -> str:

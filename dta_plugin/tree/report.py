@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dta_plugin.tree.cost import CostEstimate
 from dta_plugin.tree.divergence import Decoder, Fork, find_forks
 from dta_plugin.tree.picture import draw_text
 from dta_plugin.tree.trie import PrefixTree
@@ -20,10 +21,11 @@ class TreeReport:
         backend: what ran, joined by "+": attention backends, and for recurrent layers "torch scan", "fla levels", "fla
             rescan" and "fla convolution" (flash-linear-attention), or "nodes" (the model's own forward, node by node).
         reason: why tree or dense, and what keeps a tree above the token budget from being streamed.
-        ceiling: largest possible speed-up over dense by FLOP count, 1 or more (see tree/cost.py).
+        cost: dense and as a tree, in forward FLOPs (see tree/cost.py).
         peak_tokens: streamed only, most tokens whose activations are alive at once.
         recomputed_tokens: streamed only, tokens that a backward pass runs forward once more.
         pruned_tokens: tokens of the batch that no loss reads, left out before the tree was made (not in flat_tokens).
+        seconds: dense and as a tree, forward and backward, as `dta calibrate` predicts it; None where it does not.
     """
 
     tree: PrefixTree
@@ -31,10 +33,16 @@ class TreeReport:
     executor: str
     backend: str
     reason: str
-    ceiling: float
+    cost: CostEstimate
     peak_tokens: int | None = None
     recomputed_tokens: int = 0
     pruned_tokens: int = 0
+    seconds: CostEstimate | None = None
+
+    @property
+    def ceiling(self) -> float:
+        """Largest possible speed-up over dense by FLOP count, 1 or more."""
+        return max(self.cost.ceiling, 1.0)
 
     @property
     def flat_tokens(self) -> int:

@@ -17,6 +17,8 @@ Scored = Sequence[int | Sequence[bool] | torch.Tensor]
 # scale with the terms that are summed, not with what is left after they cancel (biases of keys and routers). With the
 # float32 tolerance of 1e-5 this allows 1e-7 of the largest gradient, which is one rounding of it in float32.
 GRADIENT_FLOOR = 1e-2
+# Rows whose graphs are kept at once: those of a thousand rows of a recurrent model take 25 GB.
+GRAPHS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,10 @@ def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Ten
     model.zero_grad(set_to_none=True)
     if loss.requires_grad:
         loss.backward()
+    return _taken(model)
+
+
+def _taken(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     found = {
         name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         for name, parameter in model.named_parameters()
@@ -79,13 +85,14 @@ def dense(
 ) -> Result:
     """What the unmodified model gives. Log-softmax in float32, in float64 for float64 models.
 
+    Up to `GRAPHS` rows keep their graphs. More run once more, each by itself, for the backward pass.
+
     more: per sequence, what its forward gets beside token ids.
     """
     assert model.config._attn_implementation in ("sdpa", "eager"), "the oracle wants a model the package never touched"
-    logprobs: Rows = []
-    entropies: Rows = []
-    for index, sequence in enumerate(sequences):
-        tokens = torch.as_tensor(sequence)
+
+    def row(index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = torch.as_tensor(sequences[index])
         inputs = {} if more is None else more[index]
         logits = model(input_ids=tokens[None], **inputs, use_cache=False).logits[0, :-1]
         log_p = (logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature).log_softmax(dim=-1)
@@ -93,9 +100,30 @@ def dense(
         if scored is not None:
             entry = scored[index]
             keep = torch.arange(len(tokens)) >= entry if isinstance(entry, int) else torch.as_tensor(entry)
-        logprobs.append(torch.where(keep[1:], log_p.gather(1, tokens[1:, None])[:, 0], 0.0))
-        entropies.append(torch.where(keep[1:], -(log_p.exp() * log_p).sum(dim=-1), 0.0))
-    return Result(_values(logprobs), _values(entropies), gradients(model, loss(logprobs, entropies)))
+        logprob = torch.where(keep[1:], log_p.gather(1, tokens[1:, None])[:, 0], 0.0)
+        return logprob, torch.where(keep[1:], -(log_p.exp() * log_p).sum(dim=-1), 0.0)
+
+    if len(sequences) > GRAPHS:
+        return _row_by_row(model, row, len(sequences), loss)
+    rows = [row(index) for index in range(len(sequences))]
+    return result_of(model, [logprob for logprob, _ in rows], [entropy for _, entropy in rows], loss)
+
+
+def _row_by_row(
+    model: torch.nn.Module,
+    row: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
+    count: int,
+    loss: Callable[[Rows, Rows], torch.Tensor],
+) -> Result:
+    with torch.no_grad():
+        rows = [row(index) for index in range(count)]
+    leaves = [tuple(value.clone().requires_grad_() for value in pair) for pair in rows]
+    loss([logprob for logprob, _ in leaves], [entropy for _, entropy in leaves]).backward()
+    model.zero_grad(set_to_none=True)
+    for index, pair in enumerate(leaves):
+        wanted = [(value, leaf.grad) for value, leaf in zip(row(index), pair, strict=True) if leaf.grad is not None]
+        torch.autograd.backward([value for value, _ in wanted], [grad for _, grad in wanted])
+    return Result([logprob for logprob, _ in rows], [entropy for _, entropy in rows], _taken(model))
 
 
 def result_of(

@@ -8,13 +8,15 @@ from pathlib import Path
 from dta_plugin import PrefixTree
 from dta_plugin.training.metrics import METRICS, markdown, reduction_of
 from dta_plugin.training.run_counts import RunCounts
+from dta_plugin.tree.cost import CostEstimate
 from dta_plugin.tree.report import TreeReport
 
 ROOT = Path(__file__).parents[2]
 
 
 def report(sequences: list[list[int]], **fields: object) -> TreeReport:
-    values: dict[str, object] = {"chunks": 1, "executor": "packed", "backend": "cpu", "reason": "", "ceiling": 2.0}
+    values: dict[str, object] = {"chunks": 1, "executor": "packed", "backend": "cpu", "reason": ""}
+    values["cost"] = CostEstimate(2.0, 1.0)
     return TreeReport(tree=PrefixTree.from_sequences(sequences), **values | fields)  # type: ignore[arg-type]
 
 
@@ -32,7 +34,9 @@ def test_the_docs_print_the_table() -> None:
 def test_counts_of_a_step() -> None:
     counts = RunCounts()
     counts.add_tree(report([[1, 2, 3], [1, 2, 4]], pruned_tokens=5))
-    counts.add_tree(report([[7]], pruned_tokens=9, executor="streamed", ceiling=9.0))  # no loss reads it
+    counts.add_tree(
+        report([[7]], pruned_tokens=9, executor="streamed", cost=CostEstimate(9.0, 1.0))
+    )  # no loss reads it
     counts.add_dense(10)
     assert counts.micro_batches == 3
     assert counts.metrics() == {

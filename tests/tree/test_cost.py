@@ -53,7 +53,9 @@ def test_saving_and_ceiling() -> None:
 
 def test_report_says_what_was_shared_and_how_it_ran() -> None:
     tree = PrefixTree.from_sequences(star(4))
-    report = TreeReport(tree=tree, chunks=1, executor="packed", backend="cpu", reason="because", ceiling=2.0)
+    report = TreeReport(
+        tree=tree, chunks=1, executor="packed", backend="cpu", reason="because", cost=CostEstimate(2.0, 1.0)
+    )
     assert (
         str(report)
         == "4 sequences, 28 -> 13 tokens (2.15x shared, up to 2.00x faster by FLOPs), packed on cpu: because"
@@ -64,7 +66,7 @@ def test_report_says_what_was_shared_and_how_it_ran() -> None:
 
 def test_report_of_a_batch_that_no_loss_reads() -> None:
     tree = PrefixTree.from_sequences([[1], [1], [1]])
-    how = {"chunks": 1, "executor": "packed", "backend": "cpu", "reason": "because", "ceiling": 1.0}
+    how = {"chunks": 1, "executor": "packed", "backend": "cpu", "reason": "because", "cost": CostEstimate(1.0, 1.0)}
     report = TreeReport(tree=tree, pruned_tokens=57, **how)
     assert report.is_idle and str(report) == "3 sequences, 57 tokens pruned: no loss reads any of them"
     assert not TreeReport(tree=tree, **how).is_idle

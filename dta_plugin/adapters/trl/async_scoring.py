@@ -111,7 +111,7 @@ class TreeScorer:
             reason = str(error)
         self.state.why_dense = reason
         self.state.notices.say_once(f"TRL's own path: {reason}", topic, logging.WARNING)
-        self.state.log_run(cast(GRPOLike, self.trainer), None)
+        self.state.log_dense(cast(GRPOLike, self.trainer), reason, topic)
         return self.model(**call)
 
     def _as_tree(self, row: FoldedRow, with_router_loss: bool) -> SimpleNamespace | str:
@@ -151,7 +151,7 @@ class TreeScorer:
         if (outcome := latest_outcome(self.model)) is not None:
             state.notices.say_once(str(outcome))
         state.notices.say_once(str(result.report), "report")
-        state.log_run(cast(GRPOLike, self.trainer), result.report)
+        state.log_tree(cast(GRPOLike, self.trainer), result.report)
 
 
 @contextmanager

@@ -210,4 +210,4 @@ def _run_fused_loss(trainer: GRPOLike, config: TreeConfig, state: TreeState) -> 
     state.why_dense = reason
     state.notices.say_once(f"dense path: {reason}", level=logging.WARNING)
     if trainer.model.training:
-        state.log_run(trainer, None)
+        state.log_dense(trainer, reason)

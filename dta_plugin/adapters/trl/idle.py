@@ -19,6 +19,7 @@ from dta_plugin.adapters.trl.config import tree_config
 from dta_plugin.adapters.trl.every_trainer import by_hook, sharing_obstacle, sharing_while_it_trains
 from dta_plugin.adapters.trl.origin import foreign_reader, has_our_hook, hook_of, is_async
 from dta_plugin.adapters.trl.shared_prefixes import SharedPrefixesMixin
+from dta_plugin.adapters.trl.summary import summed_up
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import UnsupportedError
 from dta_plugin.training.notices import say
@@ -72,12 +73,13 @@ def _watched(train: Any) -> Any:
         if asked is None:
             return train(trainer, *args, **kwargs)
         if by_hook(trainer) or isinstance(trainer, SharedPrefixesMixin):
-            result = train(trainer, *args, **kwargs)
+            with summed_up(trainer):
+                result = train(trainer, *args, **kwargs)
         elif (obstacle := sharing_obstacle(trainer)) is not None:
             _say(trainer, f"use_dta does nothing for this {type(trainer).__name__}: {obstacle}")
             return train(trainer, *args, **kwargs)
         else:
-            with sharing_while_it_trains(trainer, asked):
+            with sharing_while_it_trains(trainer, asked), summed_up(trainer):
                 result = train(trainer, *args, **kwargs)
         if (reason := _idle_reason(trainer)) is not None:
             _say(trainer, f"use_dta did nothing: no call of this training ran as a tree, because {reason}")

@@ -153,7 +153,7 @@ class _Call:
         if torch.is_grad_enabled():
             report = replace(result.report, pruned_tokens=state.pruned_tokens(self.trainer, count))
             state.notices.say_once(str(report), "idle" if report.is_idle else "report")
-            state.log_run(self.trainer, report)
+            state.log_tree(self.trainer, report)
         if count > 1:
             window = f"{count} micro-batches of an accumulation window run as one tree (merge_window)"
             state.notices.say_once(window, "window")
@@ -175,7 +175,7 @@ class _Call:
         self.state.why_dense = decline.reason
         self.state.notices.say_once(f"dense path: {decline.reason}", decline.topic, logging.WARNING)
         if torch.is_grad_enabled():
-            self.state.log_run(self.trainer, None)
+            self.state.log_dense(self.trainer, decline.reason, decline.topic)
             self.state.loads.runs_dense()
 
     def _run_tree(self, batch: PreparedBatch, model: torch.nn.Module) -> SequenceLogProbs:

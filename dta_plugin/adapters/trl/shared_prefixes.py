@@ -13,11 +13,12 @@ from dataclasses import replace
 from typing import Any, cast
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
 from dta_plugin.adapters.trl.noise import noise_obstacle
 from dta_plugin.adapters.trl.protocols import TrainerLike
 from dta_plugin.adapters.trl.state import TreeState
+from dta_plugin.adapters.trl.summary import summed_up
 from dta_plugin.config import TreeConfig
 from dta_plugin.models.introspection import causal_lm, decoder_of, wrappings
 from dta_plugin.sharing.decoder_hooks import PrefixSharing, handle_of, share_prefixes
@@ -40,6 +41,10 @@ class SharedPrefixesMixin:
     _dta_only_in_steps = False
     model: Any
     _dta_counted: tuple[int, ...] = _NOTHING
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with summed_up(cast(Trainer, self)):
+            return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         self._dta_count("eval_")

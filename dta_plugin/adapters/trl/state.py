@@ -17,6 +17,7 @@ from dta_plugin.config import TreeConfig
 from dta_plugin.training.notices import Notices
 from dta_plugin.training.run_counts import RunCounts
 from dta_plugin.tree.report import TreeReport
+from dta_plugin.tree.totals import Totals
 
 
 class TreeState:
@@ -26,6 +27,7 @@ class TreeState:
         self.config = config
         self.notices = notices
         self.calls = 0
+        self.totals = Totals()  # of policy passes, since training began
         self.why_dense: str | None = None  # of the last call that was none
         self.windows = Windows()
         self.loads = LoadBalance()
@@ -91,14 +93,19 @@ class TreeState:
         for name, value in metrics.items():
             trainer._metrics["train"][name].append(value)
 
-    def log_run(self, trainer: GRPOLike, report: TreeReport | None) -> None:
-        """Add the metrics of one policy pass to the trainer's log. report: None for the dense path."""
-        if report is None:
-            found = {"dta/dense_fallback": 1.0}
-        else:
-            counts = RunCounts()
-            counts.add_tree(report)
-            found = counts.metrics()
+    def log_tree(self, trainer: GRPOLike, report: TreeReport) -> None:
+        """Count one policy pass that ran as a tree, and add its metrics to the trainer's log."""
+        self.totals.add_tree(report)
+        counts = RunCounts()
+        counts.add_tree(report)
+        self._log(trainer, counts.metrics())
+
+    def log_dense(self, trainer: GRPOLike, reason: str, topic: str | None = None) -> None:
+        """Likewise for one that took the dense path. topic: what reasons with numbers in them have in common."""
+        self.totals.add_dense(reason, topic)
+        self._log(trainer, {"dta/dense_fallback": 1.0})
+
+    def _log(self, trainer: GRPOLike, found: dict[str, float]) -> None:
         metrics = trainer._metrics["train" if trainer.model.training else "eval"]
         for name, value in found.items():
             metrics[name].append(float(value))

@@ -11,10 +11,12 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+from transformers import Trainer
 from trl import GRPOTrainer, RLOOTrainer
 
 from dta_plugin.adapters.trl import hooks, patch
 from dta_plugin.adapters.trl.protocols import GRPOLike
+from dta_plugin.adapters.trl.summary import summed_up
 from dta_plugin.config import TreeConfig
 
 
@@ -26,6 +28,10 @@ class TreeTrainerMixin:
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor | None, ...]:
         own = super()._get_per_token_logps_and_entropies  # type: ignore[misc]
         return hooks.log_probs(cast(GRPOLike, self), own, patch.process_config() or self.tree_config, *args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with summed_up(cast(Trainer, self)):
+            return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         own = super()._prepare_inputs  # type: ignore[misc]

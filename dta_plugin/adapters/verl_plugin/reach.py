@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
+from typing import Any
 
 from packaging.version import Version
 
@@ -42,6 +43,11 @@ def names_plugin(external_lib: str | Sequence[str] | None) -> bool:
     """Whether a setting `external_lib`, one name or several, has the plugin in it."""
     named = external_lib or []
     return MODULE in ([named] if isinstance(named, str) else named)
+
+
+def chosen_in(model: Mapping[str, Any]) -> bool:
+    """Whether a model's settings ask for the plugin; `use_dta` is a setting of a verl with `patches/verl-*.diff`."""
+    return bool(model.get("use_dta")) or names_plugin(model.get("external_lib"))
 
 
 def unreached_separate_trainer(worker: type) -> str | None:

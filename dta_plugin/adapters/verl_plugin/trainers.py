@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from dta_plugin.adapters.imports import when_imported
-from dta_plugin.adapters.verl_plugin.reach import MODULE, names_plugin
+from dta_plugin.adapters.verl_plugin.reach import MODULE, chosen_in, names_plugin
 from dta_plugin.adapters.verl_plugin.upstream import BEFORE_MODELS, WORKERS
 
 
@@ -41,7 +41,7 @@ def _prepared(stock: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(stock)
     def wrapped(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-        if names_plugin(trainer.config.actor_rollout_ref.model.get("external_lib")):
+        if chosen_in(trainer.config.actor_rollout_ref.model):
             import_module(MODULE)
         if MODULE in sys.modules:
             from dta_plugin.adapters.verl_plugin import balance, run_checks

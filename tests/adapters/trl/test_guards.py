@@ -147,8 +147,9 @@ def test_too_little_saving(model: str, tmp_path: Path, said: Callable[[], list[s
 @pytest.mark.usefixtures("unprobed")
 def test_one_report_per_trainer(model: str, tmp_path: Path, said: Callable[[], list[str]]) -> None:
     run = train(model, tmp_path, TreeGRPOTrainer, TreeGRPOConfig, num_iterations=2, beta=0.04, dta_min_saving=0.1)
-    (message,) = said()
+    message, end = said()
     assert "8 sequences" in message and "packed on cpu" in message and "min_saving 10%" in message
+    assert "in this training: 3 trees" in end
     names = {
         "dense_fallback",
         "flat_tokens",

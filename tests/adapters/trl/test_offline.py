@@ -227,7 +227,8 @@ def test_evaluation_and_reports(model: str, tmp_path: Path, caplog: pytest.LogCa
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] > 0 and "eval_dta/compression_ratio" in trainer.state.log_history[-1]
     lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) == 1 and lines[0].startswith("dta: 8 sequences, ") and "packed on cpu" in lines[0]
+    assert len(lines) == 2 and lines[0].startswith("dta: 8 sequences, ") and "packed on cpu" in lines[0]
+    assert lines[1].startswith("dta: in this training: 1 tree, ")
 
 
 @pytest.mark.parametrize("option", [{"packing": True}, {"padding_free": True, "max_length": None}])
