@@ -234,6 +234,8 @@ def draw(runs: Runs, path: Path) -> None:
         axis.title.set_fontsize(9)
     for axis in axes[-1]:
         axis.set_xlabel("rollout")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("reward")
     axes[0, -1].legend(frameon=False, loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -34,7 +34,7 @@ def test_objectives(tmp_path: Path) -> None:
     assert len({(run["task"], run["remasking"], run["updates"], run["name"]) for run in runs}) == len(runs) == 32
     again = smoke("diffusion.objectives", tmp_path, "--folder", str(built), "--plot", str(plot))
     assert again.result == done.result and plot.read_bytes().startswith(PNG)
-    assert "seed" not in again.printed.split("task")[0]
+    assert "fall" in done.printed.split("|")[0] and "fall" not in again.printed.split("|")[0]
 
 
 @pytest.mark.slow
