@@ -2,7 +2,7 @@
 # RL of a diffusion language model with verl, two FSDP2 ranks on a CPU, in two to three minutes.
 #   python recipes/verl/diffusion.py runs/diffusion
 #   recipes/verl/diffusion.sh                                                  # from the repository root
-# critic/score/mean is the share of 7s in the responses: from about 0.1 to 0.8. actor/diffusion/log_prob: nats per token.
+# critic/score/mean is the share of 7s in the responses: it rises from about 0.1. actor/diffusion/log_prob: nats per token.
 # For a released model (LLaDA, Dream, SDAR), give as model.path what `load_diffusion_lm(...).save_pretrained` wrote, with
 # its tokenizer. The rollout runs on CPUs: verl has none for diffusion models on GPUs.
 set -euo pipefail
