@@ -161,7 +161,7 @@ quickstart-images: $(INSTALLED) ## a tiny Qwen3-VL learns to count shapes in pic
 	$(QUIET) python recipes/quickstart/speed.py recipes/trl/quickstart_images.yaml
 	python recipes/quickstart/report.py runs/quickstart_images
 
-quickstart-diffusion: $(INSTALLED) ## RL of a small diffusion language model with BGPO, on a CPU
+quickstart-diffusion: $(INSTALLED) ## RL of a small diffusion language model, on a CPU
 	python recipes/quickstart/diffusion.py --output runs/quickstart_diffusion
 	$(QUIET) python recipes/trl/diffusion.py --config recipes/trl/quickstart_diffusion.yaml | python recipes/quickstart/watch.py
 
@@ -194,7 +194,7 @@ bench-diffusion: $(INSTALLED) ## measure updates of a diffusion LM: memory again
 	test -d runs/quickstart_diffusion/model || python recipes/quickstart/diffusion.py --output runs/quickstart_diffusion
 	python -m benchmarks.diffusion.learning
 	test -d runs/diffusion/model || python recipes/verl/diffusion.py runs/diffusion
-	python -m benchmarks.diffusion.remasking
+	python -m benchmarks.diffusion.objectives
 
 # On a machine with a GPU: nothing is installed, and python3 is the one that holds torch. See benchmarks/gpu.
 #   make gpu RESULTS=out GPU_OPTIONS='--commit 1a2b3c4 --rollouts rollouts.jsonl.gz'
