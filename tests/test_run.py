@@ -123,7 +123,7 @@ def test_refuses_before_the_script_runs(folder: Path, arguments: str) -> None:
         ([], "Got no script to run. Expected: python -m dta_plugin.run train.py --use_dta true"),
         (["--use_dta", "true"], "Got no script to run"),
         (["--use_dta", "true", "scripts/tarin.py"], "There is no script 'scripts/tarin.py'. Expected:"),
-        (["--lr", "1", "scripts/train.py"], "There is no script '--lr'"),
+        (["--lr", "1", "scripts/train.py"], "Got --lr, which is no option of the plugin's, and no script"),
     ],
 )
 def test_refuses_without_a_script(folder: Path, arguments: list[str], complaint: str) -> None:
