@@ -7,6 +7,7 @@ Each rank saves, by these names, the differences per step and the plugin's metri
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from megatron.core import parallel_state
 from safetensors.torch import load_file
 from tensordict import TensorDict
 from torch import distributed
+from verl.utils.megatron_utils import unwrap_model
 
 from dta_plugin.adapters.verl_plugin.megatron import engine as engine_module
 from dta_plugin.config import TreeConfig
@@ -70,6 +72,26 @@ def disagreeing_pipeline(folder: Path) -> dict[str, Any]:
     return {"error": error, "dense": difference(train(engine, [step])[0], stock[0])}
 
 
+def missed_layer(folder: Path) -> dict[str, Any]:
+    """Something puts a layer's own attention back, on the second stage only."""
+    found = {}
+    for probe in ("auto", "off"):
+        engine = build(LAYOUTS["pipeline"], folder, tree=True)
+        engine.configure(TreeConfig(probe=probe))
+        if distributed.get_rank() == 1:
+            core = unwrap_model(engine.module[0]).decoder.layers[0].self_attention.core_attention
+            core.forward = functools.partial(type(core).forward, core)
+        found[probe] = _refusal(engine, mini_batch(Step(), share=(0, 1)))
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+def verified_long_rows(folder: Path) -> dict[str, Any]:
+    """Rows beyond the budget, longer ones on rank 1, verified against verl's own path, which needs a larger one."""
+    step = Step(shape="turns", budget=20, stock_budget=90, config=TreeConfig(verify="every:1"))
+    return {"differences": differences(LAYOUTS["data"], [step], folder)[0]}
+
+
 def exported(folder: Path) -> dict[str, Any]:
     """Whether the weights that ranks give to a rollout are those that they have loaded, and change with an update."""
     found = {}
@@ -100,7 +122,13 @@ def _refusal(engine: Any, data: TensorDict) -> str:
     return ""
 
 
-SPECIAL = {"exported": exported, "disagreeing data": disagreeing_data, "disagreeing pipeline": disagreeing_pipeline}
+SPECIAL = {
+    "exported": exported,
+    "disagreeing data": disagreeing_data,
+    "disagreeing pipeline": disagreeing_pipeline,
+    "missed layer": missed_layer,
+    "verified long rows": verified_long_rows,
+}
 
 
 def main() -> None:

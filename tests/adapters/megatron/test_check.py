@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from dta_plugin.adapters.verl_plugin.megatron.check import probe_data
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import UnsupportedError
 from dta_plugin.verify import VerificationError
@@ -44,7 +46,18 @@ def test_what_is_wrong_is_refused(fault: str, dtype: str, folder: Path, monkeypa
         inferred(build(setup, folder, tree=True), mini_batch(Step()))
     dense = Step(config=TreeConfig(on_unsupported="dense"))
     assert difference(train(build(setup, folder, tree=True), [dense])[0], stock) == 0
-    engine: Any = build(setup, folder, tree=True)
+    with pytest.raises(UnsupportedError, match="a small tree differs"):  # though it would save less than is asked for
+        engine: Any = build(setup, folder, tree=True)
+        engine.configure(TreeConfig(min_saving=0.6))
+        inferred(engine, mini_batch(Step(shape="star", budget=500)))
+    engine = build(setup, folder, tree=True)
     engine.configure(TreeConfig(probe="off", verify="first"))
     with pytest.raises(VerificationError, match="differ by"):
         inferred(engine, mini_batch(Step()))
+
+
+@pytest.mark.parametrize("multiple", [1, 8, 10, 32])
+def test_a_probe_has_rows_for_every_virtual_stage(multiple: int, folder: Path) -> None:
+    """As many micro-batches as Megatron's schedule asks for, none of them empty."""
+    engine: Any = build(Setup(), folder, tree=True)
+    assert len(probe_data(engine.tf_config, 64, torch.device("cpu"), multiple)) >= multiple

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tensordict import NonTensorStack
+from verl.utils import tensordict_utils as tu
 from verl.utils.megatron_utils import unwrap_model
 
 from dta_plugin.adapters.verl_plugin import install
@@ -40,6 +41,7 @@ TRANSFORMER: dict[str, tuple[Any, str]] = {
     "softmax_type": ("learnable", "sinks"),
     "fused_single_qkv_rope": (True, "packed rows"),
     "cuda_graph_impl": ("local", "CUDA graphs"),
+    "window_size": ((-1, 0), "no window"),
 }
 
 
@@ -121,9 +123,18 @@ def _with_routes(data: Any) -> None:
     data["routed_experts"] = torch.zeros(len(data), 1)
 
 
-@pytest.mark.parametrize(("change", "words"), [(_with_images, "images"), (_with_routes, "router replay")])
-def test_batches(change: Any, words: str, engine: Any) -> None:
-    engine.configure(TreeConfig())
+def _with_topk(data: Any) -> None:
+    tu.assign_non_tensor(data, distillation_use_topk=True)
+
+
+CHANGES = [(_with_images, "images"), (_with_routes, "router replay"), (_with_topk, "top-k distillation")]
+
+
+@pytest.mark.parametrize("verify", ["off", "every:1"])
+@pytest.mark.parametrize(("change", "words"), CHANGES)
+def test_batches(change: Any, words: str, verify: str, engine: Any) -> None:
+    """By name, whatever else verl's own path, which `verify` runs, would say of them."""
+    engine.configure(TreeConfig(verify=verify))
     data = mini_batch(Step())
     change(data)
     with pytest.raises(UnsupportedError, match=words):

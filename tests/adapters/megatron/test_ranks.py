@@ -16,8 +16,8 @@ PIPELINES = ("pipeline", "pipeline recomputed", "virtual pipeline")
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank has found, by job; it takes longer to start processes than to run them."""
-    jobs = (*LAYOUTS, *PIPELINES, "exported", "disagreeing data", "disagreeing pipeline")
-    return on_two_ranks(SCRIPT, tmp_path_factory.mktemp("ranks"), *jobs)
+    further = ("exported", "disagreeing data", "disagreeing pipeline", "missed layer", "verified long rows")
+    return on_two_ranks(SCRIPT, tmp_path_factory.mktemp("ranks"), *LAYOUTS, *PIPELINES, *further)
 
 
 @pytest.mark.parametrize("job", [*LAYOUTS, *PIPELINES])
@@ -42,3 +42,15 @@ def test_ranks_refuse_together(ranks: list[dict[str, Any]]) -> None:
         assert "routed_experts" in rank["disagreeing data"]["error"]
         assert "layer 2 attends by GatedDeltaNet" in rank["disagreeing pipeline"]["error"]
         assert rank["disagreeing pipeline"]["dense"] == 0
+
+
+def test_a_layer_that_is_missed_on_one_stage_is_said_on_all(ranks: list[dict[str, Any]]) -> None:
+    """The other stage would wait for the one that refused."""
+    for rank in ranks:
+        for said in rank["missed layer"].values():
+            assert "Attention layer(s) [2]" in said and "did not use the tree" in said
+
+
+def test_verified_where_one_rank_has_longer_rows(ranks: list[dict[str, Any]]) -> None:
+    """verl's own path takes no row beyond the budget, of which each rank has to have the same."""
+    assert all(max(rank["verified long rows"]["differences"]) < 1e-5 for rank in ranks)

@@ -58,11 +58,12 @@ def agreement(own: Pass, tree: Pass, data: TensorDict, chunks: Sequence[Any], co
     chunks: of the model, as verl has them. config: Megatron's TransformerConfig.
     """
     routed, unit = bool(config.num_moe_experts), _rounding_unit(config)
-    expected, found = own(_plain(data)), tree(_plain(data))
+    longest = max(agreed(int(data["input_ids"].offsets().diff().max()), distributed.group.WORLD))
+    expected, found = own(_plain(data, longest)), tree(_plain(data, longest))
     noises = []
     for seed in range(_LOOKS_AT_EXPERTS if routed else _LOOKS):
         with _moved(chunks, unit, seed):
-            moved = own(_plain(data))
+            moved = own(_plain(data, longest))
         if expected is not None and moved is not None:
             noises.append(Gap.from_differences(_read(data, moved) - _read(data, expected), routed))
     mine = None
@@ -74,10 +75,14 @@ def agreement(own: Pass, tree: Pass, data: TensorDict, chunks: Sequence[Any], co
     return min(ranks, key=lambda rank: (rank.is_given, -rank.gap.most))
 
 
-def probe_data(config: Any, vocabulary: int, device: torch.device) -> TensorDict:
-    """A small mini-batch with forks at several depths, branches of one token and an end inside the tree."""
+def probe_data(config: Any, vocabulary: int, device: torch.device, multiple: int = 1) -> TensorDict:
+    """A small mini-batch with forks at several depths, branches of one token and an end inside the tree.
+
+    multiple: of which a pipeline's number of micro-batches has to be one; there are as many rows, repeated if need be.
+    """
     window = config.window_size[0] + _BEYOND if config.window_size else 0
     rows = forest_rows(min(_LONGEST, max(_SHORTEST, window)), np.arange(vocabulary))
+    rows *= -(-multiple // len(rows))
     ids = [torch.tensor(row, device=device) for row in rows]
     tensors = {
         "input_ids": _jagged(ids),
@@ -90,15 +95,14 @@ def probe_data(config: Any, vocabulary: int, device: torch.device) -> TensorDict
     return data
 
 
-def _plain(data: TensorDict) -> TensorDict:
-    """A copy for a forward pass over all of its tokens, which verl may cut as it does."""
+def _plain(data: TensorDict, longest: int) -> TensorDict:
+    """A copy for a forward pass over all of its tokens, which verl may cut as it does. longest: row, of all ranks."""
     plain = data.copy()
     clear_plan(plain)
     clear_weights(plain)
     tu.assign_non_tensor(plain, calculate_entropy=False)
     budget = tu.get_non_tensor_data(data, "max_token_len_per_gpu", None)
-    if budget is not None:  # verl's own path wants it to hold the longest row
-        longest = int(data["input_ids"].offsets().diff().max())
+    if budget is not None:  # verl's own path wants it to hold the longest row, and to be the same on all ranks
         tu.assign_non_tensor(plain, max_token_len_per_gpu=max(int(budget), longest))
     return plain
 

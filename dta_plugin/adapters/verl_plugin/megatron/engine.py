@@ -10,7 +10,8 @@ execution only: a micro-batch is one call of the model, and memory is bounded by
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from dta_plugin.adapters.verl_plugin.megatron.row import TreeRow
 from dta_plugin.adapters.verl_plugin.megatron.scoring import model_output
 from dta_plugin.adapters.verl_plugin.micro_batches import agreed, set_plan
 from dta_plugin.adapters.verl_plugin.mini_batch import MiniBatchRun, decide
+from dta_plugin.adapters.verl_plugin.obstacles import text_obstacle
 from dta_plugin.adapters.verl_plugin.run_checks import saves_enough, take_own_path
 from dta_plugin.adapters.verl_plugin.tree_engine import TreeEngineFrame
 from dta_plugin.adapters.verl_plugin.upstream import check_megatron_engine
@@ -55,6 +57,7 @@ class TreeMegatronEngine(TreeEngineFrame, MegatronEngineWithLMHead):
         self._dta_obstacle: str | None = None
         self._dta_cost: ModelCost | None = None
         self._dta_batches = 0
+        self._dta_missed: str | None = None
 
     def configure(self, config: TreeConfig | None, diffusion: object = None) -> None:
         """Options from now on; None: verl's own path.
@@ -81,7 +84,18 @@ class TreeMegatronEngine(TreeEngineFrame, MegatronEngineWithLMHead):
             return super().forward_backward_batch(data, loss_function, forward_only)
         self._check(data, self._dta_config)
         stock = functools.partial(super().forward_backward_batch, data, forward_only=forward_only)
-        return self._mini_batch(stock, data, self._dta_config, loss_function, forward_only)
+        whole = functools.partial(self._whole, stock)
+        return self._mini_batch(whole, data, self._dta_config, loss_function, forward_only)
+
+    def _whole(self, stock: Callable[..., Any], **given: Any) -> Any:
+        """verl's pass. Raises UnsupportedError, on all ranks, where a layer of any stage did not use the tree."""
+        self._dta_missed = None
+        outputs = stock(**given)
+        found = agreed(self._dta_missed, distributed.group.WORLD)
+        missed = next((stage for stage in found if stage is not None), None)
+        if missed is not None:
+            raise UnsupportedError(missed)
+        return outputs
 
     def forward_step(
         self,
@@ -104,7 +118,9 @@ class TreeMegatronEngine(TreeEngineFrame, MegatronEngineWithLMHead):
         rows = JaggedRows.from_data(micro_batch, None)
         multiple = self.tf_config.tensor_model_parallel_size if self.tf_config.sequence_parallel else 1
         row = TreeRow.from_rows(rows, run.config.backend, multiple, rows.offsets.device)
-        output: Any = run_row(model, row, stage)
+        output: Any
+        output, missed = run_row(model, row, stage)
+        self._dta_missed = self._dta_missed or missed
         if stage.post_process:
             wants_entropy = bool(tu.get_non_tensor_data(micro_batch, "calculate_entropy", False))
             output = model_output(output, row, rows, self._entropy_chunk, wants_entropy)
@@ -141,14 +157,16 @@ class TreeMegatronEngine(TreeEngineFrame, MegatronEngineWithLMHead):
         number = self._dta_batches
         self._dta_batches += 1
         if self._dta_obstacle is None and number == 0 and config.probe == "auto":
-            probed = self._agreement(probe_data(self.tf_config, self._vocabulary, data["input_ids"].device), config)
+            multiple = virtual_stages_multiple(self.tf_config)
+            probe = probe_data(self.tf_config, self._vocabulary, data["input_ids"].device, multiple)
+            probed = self._agreement(probe, config)
             if not probed.is_given:
                 self._dta_obstacle = (
                     f"a small tree differs from the model's own path by {probed}. Expected rounding errors only; "
                     "please report the model, and train without trees (probe=off would train on what differs)"
                 )
             self._dta_notices.say_once(f"probed: log-probs of a small tree differ by {probed}")
-        if config.verifies(number):
+        if config.verifies(number) and self._runs_as_trees(data):
             found = self._agreement(data, config)
             if not found.is_given:
                 raise VerificationError(
@@ -158,7 +176,13 @@ class TreeMegatronEngine(TreeEngineFrame, MegatronEngineWithLMHead):
                 f"mini-batch {number + 1} verified against verl's own path: log-probs differ by {found}"
             )
 
+    def _runs_as_trees(self, data: TensorDict) -> bool:
+        """Whether no rank has anything against it; else `_begin` says what, and there is nothing to verify."""
+        return not any(agreed(self._dta_obstacle or text_obstacle(data), distributed.group.WORLD))
+
     def _agreement(self, data: TensorDict, config: TreeConfig) -> Agreement:
+        """Whatever a tree would save here: what it gives is compared, and other mini-batches may save more."""
+        config = replace(config, min_saving=0.0)
         return agreement(self._log_probs, lambda rows: self._log_probs(rows, config), data, self.module, self.tf_config)
 
     def _log_probs(self, data: TensorDict, config: TreeConfig | None = None) -> torch.Tensor | None:
@@ -170,7 +194,7 @@ class TreeMegatronEngine(TreeEngineFrame, MegatronEngineWithLMHead):
             if config is not None:
                 self._dta_run = self._begin(data, config, None, forward_only=True)
             with torch.no_grad():
-                outputs = super().forward_backward_batch(data, None, forward_only=True)
+                outputs = self._whole(super().forward_backward_batch, data=data, loss_function=None, forward_only=True)
         finally:
             self._dta_run = None
             for chunk, was_training in zip(self.module, training, strict=True):

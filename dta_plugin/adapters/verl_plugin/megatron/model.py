@@ -16,7 +16,6 @@ from megatron.core.transformer.utils import is_layer_window_attention
 
 from dta_plugin.adapters.verl_plugin.megatron.row import TreePackedSeqParams, TreeRow
 from dta_plugin.attention import tree_attention
-from dta_plugin.errors import UnsupportedError
 
 
 def read_along_trees(model: Any) -> None:
@@ -28,23 +27,24 @@ def read_along_trees(model: Any) -> None:
         core.forward = _along_tree(core.forward, model.config, layer.layer_number)
 
 
-def run_row(model: Any, row: TreeRow, stage: Any) -> torch.Tensor:
+def run_row(model: Any, row: TreeRow, stage: Any) -> tuple[torch.Tensor, str | None]:
     """Call a stage of the model, wrapped as verl has it; stage: unwrapped.
 
-    Logits of scored rows [1, R, V / tensor-parallel size] from the last one, else hidden states for the next.
-    Raises UnsupportedError where an attention layer of the stage did not use the tree.
+    Logits of scored rows [1, R, V / tensor-parallel size] from the last one, else hidden states for the next. And what
+    is wrong where an attention layer of the stage did not use the tree: other stages wait for what this one sends, so
+    it is for the engine to raise, on all ranks.
     """
     params = row.params
     params.mask.calls.clear()
     position_ids = params.depth[None]
     output = model(input_ids=row.input_ids, position_ids=position_ids, attention_mask=None, packed_seq_params=params)
     missed = [number for number in _layer_numbers(stage) if not params.mask.calls[number]]
-    if missed:
-        raise UnsupportedError(
-            f"Attention layer(s) {missed} of Megatron's {type(stage).__name__} did not use the tree: something "
-            "replaced their core attention. Expected every layer to call it; switch off whatever patches attention."
-        )
-    return output
+    if not missed:
+        return output, None
+    return output, (
+        f"Attention layer(s) {missed} of Megatron's {type(stage).__name__} did not use the tree: something replaced "
+        "their core attention. Expected every layer to call it; switch off whatever patches attention."
+    )
 
 
 def _layer_numbers(model: Any) -> Iterator[int]:

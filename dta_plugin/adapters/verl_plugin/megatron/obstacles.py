@@ -76,6 +76,8 @@ def model_obstacle(model: Any, config: Any) -> str | None:
         value = getattr(config, name, allowed[0])
         if value not in allowed:
             return f"{name}={value}: {reason}; set {_OVERRIDE}.{name}={_in_yaml(allowed[0])}, or train without trees"
+    if config.window_size and config.window_size[0] < 0:  # Transformer Engine's for a window that has no end
+        return f"window_size={config.window_size} is no window; set {_OVERRIDE}.window_size=null"
     if (of_experts := _router_loss(config) or _gradients_of_experts(config)) is not None:
         return of_experts
     if type(model) is not GPTModel:
