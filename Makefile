@@ -18,6 +18,11 @@ VERL_OLDEST ?= verl==0.8.0
 # verl's Megatron engine has one, too: Megatron-Core comes with much that verl for FSDP goes without.
 MEGATRON_VENV ?= .venv-megatron
 MEGATRON ?= megatron-core==0.16.1 mbridge==0.15.1
+# verl's default bridge needs Python 3.12 and a newer Megatron-Core. Of what it depends on, some is for GPUs only.
+BRIDGE_VENV ?= .venv-bridge
+BRIDGE_PYTHON ?= python3.12
+BRIDGE ?= megatron-bridge==0.5.1 megatron-core==0.18.2
+MODELOPT ?= nvidia-modelopt==0.44.0
 
 ifneq ($(VENV),)
 export PATH := $(abspath $(VENV))/bin:$(PATH)
@@ -31,13 +36,18 @@ ifneq ($(MEGATRON_VENV),)
 MEGATRON_INSTALLED := $(MEGATRON_VENV)/.installed
 test-megatron $(MEGATRON_INSTALLED): export PATH := $(abspath $(MEGATRON_VENV))/bin:$(PATH)
 endif
+ifneq ($(BRIDGE_VENV),)
+BRIDGE_INSTALLED := $(BRIDGE_VENV)/.installed
+test-bridge $(BRIDGE_INSTALLED): export PATH := $(abspath $(BRIDGE_VENV))/bin:$(PATH)
+endif
 # The suite's tensors are tiny: one thread per process. Nothing here needs a hub.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 python -m pytest
 # Deprecation notes of the libraries among themselves are no news to a user.
 QUIET := HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test test-long test-slow test-verl test-verl-oldest test-megatron lint docs wheel-check quickstart quickstart-lora quickstart-verl bench
+.PHONY: help venv test test-long test-slow test-verl test-verl-oldest test-megatron test-bridge lint docs
+.PHONY: wheel-check quickstart quickstart-lora quickstart-verl bench
 .PHONY: quickstart-diffusion quickstart-hybrid quickstart-images bench-images bench-streamed bench-balance bench-nat bench-diffusion
 .PHONY: families gpu gpu-trl gpu-more gpu-dry gpu-wheels
 
@@ -70,6 +80,15 @@ $(MEGATRON_VENV)/.installed: pyproject.toml
 	touch $@
 endif
 
+ifneq ($(BRIDGE_VENV),)
+$(BRIDGE_VENV)/.installed: pyproject.toml
+	test -d $(BRIDGE_VENV) || $(BRIDGE_PYTHON) -m venv $(BRIDGE_VENV)
+	python -m pip install --quiet $(TORCH)
+	python -m pip install --quiet --editable '.[megatron,test]' $(VERL) $(MODELOPT)
+	python -m pip install --quiet --no-deps $(BRIDGE)
+	touch $@
+endif
+
 test: $(INSTALLED) ## the test suite, on a CPU
 	$(PYTEST) --numprocesses $(WORKERS) --dist loadfile
 
@@ -83,7 +102,10 @@ test-verl: $(VERL_INSTALLED) ## the adapter for verl, up to its whole training l
 	$(PYTEST) --numprocesses $(WORKERS) --dist loadfile $(wildcard tests/adapters/verl*) tests/adapters/test_imports.py
 
 test-megatron: $(MEGATRON_INSTALLED) ## the adapter for verl's Megatron engine, on a CPU, minutes; creates .venv-megatron
-	$(PYTEST) --numprocesses $(WORKERS) --dist loadfile tests/adapters/megatron
+	$(PYTEST) --numprocesses $(WORKERS) --dist loadfile -m "not slow and not gpu" tests/adapters/megatron
+
+test-bridge: $(BRIDGE_INSTALLED) ## the same with Megatron-Bridge and LoRA, minutes; needs Python 3.12, creates .venv-bridge
+	$(PYTEST) tests/adapters/megatron/test_bridge.py
 
 # The same environment, with the older verl in front of the newer one.
 OVERLAY := $(abspath $(or $(VERL_VENV),build))/$(subst ==,-,$(VERL_OLDEST))

@@ -11,7 +11,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "recipes" / "verl").glob("*.sh"))
 YAMLS = sorted((ROOT / "recipes" / "trl").glob("*.yaml"))
 TEXTS = [ROOT / "README.md", ROOT / "recipes" / "README.md", *SCRIPTS, *YAMLS]
-VERSIONS = dict(re.findall(r"^(?:TRL|VERL) \?= (trl|verl)==(\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE))
+MAKEFILE = (ROOT / "Makefile").read_text()
+MEGATRON = re.search(r"^MEGATRON \?= (.*)$", MAKEFILE, re.MULTILINE).group(1).split()  # type: ignore[union-attr]
+VERSIONS = dict(re.findall(r"^(?:TRL|VERL) \?= (trl|verl)==(\S+)$", MAKEFILE, re.MULTILINE))
 
 
 def on_gpus(text: str) -> bool:
@@ -19,11 +21,22 @@ def on_gpus(text: str) -> bool:
     return "rollout.name=vllm" in text or "use_vllm: true" in text
 
 
+def on_megatron(text: str) -> bool:
+    return "model_engine=megatron" in text
+
+
 @pytest.mark.parametrize("path", [*SCRIPTS, *YAMLS], ids=lambda path: path.name)
 def test_vllm_is_the_one_that_the_trainer_pins(path: Path) -> None:
     text, trainer = path.read_text(), "verl" if path.suffix == ".sh" else "trl"
-    wanted = f"'dta-plugin[{trainer}]' '{trainer}[vllm]=={VERSIONS[trainer]}'"
+    extra = "megatron" if on_megatron(text) else trainer
+    wanted = f"'dta-plugin[{extra}]' '{trainer}[vllm]=={VERSIONS[trainer]}'"
     assert (f"pip install {wanted}" in text) == on_gpus(text)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_megatron_is_what_tests_run_with(path: Path) -> None:
+    text = path.read_text()
+    assert all(package in text for package in MEGATRON) == on_megatron(text)
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
@@ -36,8 +49,11 @@ def test_no_install_names_what_goes_wrong_on_a_fresh_machine(path: Path) -> None
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_verl_does_without_flash_attention(path: Path) -> None:
-    """verl's default is flash_attention_2; `dta_plugin.adapters.verl_cpu` sets sdpa by itself."""
+    """verl's default is flash_attention_2, with Megatron flash; `dta_plugin.adapters.verl_cpu` sets sdpa by itself."""
     text = path.read_text()
+    if on_megatron(text):
+        assert "megatron.override_transformer_config.attention_backend=auto" in text
+        return
     on_cpu = "-m dta_plugin.adapters.verl_cpu" in text or "quickstart.sh" in text
     assert ("+actor_rollout_ref.model.override_config.attn_implementation=sdpa" in text) != on_cpu
 

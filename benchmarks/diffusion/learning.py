@@ -76,10 +76,11 @@ def main() -> None:
 def _trained(tasks: list[tuple[str, int]], args: argparse.Namespace) -> Iterator[Run]:
     """The runs as they come, in the order of the tasks."""
     with ThreadPoolExecutor(args.workers) as pool:
-        yield from pool.map(lambda task: _train(*task, args.steps, args.folder), tasks)
+        yield from pool.map(lambda task: trained(*task, OBJECTIVES[task[0]][0], args.steps, args.folder), tasks)
 
 
-def _train(name: str, seed: int, steps: int, folder: Path) -> Run:
+def trained(name: str, seed: int, options: list[str], steps: int, folder: Path, recipe: Path = RECIPE) -> Run:
+    """The recipe, with other options, in a process of its own."""
     overrides = {
         "model_name_or_path": folder / "model",
         "dataset_name": folder / "data",
@@ -92,7 +93,7 @@ def _train(name: str, seed: int, steps: int, folder: Path) -> Run:
     }
     with tempfile.TemporaryDirectory() as output:
         flags = [str(text) for key, value in overrides.items() for text in (f"--{key}", value)]
-        command = [sys.executable, str(SCRIPT), "--config", str(RECIPE), *flags, *OBJECTIVES[name][0]]
+        command = [sys.executable, str(SCRIPT), "--config", str(recipe), *flags, *options]
         done = subprocess.run(
             [*command, "--output_dir", output],
             cwd=ROOT,

@@ -120,39 +120,51 @@ def model_call(
     if attention_mask is not None:
         call["position_ids"] = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
     if family.block_length is not None:
-        _check_block_attention(module)
-        call["attention_mask"] = _block_mask(module, input_ids, attention_mask, family.block_length)
+        call["attention_mask"] = explicit_mask(module, input_ids, attention_mask, family.block_length)
     accepted = inspect.signature(module.forward).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         call = {name: value for name, value in call.items() if name in accepted}
     return {"input_ids": input_ids, **call}
 
 
-def _block_mask(
-    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, block_length: int
+def explicit_mask(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    block_length: int | None,
+    queries: slice | None = None,
 ) -> torch.Tensor:
-    """[B or 1, 1, S, S]: a token sees the real tokens of its own and earlier blocks. bool; for eager to be added."""
+    """[B or 1, 1, Q, S]: a token sees the real tokens of its own and earlier blocks, or all. bool; eager adds it.
+
+    queries: the columns that look; None for all. Raises UnsupportedError for a model that takes no such mask.
+    """
+    reason = explicit_mask_obstacle(model)
+    if reason is not None:
+        raise UnsupportedError(f"{reason}.")
     real = torch.ones_like(input_ids[:1]) if attention_mask is None else attention_mask.long()
-    block = (real.cumsum(dim=1) - 1).clamp(min=0) // block_length
-    visible = ((block[:, None, :] <= block[:, :, None]) & real.bool()[:, None, :])[:, None]
+    position = (real.cumsum(dim=1) - 1).clamp(min=0)
+    block = torch.zeros_like(position) if block_length is None else position // block_length
+    visible = ((block[:, None, :] <= block[:, queries or slice(None), None]) & real.bool()[:, None, :])[:, None]
     if model.config._attn_implementation == "sdpa":
         return visible
     return torch.zeros_like(visible, dtype=model.dtype).masked_fill_(~visible, torch.finfo(model.dtype).min)
 
 
-def _check_block_attention(model: PreTrainedModel) -> None:
+def explicit_mask_obstacle(model: PreTrainedModel) -> str | None:
+    """Why a model cannot be given the mask of `explicit_mask`."""
     kind = model.config._attn_implementation
     if kind not in ("eager", "sdpa"):
-        raise UnsupportedError(
-            f"{type(model).__name__} has attn_implementation={kind!r}, which takes no mask of block attention. "
-            "Expected 'sdpa' or 'eager'; load the model with attn_implementation='sdpa'."
+        return (
+            f"{type(model).__name__} has attn_implementation={kind!r}, which takes no mask of one's own. Expected "
+            "'sdpa' or 'eager'; load the model with attn_implementation='sdpa'"
         )
     other = sorted(set(layer_types(model.config.get_text_config())) - {"full_attention"})
     if other:
-        raise UnsupportedError(
-            f"{type(model).__name__} has {', '.join(other)} layers. Expected full attention in every layer: a block "
-            "mask replaces the layer's own; use another model."
+        return (
+            f"{type(model).__name__} has {', '.join(other)} layers. Expected full attention in every layer: a mask of "
+            "one's own replaces the layer's; use another model"
         )
+    return None
 
 
 def _logits(

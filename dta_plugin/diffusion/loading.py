@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -44,13 +45,12 @@ def load_diffusion_lm(path_or_id: str | PathLike[str], **options: Any) -> PreTra
     `from_pretrained` (dtype, device_map, attn_implementation, quantization_config, revision, token, ...). The dtype is
     the checkpoint's where none is given. `family_of(model.config)` says how the model is asked.
 
-    Raises UnsupportedError for other families and settings (`formats.native_config`), InvalidInputError, with the
-    names, if a parameter is missing, left over or of another shape.
+    Raises InvalidInputError where there is no such directory or repository, UnsupportedError for other families and
+    settings (`formats.native_config`), InvalidInputError, with the names, if a parameter is missing, left over or of
+    another shape.
     """
     hub = {name: options.pop(name) for name in _HUB_OPTIONS if name in options}
-    directory = Path(path_or_id)
-    if not directory.is_dir():
-        directory = Path(snapshot_download(str(path_or_id), allow_patterns=["*.json", "*.safetensors"], **hub))
+    directory = checkpoint_directory(path_or_id, **hub)
     entries = json.loads((directory / "config.json").read_text())
     model: PreTrainedModel
     if ORIGINAL_CONFIG in entries or "diffusion" in entries:  # saved by transformers, with the native names
@@ -63,6 +63,34 @@ def load_diffusion_lm(path_or_id: str | PathLike[str], **options: Any) -> PreTra
         model = type(skeleton).from_pretrained(None, config=config, state_dict=state, **options)
     model.config.name_or_path = model.name_or_path = str(path_or_id)
     return model
+
+
+def checkpoint_directory(path_or_id: str | PathLike[str], **hub: Any) -> Path:
+    """The directory of a checkpoint, downloaded where path_or_id is a repository; hub: options of the download.
+
+    Raises InvalidInputError where there is neither, or no config.json in it.
+    """
+    directory = Path(path_or_id)
+    if not directory.is_dir():
+        try:
+            directory = Path(snapshot_download(str(path_or_id), allow_patterns=["*.json", "*.safetensors"], **hub))
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+            raise no_model(path_or_id, error) from error
+    if not (directory / "config.json").is_file():
+        raise InvalidInputError(
+            f"{directory} has no config.json. Expected the directory of a checkpoint, with its config and safetensors; "
+            "give the folder that holds them."
+        )
+    return directory
+
+
+def no_model(path_or_id: str | PathLike[str], error: Exception) -> InvalidInputError:
+    """What to raise for a path that is no model; error: of the model hub."""
+    return InvalidInputError(
+        f"Got the model {str(path_or_id)!r}. Expected a directory with a checkpoint, which there is not here (from "
+        f"{Path.cwd()}), or a repository of the model hub, where looking for it ended in {type(error).__name__}: "
+        f"{str(error).splitlines()[0]} Look at the spelling, or download the model first."
+    )
 
 
 def save_diffusion_lm(

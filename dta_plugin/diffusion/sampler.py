@@ -12,51 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dta_plugin.diffusion.family import DiffusionFamily, predictions
+from dta_plugin.diffusion.block_cache import BlockReader
+from dta_plugin.diffusion.commits import commit_most_confident, tokens_per_call
+from dta_plugin.diffusion.family import DiffusionFamily
+from dta_plugin.diffusion.sampler_config import SamplerConfig
 from dta_plugin.errors import InvalidInputError
-
-REMASKING = ("low_confidence", "random")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplerConfig:
-    """How completions are sampled. Raises InvalidInputError for lengths and steps that do not go together.
-
-    gen_length: tokens of the canvas. block_length: tokens of a block; that of the model for block attention. steps:
-    model calls for the whole canvas, shared out evenly among blocks. temperature: of the Gumbel noise on the logits; 0
-    takes the most likely token. remasking: which proposals wait for a later step, those of low_confidence (probability
-    of the proposed token) or random ones. guidance_scale: s of classifier-free guidance, u + (1 + s) (c - u) with u the
-    logits without prompt; 0 is off, else every step runs twice the rows.
-    """
-
-    gen_length: int = 256
-    block_length: int = 32
-    steps: int = 128
-    temperature: float = 0.0
-    remasking: str = "low_confidence"
-    guidance_scale: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.block_length < 1 or self.gen_length < 1 or self.gen_length % self.block_length:
-            raise InvalidInputError(
-                f"gen_length={self.gen_length}, block_length={self.block_length}. Expected gen_length to be a multiple "
-                "of block_length; both at least 1."
-            )
-        if self.steps < self.blocks or self.steps % self.blocks or self.steps > self.gen_length:
-            raise InvalidInputError(
-                f"steps={self.steps} for {self.blocks} block(s) of {self.block_length}. Expected a multiple of "
-                f"{self.blocks}, at most gen_length={self.gen_length}: as many in each block, each to commit a token."
-            )
-        if self.temperature < 0 or self.guidance_scale < 0:
-            raise InvalidInputError(
-                f"temperature={self.temperature}, guidance_scale={self.guidance_scale}. Expected values of at least 0."
-            )
-        if self.remasking not in REMASKING:
-            raise InvalidInputError(f"remasking={self.remasking!r}. Expected one of {', '.join(REMASKING)}.")
-
-    @property
-    def blocks(self) -> int:
-        return self.gen_length // self.block_length
+from dta_plugin.models.introspection import causal_lm
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,38 +56,64 @@ def sample(
     """
     config = config or SamplerConfig()
     check_blocks(family, config)
+    check_positions(model, prompt_ids.shape[1] if prompt_mask is None else int(prompt_mask.sum(dim=1).max()), config)
     prompt_length = prompt_ids.shape[1]
     real = torch.ones_like(prompt_ids) if prompt_mask is None else prompt_mask.to(prompt_ids.dtype)
     canvas = torch.nn.functional.pad(prompt_ids, (0, config.gen_length), value=family.mask_token_id)
     attention = torch.nn.functional.pad(real, (0, config.gen_length), value=1)
-    block_of = _block_of_columns(family, config, real)
+    started = _started(family, real)
+    block_of = (torch.arange(config.gen_length, device=canvas.device) + started[:, None]) // config.block_length
     ends = torch.tensor(family.eos_token_ids, dtype=canvas.dtype, device=canvas.device)
     active = torch.arange(len(canvas), device=canvas.device)
     steps = torch.full_like(canvas[:, prompt_length:], -1)
+    reader = BlockReader(model, family, config, prompt_length)
     calls = 0
     for block in range(int(block_of.max()) + 1):
         here = block_of[active] == block
         inside = here.any(dim=0).nonzero()[:, 0]
+        if not len(inside):  # rows that began in the middle of a block had one more, and are done
+            break
         first, last = int(inside[0]), int(inside[-1]) + 1
         visible = prompt_length + (last if family.block_length else config.gen_length)  # later blocks are not seen
         rows, mask = canvas[active, :visible], attention[active, :visible]
         window = slice(prompt_length + first, prompt_length + last)
-        committed = steps[active, first:last]
-        quotas = _tokens_per_step(here.sum(dim=1), config.steps // config.blocks)
-        for quota in quotas:
-            logits = _guided_logits(model, family, config, rows, mask, prompt_length, window)
-            waiting = here[:, first:last] & (rows[:, window] == family.mask_token_id)
-            chosen = _commit_most_confident(rows[:, window], waiting, logits, quota, family, config, generator)
-            committed[chosen] = calls
-            calls += 1
+        reader.start_block(window.start - (int(started[active].max()) if block == 0 else 0))
+        chosen = _fill_block(reader, rows, mask, here[:, first:last], window, generator)
         canvas[active, :visible] = rows
-        steps[active, first:last] = committed
-        active = active[~torch.isin(rows[:, prompt_length:], ends).any(dim=1)]
+        for which in chosen:
+            steps[active, first:last] = steps[active, first:last].masked_fill(which, calls)
+            calls += 1
+        going_on = (~torch.isin(rows[:, prompt_length:], ends).any(dim=1)).nonzero()[:, 0]
+        reader.keep(going_on, of=len(active))
+        active = active[going_on]
         if not len(active):
             break
     written = canvas[:, prompt_length:]
     completion, lengths = _filled_after_end(written, ends)
     return SampledCompletions(completion, lengths, calls, written, steps)
+
+
+def _fill_block(
+    reader: BlockReader,
+    rows: torch.Tensor,
+    attention: torch.Tensor,
+    here: torch.Tensor,
+    window: slice,
+    generator: torch.Generator | None,
+) -> list[torch.Tensor]:
+    """Write the tokens of the window's columns that are of the block (`here`, bool [b, w]) into rows [b, S], in place.
+
+    Returns what each model call has committed, bool [b, w].
+    """
+    family, config = reader.family, reader.config
+    chosen: list[torch.Tensor] = []
+    for quota in tokens_per_call(here.sum(dim=1), config):
+        waiting = here & (rows[:, window] == family.mask_token_id)
+        if not waiting.any():
+            break
+        logits = reader.logits(rows, attention, window)
+        chosen.append(commit_most_confident(rows[:, window], waiting, logits, quota, family, config, generator))
+    return chosen
 
 
 def check_blocks(family: DiffusionFamily, config: SamplerConfig) -> None:
@@ -138,76 +125,22 @@ def check_blocks(family: DiffusionFamily, config: SamplerConfig) -> None:
         )
 
 
-def _block_of_columns(family: DiffusionFamily, config: SamplerConfig, real: torch.Tensor) -> torch.Tensor:
-    """int64 [B, gen_length]: the block of each column, counted from the first that has completion tokens."""
-    column = torch.arange(config.gen_length, device=real.device)[None].expand(len(real), -1)
-    started = 0 if family.block_length is None else real.sum(dim=1, keepdim=True) % config.block_length
-    return (column + started) // config.block_length
+def check_positions(model: nn.Module, prompt_length: int, config: SamplerConfig) -> None:
+    """Raise InvalidInputError where a prompt of so many tokens and its canvas have more than the model's positions."""
+    positions = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and prompt_length + config.gen_length > positions:
+        raise InvalidInputError(
+            f"A prompt of {prompt_length} tokens and a canvas of {config.gen_length} for a model with {positions} "
+            f"positions. Expected prompts of at most {max(positions - config.gen_length, 0)} tokens with this canvas; "
+            "shorten the prompts or the completions (max_completion_length, response_length)."
+        )
 
 
-def _tokens_per_step(masked: torch.Tensor, steps: int) -> list[torch.Tensor]:
-    """Per step: how many of a row's masked tokens [b] it commits; the remainder goes first. Steps without any drop."""
-    quotas = [masked // steps + (step < masked % steps) for step in range(steps)]
-    return [quota for quota in quotas if bool(quota.any())]
-
-
-def _guided_logits(
-    model: nn.Module,
-    family: DiffusionFamily,
-    config: SamplerConfig,
-    rows: torch.Tensor,
-    attention: torch.Tensor,
-    prompt_length: int,
-    window: slice,
-) -> torch.Tensor:
-    """Logits [b, w, V] of the window's columns."""
-    if not config.guidance_scale:
-        return predictions(model, family, rows, attention, window)
-    blind = rows.clone()
-    blind[:, :prompt_length] = family.mask_token_id
-    both = predictions(model, family, torch.cat([rows, blind]), attention.repeat(2, 1), window)
-    conditional, unconditional = both.chunk(2)
-    return unconditional + (1.0 + config.guidance_scale) * (conditional - unconditional)
-
-
-def _commit_most_confident(
-    tokens: torch.Tensor,
-    waiting: torch.Tensor,
-    logits: torch.Tensor,
-    quota: torch.Tensor,
-    family: DiffusionFamily,
-    config: SamplerConfig,
-    generator: torch.Generator | None,
-) -> torch.Tensor:
-    """Write the proposals of each row's `quota` [b] most confident waiting positions into `tokens` [b, w], in place.
-
-    Returns which these are, bool [b, w].
-    """
-    scores = logits[waiting]
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    scores[:, list(family.never_sampled)] = float("-inf")
-    proposed = _proposals(scores, config.temperature, generator)
-    if config.remasking == "random":
-        confidence = torch.rand(proposed.shape, generator=generator, device=scores.device, dtype=scores.dtype)
-    else:
-        confidence = scores.gather(1, proposed[:, None])[:, 0] - scores.logsumexp(dim=1)
-    order = torch.full(waiting.shape, float("-inf"), dtype=scores.dtype, device=scores.device)
-    order[waiting] = confidence
-    rank = order.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    chosen = waiting & (rank < quota[:, None])
-    tokens[chosen] = proposed[chosen[waiting]]
-    return chosen
-
-
-def _proposals(scores: torch.Tensor, temperature: float, generator: torch.Generator | None) -> torch.Tensor:
-    """A token [M] per row of logits [M, V], drawn from softmax(logits / temperature) by the Gumbel trick in float64.
-
-    Single precision truncates the noise's tail, which lowers the effective temperature (arXiv 2409.02908).
-    """
-    if temperature == 0:
-        return scores.argmax(dim=1)
-    uniform = torch.rand(scores.shape, dtype=torch.float64, device=scores.device, generator=generator)
-    return (scores.double() - temperature * (-uniform.log()).log()).argmax(dim=1)
+def _started(family: DiffusionFamily, real: torch.Tensor) -> torch.Tensor:
+    """int64 [B]: how many tokens of the canvas' first block are the prompt's."""
+    if family.block_length is None:
+        return torch.zeros_like(real[:, 0])
+    return real.sum(dim=1) % family.block_length
 
 
 def _filled_after_end(completion: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,8 @@
-"""RL of a diffusion language model with BGPO, on GSM8K or on the quickstart's sums.
+"""RL of a diffusion language model, on GSM8K, Countdown, Sudoku or the quickstart's sums.
 
     python recipes/trl/diffusion.py --config recipes/trl/llada_8b_gsm8k.yaml
+    accelerate launch --config_file recipes/accelerate/ddp.yaml \
+        recipes/trl/diffusion.py --config recipes/trl/llada_8b_gsm8k_ddp.yaml
     python recipes/trl/diffusion.py --config recipes/trl/quickstart_diffusion.yaml
 
 `trl grpo` cannot load such models, hence this script. It is an ordinary TRL script with another trainer; everything
@@ -14,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import countdown
+import sudoku
 from datasets import Dataset, load_dataset
 from gsm8k import GSM8KArguments, correct, load, well_formed
 from trl import ModelConfig, TrlParser, get_peft_config
@@ -25,7 +29,9 @@ from dta_plugin.adapters.trl import DiffusionGRPOConfig, DiffusionGRPOTrainer
 class DiffusionArguments(GSM8KArguments):
     """`task` says how `dataset_name` is read and what is rewarded."""
 
-    task: str = field(default="gsm8k", metadata={"help": "gsm8k, or sums: JSONL with the columns prompt and answer."})
+    task: str = field(
+        default="gsm8k", metadata={"help": "gsm8k, countdown, sudoku, or sums: what the build script of each writes."}
+    )
 
 
 def load_sums(args: DiffusionArguments) -> Dataset:
@@ -40,6 +46,8 @@ def right_sum(completions: list[str], answer: list[str], **_: Any) -> list[float
 
 TASKS: dict[str, tuple[Callable[[Any], Dataset], list[Callable[..., list[float]]]]] = {
     "gsm8k": (load, [correct, well_formed]),
+    "countdown": (countdown.load, [countdown.solved]),
+    "sudoku": (sudoku.load, [sudoku.filled]),
     "sums": (load_sums, [right_sum]),
 }
 

@@ -39,3 +39,24 @@ def test_learning(tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(PNG)
     assert [len(run["reward"]) for run in done.result["runs"]] == [2, 2, 2]
     assert all(name in done.printed for name in ("bgpo", "vrpo", "diffu-grpo"))
+
+
+@pytest.mark.long
+def test_sampling(tmp_path: Path) -> None:
+    """With attention that is causal over blocks a cache changes no sample; the benchmark itself fails where it does."""
+    done = smoke("diffusion.sampling", tmp_path)
+    rows = {(row["attention"], row["way"]): row for row in done.result["rows"]}
+    cached = [rows["blocks", way] for way in ("prefix", "threshold, prefix")]
+    assert all(row["same_in_float64"] for row in cached)
+    assert cached[0]["model_calls"] == rows["blocks", "none"]["model_calls"]
+    assert all(row["speed_up"] > 0 and 0 <= row["legal"] <= 1 for row in rows.values())
+    assert "tokens/s" in done.printed
+
+
+@pytest.mark.slow
+def test_sampler_learning(tmp_path: Path) -> None:
+    built = tmp_path / "built"
+    python("recipes/quickstart/diffusion.py", "--steps", "20", "--output", str(built))
+    done = smoke("diffusion.sampler_learning", tmp_path, "--folder", str(built))
+    assert [len(run["reward"]) for run in done.result["runs"]] == [2] * 8
+    assert all(name in done.printed for name in ("bgpo, prefix", "trajectory, dual", "confidence_threshold 0.9"))

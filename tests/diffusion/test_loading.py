@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
@@ -244,6 +245,24 @@ def test_a_repository_is_fetched_with_the_options_of_the_hub(tmp_path: Path, mon
     assert asked["repository"] == "GSAI-ML/LLaDA-8B-Instruct" and asked["revision"] == "main"
     assert not any(pattern.endswith(".py") for pattern in asked["allow_patterns"])
     assert model.dtype == torch.bfloat16 and model.config._name_or_path == "GSAI-ML/LLaDA-8B-Instruct"
+
+
+@pytest.mark.parametrize("path", ["runs/mistyped/model", "GSAI-ML/LLaDa-8B", "./nothing"])
+def test_a_mistyped_path_is_named(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too deep for a repository, one that the hub does not find, and no path at all."""
+    if path.count("/") == 1:
+
+        def snapshot_download(repository: str, **_: Any) -> str:
+            raise LocalEntryNotFoundError(f"{repository} is not there.")
+
+        monkeypatch.setattr("dta_plugin.diffusion.loading.snapshot_download", snapshot_download)
+    with pytest.raises(InvalidInputError, match=f"Got the model '{path}'. Expected a directory.*Look at the spelling"):
+        load_diffusion_lm(path)
+
+
+def test_a_folder_without_a_config_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match=f"{tmp_path} has no config.json"):
+        load_diffusion_lm(tmp_path)
 
 
 def test_a_missing_parameter_is_named_as_in_the_checkpoint(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import itertools
 import pytest
 import torch
 
-from dta_plugin.diffusion import SamplerConfig, predictions, sample
-from dta_plugin.diffusion import sampler as module
+from dta_plugin.diffusion import SamplerConfig, block_cache, commits, predictions, sample
+from dta_plugin.diffusion.sampler_config import default_block_length
 from dta_plugin.errors import InvalidInputError
 from tests.support.tiny_diffusion import EOS, FAMILY, MASK, SHIFTED, VOCABULARY, diffusion_model, padded, shifted_twin
 
@@ -26,7 +26,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
         seen.append(ids.clone())
         return predictions(model, family, ids, attention, columns)
 
-    monkeypatch.setattr(module, "predictions", watch)
+    monkeypatch.setattr(block_cache, "predictions", watch)
     return seen
 
 
@@ -92,7 +92,7 @@ def test_zero_temperature_is_deterministic_and_noise_follows_the_generator() -> 
 
 def test_proposals_follow_the_softmax_of_the_temperature() -> None:
     logits, draws = torch.tensor([0.3, -1.0, 1.2, 0.0]), 40000
-    tokens = module._proposals(logits.expand(draws, 4), 0.7, seeded())
+    tokens = commits._proposals(logits.expand(draws, 4), 0.7, seeded())
     share = torch.bincount(tokens, minlength=4) / draws
     assert (share - (logits / 0.7).softmax(dim=0)).abs().max() < 0.01
     assert (share - logits.softmax(dim=0)).abs().max() > 0.02  # control: another temperature
@@ -172,7 +172,8 @@ def test_guidance_moves_the_logits_away_from_those_without_prompt(monkeypatch: p
     model = diffusion_model()
     guided = dataclasses.replace(SMALL, guidance_scale=1.5)
     ids = torch.cat([PROMPTS, PROMPTS], 1)
-    logits = module._guided_logits(model, FAMILY, guided, ids, torch.ones(3, 10), 5, slice(6, 9))
+    reader = block_cache.BlockReader(model, FAMILY, guided, prompt_length=5)
+    logits = reader.logits(ids, torch.ones(3, 10), slice(6, 9))
     blind = torch.cat([torch.full_like(PROMPTS, MASK), PROMPTS], 1)
     conditional, unconditional = (predictions(model, FAMILY, given, None, slice(6, 9)) for given in (ids, blind))
     torch.testing.assert_close(logits, 2.5 * conditional - 1.5 * unconditional, rtol=1e-4, atol=1e-4)
@@ -184,7 +185,8 @@ def test_guidance_moves_the_logits_away_from_those_without_prompt(monkeypatch: p
 def test_blocks_of_block_attention_continue_those_of_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = traced(monkeypatch)
     family = dataclasses.replace(ENDLESS, block_length=4)
-    result = sample(diffusion_model(), family, PROMPTS[:1], None, SMALL)  # five prompt tokens: three open places
+    whole = dataclasses.replace(SMALL, kv_cache="none")
+    result = sample(diffusion_model(), family, PROMPTS[:1], None, whole)  # five prompt tokens: three open places
     states = [ids[0, 5:] for ids in seen]
     assert [int((s != MASK).sum()) for s in states] == [0, 2, 3, 5, 7, 9, 11]
     assert (result.completion_ids != MASK).all()
@@ -204,6 +206,10 @@ def test_blocks_of_block_attention_continue_those_of_the_prompt(monkeypatch: pyt
         ({"temperature": -1.0}, "at least 0"),
         ({"guidance_scale": -1.0}, "at least 0"),
         ({"remasking": "entropy"}, "Expected one of low_confidence, random"),
+        ({"kv_cache": "on"}, "Expected one of auto, none, prefix, dual"),
+        ({"confidence_threshold": 1.0, "steps": None}, r"a probability in \(0, 1\)"),
+        ({"confidence_threshold": 0.9}, "confidence_threshold=0.9 with steps=6"),
+        ({"confidence_threshold": 0.9, "steps": None, "remasking": "random"}, "remasking='random'"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(changes: dict[str, object], message: str) -> None:
@@ -212,4 +218,70 @@ def test_options_that_do_not_go_together_are_refused(changes: dict[str, object],
 
 
 def test_the_defaults_go_together() -> None:
-    assert SamplerConfig().blocks == 8
+    assert (SamplerConfig().blocks, SamplerConfig().calls_per_block) == (8, 16)
+
+
+@pytest.mark.parametrize(("length", "expected"), [(256, 32), (100, 25), (210, 30), (48, 24), (7, 7), (31, 31), (37, 1)])
+def test_a_canvas_is_cut_into_the_largest_blocks_up_to_32(length: int, expected: int) -> None:
+    assert default_block_length(length) == expected
+
+
+def test_rows_that_begin_in_the_middle_of_a_block_may_end_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have one block more than the others, in which nobody is left."""
+    monkeypatch.setattr("dta_plugin.diffusion.family.check_attention", lambda *_: None)
+    family = dataclasses.replace(FAMILY, block_length=4)
+    whole = dataclasses.replace(SMALL, kv_cache="none")
+    prompts, mask = padded([[3, 4, 5, 6], [8, 9]])
+    model = diffusion_model(tie_word_embeddings=False)
+
+    def forward(input_ids, logits_to_keep, **_):
+        """The row with the short prompt ends at once."""
+        tokens = torch.where((input_ids[:, :1] == 0), EOS, 20).expand(-1, len(logits_to_keep))
+        return type("Output", (), {"logits": torch.nn.functional.one_hot(tokens, VOCABULARY).float() * 9})
+
+    model.forward = forward
+    found = sample(model, family, prompts, mask, whole)
+    assert found.lengths.tolist() == [12, 1] and (found.canvas_ids[0] == 20).all()
+
+
+def test_a_prompt_that_is_too_long_is_refused() -> None:
+    model = diffusion_model(max_position_embeddings=16)
+    sample(model, FAMILY, PROMPTS[:, :4], None, SMALL)
+    with pytest.raises(InvalidInputError, match=r"prompt of 5 tokens and a canvas of 12 .* 16 positions.*at most 4"):
+        sample(model, FAMILY, PROMPTS, PROMPT_MASK, SMALL)
+    left = torch.nn.functional.pad(PROMPTS[:, :4], (3, 0))
+    sample(model, FAMILY, left, torch.nn.functional.pad(torch.ones(3, 4), (3, 0)), SMALL)  # padding has no position
+
+
+def test_a_threshold_commits_what_is_sure_and_the_surest(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = traced(monkeypatch)
+    model, threshold = diffusion_model(initializer_range=0.3), 0.2
+    config = SamplerConfig(gen_length=12, block_length=6, confidence_threshold=threshold)
+    found = sample(model, ENDLESS, PROMPTS, PROMPT_MASK, config)
+    attention = torch.nn.functional.pad(PROMPT_MASK, (0, 12), value=1)
+    states = [ids[:, 5:] for ids in seen] + [found.canvas_ids]
+    several = alone = 0
+    for call, (before, after) in enumerate(itertools.pairwise(states)):
+        block = 0 if bool((before[:, :6] == MASK).any()) else 6
+        scores = predictions(model, ENDLESS, seen[call], attention, slice(5, None)).double()
+        scores[..., MASK] = float("-inf")
+        best = scores.softmax(dim=-1).max(dim=-1).values
+        best[before != MASK] = 0.0
+        best[:, block + 6 :] = 0.0
+        for row in range(3):
+            sure = {i for i in range(12) if best[row, i] >= threshold} or {int(best[row].argmax())}
+            sure = sure if bool(best[row].any()) else set()
+            assert set((before[row] != after[row]).nonzero()[:, 0].tolist()) == sure
+            assert (found.steps[row, list(sure)] == call).all()
+            several, alone = several + (len(sure) > 1), alone + (len(sure) == 1)
+    assert several and alone and 2 < found.model_calls == len(seen) < 12
+    assert not (found.canvas_ids == MASK).any()
+
+
+def test_a_threshold_that_nothing_reaches_commits_one_token_per_call() -> None:
+    model = diffusion_model()
+    surest = SamplerConfig(gen_length=8, block_length=4, confidence_threshold=0.999)
+    slow = sample(model, ENDLESS, PROMPTS, None, surest)
+    single = sample(model, ENDLESS, PROMPTS, None, SamplerConfig(gen_length=8, block_length=4, steps=8))
+    assert slow.model_calls == 8
+    assert torch.equal(slow.canvas_ids, single.canvas_ids) and torch.equal(slow.steps, single.steps)

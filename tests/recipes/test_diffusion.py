@@ -41,7 +41,13 @@ def test_yaml(recipe: str, tmp_path: Path) -> None:
     script, training, model = TrlParser((arguments, DiffusionGRPOConfig, ModelConfig)).parse_args_and_config(
         ["--config", str(SCRIPT.with_name(f"{recipe}.yaml")), *here]
     )
-    assert (training.objective, script.task) == ("bgpo", "sums" if recipe.startswith("quickstart") else "gsm8k")
+    task = "sums" if recipe.startswith("quickstart") else recipe.split("_")[2]
+    assert script.task == task
+    assert training.objective == ("trajectory" if task in ("countdown", "sudoku") else "bgpo")
+    each = training.accelerator_config.gradient_accumulation_kwargs or {}
+    assert each == ({"sync_each_batch": True} if recipe.endswith("fsdp2") else {})
+    at_zero = recipe not in ("llada_8b_gsm8k", "quickstart_diffusion")
+    assert (training.eval_sampler_config(None).temperature == 0.0) == at_zero
     assert not model.use_peft or model.lora_dropout == 0.0
 
 
@@ -49,7 +55,7 @@ def test_yaml(recipe: str, tmp_path: Path) -> None:
 def test_trains(
     recipe: str, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The quickstart as it is; LLaDA's recipe with the tiny model and its task, everything else its own."""
+    """The quickstart as it is; LLaDA's recipes with the tiny model and its task, everything else their own."""
     small = {
         "model_name_or_path": built / "model",
         "dataset_name": built / "data",
@@ -73,6 +79,7 @@ def test_trains(
     runpy.run_path(str(SCRIPT), run_name="__main__")
     trained = Trained.read(tmp_path, capsys.readouterr().out)
     assert len(trained.steps) == 2
-    assert all(step["grad_norm"] > 0 and step["diffusion/elbo"] < 0 for step in trained.steps)
+    likelihood = "diffusion/log_prob" if recipe.endswith(("countdown", "sudoku")) else "diffusion/elbo"
+    assert all(step["grad_norm"] > 0 and step[likelihood] < 0 for step in trained.steps)
     start = load_file(built / "model" / "model.safetensors")
     assert all("lora" in name or not (start[name] == w).all() for name, w in trained.weights.items() if "proj" in name)

@@ -32,7 +32,14 @@ from tests.support import image_recipes as images
 from tests.support import recipes as support
 
 TRL = support.RECIPES / "trl"
-DIFFUSION = ("llada_8b_gsm8k", "quickstart_diffusion")
+DIFFUSION = (
+    "llada_8b_countdown",
+    "llada_8b_gsm8k",
+    "llada_8b_gsm8k_ddp",
+    "llada_8b_gsm8k_fsdp2",
+    "llada_8b_sudoku",
+    "quickstart_diffusion",
+)
 YAMLS = sorted(path for path in TRL.glob("*.yaml") if path.stem not in DIFFUSION)
 HYBRID = "qwen3_5_9b_gsm8k"
 # Scripts by name: their own arguments, and where the data of those that read some is.

@@ -5,11 +5,12 @@ the plugin on: stock verl runs on it as well. Every process of a run has to impo
 `VERL_USE_EXTERNAL_MODULES=dta_plugin.adapters.verl_cpu` does. `python -m dta_plugin.adapters.verl_cpu`, with the
 arguments of `python -m verl.trainer.main_ppo`, sets that up.
 
-Promises: stock verl trains here with FSDP or FSDP2 over gloo, and its Megatron engine runs, where Megatron-Core and
+Promises: stock verl trains here with FSDP or FSDP2 over gloo, and with its Megatron engine where Megatron-Core and
 mbridge are installed (`megatron`); what verl computes is not changed. A rank is one of Ray's logical GPUs
 (`ray.init(num_gpus=N)`).
 
-Known limit: FSDP 1 with `param_offload` asks for a device "cpu:cpu"; FSDP 2 with it works.
+Known limits: FSDP 1 with `param_offload` asks for a device "cpu:cpu"; FSDP 2 with it works. With Megatron, runs cannot
+be resumed, and rollouts take no mixture of experts (docs/megatron.md).
 """
 
 from dta_plugin.adapters.verl_cpu import install

@@ -3,7 +3,8 @@
     python -m dta_plugin.adapters.verl_cpu trainer.n_gpus_per_node=2 ...       # instead of verl.trainer.main_ppo
 
 Promises: every process of the run imports dta_plugin.adapters.verl_cpu; a rank is one of `n_gpus_per_node` logical GPUs
-of Ray. The settings in `DEFAULTS` come before yours, so yours win. Nothing else differs from verl's own command.
+of Ray. The settings in `DEFAULTS`, and those for the `model_engine` (`dp`, which is FSDP, or `megatron`), come before
+yours, so yours win. Nothing else differs from verl's own command.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import sys
 
 from dta_plugin.adapters.verl_cpu.install import HAS_PLATFORMS
+from dta_plugin.adapters.verl_cpu.megatron import TRANSFORMER_CONFIG
 
 MODULE = "dta_plugin.adapters.verl_cpu"
 RANKS = "trainer.n_gpus_per_node"
@@ -21,20 +23,30 @@ DEFAULTS = [
     "actor_rollout_ref.rollout.name=hf_cpu",
     "actor_rollout_ref.rollout.tensor_model_parallel_size=1",
     "actor_rollout_ref.rollout.dtype=float32",
-    "actor_rollout_ref.actor.strategy=fsdp2",
-    "actor_rollout_ref.ref.strategy=fsdp2",
-    "actor_rollout_ref.actor.fsdp_config.use_torch_compile=False",  # for an entropy over the vocabulary
-    "actor_rollout_ref.ref.fsdp_config.use_torch_compile=False",
     "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
     "ray_kwargs.ray_init.num_cpus=32",  # logical: what verl's actors ask for, not what they use
 ]
+MEGATRON = "actor_rollout_ref.actor.megatron"
+# Besides, by the `model_engine`.
+DEFAULTS_OF_ENGINES = {
+    "dp": [
+        "actor_rollout_ref.actor.strategy=fsdp2",
+        "actor_rollout_ref.ref.strategy=fsdp2",
+        "actor_rollout_ref.actor.fsdp_config.use_torch_compile=False",  # for an entropy over the vocabulary
+        "actor_rollout_ref.ref.fsdp_config.use_torch_compile=False",
+    ],
+    "megatron": [
+        f"{MEGATRON}.vanilla_mbridge=True",
+        *(f"+{MEGATRON}.override_transformer_config.{name}={value}" for name, value in TRANSFORMER_CONFIG.items()),
+    ],
+}
 
 
 def with_defaults(overrides: list[str]) -> list[str]:
     """Hydra overrides for a CPU, then the given ones; as many logical GPUs as ranks."""
-    found = [*DEFAULTS, *overrides]
-    ranks = [value for name, _, value in (text.partition("=") for text in found) if name == RANKS][-1]
-    return [f"+ray_kwargs.ray_init.num_gpus={ranks}", *found]
+    given = dict(text.split("=", 1) for text in [*DEFAULTS, *overrides] if "=" in text)
+    of_engine = DEFAULTS_OF_ENGINES.get(given.get("model_engine", "dp"), [])
+    return [f"+ray_kwargs.ray_init.num_gpus={given[RANKS]}", *DEFAULTS, *of_engine, *overrides]
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ schedules, recomputation, optimizer and collectives (over gloo) are their own. W
   padding mask, as Transformer Engine's causal attention does.
 
 `TRANSFORMER_CONFIG` is what `override_transformer_config` has to hold for them: no fused kernels, which need a GPU.
-Parameters are float32 if `dtype` is set on an engine's configuration after it has been made; verl checks it only then.
+An engine's `dtype` may be float32, too.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TRANSFORMER_CONFIG = {
 # a `pre_mlp_layernorm` in both.
 _INPUT_NORM = (r"\.input_layernorm\.weight$", ".self_attention.linear_qkv.layer_norm_weight")
 _MLP_NORM = (r"\.pre_mlp_layernorm\.weight$", ".mlp.linear_fc1.layer_norm_weight")
-_EXPERT = (r"\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight$", r".experts.\2.weight\1")
+_EXPERT = r"\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight$"
 _CPU = torch.device("cpu")
 _CONSTRUCTORS = ("arange", "empty", "full", "ones", "tensor", "zeros")
 
@@ -57,8 +57,10 @@ def install() -> None:
         ("megatron.core.transformer.dot_product_attention", _packed_attention),
         ("megatron.core.transformer.torch_norm", _norms_of_parts),
         ("megatron.core.transformer.moe.moe_utils", _router_without_transformer_engine),
+        ("megatron.core.transformer.moe.token_dispatcher", _counts_as_numbers),
         ("mbridge.core.llm_bridge", _own_layers),
         ("mbridge.core.bridge", _names_of_own_layers),
+        ("verl.workers.config.engine", _float32),
     ):
         when_imported(name, action)
 
@@ -91,12 +93,11 @@ def _on_cpu(constructor: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
 
     @functools.wraps(constructor)
     def wrapped(*args: Any, device: Any = None, **given: Any) -> torch.Tensor:
+        given.pop("pin_memory", None)
         if device is None:
             return constructor(*args, **given)
-        if torch.device(device).type == "cuda":
-            device = _CPU
-            given.pop("pin_memory", None)
-        return constructor(*args, device=device, **given)
+        on_gpu = torch.device(device).type == "cuda"
+        return constructor(*args, device=_CPU if on_gpu else device, **given)
 
     return wrapped
 
@@ -116,8 +117,11 @@ def _one_random_state(module: Any) -> None:
     def fork(tracker: Any, *_: Any) -> Iterator[None]:
         yield
 
+    def add(tracker: Any, name: str, *_: Any) -> None:
+        tracker.states_[name] = torch.get_rng_state()  # checkpoints have to hold one
+
     module.CudaRNGStatesTracker.fork = fork
-    module.CudaRNGStatesTracker.add = lambda *_: None
+    module.CudaRNGStatesTracker.add = add
     module._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     module._set_cuda_rng_state = lambda *_, **__: None
 
@@ -160,6 +164,15 @@ def _router_without_transformer_engine(module: ModuleType) -> None:
     vars(module).setdefault("te_general_gemm", None)  # which it asks for, and has not defined
 
 
+def _counts_as_numbers(module: ModuleType) -> None:
+    vars(module)["maybe_move_tensor_to_cpu"] = _moved
+
+
+def _moved(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Megatron's converts, too, but only what comes from a GPU."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 def _own_layers(module: Any) -> None:
     spec = module.get_gpt_decoder_block_spec
 
@@ -172,13 +185,32 @@ def _own_layers(module: Any) -> None:
 
 
 def _names_of_own_layers(module: Any) -> None:
-    own = module.Bridge._weight_name_mapping_mcore_to_hf
+    own = module.Bridge._weight_name_mapping_mcore_local_to_global
 
     @functools.wraps(own)
-    def mapped(self: Any, name: str) -> list[str]:
-        has_experts = getattr(self.config, "num_moe_experts", None) is not None
-        for pattern, known in (_INPUT_NORM, _EXPERT if has_experts else _MLP_NORM):
-            name = re.sub(pattern, known, name)
-        return own(self, name)
+    def mapped(self: Any, model: torch.nn.Module, consider_ep: bool = True) -> dict[str, str]:
+        """Names of a rank's weights -> Transformer Engine's, with the numbers of layers and, if asked for, experts."""
+        experts = getattr(self.config, "num_moe_experts", None) or 0
+        first = experts // self.mpu.ep_size * self.mpu.ep_rank if consider_ep else 0
+        renamed = (_INPUT_NORM, (_EXPERT, lambda found: f".experts.{found[2]}.weight{int(found[1]) + first}"))
+        names = own(self, model, consider_ep)
+        for pattern, known in renamed if experts else (_INPUT_NORM, _MLP_NORM):
+            names = {local: re.sub(pattern, known, name) for local, name in names.items()}
+        return names
 
-    module.Bridge._weight_name_mapping_mcore_to_hf = mapped
+    module.Bridge._weight_name_mapping_mcore_local_to_global = mapped
+
+
+def _float32(module: Any) -> None:
+    """verl has a list of types that it allows, of which this is none."""
+    own = module.McoreEngineConfig.__post_init__
+
+    @functools.wraps(own)
+    def post_init(config: Any) -> None:
+        dtype = config.dtype
+        if dtype == "float32":
+            object.__setattr__(config, "dtype", "bfloat16")
+        own(config)
+        object.__setattr__(config, "dtype", dtype)
+
+    module.McoreEngineConfig.__post_init__ = post_init

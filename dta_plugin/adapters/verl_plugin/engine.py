@@ -22,8 +22,8 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from dta_plugin.adapters.verl_plugin.diffusion.guards import check_model
 from dta_plugin.adapters.verl_plugin.diffusion.updates import DiffusionUpdates, Settings
-from dta_plugin.adapters.verl_plugin.jagged import JaggedRows, clear_weights
-from dta_plugin.adapters.verl_plugin.micro_batches import agreed, clear_plan, set_plan
+from dta_plugin.adapters.verl_plugin.jagged import JaggedRows
+from dta_plugin.adapters.verl_plugin.micro_batches import agreed, set_plan
 from dta_plugin.adapters.verl_plugin.mini_batch import (
     MiniBatchRun,
     config_of_micro_batches,
@@ -32,11 +32,10 @@ from dta_plugin.adapters.verl_plugin.mini_batch import (
     find,
 )
 from dta_plugin.adapters.verl_plugin.obstacles import packing_fault
-from dta_plugin.adapters.verl_plugin.run_checks import check_chunks, saves_enough, take_own_path
-from dta_plugin.adapters.verl_plugin.tokens import OptimizerPasses, choose_tokens, selection_obstacle
+from dta_plugin.adapters.verl_plugin.run_checks import saves_enough, take_own_path
 from dta_plugin.adapters.verl_plugin.tree_call import TreeCall, TreeOutputs
+from dta_plugin.adapters.verl_plugin.tree_engine import TreeEngineFrame
 from dta_plugin.adapters.verl_plugin.upstream import check_engine
-from dta_plugin.adapters.verl_plugin.weighted_loss import weighted
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import UnsupportedError
 from dta_plugin.execution.prepared_batch import prepare_batch
@@ -44,10 +43,9 @@ from dta_plugin.execution.probing.probe import latest_outcome
 from dta_plugin.execution.recovery import remedy_named
 from dta_plugin.models.dispatch import uninstall
 from dta_plugin.models.introspection import causal_lm, model_cost
-from dta_plugin.training.notices import Notices
 
 
-class TreeEngine(FSDPEngineWithLMHead):
+class TreeEngine(TreeEngineFrame, FSDPEngineWithLMHead):
     """Same arguments as the engine it extends. Until `configure` is called, options have their defaults."""
 
     module: Any
@@ -55,12 +53,8 @@ class TreeEngine(FSDPEngineWithLMHead):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._dta_config: TreeConfig | None = TreeConfig()
         self._dta_diffusion: DiffusionUpdates | None = None
-        self._dta_run: MiniBatchRun | None = None
         self._dta_calls = 0
-        self._dta_passes = OptimizerPasses()
-        self._dta_notices = Notices(speaks=self.rank == 0)
 
     def configure(self, config: TreeConfig | None, diffusion: Settings | None = None) -> None:
         """Options from now on; None: verl's own path. diffusion: of a diffusion LM, which has no prefix trees.
@@ -71,12 +65,6 @@ class TreeEngine(FSDPEngineWithLMHead):
         check_model(self.module, diffusion is not None)
         self._dta_diffusion = None if diffusion is None else DiffusionUpdates(self, diffusion)
         self.configure_early(config)
-
-    def configure_early(self, config: TreeConfig | None) -> None:
-        """`configure` before there is a model. Raises InvalidInputError likewise."""
-        if config is not None:
-            check_chunks(config, self.engine_config.strategy)
-        self._dta_config = config
 
     def initialize(self) -> None:
         super().initialize()
@@ -93,19 +81,9 @@ class TreeEngine(FSDPEngineWithLMHead):
         if self._dta_config is None:
             stock = functools.partial(super().forward_backward_batch, data, loss_function, forward_only, **kwargs)
             return stock() if self._dta_diffusion is None else self._dta_diffusion.mini_batch(stock, data, forward_only)
-        try:
-            self._dta_run = run = self._begin(data, self._dta_config, loss_function, forward_only)
-            if run.drawn is not None:
-                loss_function = weighted(loss_function)
-            with remedy_named(self.module):
-                outputs = super().forward_backward_batch(data, loss_function, forward_only, **kwargs)
-        finally:
-            self._dta_run = None
-            clear_plan(data)
-            clear_weights(data)
-        if run.is_update:
-            outputs["metrics"].update(run.metrics())
-        return outputs
+        stock = functools.partial(super().forward_backward_batch, data, forward_only=forward_only, **kwargs)
+        with remedy_named(self.module):
+            return self._mini_batch(stock, data, self._dta_config, loss_function, forward_only)
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
         if self._dta_diffusion is not None:
@@ -184,12 +162,11 @@ class TreeEngine(FSDPEngineWithLMHead):
         finally:
             self.module = module
 
+    def _updates(self) -> int:
+        return int(self.lr_scheduler.last_epoch)
+
     def _begin(self, data: TensorDict, config: TreeConfig, loss_function: Any, forward_only: bool) -> MiniBatchRun:
-        """Choose a mini-batch's tokens, let all ranks agree on how it runs, and cut it into micro-batches."""
-        run = MiniBatchRun(None, not forward_only)
-        if run.is_update and selection_obstacle(data, loss_function, config) is None:
-            step, rank = self._dta_passes.next(self.lr_scheduler.last_epoch), self.get_data_parallel_rank()
-            run.drawn = choose_tokens(data, self.module, loss_function, config, step, rank)
+        run = self._tokens_chosen(data, config, loss_function, forward_only, self.module)
         findings, plans = find(self, data, config, loss_function, forward_only)
         decision = decide(agreed(findings, self.get_data_parallel_group()))
         if decision.obstacle is not None:

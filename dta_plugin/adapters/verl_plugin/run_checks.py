@@ -23,12 +23,15 @@ def check_run(config: Any) -> None:
     """
     from verl.trainer.ppo.utils import need_reference_policy
 
+    from dta_plugin.adapters.verl_plugin.diffusion.guards import check_path
     from dta_plugin.adapters.verl_plugin.diffusion.worker import diffusion_settings
 
     run = config.actor_rollout_ref
     options, diffusion = tree_config(run.rollout), diffusion_settings(run)
     if options is None and diffusion is None:
         return
+    if diffusion is not None:
+        check_path(run.model.path)
     for role in ("actor", "ref") if need_reference_policy(config) else ("actor",):
         strategy = run[role].strategy
         if strategy not in (OF_POLICIES if diffusion is None else STRATEGIES):

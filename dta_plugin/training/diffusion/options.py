@@ -5,7 +5,6 @@ Adapters offer the fields under these names, with these defaults and texts.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -15,7 +14,7 @@ from dta_plugin.diffusion import DiffusionFamily, SamplerConfig, family_of
 from dta_plugin.diffusion.masks import FORMS, check_samples
 from dta_plugin.diffusion.objectives.bgpo import check_clips
 from dta_plugin.diffusion.objectives.elbo import NORMS
-from dta_plugin.diffusion.sampler import REMASKING
+from dta_plugin.diffusion.sampler_config import KV_CACHES, REMASKING, default_block_length
 from dta_plugin.errors import InvalidInputError
 
 OBJECTIVES = ("bgpo", "diffu-grpo", "trajectory", "vrpo")
@@ -23,9 +22,14 @@ CLIPPED = ("diffu-grpo", "trajectory")  # those with token or step ratios, and P
 _ELBO, _BGPO, _ONE_STEP = ("bgpo", "vrpo"), ("bgpo",), ("diffu-grpo",)
 _SAMPLED = (*_ELBO, "trajectory")
 _WITH_FILLERS = ("bgpo", "vrpo", "diffu-grpo")
-_CHOICES = {"objective": OBJECTIVES, "mask_form": FORMS, "length_norm": NORMS, "remasking": REMASKING}
+_CHOICES = {
+    "objective": OBJECTIVES,
+    "mask_form": FORMS,
+    "length_norm": NORMS,
+    "remasking": REMASKING,
+    "kv_cache": KV_CACHES,
+}
 _LEAST = {"block_length": 1, "attention_block_length": 1, "mask_token_id": 0}
-_BLOCK = 32  # the papers' block length, where the model has none of its own
 
 
 def _option(default: object, help: str, objectives: tuple[str, ...] = OBJECTIVES) -> Any:
@@ -82,16 +86,29 @@ class DiffusionOptions:
     )
     block_length: int | None = _option(
         None,
-        "Tokens of a sampling block. None: the attention blocks' length where the model has such, else 32, or the "
-        "largest power of 2 below that the length of the completion is a multiple of.",
+        "Tokens of a sampling block. None: the attention blocks' length where the model has such, else the largest "
+        "divisor of the completion's length up to 32.",
     )
     diffusion_steps: int | None = _option(
-        None, "Model calls to sample a completion. None: two tokens per call, as in the papers."
+        None,
+        "Model calls to sample a completion. None: two tokens per call, as in the papers; as the model decides with "
+        "confidence_threshold.",
     )
     remasking: str = _option(
         "low_confidence", "Which proposed tokens wait for a later step: those of low_confidence, or random ones."
     )
     guidance_scale: float = _option(0.0, "Scale of classifier-free guidance in sampling; 0 is off.")
+    confidence_threshold: float | None = _option(
+        None,
+        "Commit in each model call every token whose probability is at least this (Fast-dLLM uses 0.9), and the "
+        "surest in any case, instead of a fixed number: fewer calls, another distribution.",
+    )
+    kv_cache: str = _option(
+        "auto",
+        "Which keys and values the sampler keeps within a block: prefix (of the prompt and finished blocks), dual (of "
+        "what is still masked behind the block, too), none, or auto: prefix where attention is causal over blocks, "
+        "which is exact, else none. With full attention prefix and dual are approximations.",
+    )
     score_fillers: bool = _option(
         False,
         "Score the end tokens that fill the completion after the first one. Off: they would let a policy gain "
@@ -147,13 +164,13 @@ class DiffusionOptions:
 
         Raises InvalidInputError for lengths and steps that do not go together.
         """
-        block = self.block_length or attention_block_length or math.gcd(_BLOCK, length)
-        steps = length // block * max(block // 2, 1) if self.diffusion_steps is None else self.diffusion_steps
         return SamplerConfig(
             gen_length=length,
-            block_length=block,
-            steps=steps,
+            block_length=self.block_length or attention_block_length or default_block_length(length),
+            steps=self.diffusion_steps,
             temperature=temperature,
             remasking=self.remasking,
             guidance_scale=self.guidance_scale,
+            confidence_threshold=self.confidence_threshold,
+            kv_cache=self.kv_cache,
         )

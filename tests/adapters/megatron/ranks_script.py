@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import parallel_state
+from safetensors.torch import load_file
 from tensordict import TensorDict
 from torch import distributed
 
@@ -26,18 +27,26 @@ from tests.adapters.verl.support import Step, mini_batch
 
 TENSOR = {"tensor_model_parallel_size": 2}
 PIPELINE = {"pipeline_model_parallel_size": 2}
+EXPERTS = {"expert_model_parallel_size": 2}
 LAYOUTS = {
     "tensor": Setup(engine=TENSOR | {"sequence_parallel": False}, transformer={"sequence_parallel": False}),
     "sequence": Setup(engine=TENSOR),
     "sequence recomputed": Setup("tied", engine=TENSOR, transformer=RECOMPUTATION["full"]),
     "experts": Setup("moe", engine=TENSOR),
+    "expert parallel": Setup("moe", engine=EXPERTS),
     "pipeline": Setup(engine=PIPELINE),
     "pipeline recomputed": Setup(engine=PIPELINE, transformer=RECOMPUTATION["selective"]),
     "virtual pipeline": Setup("deep", engine=PIPELINE | {"virtual_pipeline_model_parallel_size": 2}),
     "data": Setup(),
     "padded": Setup(packed=False, engine=TENSOR),
 }
-STEPS = [Step(), Step(shape="turns"), Step(shape="corners", temperature=None), Step(dynamic=False)]
+STEPS = [
+    Step(),
+    Step(shape="turns"),
+    Step(shape="corners", temperature=None),
+    Step(dynamic=False),
+    Step(shape="turns", budget=40, stock_budget=90),
+]
 
 
 def disagreeing_data(folder: Path) -> dict[str, Any]:
@@ -61,6 +70,28 @@ def disagreeing_pipeline(folder: Path) -> dict[str, Any]:
     return {"error": error, "dense": difference(train(engine, [step])[0], stock[0])}
 
 
+def exported(folder: Path) -> dict[str, Any]:
+    """Whether the weights that ranks give to a rollout are those that they have loaded, and change with an update."""
+    found = {}
+    for name in ("tensor", "pipeline", "virtual pipeline", "expert parallel"):
+        setup = LAYOUTS[name]
+        loaded = load_file(folder / setup.model / "model.safetensors")
+        engine = build(setup, folder, tree=True)
+        before = _exported(engine)
+        train(engine, STEPS[:1])
+        after = _exported(engine)
+        found[name] = {
+            "same": before.keys() == loaded.keys() and all(torch.equal(before[n], loaded[n]) for n in loaded),
+            "unmoved": [n for n in loaded if torch.equal(after[n], loaded[n])],
+        }
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+def _exported(engine: Any) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in engine.get_per_tensor_param()[0]}
+
+
 def _refusal(engine: Any, data: TensorDict) -> str:
     try:
         inferred(engine, data)
@@ -69,7 +100,7 @@ def _refusal(engine: Any, data: TensorDict) -> str:
     return ""
 
 
-SPECIAL = {"disagreeing data": disagreeing_data, "disagreeing pipeline": disagreeing_pipeline}
+SPECIAL = {"exported": exported, "disagreeing data": disagreeing_data, "disagreeing pipeline": disagreeing_pipeline}
 
 
 def main() -> None:

@@ -48,13 +48,14 @@ RECOMPUTATION: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Setup:
-    """How an engine is built. packed: verl's own layout of rows. engine, transformer: further settings of either."""
+    """How an engine is built. packed: verl's own layout of rows. engine, transformer, lora: further settings."""
 
     model: str = "qwen3"
     packed: bool = True
     dtype: str = "float32"
     engine: dict[str, Any] = field(default_factory=dict)
     transformer: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)
 
 
 def corners(seed: int) -> tuple[Sequences, list[int]]:
@@ -76,15 +77,14 @@ SHAPES |= {"corners": corners, "star": star}
 
 def build(setup: Setup, folder: Path, tree: bool) -> Any:
     """An initialised engine: the one that verl's registry gives, or verl's own."""
-    model = HFModelConfig(path=str(folder / setup.model), load_tokenizer=False)
-    model.tokenizer = SimpleNamespace(pad_token_id=0)
+    model = HFModelConfig(path=str(folder / setup.model), load_tokenizer=False, lora=setup.lora)
+    model.tokenizer = SimpleNamespace(pad_token_id=0, save_pretrained=lambda _: None)
     engine = McoreEngineConfig(
-        vanilla_mbridge=True,
         use_remove_padding=setup.packed,
         override_transformer_config=TRANSFORMER_CONFIG | setup.transformer,
-        **setup.engine,
+        dtype=setup.dtype,
+        **{"vanilla_mbridge": True} | setup.engine,
     )
-    object.__setattr__(engine, "dtype", setup.dtype)
     # As for the engine of FSDP: a large eps keeps Adam's first steps near the gradient.
     optimizer = McoreOptimizerConfig(
         lr=1e-3, total_training_steps=10, clip_grad=1e6, override_optimizer_config={"adam_eps": 1e-2}
@@ -98,12 +98,12 @@ def build(setup: Setup, folder: Path, tree: bool) -> Any:
     return found
 
 
-def train(engine: Any, steps: Sequence[Step]) -> list[dict[str, Any]]:
+def train(engine: Any, steps: Sequence[Step], first_seed: int = 0) -> list[dict[str, Any]]:
     """Old log-probs and update of each step: what verl logs, log-probs and entropies; with the last, the weights.
 
     Of a pipeline, its last rank has all but weights.
     """
-    found = [_trained(engine, step, seed) for seed, step in enumerate(steps)]
+    found = [_trained(engine, step, seed) for seed, step in enumerate(steps, first_seed)]
     found[-1]["weights"] = weights(engine)
     return found
 

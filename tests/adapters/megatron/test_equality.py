@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from verl.utils.megatron_utils import unwrap_model
 
 from dta_plugin.config import TreeConfig
 from dta_plugin.tree.layout import ScoredEdges
@@ -42,7 +44,7 @@ def test_recomputation(model: str, recomputed: str, folder: Path) -> None:
 
 
 OTHERWISE = {
-    "distributed optimizer": Setup(engine={"use_distributed_optimizer": True}),
+    "plain optimizer": Setup(engine={"use_distributed_optimizer": False}),
     "sliding window": Setup(packed=False, transformer={"window_size": (6, 0), "window_attn_skip_freq": 2}),
     "softmax scale": Setup(transformer={"softmax_scale": 0.2}),
     "padded to buckets": Setup(engine={"pad_to_length": True, "pad_to_length_bucket": 64}),
@@ -101,3 +103,29 @@ def test_min_saving_takes_verls_own_path(folder: Path) -> None:
     stock, tree = (train(build(Setup(), folder, tree), [step])[0] for tree in (False, True))
     assert difference(tree, stock) == 0
     assert tree["dta"]["dta/dense_fallback"] == 1
+
+
+def _add_adapters(engine: Any) -> None:
+    """What LoRA does to a layer: something of its input is added to what it gives."""
+    torch.manual_seed(1)
+    for layer in unwrap_model(engine.module[0]).decoder.layers:
+        for linear in (layer.self_attention.linear_qkv, layer.self_attention.linear_proj, layer.mlp.linear_fc1):
+            down, up = torch.randn(4, linear.weight.shape[1]), torch.randn(linear.weight.shape[0], 4)
+
+            def adapted(_: Any, args: Any, output: Any, down: torch.Tensor = down, up: torch.Tensor = up) -> Any:
+                return output[0] + 0.05 * args[0] @ down.T @ up.T, output[1]
+
+            linear.register_forward_hook(adapted)
+
+
+def test_adapters_are_not_bypassed(folder: Path) -> None:
+    """Whatever wraps linear layers; LoRA of Megatron-Bridge itself is in test_bridge.py."""
+    data, found = mini_batch(Step(shape="turns")), []
+    for tree in (False, True):
+        engine = build(Setup(), folder, tree)
+        before = inferred(engine, data)["log_probs"].values()
+        _add_adapters(engine)
+        found.append(response_rows(data, inferred(engine, data)["log_probs"]).values())
+        assert (inferred(engine, data)["log_probs"].values() - before).abs().max() > 0.1
+    stock, tree = found
+    assert (tree - stock).abs().max() < TOLERANCE

@@ -38,6 +38,7 @@ TRANSFORMER: dict[str, tuple[Any, str]] = {
     "moe_expert_capacity_factor": (1.0, "drops"),
     "mrope_section": ([1, 1, 2], "mRoPE"),
     "softmax_type": ("learnable", "sinks"),
+    "fused_single_qkv_rope": (True, "packed rows"),
     "cuda_graph_impl": ("local", "CUDA graphs"),
 }
 
@@ -91,6 +92,25 @@ def test_load_balancing_losses(folder: Path) -> None:
     stock, dense = (train(build(setup, folder, tree), [step])[0] for tree in (False, True))
     assert difference(dense, stock) == 0
     assert dense["dta"]["dta/dense_fallback"] == 1
+
+
+def test_dropout_of_adapters(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = unwrap_model(engine.module[0]).decoder.layers[1].self_attention.linear_qkv
+    monkeypatch.setattr(linear, "adapter", torch.nn.Dropout(0.1), raising=False)
+    found = str(engine_obstacle(engine))
+    assert "linear_qkv.adapter has p=0.1" in found and "model.lora.dropout=0.0" in found
+
+
+def test_experts_whose_gradients_megatron_does_not_add_up(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two tensor-parallel ranks with whole experts, stock verl's gradient norm was 2% below that of one rank."""
+    config = engine.tf_config
+    for name, value in (("num_moe_experts", 4), ("moe_router_load_balancing_type", "none")):
+        monkeypatch.setattr(config, name, value)
+    monkeypatch.setattr(config, "tensor_model_parallel_size", 2)
+    for ranks, whole, is_refused in ((1, 1, True), (2, 1, False), (1, 2, False), (1, None, False)):
+        monkeypatch.setattr(config, "expert_model_parallel_size", ranks)
+        monkeypatch.setattr(config, "expert_tensor_parallel_size", whole)
+        assert ("does not add up experts' gradients" in str(engine_obstacle(engine))) == is_refused
 
 
 def _with_images(data: Any) -> None:

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 from transformers import AutoModelForCausalLM
+from verl.workers.config import McoreEngineConfig
 
 from dta_plugin.adapters.verl_cpu import megatron
+from dta_plugin.adapters.verl_cpu.__main__ import with_defaults
+from dta_plugin.adapters.verl_cpu.megatron import TRANSFORMER_CONFIG
 from tests.adapters.megatron.support import Setup, build, inferred
 from tests.adapters.verl.support import Step, mini_batch, response_rows
 
@@ -47,3 +51,23 @@ def test_nothing_happens_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     megatron.install()
     assert not waiting
+
+
+def test_precision() -> None:
+    """float32 besides what verl allows, and no more."""
+    assert McoreEngineConfig(dtype="float32", vanilla_mbridge=True).dtype == "float32"
+    with pytest.raises(AssertionError, match="dtype int8 not supported"):
+        McoreEngineConfig(dtype="int8")
+
+
+@pytest.mark.parametrize("engine", ["dp", "megatron"])
+def test_defaults_are_of_the_engine(engine: str) -> None:
+    """verl's loader has no settings of the other one, and what is given comes last."""
+    given = [f"model_engine={engine}", "trainer.n_gpus_per_node=3"]
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", with_defaults(given))
+    assert config.ray_kwargs.ray_init.num_gpus == config.trainer.n_gpus_per_node == 3
+    assert config.actor_rollout_ref.actor.strategy == ("megatron" if engine == "megatron" else "fsdp2")
+    if engine == "megatron":
+        part = config.actor_rollout_ref.ref.megatron
+        assert part.vanilla_mbridge and TRANSFORMER_CONFIG.items() <= dict(part.override_transformer_config).items()

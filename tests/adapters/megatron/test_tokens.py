@@ -1,4 +1,4 @@
-"""Updates that leave tokens out: pruned ones change nothing, drawn ones are those that the engine for FSDP draws."""
+"""Tokens that run: as many as with the engine for FSDP. Pruned ones change nothing, drawn ones are drawn there, too."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from tensordict import TensorDict
 from verl.workers.utils.losses import ppo_loss
 
 from dta_plugin.config import TreeConfig
+from tests.adapters.megatron import support
 from tests.adapters.megatron.support import Setup, build, inferred, weights
 from tests.adapters.verl import support as fsdp
 from tests.adapters.verl.support import Step, actor_config, mini_batch, nested, response_rows
 from tests.adapters.verl.updates import without_regularisers
+
+COUNTS = ("flat_tokens", "tree_tokens", "pruned_tokens", "compression_ratio", "micro_batches", "dense_fallback")
 
 
 def _data(engine: Any, unread: bool = False) -> TensorDict:
@@ -35,6 +38,41 @@ def _update(engine: Any, data: TensorDict, config: TreeConfig, actor: Any) -> di
         output = engine.train_batch(data.copy(), loss_function=functools.partial(ppo_loss, config=actor))
     found = {n: v.aggregate() if hasattr(v, "aggregate") else v for n, v in output["metrics"].items()}
     return found | {"loss": sum(output["loss"])}
+
+
+BATCHES = {
+    "groups": Step(),
+    "turns": Step(shape="turns"),
+    "corners": Step(shape="corners"),
+    "star": Step(shape="star"),
+    "cut": Step(shape="turns", budget=30),
+    "static": Step(shape="turns", dynamic=False, rows=3),
+}
+
+
+@pytest.fixture(scope="module")
+def engines(folder: Path) -> tuple[Any, Any]:
+    """Megatron's and the other one, which runs Hugging Face's model with the same weights."""
+    return build(Setup(), folder, tree=True), fsdp.build(fsdp.Setup(), folder / "qwen3", tree=True)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_as_many_tokens_as_with_fsdp(name: str, engines: tuple[Any, Any]) -> None:
+    """Dense, in trees, cut to the same micro-batches: the same reduction, exactly."""
+    found, expected = _counts(engines, (BATCHES[name], BATCHES[name]))
+    assert found == expected
+    assert found["compression_ratio"] > 1.2
+
+
+def test_micro_batches_that_are_cut_elsewhere_have_other_counts(engines: tuple[Any, Any]) -> None:
+    found, expected = _counts(engines, (BATCHES["cut"], BATCHES["turns"]))
+    assert found["flat_tokens"] == expected["flat_tokens"] and found["tree_tokens"] > expected["tree_tokens"]
+
+
+def _counts(engines: tuple[Any, Any], steps: tuple[Step, Step]) -> list[dict[str, float]]:
+    runs = zip((support, fsdp), engines, steps, strict=True)
+    metrics = [module.train(engine, [step])[0]["dta"] for module, engine, step in runs]
+    return [{name: found[f"dta/{name}"] for name in COUNTS} for found in metrics]
 
 
 def test_pruning_changes_nothing(folder: Path) -> None:

@@ -65,6 +65,13 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"diffusion_steps": 17}, "Expected a multiple of"),
     ({"temperature": -1.0}, "at least 0"),
     ({"guidance_scale": -1.0}, "at least 0"),
+    ({"kv_cache": "on"}, "Expected one of auto, none, prefix, dual"),
+    ({"confidence_threshold": 1.5}, r"a probability in \(0, 1\)"),
+    ({"confidence_threshold": 0.9, "diffusion_steps": 128}, "confidence_threshold=0.9 with steps=128"),
+    ({"eval_temperature": -1.0}, "In evaluation: temperature=-1.0"),
+    ({"eval_max_completion_length": 0}, "In evaluation: gen_length=0"),
+    ({"eval_max_completion_length": 48, "block_length": 32}, "In evaluation: gen_length=48, block_length=32"),
+    ({"eval_max_completion_length": 255, "diffusion_steps": 128}, "as many tokens per model call"),
     ({"epsilon": 0.5}, "objective='diffu-grpo'"),
     ({"prompt_mask_probability": 0.3}, "objective='diffu-grpo'"),
     ({"objective": "vrpo", "bound_clip": 0.2}, "objective='bgpo'"),
@@ -121,10 +128,20 @@ def test_fields_are_those_of_the_options() -> None:
 def test_defaults() -> None:
     config = DiffusionGRPOConfig(**BASE, max_completion_length=256)
     assert (config.objective, config.num_elbo_samples, config.length_norm) == ("bgpo", 16, "length")
-    assert (config.sampler_config(None).block_length, config.sampler_config(None).steps) == (32, 128)
-    assert (config.sampler_config(4).block_length, config.sampler_config(4).steps) == (4, 128)
+    assert (config.sampler_config(None).block_length, config.sampler_config(None).calls_per_block) == (32, 16)
+    assert (config.sampler_config(4).block_length, config.sampler_config(4).calls_per_block) == (4, 2)
     odd = DiffusionGRPOConfig(**BASE, max_completion_length=7).sampler_config(None)
-    assert (odd.block_length, odd.steps) == (1, 7)
+    assert (odd.block_length, odd.calls_per_block) == (7, 4)
+    assert config.eval_sampler_config(4) == config.sampler_config(4)
+
+
+def test_evaluation_samples_as_it_is_told_to() -> None:
+    config = DiffusionGRPOConfig(
+        **BASE, max_completion_length=64, diffusion_steps=16, eval_temperature=0.0, eval_max_completion_length=128
+    )
+    training, found = config.sampler_config(None), config.eval_sampler_config(None)
+    assert (training.temperature, training.gen_length, training.steps) == (1.0, 64, 16)
+    assert (found.temperature, found.gen_length, found.steps) == (0.0, 128, 32)  # four tokens per call in both
 
 
 def test_yaml(tmp_path: Path) -> None:
@@ -168,6 +185,17 @@ def test_a_model_of_no_known_family_is_refused(tmp_path: Path) -> None:
 def test_blocks_other_than_the_models_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="set block_length=4"):
         tiny.trainer(tmp_path, attention_block_length=4, block_length=2, max_completion_length=8)
+
+
+def test_a_mistyped_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="Got the model 'runs/mistyped/model'"):
+        tiny.trainer(tmp_path, "runs/mistyped/model")
+
+
+@pytest.mark.parametrize("option", ["max_completion_length", "eval_max_completion_length"])
+def test_a_canvas_that_is_too_long_is_refused(option: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="a canvas of 16 for a model with 16 positions"):
+        tiny.trainer(tmp_path, tiny.model(max_position_embeddings=16), **{option: 16})
 
 
 def test_a_release_without_the_hooks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,6 +153,18 @@ def test_evaluation(checkpoint: str, tmp_path: Path) -> None:
     assert all(entry["eval_diffusion/model_calls"] > 0 and entry["eval_diffusion/kl"] >= 0 for entry in found)
 
 
+def test_evaluation_at_its_own_temperature_and_length(checkpoint: str, tmp_path: Path) -> None:
+    own = {"eval_temperature": 0.0, "eval_max_completion_length": 16}
+    trainer = tiny.trainer(tmp_path, checkpoint, **OWN, **own, max_completion_length=8)
+    batch = [[5, 6, 7], [8], [9, 10, 11, 12]]
+    trainer.model.eval()
+    cold = trainer._generate_single_turn(batch, None, {})[0]
+    assert cold == trainer._generate_single_turn(batch, None, {})[0] and max(map(len, cold)) > 8
+    trainer.model.train()
+    warm = [trainer._generate_single_turn(batch, None, {})[0] for _ in range(2)]
+    assert warm[0] != warm[1] and max(len(row) for rows in warm for row in rows) <= 8
+
+
 def test_saves_loads_and_resumes(checkpoint: str, tmp_path: Path) -> None:
     """Half a run, resumed, ends with the weights of the whole one: noise and completions come from restored seeds."""
     options = OWN | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1}
@@ -202,4 +214,4 @@ def test_a_checkpoint_needs_only_its_name(checkpoint: str, tmp_path: Path) -> No
     trainer = DiffusionGRPOTrainer(checkpoint, wants_w7, args, train_dataset=Dataset.from_dict({"prompt": ["w5"] * 8}))
     assert trainer.model.dtype is torch.bfloat16 and trainer.family.mask_token_id == tiny.MASK
     assert args.model_init_kwargs == {"dtype": "bfloat16"}
-    assert (trainer.sampler.block_length, trainer.sampler.steps) == (32, 16)
+    assert (trainer.sampler.block_length, trainer.sampler.calls_per_block) == (32, 16)

@@ -17,6 +17,7 @@ from dta_plugin.adapters.verl_plugin.config import tree_config
 from dta_plugin.adapters.verl_plugin.diffusion.guards import check_model
 from dta_plugin.adapters.verl_plugin.diffusion.updates import DiffusionUpdates
 from dta_plugin.adapters.verl_plugin.diffusion.worker import diffusion_settings
+from dta_plugin.adapters.verl_plugin.run_checks import check_run
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.training.diffusion.options import DiffusionOptions
@@ -117,6 +118,8 @@ def test_defaults_are_those_of_the_options() -> None:
         ({"diffusion": {"clip": -1.0}}, "clip=-1.0"),
         ({"diffusion": {"block_length": 48}}, "gen_length=64, block_length=48"),
         ({"diffusion": {"steps": 65}}, "steps=65"),
+        ({"diffusion": {"steps": 64, "confidence_threshold": 0.9}}, "confidence_threshold=0.9 with steps=64"),
+        ({"diffusion": {"kv_cache": "on"}}, "Expected one of auto, none, prefix, dual"),
         ({"diffusion": {"steps": 32, "diffusion_steps": 32}}, "steps=32 and diffusion_steps=32. Expected diffusion_st"),
         ({"diffusion": {"length_norm": "none"}}, "length_norm='none'. Expected none; set .*actor.loss_agg_mode"),
         ({"diffusion": {"objective": "diffu-grpo"}}, "Expected 'bgpo', 'vrpo' or 'trajectory'"),
@@ -140,6 +143,8 @@ def test_wrong_options_raise(options: Any, message: str) -> None:
         ("rollout__multi_turn__enable", True),
         ("rollout__top_p", 0.9),
         ("rollout__top_k", 20),
+        ("rollout__val_kwargs__top_p", 0.9),
+        ("rollout__val_kwargs__top_k", 20),
         ("actor__loss_agg_mode", "token-mean"),
         ("actor__loss_scale_factor", 100),
         ("actor__policy_loss__loss_mode", "gspo"),
@@ -155,6 +160,21 @@ def test_settings_of_verl_that_do_not_fit(name: str, value: Any) -> None:
         diffusion_settings(config({"diffusion": {}}, **{name: value}))
     assert f"actor_rollout_ref.{name.replace('__', '.')}={value!r}" in str(error.value)
     diffusion_settings(config({"executor": "packed"}, **{name: value}))  # not the tree's concern
+
+
+def test_a_mistyped_model_is_named_on_the_driver(diffusion_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("verl.trainer.ppo.utils.need_reference_policy", lambda _: False)
+    for path in (str(diffusion_folder), "hdfs://of/verl/to/fetch"):
+        run = config({"diffusion": {}}, model__path=path, actor__strategy="fsdp2")
+        check_run(OmegaConf.create({"actor_rollout_ref": run}))
+    empty = str(diffusion_folder.parent)
+    for path, message in (
+        ("runs/no/model", "Got the model 'runs/no/model'. Expected a directory"),
+        (empty, "no config"),
+    ):
+        run = config({"diffusion": {}}, model__path=path, actor__strategy="fsdp2")
+        with pytest.raises(InvalidInputError, match=message):
+            check_run(OmegaConf.create({"actor_rollout_ref": run}))
 
 
 def test_the_clip_range_of_steps_is_verls() -> None:

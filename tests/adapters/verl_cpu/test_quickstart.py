@@ -20,6 +20,7 @@ from tests.adapters.verl.entry_points import written_to
 from tests.adapters.verl_cpu.test_recipes import RECIPES
 
 STEPS = 3
+FEW_STEPS = (f"trainer.total_training_steps={STEPS}", "actor_rollout_ref.rollout.calculate_log_probs=True")
 VERL_08 = Version(version("verl")) < Version("0.9")
 # Between the sampler's probabilities and the actor's: largest, mean. verl 0.8 sends weights to rollouts in bfloat16.
 SAMPLER = (5e-2, 5e-3) if VERL_08 else (5e-5, 2e-6)
@@ -53,9 +54,14 @@ def train(
     modules: for every process. packages: a folder with some that pip has not installed.
     """
     variables = os.environ | variables_for(folder, packages) | {"VERL_USE_EXTERNAL_MODULES": modules}
-    done = run_recipe(overrides, variables, recipe)
+    return trained(command_for(overrides, recipe), folder, variables)
+
+
+def trained(command: Sequence[str], folder: Path, variables: Mapping[str, str]) -> tuple[Metrics, str]:
+    """What a run logged in the folder for every step, and what it said."""
+    done = run(command, variables)
     if done.returncode and CRASH in done.stdout:
-        done = run_recipe(overrides, variables, recipe)
+        done = run(command, variables)
     assert done.returncode == 0, done.stdout[-6000:]
     lines = (folder / "verl" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["data"] for line in lines], done.stdout
@@ -66,12 +72,13 @@ def variables_for(folder: Path, packages: str = "") -> dict[str, str]:
     return {"QUICKSTART": str(folder), "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
 
 
-def run_recipe(
-    overrides: Sequence[str], variables: Mapping[str, str], recipe: str = "quickstart"
-) -> subprocess.CompletedProcess[str]:
-    command = [str(RECIPES / "verl" / f"{recipe}.sh"), f"trainer.total_training_steps={STEPS}"]
+def command_for(overrides: Sequence[str], recipe: str = "quickstart") -> list[str]:
+    return [str(RECIPES / "verl" / f"{recipe}.sh"), *FEW_STEPS, *overrides]
+
+
+def run(command: Sequence[str], variables: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*command, "actor_rollout_ref.rollout.calculate_log_probs=True", *overrides],
+        command,
         cwd=RECIPES.parent,
         env=variables,
         stdout=subprocess.PIPE,
@@ -130,7 +137,7 @@ def test_recurrent_layers(tmp_path: Path) -> None:
 @pytest.mark.skipif(VERL_08, reason="verl 0.8 imports external_lib in workers only")
 def test_a_wrong_option_comes_before_the_first_model(folder: Path) -> None:
     option = "+actor_rollout_ref.rollout.custom.dta.exeutor=packed"
-    done = run_recipe([option], os.environ | variables_for(folder))
+    done = run(command_for([option]), os.environ | variables_for(folder))
     assert done.returncode != 0 and "Unknown option(s) exeutor" in done.stdout
     assert "TaskRunner" in done.stdout and "WorkerDict" not in done.stdout and "parameters" not in done.stdout
 

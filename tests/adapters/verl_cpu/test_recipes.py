@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, Features, Image, Value, load_dataset
-from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 from PIL import Image as Pixels
 from verl.tools.tool_registry import load_all_tools
@@ -22,62 +20,56 @@ from verl.utils.import_utils import load_module
 
 from dta_plugin.adapters.verl_plugin.config import tree_config
 from dta_plugin.adapters.verl_plugin.diffusion.worker import diffusion_settings
+from dta_plugin.adapters.verl_plugin.run_checks import check_run
 from recipes import stories
 from recipes.verl.data import figures
+from tests.adapters.verl.recipes import RECIPES, config_of
 
-RECIPES = Path(__file__).parents[3] / "recipes"
 SCRIPTS = sorted((RECIPES / "verl").glob("*.sh"))
-SHOW_ARGUMENTS = f"""#!{sys.executable}
-import json, sys
-print(json.dumps(sys.argv[1:]))
-"""
+MEGATRON = [script for script in SCRIPTS if script.stem.endswith("_megatron")]
 
 
-def command_of(script: Path, folder: Path) -> list[str]:
-    """What a recipe hands to Python."""
-    python = folder / "python"
-    python.write_text(SHOW_ARGUMENTS)
-    python.chmod(0o755)
-    done = subprocess.run(
-        [script, "trainer.total_epochs=7"],
-        env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout)
-
-
-def config_of(script: Path, folder: Path) -> tuple[str, DictConfig]:
-    """The module that a recipe runs, and its config."""
-    dash_m, module, *overrides = command_of(script, folder)
-    assert dash_m == "-m" and overrides[-1] == "trainer.total_epochs=7", "options of the command line come last"
-    if module == "dta_plugin.adapters.verl_cpu":
-        from dta_plugin.adapters.verl_cpu.__main__ import with_defaults
-
-        overrides = with_defaults(overrides)
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        return module, compose("ppo_trainer", [text for text in overrides if not text.startswith("hydra.")])
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script not in MEGATRON], ids=lambda path: path.stem)
 def test_config(script: Path, tmp_path: Path) -> None:
     module, config = config_of(script, tmp_path)
     on_cpu = script.stem in ("quickstart", "quickstart_qwen3_5", "diffusion")
     assert module == ("dta_plugin.adapters.verl_cpu" if on_cpu else "verl.trainer.main_ppo")
     assert (diffusion_settings(config.actor_rollout_ref) is not None) == (script.stem == "diffusion")
-    if module == "verl.trainer.main_ppo":
-        assert config.actor_rollout_ref.rollout.name == "vllm"
+    options = tree_config(config.actor_rollout_ref.rollout)
+    assert (options is not None and options.selection() is not None) == (script.stem == "qwen3_8b_nat")
+    check(config, "fsdp2", config.trainer.n_gpus_per_node)
+
+
+@pytest.mark.parametrize("nodes", [1, 8])
+@pytest.mark.parametrize("script", MEGATRON, ids=lambda path: path.stem)
+def test_megatron(script: Path, nodes: int, tmp_path: Path) -> None:
+    """What Megatron itself makes of the models' geometry is in tests/adapters/megatron/test_recipes.py."""
+    module, config = config_of(script, tmp_path, nodes)
+    assert (module, config.trainer.nnodes) == ("verl.trainer.main_ppo", nodes)
+    assert config.critic.strategy == "megatron"
+    assert tree_config(config.actor_rollout_ref.rollout) is not None
+    engine = config.actor_rollout_ref.actor.megatron
+    gpus, of_a_model = nodes * config.trainer.n_gpus_per_node, engine.tensor_model_parallel_size
+    of_a_model *= engine.pipeline_model_parallel_size
+    assert gpus % of_a_model == 0
+    check(config, "megatron", gpus // of_a_model)
+    assert config.actor_rollout_ref.ref.megatron.tensor_model_parallel_size == engine.tensor_model_parallel_size
+    check_run(config)
+
+
+def check(config: DictConfig, strategy: str, ranks: int) -> None:
+    """What every recipe has to hold. ranks: that have rows of their own."""
+    if config.actor_rollout_ref.rollout.name == "vllm":
         config.actor_rollout_ref.rollout.name = "hf_cpu"  # verl's checks of LoRA import vLLM
+    else:
+        assert strategy == "fsdp2"
     validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
     rollout = omega_conf_to_dataclass(config.actor_rollout_ref.rollout)
     actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
     assert config.actor_rollout_ref.model.external_lib == "dta_plugin.adapters.verl"
-    options = tree_config(config.actor_rollout_ref.rollout)
-    assert (options is not None and options.selection() is not None) == (script.stem == "qwen3_8b_nat")
-    assert (actor.strategy, config.actor_rollout_ref.actor.use_dynamic_bsz) == ("fsdp2", True)
-    assert (config.actor_rollout_ref.ref.strategy, rollout.n > 1) == ("fsdp2", True)
-    ranks, prompts = config.trainer.n_gpus_per_node, config.actor_rollout_ref.actor.ppo_mini_batch_size
+    assert (actor.strategy, config.actor_rollout_ref.actor.use_dynamic_bsz) == (strategy, True)
+    assert (config.actor_rollout_ref.ref.strategy, rollout.n > 1) == (strategy, True)
+    prompts = config.actor_rollout_ref.actor.ppo_mini_batch_size
     assert prompts % ranks == 0, "every rank gets whole groups of every mini-batch"
     assert config.data.train_batch_size % prompts == 0
     longest = config.data.max_prompt_length + config.data.max_response_length

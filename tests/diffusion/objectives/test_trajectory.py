@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from dta_plugin.diffusion import SampledCompletions, SamplerConfig, predictions, sample
-from dta_plugin.diffusion import sampler as module
+from dta_plugin.diffusion import SampledCompletions, SamplerConfig, sample
+from dta_plugin.diffusion.block_cache import BlockReader
 from dta_plugin.diffusion.objectives.trajectory import step_log_probs
 from dta_plugin.diffusion.steps import StepDraws, draw_steps
 from tests.support.saved import SavedBytes
@@ -24,6 +24,10 @@ CASES = {
     "a token per step": (EARLY, SamplerConfig(gen_length=9, block_length=3, steps=9, temperature=1.0)),
     "random": (EARLY, SamplerConfig(gen_length=12, block_length=6, steps=6, temperature=1.0, remasking="random")),
     "several tokens": (FAMILY, SamplerConfig(gen_length=10, block_length=5, steps=4, temperature=1.0)),
+    "a threshold": (
+        EARLY,
+        SamplerConfig(gen_length=10, block_length=5, confidence_threshold=0.05, temperature=1.0),
+    ),
     "block attention": (
         dataclasses.replace(EARLY, block_length=4),
         SamplerConfig(gen_length=12, block_length=4, steps=6, temperature=1.0),
@@ -42,12 +46,14 @@ def rollout(
     model = diffusion_model(dtype=torch.float64)
     calls: list[tuple[torch.Tensor, torch.Tensor, slice]] = []
 
-    def watch(model, family, ids, attention, columns):
-        logits = predictions(model, family, ids, attention, columns)
+    own = BlockReader.logits
+
+    def watch(reader: BlockReader, ids: torch.Tensor, attention: torch.Tensor, columns: slice) -> torch.Tensor:
+        logits = own(reader, ids, attention, columns)
         calls.append((ids.clone(), logits.log_softmax(dim=-1), columns))
         return logits
 
-    monkeypatch.setattr(module, "predictions", watch)
+    monkeypatch.setattr(BlockReader, "logits", watch)
     result = sample(model, family, PROMPTS, PROMPT_MASK, config, torch.Generator().manual_seed(1))
     committed = torch.zeros(3, config.gen_length, dtype=torch.float64)
     for step, (ids, log_probs, columns) in enumerate(calls):

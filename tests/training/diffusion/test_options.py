@@ -19,18 +19,20 @@ def test_every_option_says_what_it_does_and_for_whom() -> None:
 
 @pytest.mark.parametrize(
     ("length", "attention_block", "expected"),
-    [(256, None, (32, 128)), (256, 4, (4, 128)), (8, None, (8, 4)), (7, None, (1, 7)), (48, None, (16, 24))],
+    [(256, None, (32, 16)), (256, 4, (4, 2)), (8, None, (8, 4)), (7, None, (7, 4)), (100, None, (25, 13))],
 )
 def test_blocks_and_steps(length: int, attention_block: int | None, expected: tuple[int, int]) -> None:
-    """The model's attention blocks, else 32 or what divides the length; two tokens per call."""
+    """The model's attention blocks, else the largest divisor up to 32; two tokens per call. expected: of a block."""
     found = DiffusionOptions().sampler_config(length, 0.5, attention_block)
-    assert (found.block_length, found.steps) == expected
+    assert (found.block_length, found.calls_per_block) == expected
     assert (found.gen_length, found.temperature) == (length, 0.5)
 
 
 def test_what_is_given_goes_first() -> None:
     found = DiffusionOptions(block_length=8, diffusion_steps=64).sampler_config(64, 1.0, attention_block_length=4)
     assert (found.block_length, found.steps) == (8, 64)
+    fast = DiffusionOptions(confidence_threshold=0.9, kv_cache="dual").sampler_config(64, 1.0)
+    assert (fast.confidence_threshold, fast.kv_cache, fast.steps) == (0.9, "dual", None)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from dta_plugin.adapters.trl.diffusion.micro_batch import MASK_SEEDS, diffusion_
 from dta_plugin.adapters.trl.diffusion.unsupported_options import check_arguments
 from dta_plugin.adapters.trl.upstream import check_diffusion, check_diffusion_trainer
 from dta_plugin.diffusion import DiffusionFamily, load_diffusion_lm
-from dta_plugin.diffusion.sampler import check_blocks
+from dta_plugin.diffusion.sampler import check_blocks, check_positions
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.models.introspection import causal_lm
 from dta_plugin.training.diffusion.batch import CANVAS_IDS, COMMIT_STEPS, DiffusionBatch, Rollout, draw_seeds
@@ -71,7 +71,10 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             model = load_diffusion_lm(model, **cast(dict[str, Any], args.model_init_kwargs or {}), **given)
         own = args.diffusion_options.family(causal_lm(model).config)
         self.sampler = args.sampler_config(own.block_length)
-        check_blocks(own, self.sampler)
+        self.eval_sampler = args.eval_sampler_config(own.block_length)
+        for sampler in (self.sampler, self.eval_sampler):
+            check_blocks(own, sampler)
+            check_positions(model, 1, sampler)
         is_adapted = arguments.get("peft_config") is not None or hasattr(model, "peft_config")
         reference = copy.deepcopy(model) if args.beta and not is_adapted else None
         aside = {"model_init_kwargs": None} | ({} if reference is None else {"beta": 0.0})
@@ -123,7 +126,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
     ) -> tuple[list[list[int]], None]:
         if images is not None:
             raise InvalidInputError("The data has images. Expected text: diffusion LMs with images are not supported.")
-        found = sampled_completions(self, self.family, self.sampler, prompt_ids)
+        sampler = self.sampler if self.model.training else self.eval_sampler
+        found = sampled_completions(self, self.family, sampler, prompt_ids)
         self._record({f"{PREFIX}model_calls": float(found.model_calls)})
         self._rollout = Rollout(found.canvas_ids, found.steps) if self.args.objective == "trajectory" else None
         completions = found.completion_ids.tolist()

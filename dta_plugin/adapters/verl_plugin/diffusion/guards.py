@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from contextlib import suppress
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from packaging.version import Version
+from transformers.utils import cached_file
 
 from dta_plugin.adapters.verl_plugin.config import DIFFUSION
 from dta_plugin.diffusion import family_of
+from dta_plugin.diffusion.loading import checkpoint_directory, no_model
 from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.models.introspection import causal_lm
 
@@ -31,6 +34,8 @@ _ONLY: dict[str, tuple[Any, str]] = {
     "rollout.multi_turn.enable": (False, "a canvas is one turn"),
     "rollout.top_p": (1.0, "the sampler has no top-p"),
     "rollout.top_k": (-1, "the sampler has no top-k"),
+    "rollout.val_kwargs.top_p": (1.0, "the sampler has no top-p"),
+    "rollout.val_kwargs.top_k": (-1, "the sampler has no top-k"),
     "actor.policy_loss.loss_mode": ("vanilla", _NO_POLICY_LOSS),
     "actor.clip_ratio_c": (3.0, _NO_CLIPPING),
     "actor.loss_scale_factor": (None, "seq-mean-token-sum-norm divides by rollout.response_length"),
@@ -57,6 +62,19 @@ def check_settings(config: DictConfig, objective: str) -> None:
         given = OmegaConf.select(config, name, default=only)
         if given != only:
             raise _unfit(name, given, only, reason)
+
+
+def check_path(path: str) -> None:
+    """Raise InvalidInputError where `actor_rollout_ref.model.path` is no model; of remote storage verl can tell."""
+    if "://" in path:
+        return
+    try:
+        if Path(path).is_dir():
+            checkpoint_directory(path)
+        else:
+            cached_file(path, "config.json")
+    except OSError as error:
+        raise no_model(path, error) from error
 
 
 def clip_range(config: DictConfig) -> float:

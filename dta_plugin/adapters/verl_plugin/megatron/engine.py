@@ -21,7 +21,7 @@ from verl.utils.device import get_device_id
 from verl.utils.megatron_utils import unwrap_model
 from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead
 
-from dta_plugin.adapters.verl_plugin.jagged import JaggedRows, clear_weights
+from dta_plugin.adapters.verl_plugin.jagged import JaggedRows
 from dta_plugin.adapters.verl_plugin.megatron.check import Agreement, agreement, probe_data
 from dta_plugin.adapters.verl_plugin.megatron.cost import model_cost
 from dta_plugin.adapters.verl_plugin.megatron.mini_batch import (
@@ -35,32 +35,26 @@ from dta_plugin.adapters.verl_plugin.megatron.model import read_along_trees, run
 from dta_plugin.adapters.verl_plugin.megatron.obstacles import engine_obstacle
 from dta_plugin.adapters.verl_plugin.megatron.row import TreeRow
 from dta_plugin.adapters.verl_plugin.megatron.scoring import model_output
-from dta_plugin.adapters.verl_plugin.micro_batches import agreed, clear_plan, set_plan
+from dta_plugin.adapters.verl_plugin.micro_batches import agreed, set_plan
 from dta_plugin.adapters.verl_plugin.mini_batch import MiniBatchRun, decide
-from dta_plugin.adapters.verl_plugin.run_checks import check_chunks, saves_enough, take_own_path
-from dta_plugin.adapters.verl_plugin.tokens import OptimizerPasses, choose_tokens, selection_obstacle
+from dta_plugin.adapters.verl_plugin.run_checks import saves_enough, take_own_path
+from dta_plugin.adapters.verl_plugin.tree_engine import TreeEngineFrame
 from dta_plugin.adapters.verl_plugin.upstream import check_megatron_engine
-from dta_plugin.adapters.verl_plugin.weighted_loss import weighted
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import UnsupportedError
-from dta_plugin.training.notices import Notices
 from dta_plugin.tree.cost import ModelCost
 from dta_plugin.tree.report import TreeReport
 from dta_plugin.verify import VerificationError
 
 
-class TreeMegatronEngine(MegatronEngineWithLMHead):
+class TreeMegatronEngine(TreeEngineFrame, MegatronEngineWithLMHead):
     """Same arguments as the engine it extends. Until `configure` is called, options have their defaults."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._dta_config: TreeConfig | None = TreeConfig()
         self._dta_obstacle: str | None = None
         self._dta_cost: ModelCost | None = None
-        self._dta_run: MiniBatchRun | None = None
-        self._dta_passes = OptimizerPasses()
         self._dta_batches = 0
-        self._dta_notices = Notices(speaks=distributed.get_rank() == 0)
 
     def configure(self, config: TreeConfig | None, diffusion: object = None) -> None:
         """Options from now on; None: verl's own path.
@@ -70,12 +64,6 @@ class TreeMegatronEngine(MegatronEngineWithLMHead):
         if diffusion is not None:
             raise UnsupportedError("Diffusion LMs do not run with strategy=megatron. Expected strategy=fsdp or fsdp2.")
         self.configure_early(config)
-
-    def configure_early(self, config: TreeConfig | None) -> None:
-        """`configure` before there is a model. Raises InvalidInputError likewise."""
-        if config is not None:
-            check_chunks(config, self.engine_config.strategy)
-        self._dta_config = config
 
     def initialize(self) -> None:
         super().initialize()
@@ -92,18 +80,8 @@ class TreeMegatronEngine(MegatronEngineWithLMHead):
         if self._dta_config is None:
             return super().forward_backward_batch(data, loss_function, forward_only)
         self._check(data, self._dta_config)
-        try:
-            self._dta_run = run = self._begin(data, self._dta_config, loss_function, forward_only)
-            if run.drawn is not None:
-                loss_function = weighted(loss_function)
-            outputs = super().forward_backward_batch(data, loss_function, forward_only)
-        finally:
-            self._dta_run = None
-            clear_plan(data)
-            clear_weights(data)
-        if run.is_update and outputs:  # of the last pipeline stage
-            outputs["metrics"].update(run.metrics())
-        return outputs
+        stock = functools.partial(super().forward_backward_batch, data, forward_only=forward_only)
+        return self._mini_batch(stock, data, self._dta_config, loss_function, forward_only)
 
     def forward_step(
         self,
@@ -199,12 +177,11 @@ class TreeMegatronEngine(MegatronEngineWithLMHead):
                 chunk.train(was_training)
         return outputs["model_output"]["log_probs"] if outputs else None
 
+    def _updates(self) -> int:
+        return int(self.lr_scheduler.num_steps)
+
     def _begin(self, data: TensorDict, config: TreeConfig, loss_function: Any, forward_only: bool) -> MiniBatchRun:
-        """Choose a mini-batch's tokens, let all ranks agree on how it runs, and cut it into micro-batches."""
-        run = MiniBatchRun(None, not forward_only)
-        if run.is_update and selection_obstacle(data, loss_function, config) is None:
-            step, rank = self._dta_passes.next(self.lr_scheduler.num_steps), self.get_data_parallel_rank()
-            run.drawn = choose_tokens(data, None, loss_function, config, step, rank)
+        run = self._tokens_chosen(data, config, loss_function, forward_only, None)
         findings, plans = find(self._dta_obstacle, self._dta_cost, data, config, loss_function, forward_only)
         ranks = agreed(findings, distributed.group.WORLD)
         decision = decide(ranks)

@@ -10,6 +10,7 @@ from typing import Any
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.attention import SelfAttention
+from torch import nn
 from verl.utils.megatron_utils import unwrap_model
 
 _MEGATRON = "actor_rollout_ref.actor.megatron"
@@ -28,6 +29,7 @@ _SETTINGS: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("softmax_type", ("vanilla",), "attention sinks are not covered"),
     ("apply_query_key_layer_scaling", (False,), "scores that are scaled by layer are not covered"),
     ("mrope_section", (None,), "positions of images (mRoPE) are not covered; train on text models"),
+    ("fused_single_qkv_rope", (False,), "this fusion takes no packed rows"),
     ("log_max_attention_logit", (False,), "the largest attention logit is not recorded along trees"),
     ("moe_z_loss_coeff", (None, 0), "the router's z-loss is a mean over tokens, of which a tree has fewer"),
     ("moe_expert_capacity_factor", (None,), "which tokens an expert drops depends on all tokens of a batch"),
@@ -74,14 +76,20 @@ def model_obstacle(model: Any, config: Any) -> str | None:
         value = getattr(config, name, allowed[0])
         if value not in allowed:
             return f"{name}={value}: {reason}; set {_OVERRIDE}.{name}={_in_yaml(allowed[0])}, or train without trees"
-    if (balancing := _router_loss(config)) is not None:
-        return balancing
+    if (of_experts := _router_loss(config) or _gradients_of_experts(config)) is not None:
+        return of_experts
     if type(model) is not GPTModel:
         return f"the model is a {type(model).__name__}; only Megatron's GPTModel is covered, no images, no state spaces"
     if model.position_embedding_type not in ("rope", "yarn", "learned_absolute", "none"):
         return f"positions of type {model.position_embedding_type} are not covered"
     if model.post_process and type(model.output_layer) is not ColumnParallelLinear:
         return f"the head is a {type(model.output_layer).__name__}; expected Megatron's ColumnParallelLinear"
+    for name, part in model.named_modules():
+        if isinstance(part, nn.Dropout) and part.p > 0:
+            return (
+                f"dropout differs between rows that share a token, and {name} has p={part.p}; set "
+                "actor_rollout_ref.model.lora.dropout=0.0 where that is an adapter's"
+            )
     for layer in model.decoder.layers:
         attention = getattr(layer, "self_attention", None)
         if type(attention) is not SelfAttention:
@@ -103,6 +111,18 @@ def _router_loss(config: Any) -> str | None:
     return (
         f"moe_router_load_balancing_type={kinds} with moe_aux_loss_coeff={coefficients} balances over all tokens of a "
         f"batch, of which a tree has fewer; set {_OVERRIDE}.moe_router_load_balancing_type=none, verl's default"
+    )
+
+
+def _gradients_of_experts(config: Any) -> str | None:
+    """Such experts have gradients of the tokens of one tensor-parallel rank: Megatron-Core adds up none of others."""
+    shared, whole = config.tensor_model_parallel_size, config.expert_tensor_parallel_size
+    if not config.num_moe_experts or config.expert_model_parallel_size > 1 or whole in (None, shared):
+        return None
+    return (
+        f"expert_tensor_parallel_size={whole} with tensor_model_parallel_size={shared} and no expert parallelism: "
+        "Megatron does not add up experts' gradients over tensor-parallel ranks, so an update depends on which tokens "
+        f"are on which of them; set {_MEGATRON}.expert_tensor_parallel_size=null, or expert_model_parallel_size above 1"
     )
 
 

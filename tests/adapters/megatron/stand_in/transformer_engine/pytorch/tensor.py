@@ -1,0 +1,6 @@
+"""No tensor is quantised."""
+
+from __future__ import annotations
+
+
+class QuantizedTensor: ...

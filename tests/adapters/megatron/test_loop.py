@@ -1,0 +1,60 @@
+"""verl's own training loop with its Megatron engine, end to end: Ray, agent loop, reward, reference, two ranks, and
+weights that Megatron holds and a Hugging Face model samples from. The quickstart, but for the engine.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.adapters.verl_cpu.test_quickstart import FEW_STEPS, Metrics, built, check_learning, trained, variables_for
+from tests.adapters.verl_cpu.test_recipes import RECIPES, command_of
+
+MEGATRON = "actor_rollout_ref.actor.megatron"
+FLOAT32 = [f"{MEGATRON}.dtype=float32", "actor_rollout_ref.ref.megatron.dtype=float32"]
+STOCK = "actor_rollout_ref.model.external_lib=null"
+LAYOUTS = {
+    "data": "trainer.n_gpus_per_node=2",
+    "tensor": f"{MEGATRON}.tensor_model_parallel_size=2",
+    "pipeline": f"{MEGATRON}.pipeline_model_parallel_size=2",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(tmp_path_factory.mktemp("quickstart"))
+
+
+def train(folder: Path, *overrides: str) -> tuple[Metrics, str]:
+    variables = os.environ | variables_for(folder) | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    variables["VERL_FILE_LOGGER_PATH"] = str(folder / "verl" / "metrics.jsonl")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUICKSTART", str(folder))
+        options = command_of(RECIPES / "verl" / "quickstart.sh", folder)
+    options = [option for option in options if ".fsdp_config." not in option]
+    command = [sys.executable, *options, "model_engine=megatron", *FLOAT32, *FEW_STEPS, *overrides]
+    return trained(command, folder, variables)
+
+
+@pytest.mark.long
+def test_stock(folder: Path) -> None:
+    steps, said = train(folder, STOCK)
+    check_learning(steps)
+    assert not [name for name in steps[0] if "dta/" in name] and "dta: " not in said
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=pytest.mark.long if name == "data" else pytest.mark.slow) for name in LAYOUTS]
+)
+def test_plugin(layout: str, folder: Path) -> None:
+    """The same training: rollouts are sampled from what trees have trained, and most tokens are computed once."""
+    steps, said = train(folder, LAYOUTS[layout])
+    check_learning(steps)
+    assert "probed: log-probs of a small tree differ by" in said
+    for step in steps:
+        assert step["actor/dta/compression_ratio"] > 5
+        assert step["actor/dta/dense_fallback"] == 0
+        assert step["dta/groups_split"] == 0
