@@ -39,6 +39,7 @@ TRAINING = {
     "steps_per_generation": 16,
     "beta": 0.04,
     "warmup_steps": 0,
+    "adam_epsilon": 1e-5,  # else a weight whose gradient is nothing but rounding takes a full step
     "logging_steps": 1,
     "save_strategy": "no",
 }

@@ -37,7 +37,7 @@ def test_learns(name: str) -> None:
 
 
 def test_what_the_checker_says_carries_no_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    """multi_turn.py up to its training: eight rollouts of each prompt; the mask leaves out the second question alone."""
+    """multi_turn.py up to its training: eight rollouts of each prompt; the mask leaves out the second question."""
     monkeypatch.chdir(RECIPES.parent)
     monkeypatch.setattr("sys.path", [*sys.path])
     cells: dict[str, Any] = {"__name__": "__main__"}

@@ -25,7 +25,7 @@ def install_in(trainer: type) -> None:
         trainer.fit = summed_up(fit)  # type: ignore[attr-defined]
 
 
-def summed_up(fit: Callable[..., Any]) -> Callable[..., Any]:
+def summed_up(fit: Callable[..., Any]) -> Any:
     """A trainer's `fit`, a coroutine or not, followed by the line; a training that fails has none."""
 
     @functools.wraps(fit)
@@ -42,8 +42,8 @@ def summed_up(fit: Callable[..., Any]) -> Callable[..., Any]:
         _say(steps)
         return result
 
-    chosen = awaited if inspect.iscoroutinefunction(fit) else wrapped
-    chosen._dta_stock = fit  # type: ignore[attr-defined]
+    chosen: Any = awaited if inspect.iscoroutinefunction(fit) else wrapped
+    chosen._dta_stock = fit
     return chosen
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-tracking = pytest.importorskip("verl.utils.tracking")
-
 from dta_plugin.adapters.verl_plugin import summary
+
+tracking = pytest.importorskip("verl.utils.tracking")
 
 LOGGED = [
     {"actor/dta/flat_tokens": 900.0, "actor/dta/tree_tokens": 100.0, "actor/dta/pruned_tokens": 30.0},
