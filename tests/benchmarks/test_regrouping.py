@@ -18,7 +18,7 @@ def test_smoke_run(tmp_path: Path) -> None:
     python("recipes/quickstart/build.py", "--output", str(tmp_path), "--steps", "40", "--prompts", "64")
     rows = smoke("regrouping", tmp_path, "--folder", str(tmp_path)).result["rows"]
     found = {row["metric"]: row["largest"] for row in rows}
-    assert max(found["loss"], found["grad_norm"]) < 1e-10 and found["entropy"] > 1e-4
+    assert max(found["loss"], found["grad_norm"]) < 1e-6 and found["entropy"] > 1e-4
 
 
 def test_differences_are_relative_to_what_stock_logs() -> None:
