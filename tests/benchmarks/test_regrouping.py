@@ -14,11 +14,11 @@ ENTRY = {"loss": 1.0, "reward": 0.5, "completions/mean_length": 9.0, "entropy": 
 
 @pytest.mark.long
 def test_smoke_run(tmp_path: Path) -> None:
-    """Loss and gradient stay, the entropy does not."""
+    """Loss and gradient stay, but for a Qwen3's norms, which are float32 in any model; the entropy does not."""
     python("recipes/quickstart/build.py", "--output", str(tmp_path), "--steps", "40", "--prompts", "64")
     rows = smoke("regrouping", tmp_path, "--folder", str(tmp_path)).result["rows"]
     found = {row["metric"]: row["largest"] for row in rows}
-    assert max(found["loss"], found["grad_norm"]) < 1e-6 and found["entropy"] > 1e-4
+    assert max(found["loss"], found["grad_norm"]) < 1e-5 and found["entropy"] > 1e-3
 
 
 def test_differences_are_relative_to_what_stock_logs() -> None:
