@@ -132,6 +132,7 @@ wheel-check: ## build sdist and wheel into dist/, install the wheel with $(PYTHO
 
 docs: $(INSTALLED) ## the documentation as a site, in build/site; fails on a broken link
 	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
+	@echo "open build/site/index.html; with search: python -m http.server --directory build/site"
 
 lint: $(INSTALLED) ## style and types
 	ruff check .

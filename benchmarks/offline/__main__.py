@@ -6,8 +6,8 @@
 
 Both contenders are trainers of the same class, model and batch, and run their own loss: `SFTTrainer` and
 `TreeSFTTrainer`, `DPOTrainer` and `TreeDPOTrainer`. Batches are siblings on both sides, as `TreeSFTTrainer` deals them
-out; the time of a stock trainer does not depend on that. DPO's reference is the same model without gradients, computed in
-the step. Loss and gradients of both are compared in the same run; it fails if they differ.
+out; the time of a stock trainer does not depend on that. DPO's reference is the same model without gradients, computed
+in the step. Loss and gradients of both are compared in the same run; it fails if they differ.
 """
 
 from __future__ import annotations
@@ -117,8 +117,7 @@ def _measured(model: PreTrainedModel, batch: Batch, args: argparse.Namespace) ->
     models = {"stock": twin(model), "tree": twin(model)}
     with tempfile.TemporaryDirectory() as folder:
         made = {
-            name: _step(cls, models[name], batch, folder)
-            for name, cls in zip(models, CLASSES[batch.kind], strict=True)
+            name: _step(cls, models[name], batch, folder) for name, cls in zip(models, CLASSES[batch.kind], strict=True)
         }
 
         def keep(index: int, name: str, loss: torch.Tensor) -> None:
