@@ -5,6 +5,7 @@
 # %% A model, a tokenizer and prompts, built here; yours is any name or folder that `from_pretrained` takes.
 import subprocess
 import sys
+from pathlib import Path
 
 from datasets import load_dataset
 from peft import LoraConfig
@@ -16,7 +17,8 @@ sys.path.insert(0, ".")
 from recipes.quickstart.rewards import right_answer
 
 FOLDER = "runs/examples"
-subprocess.run([sys.executable, "recipes/quickstart/build.py", "--output", FOLDER], check=True)
+if not Path(FOLDER, "data/train.jsonl").is_file():  # half a minute, once
+    subprocess.run([sys.executable, "recipes/quickstart/build.py", "--output", FOLDER], check=True)
 
 # %% The one line that is not TRL's: from here on, rollouts of a prompt share its computation.
 dta_plugin.enable(verify="first")
@@ -31,7 +33,7 @@ trainer = GRPOTrainer(
         num_generations=8,
         max_completion_length=24,
         learning_rate=2e-3,
-        max_steps=30,
+        max_steps=20,
         logging_steps=5,
         bf16=False,
         gradient_checkpointing=False,

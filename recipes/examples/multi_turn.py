@@ -6,6 +6,7 @@
 # %% A model, a tokenizer and prompts, built here; yours is any name or folder that `from_pretrained` takes.
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from datasets import load_dataset
@@ -17,7 +18,8 @@ sys.path.insert(0, ".")
 from recipes.quickstart.rewards import parse_answer
 
 FOLDER = "runs/examples"
-subprocess.run([sys.executable, "recipes/quickstart/build.py", "--output", FOLDER], check=True)
+if not Path(FOLDER, "data/train.jsonl").is_file():  # half a minute, once
+    subprocess.run([sys.executable, "recipes/quickstart/build.py", "--output", FOLDER], check=True)
 data = load_dataset("json", data_files=f"{FOLDER}/data/train.jsonl", split="train")
 answers = dict(zip(data["prompt"], data["answer"], strict=True))
 
@@ -26,12 +28,14 @@ answers = dict(zip(data["prompt"], data["answer"], strict=True))
 def turn(trainer, rows):
     tokenizer = trainer.processing_class
     batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
-    out = trainer.model.generate(**batch, do_sample=True, max_new_tokens=24)[:, batch["input_ids"].shape[1] :]
+    out = trainer.model.generate(**batch, do_sample=True, top_k=0, max_new_tokens=24)
+    out = out[:, batch["input_ids"].shape[1] :]
     ends = [(row == tokenizer.eos_token_id).nonzero() for row in out]
     return [row[: int(end[0]) + 1 if len(end) else None].tolist() for row, end in zip(out, ends, strict=True)]
 
 
-# %% A rollout: answer, and where that was wrong the same question again. env_mask is 1 for the model's own tokens.
+# %% Rollouts: answer, and where that was wrong the same question again. TRL gives every prompt as often as it wants
+# rollouts of it, and takes one row for each. env_mask is 1 for the model's own tokens: only they carry loss.
 def rollout(prompts, trainer):
     tokenizer = trainer.processing_class
     prompt_ids = tokenizer(prompts)["input_ids"]
@@ -76,9 +80,8 @@ trainer = GRPOTrainer(
         output_dir=f"{FOLDER}/multi_turn",
         per_device_train_batch_size=64,  # 8 prompts, 8 rollouts of each
         num_generations=8,
-        max_completion_length=96,
         learning_rate=5e-4,
-        max_steps=30,
+        max_steps=20,
         logging_steps=5,
         bf16=False,
         gradient_checkpointing=False,

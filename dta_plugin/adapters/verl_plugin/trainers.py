@@ -44,12 +44,13 @@ def _prepared(stock: Callable[..., Any]) -> Callable[..., Any]:
         if chosen_in(trainer.config.actor_rollout_ref.model):
             import_module(MODULE)
         if MODULE in sys.modules:
-            from dta_plugin.adapters.verl_plugin import balance, run_checks
+            from dta_plugin.adapters.verl_plugin import balance, run_checks, summary
 
             run_checks.check_run(trainer.config)
             if trainer.use_critic and run_checks.has_tree_critic(trainer.config):
                 _name_in_critic(trainer.config)
             balance.install_in(type(trainer))
+            summary.install_in(type(trainer))
         return stock(trainer, *args, **kwargs)
 
     wrapped._dta_stock = stock  # type: ignore[attr-defined]

@@ -154,6 +154,7 @@ def check_trainer_module(module: ModuleType) -> None:
             [
                 Name(f"{module.__name__}:{trainer}._balance_batch", parameters),
                 Name(f"{module.__name__}:{trainer}.{method}"),
+                Name("verl.utils.tracking:Tracking.log", ("data",)),
             ]
         )
     if module.__name__ == V1:

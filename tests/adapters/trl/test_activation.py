@@ -113,6 +113,27 @@ def test_trl_command(site: Site, stock: Result) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (("trl", "grpo"), "unrecognized arguments: --use_dta"),
+        (("python", SCRIPT, "--model", "m", "--data", "d", "--result", "r"), "Unknown arguments from config file"),
+        (("python", "-m", "trl.scripts.grpo"), None),
+    ],
+    ids=["no_module_line", "own_script", "a_script_of_trl"],
+)
+def test_a_yaml_without_the_launcher(site: Site, command: tuple[object, ...], says: str | None) -> None:
+    """What docs/trl.md says of it: an error of others, or stock training without a word."""
+    entries = {"model_name_or_path": "model", "dataset_name": "data", "reward_funcs": ["train.reward"], "max_steps": 1}
+    recipe = site.yaml("nobody", "use_dta: true", **(entries if command[-1] != "r" else {}))
+    (site.folder / "train.py").write_bytes(SCRIPT.read_bytes())
+    done = site.run(*command, "--config", recipe)
+    said = done.stdout + done.stderr
+    assert "dta: " not in said
+    assert done.returncode != 0 and says in said if says else done.returncode == 0 and "'train_loss'" in said, said
+
+
+@pytest.mark.long
 def test_without_the_flag_nothing_changes(site: Site, stock: Result) -> None:
     result = site.train("absent", "python", *LAUNCHER, SCRIPT, *site.options())
     assert_stock(result, stock)

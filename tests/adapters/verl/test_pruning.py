@@ -64,6 +64,12 @@ def test_gradient_and_loss_stay(loss: str, engine: TreeEngine) -> None:
     assert (pruned.metrics["dta/tree_tokens"] < full.metrics["dta/tree_tokens"]) == (left_out > 0)
 
 
+def test_pruned_tokens_count_as_unchanged(engine: TreeEngine) -> None:
+    """The one metric of verl's that tells, as docs/verl.md says."""
+    full, pruned = _both(engine, _batch(engine), without_regularisers(actor_config(Step(loss_mode="vanilla"))))
+    assert 0 < abs(pruned.metrics["actor/ppo_kl"]) < 0.5 * abs(full.metrics["actor/ppo_kl"])
+
+
 @pytest.mark.parametrize("loss", ["dro", "gspo"])
 def test_negative_control(loss: str, engine: TreeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """These do read tokens without an advantage, some of which are in every row."""

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -117,6 +118,9 @@ def test_plugin(folder: Path) -> None:
         assert step["actor/dta/compression_ratio"] > 5
         assert step["actor/dta/dense_fallback"] == 0
         assert step["dta/groups_split"] == 0
+    flat, tree = (fmean(step[f"actor/dta/{kind}_tokens"] for step in steps) for kind in ("flat", "tree"))
+    line = f"dta: in this training: {STEPS} steps, {flat:,.0f} -> {tree:,.0f} tokens"
+    assert said.count(line) == 1, [part for part in said.splitlines() if "in this training" in part]
 
 
 @needs_plugin
