@@ -49,8 +49,8 @@ class PackedRows:
 class PromptSharing:
     """Whether rows share their prompts, and what that has saved.
 
-    kind: "auto", wherever attention is causal over blocks, or "never". flat_tokens: of all rows that ran. tree_tokens:
-    of them, what was computed, padding aside.
+    kind: "auto", wherever attention is causal over blocks, or "never". flat_tokens: of all rows that ran since
+    `restart`. tree_tokens: of them, what was computed, padding aside.
     """
 
     kind: str = "auto"
@@ -74,19 +74,20 @@ class PromptSharing:
         noised: int64 [B, S]. attention_mask: [B, S], 0 at padding, or None. place: rows and columns, int64 [M] each,
         whose hidden states are asked for.
         """
-        if not self.is_on(family) or self._obstacle(model):
+        if not self.is_on(family) or self._has_obstacle(model):
             return None
-        assert family.block_length is not None
         real = np.ones(noised.shape, bool) if attention_mask is None else attention_mask.cpu().numpy().astype(bool)
-        self.flat_tokens += int(real.sum())
         row, column = (each.cpu().numpy() for each in place)
-        tree = None
-        if real.any(axis=1).all() and real[row, column].all():  # a tree has no padding whose states could be asked for
-            tree = block_tree([ids[own] for ids, own in zip(noised.cpu().numpy(), real, strict=True)], family.block_length)
-        if tree is None or tree.tree_tokens == tree.flat_tokens:
-            self.tree_tokens += int(real.sum())
+        count = int(real.sum())
+        self.flat_tokens += count
+        self.tree_tokens += count
+        if not (real.any(axis=1).all() and real[row, column].all()):  # states of padding, which no tree has
             return None
-        self.tree_tokens += tree.tree_tokens
+        rows = [ids[own] for ids, own in zip(noised.cpu().numpy(), real, strict=True)]
+        tree = block_tree(rows, family.block_length or 1)
+        if tree.tree_tokens == count:
+            return None
+        self.tree_tokens += tree.tree_tokens - count
         position = real.cumsum(axis=1) - 1
         index = tree.paths[tree.offsets[row] + position[row, column]]
         install(causal_lm(model))
@@ -94,13 +95,15 @@ class PromptSharing:
         mask = TreeMask.from_layout(layout, rule="whole")
         return PackedRows(model_inputs(layout, mask), mask, torch.from_numpy(index).to(noised.device))
 
-    def counts(self) -> dict[str, int]:
-        """What has run since the last call, for metrics."""
-        found = {"flat_tokens": self.flat_tokens, "tree_tokens": self.tree_tokens}
+    def restart(self) -> None:
+        """Count anew."""
         self.flat_tokens = self.tree_tokens = 0
-        return found
 
-    def _obstacle(self, model: nn.Module) -> bool:
+    def counts(self, family: DiffusionFamily) -> dict[str, int]:
+        """For metrics; nothing where nothing can be shared."""
+        return {"flat_tokens": self.flat_tokens, "tree_tokens": self.tree_tokens} if self.is_on(family) else {}
+
+    def _has_obstacle(self, model: nn.Module) -> bool:
         """Whether a tree would not be exact for this model; said once."""
         base = causal_lm(model)
         accepted = inspect.signature(decoder_of(base).forward).parameters.values()

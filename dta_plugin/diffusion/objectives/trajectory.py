@@ -38,8 +38,8 @@ def step_log_probs(
     """Log-probs l_s [b] of what the sample's step committed, from one forward of these rows (int64 [b]).
 
     input_ids: int64 [B, P + C], prompts and canvases (`SampledCompletions.canvas_ids`) side by side: what a step saw
-    includes tokens behind an end token, and masks in blocks that never ran. attention_mask: [B, P + C], 0 at padding. sharing: as in
-    `masked_log_probs`.
+    includes tokens behind an end token, and masks in blocks that never ran. attention_mask: [B, P + C], 0 at padding.
+    sharing: as in `masked_log_probs`.
     """
     found = masked_log_probs(
         model,
