@@ -48,7 +48,7 @@ QUIET := HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
 .DEFAULT_GOAL := help
 .PHONY: help venv test test-long test-slow test-verl test-verl-oldest test-megatron test-bridge lint docs
 .PHONY: wheel-check quickstart quickstart-lora quickstart-verl bench
-.PHONY: quickstart-diffusion quickstart-hybrid quickstart-images bench-images bench-streamed bench-balance bench-nat bench-diffusion
+.PHONY: quickstart-diffusion quickstart-hybrid quickstart-images bench-images bench-offline bench-streamed bench-balance bench-nat bench-diffusion
 .PHONY: families gpu gpu-trl gpu-more gpu-dry gpu-wheels
 
 help: ## list the targets
@@ -132,6 +132,7 @@ wheel-check: ## build sdist and wheel into dist/, install the wheel with $(PYTHO
 
 docs: $(INSTALLED) ## the documentation as a site, in build/site; fails on a broken link
 	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
+	@echo "open build/site/index.html; with search: python -m http.server --directory build/site"
 
 lint: $(INSTALLED) ## style and types
 	ruff check .
@@ -161,7 +162,7 @@ quickstart-images: $(INSTALLED) ## a tiny Qwen3-VL learns to count shapes in pic
 	$(QUIET) python recipes/quickstart/speed.py recipes/trl/quickstart_images.yaml
 	python recipes/quickstart/report.py runs/quickstart_images
 
-quickstart-diffusion: $(INSTALLED) ## RL of a small diffusion language model with BGPO, on a CPU
+quickstart-diffusion: $(INSTALLED) ## RL of a small diffusion language model, on a CPU
 	python recipes/quickstart/diffusion.py --output runs/quickstart_diffusion
 	$(QUIET) python recipes/trl/diffusion.py --config recipes/trl/quickstart_diffusion.yaml | python recipes/quickstart/watch.py
 
@@ -173,6 +174,9 @@ quickstart-verl: $(VERL_INSTALLED) ## the same with verl: its own training loop,
 
 bench: $(INSTALLED) ## measure the policy update, dense against tree
 	python -m benchmarks.policy_update
+
+bench-offline: $(INSTALLED) ## measure SFT and DPO steps through TRL's own trainers
+	OMP_NUM_THREADS=1 python -m benchmarks.offline
 
 bench-images: $(INSTALLED) ## measure the policy update of a group that shares an image
 	OMP_NUM_THREADS=1 python -m benchmarks.images
@@ -194,7 +198,7 @@ bench-diffusion: $(INSTALLED) ## measure updates of a diffusion LM: memory again
 	test -d runs/quickstart_diffusion/model || python recipes/quickstart/diffusion.py --output runs/quickstart_diffusion
 	python -m benchmarks.diffusion.learning
 	test -d runs/diffusion/model || python recipes/verl/diffusion.py runs/diffusion
-	python -m benchmarks.diffusion.remasking
+	python -m benchmarks.diffusion.objectives
 
 # On a machine with a GPU: nothing is installed, and python3 is the one that holds torch. See benchmarks/gpu.
 #   make gpu RESULTS=out GPU_OPTIONS='--commit 1a2b3c4 --rollouts rollouts.jsonl.gz'

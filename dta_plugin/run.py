@@ -44,6 +44,10 @@ def main(argv: list[str] | None = None) -> None:
         config = parse_options(given)
         if not rest:
             raise InvalidInputError(f"Got no script to run. {_EXAMPLE}")
+        if rest[0].startswith("-"):
+            raise InvalidInputError(
+                f"Got {rest[0]}, which is no option of the plugin's, and no script before it. {_EXAMPLE}"
+            )
         if not os.path.isfile(rest[0]):
             raise InvalidInputError(f"There is no script {rest[0]!r}. {_EXAMPLE}")
         if config is not None:

@@ -86,7 +86,10 @@ class TreeReport:
 
     def __str__(self) -> str:
         if self.is_idle:
-            return f"{self.tree.num_sequences} sequences, {self.pruned_tokens} tokens pruned: no loss reads any of them"
+            return (
+                f"{self.tree.num_sequences} sequences, {self.pruned_tokens} tokens pruned: no loss reads any of them "
+                "(advantages are 0 where all rewards of a group are equal)"
+            )
         pruned = f", {self.pruned_tokens} more pruned" if self.pruned_tokens else ""
         return (
             f"{self.tree.num_sequences} sequences, {self.flat_tokens} -> {self.tree_tokens} tokens{pruned} "

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# BGPO (arXiv 2510.11683) with verl: RL of a diffusion language model, two FSDP2 ranks on a CPU, in two to three minutes.
+# RL of a diffusion language model with verl, two FSDP2 ranks on a CPU, in two to three minutes.
 #   python recipes/verl/diffusion.py runs/diffusion
 #   recipes/verl/diffusion.sh                                                  # from the repository root
-# critic/score/mean is the share of 7s in the responses: from about 0.1 to 0.8. actor/diffusion/elbo: nats per token.
+# critic/score/mean is the share of 7s in the responses: it rises from about 0.1. actor/diffusion/log_prob: nats per token.
 # For a released model (LLaDA, Dream, SDAR), give as model.path what `load_diffusion_lm(...).save_pretrained` wrote, with
 # its tokenizer. The rollout runs on CPUs: verl has none for diffusion models on GPUs.
 set -euo pipefail
@@ -14,7 +14,7 @@ options=(
   data.val_files="$folder/train.jsonl"
   reward.custom_reward_function.path=recipes/verl/diffusion.py
 
-  # The plugin, and how responses are sampled and scored: 8 Monte-Carlo samples per response, one at a time in memory.
+  # The plugin, and how responses are sampled and scored: the 8 steps of a response, one at a time in memory.
   actor_rollout_ref.model.external_lib=dta_plugin.adapters.verl
   "+actor_rollout_ref.rollout.custom.dta.diffusion={num_elbo_samples: 8, block_length: 8, diffusion_steps: 8}"
 
@@ -29,12 +29,12 @@ options=(
   actor_rollout_ref.actor.use_dynamic_bsz=True
   actor_rollout_ref.actor.ppo_max_token_len_per_gpu=512
 
-  # The group's advantages, and the bound in the place of a policy loss: a response's likelihood is that of its tokens'
-  # sum; seq-mean-token-mean would divide it by the response's length.
+  # The group's advantages, and clipped ratios of steps in the place of a policy loss, added up over a response;
+  # seq-mean-token-mean would divide the sum by the response's length.
   algorithm.adv_estimator=grpo
   actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-sum
   actor_rollout_ref.actor.optim.lr=1e-3 # a tiny model with random weights takes far more than the usual 5e-7
-  actor_rollout_ref.actor.optim.lr_scheduler_type=cosine # for more than 20 steps add remasking: random, see docs/diffusion.md
+  actor_rollout_ref.actor.optim.lr_scheduler_type=cosine
   actor_rollout_ref.actor.optim.weight_decay=0.0
   trainer.total_training_steps=20
 

@@ -23,12 +23,18 @@ def test_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_remasking(tmp_path: Path) -> None:
-    built = tmp_path / "built"
-    python("recipes/verl/diffusion.py", str(built))
-    done = smoke("diffusion.remasking", tmp_path, "--folder", str(built))
-    assert [len(run["reward"]) for run in done.result["runs"]] == [2] * 6
-    assert all(name in done.printed for name in ("low_confidence, trajectory", "random, bgpo", "4 updates"))
+def test_objectives(tmp_path: Path) -> None:
+    """Every setting once; a second call repeats nothing."""
+    built, plot = tmp_path / "built", tmp_path / "curves.png"
+    python("recipes/verl/diffusion.py", str(built / "diffusion"))
+    python("recipes/quickstart/diffusion.py", "--steps", "20", "--output", str(built / "quickstart_diffusion"))
+    done = smoke("diffusion.objectives", tmp_path, "--folder", str(built), "--workers", "1")
+    runs = done.result["runs"]
+    assert [len(run["reward"]) for run in runs] == [2 if run["updates"] == 1 else 1 for run in runs]
+    assert len({(run["task"], run["remasking"], run["updates"], run["name"]) for run in runs}) == len(runs) == 32
+    again = smoke("diffusion.objectives", tmp_path, "--folder", str(built), "--plot", str(plot))
+    assert again.result == done.result and plot.read_bytes().startswith(PNG)
+    assert "fall" in done.printed.split("|")[0] and "fall" not in again.printed.split("|")[0]
 
 
 @pytest.mark.slow

@@ -82,6 +82,10 @@ def _state(trainer: GRPOLike, config: TreeConfig) -> TreeState:
     """The trainer's; at its first use, the trainer is checked for what the plugin reads of it."""
     if not TreeState.exists(trainer):
         check_trainer(trainer)
+        if config.on_unsupported == "error" and (
+            obstacle := tree_obstacle(trainer.model)
+        ):  # before anything is sampled
+            raise UnsupportedError(f"Prefix-tree execution is not exact here: {obstacle}; or on_unsupported='dense'.")
         _name_remedies(trainer)
     return TreeState.for_trainer(trainer, config)
 

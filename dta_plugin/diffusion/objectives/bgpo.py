@@ -108,6 +108,15 @@ def rows_to_run(advantages: torch.Tensor, every: bool, always_run: bool) -> torc
     return rows.nonzero()[:, 0]
 
 
+def check_terms(name: str, terms: torch.Tensor | None, rows: int, samples: int) -> None:
+    """Raise InvalidInputError for terms of another policy that are not one per row and sample."""
+    if terms is not None and terms.shape != (rows, samples):
+        raise InvalidInputError(
+            f"{name} of shape {tuple(terms.shape)}. Expected {(rows, samples)}: one term per row and sample, computed "
+            "with the same masks."
+        )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class SampleLoss:
     """One sample's part of the loss. loss: scalar to be back-propagated at once. d: [B] detached, 0 in skipped rows."""
@@ -146,12 +155,8 @@ def per_sample_losses(
     the same noise; beta times `k2_terms` of the scaled difference from it is then subtracted from the bound, and every
     row runs.
     """
-    for name, terms in (("old_terms", old_terms), ("reference_terms", reference_terms)):
-        if terms is not None and terms.shape != (len(advantages), samples):
-            raise InvalidInputError(
-                f"{name} of shape {tuple(terms.shape)}. Expected {(len(advantages), samples)}: one term per row and "
-                "sample, computed with the same masks."
-            )
+    check_terms("old_terms", old_terms, len(advantages), samples)
+    check_terms("reference_terms", reference_terms, len(advantages), samples)
     rows = rows_to_run(advantages, reference_terms is not None, always_run)
     if not len(rows):
         return

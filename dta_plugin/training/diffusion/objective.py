@@ -15,7 +15,7 @@ from dta_plugin.diffusion.prompt_sharing import PromptSharing
 from dta_plugin.training.diffusion.batch import DiffusionBatch
 from dta_plugin.training.diffusion.options import DiffusionOptions
 from dta_plugin.training.diffusion.statistics import SHARES, Statistics, mask_histogram, run_statistics
-from dta_plugin.training.diffusion.update import Autocast, MicroStep
+from dta_plugin.training.diffusion.update import Autocast, MicroStep, Update
 
 
 class ElboObjective:
@@ -67,7 +67,7 @@ class ElboObjective:
         draws = self.draws(batch)
         return torch.stack([self.term(model, batch, draws, sample) for sample in range(draws.samples)], dim=1)
 
-    def update(self, model: nn.Module, step: MicroStep) -> ElboUpdate:
+    def update(self, model: nn.Module, step: MicroStep) -> Update:
         return ElboUpdate(self, model, step)
 
 

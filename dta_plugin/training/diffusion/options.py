@@ -5,6 +5,7 @@ Adapters offer the fields under these names, with these defaults and texts.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -18,11 +19,13 @@ from dta_plugin.diffusion.prompt_sharing import SHARING
 from dta_plugin.diffusion.sampler_config import KV_CACHES, REMASKING, default_block_length
 from dta_plugin.errors import InvalidInputError
 
-OBJECTIVES = ("bgpo", "diffu-grpo", "trajectory", "vrpo")
-CLIPPED = ("diffu-grpo", "trajectory")  # those with token or step ratios, and PPO's clip range
-_ELBO, _BGPO, _ONE_STEP = ("bgpo", "vrpo"), ("bgpo",), ("diffu-grpo",)
-_SAMPLED = (*_ELBO, "trajectory")
-_WITH_FILLERS = ("bgpo", "vrpo", "diffu-grpo")
+OBJECTIVES = ("bgpo", "diffu-grpo", "gdsd", "trajectory", "vrpo")
+CLIPPED = ("diffu-grpo", "gdsd", "trajectory")  # those with a framework's own clip range, PPO's epsilon
+_BGPO, _GDSD, _ONE_STEP = ("bgpo",), ("gdsd",), ("diffu-grpo",)
+_MASKED = ("bgpo", "gdsd", "vrpo")
+_SAMPLED = (*_MASKED, "trajectory")
+_NORMED = ("bgpo", "trajectory", "vrpo")
+_WITH_FILLERS = (*_MASKED, "diffu-grpo")
 _CHOICES = {
     "objective": OBJECTIVES,
     "mask_form": FORMS,
@@ -44,11 +47,12 @@ class DiffusionOptions:
     """Raises InvalidInputError for values that cannot be, or that the objective would not look at."""
 
     objective: str = _option(
-        "bgpo",
-        "What is maximised: bgpo (a lower bound of exp(mean ELBO difference) times advantage that is back-propagated "
-        "sample by sample, so memory does not grow with num_elbo_samples), trajectory (clipped ratios of the steps in "
-        "which the sampler wrote, also sample by sample), vrpo (what bgpo bounds, in one graph over all samples), or "
-        "diffu-grpo (token ratios from one fully masked forward).",
+        "trajectory",
+        "What is maximised: trajectory (clipped ratios of the steps in which the sampler wrote), bgpo (a lower bound "
+        "of exp(mean ELBO difference) times advantage), gdsd (minus the squared distance of unweighted masked "
+        "log-ratios from the advantage), vrpo (what bgpo bounds), or diffu-grpo (token ratios from one fully masked "
+        "forward). The first three are back-propagated sample by sample, so memory does not grow with "
+        "num_elbo_samples; vrpo is one graph over all samples.",
     )
     num_elbo_samples: int = _option(
         16,
@@ -60,20 +64,20 @@ class DiffusionOptions:
         "k",
         "How a sample is masked: k (a uniform number of tokens, without replacement; less variance) or t (each token "
         "with a uniform probability).",
-        _ELBO,
+        _MASKED,
     )
     stratified_masks: bool = _option(
-        True, "Space the samples' mask levels evenly; less variance, the same mean.", _ELBO
+        True, "Space the samples' mask levels evenly; less variance, the same mean.", _MASKED
     )
     coupled_masks: bool = _option(
-        False, "Mask complementary tokens in samples 2i and 2i + 1; num_elbo_samples must be even.", _ELBO
+        False, "Mask complementary tokens in samples 2i and 2i + 1; num_elbo_samples must be even.", _MASKED
     )
     length_norm: str = _option(
         "length",
         "What ELBO differences, or with trajectory the sum over steps, are divided by: length (of the completion), "
         "max_length (of the longest completion that can be) or none (ELBO differences grow with the length, and their "
-        "exponentials overflow).",
-        _SAMPLED,
+        "exponentials overflow). gdsd divides by max_length.",
+        _NORMED,
     )
     bound_clip: float | None = _option(
         None,
@@ -82,6 +86,12 @@ class DiffusionOptions:
     )
     dual_clip: float | None = _option(
         None, "Most that negative advantages count in bgpo, above 1; off by default: it gives up the bound.", _BGPO
+    )
+    advantage_scale: float = _option(
+        1.0,
+        "gdsd's psi, above 0: the log-ratio in nats per token of the canvas that an advantage of 1 asks for, as far as "
+        "the clip range lets it go.",
+        _GDSD,
     )
     prompt_mask_probability: float = _option(
         0.15, "Share of prompt tokens that diffu-grpo hides, in [0, 1).", _ONE_STEP
@@ -136,6 +146,11 @@ class DiffusionOptions:
                 raise InvalidInputError(f"{name}={getattr(self, name)!r}. Expected one of {', '.join(allowed)}.")
         check_samples(self.num_elbo_samples, self.coupled_masks)
         check_clips(self.bound_clip, self.dual_clip)
+        if not 0.0 < self.advantage_scale < math.inf:
+            raise InvalidInputError(
+                f"advantage_scale={self.advantage_scale}. Expected a finite value above 0: what gdsd multiplies "
+                "advantages with."
+            )
         if not 0.0 <= self.prompt_mask_probability < 1.0:
             raise InvalidInputError(
                 f"prompt_mask_probability={self.prompt_mask_probability}. Expected a share of prompt tokens in [0, 1)."

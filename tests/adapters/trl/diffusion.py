@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ MASK = VOCABULARY - 1
 Gradients = dict[str, torch.Tensor]
 # Four completions of each of two prompts per step, SGD steps large enough that later passes are off-policy.
 TINY: dict[str, Any] = TRAINING | {
+    "objective": "bgpo",
     "mask_token_id": MASK,
     "is_shifted": False,
     "per_device_train_batch_size": 4,
@@ -182,8 +184,14 @@ class Check:
         )
         if config.objective == "trajectory":
             return self._trajectory_loss(new, before, fixed, advantages, inputs, divisor)
-        d, kl = (new - before) / divisor[:, None], (new - fixed) / divisor[:, None]
         is_empty = lengths == 0
+        if config.objective == "gdsd":
+            low, high = math.log(1 - config.epsilon), math.log(1 + config.epsilon)
+            canvas = config.max_completion_length
+            distance = (new - before).clamp(low, high) / canvas - config.advantage_scale * advantages
+            terms = distance**2 + config.beta * ((new - fixed) / canvas) ** 2 / 2
+            return terms.masked_fill(is_empty[:, None], 0.0).mean()
+        d, kl = (new - before) / divisor[:, None], (new - fixed) / divisor[:, None]
         if config.objective == "vrpo":
             rows = d.mean(1).exp() * advantages[:, 0] - config.beta * kl.mean(1).square() / 2
             return -rows.masked_fill(is_empty, 0.0).mean()
@@ -241,7 +249,7 @@ class Check:
         return torch.stack(found)
 
     def _elbos(self, model: torch.nn.Module, inputs: dict[str, Any], _: int) -> torch.Tensor:
-        """ELBO terms [B, n]."""
+        """ELBO terms [B, n]; of gdsd without their weights."""
         config, lengths = self.config, inputs["completion_mask"].sum(1)
         seeds = inputs["mask_seeds"] + self.seed_shift
         draws = draw_masks(
@@ -256,7 +264,8 @@ class Check:
         for sample in range(draws.samples):
             mask = draws.mask(sample, inputs["completion_ids"].shape[1])
             scores = self._scores(model, inputs, inputs["prompt_ids"], mask)
-            terms.append((scores * mask).sum(1) * draws.weights[:, sample])
+            weight = 1.0 if config.objective == "gdsd" else draws.weights[:, sample]
+            terms.append((scores * mask).sum(1) * weight)
         return torch.stack(terms, 1)
 
     def _tokens(self, model: torch.nn.Module, inputs: dict[str, Any], iteration: int) -> torch.Tensor:

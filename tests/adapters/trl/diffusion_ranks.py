@@ -43,6 +43,10 @@ CASES: dict[str, tuple[dict[str, Any], list[float]]] = {
     "trajectory, blocks, idle rank": ({"objective": "trajectory", "attention_block_length": 2}, IDLE),
     "trajectory, idle rank": ({"objective": "trajectory"}, IDLE),
     "trajectory, lora, idle rank": ({"objective": "trajectory", "lora": True, "num_elbo_samples": 2}, IDLE),
+    "gdsd": ({"objective": "gdsd", "num_iterations": 2, "beta": 0.5}, MIXED),
+    "gdsd, idle rank": ({"objective": "gdsd"}, IDLE),
+    "gdsd, held, idle rank": ({"objective": "gdsd", "num_iterations": 2, "gradient_checkpointing": True}, IDLE),
+    "gdsd, lora, idle rank": ({"objective": "gdsd", "lora": True}, IDLE),
     "vrpo, idle rank": ({"objective": "vrpo"}, IDLE),
     "diffu-grpo, idle rank": ({"objective": "diffu-grpo", "num_elbo_samples": 16}, IDLE),
 }

@@ -49,6 +49,18 @@ CASES: dict[str, dict[str, Any]] = {
         "num_elbo_samples": 6,
         "gradient_checkpointing": True,
     },
+    "gdsd": {"objective": "gdsd"},
+    "gdsd, two passes": {"objective": "gdsd", **OFF_POLICY, "beta": 0.5, "advantage_scale": 0.05},
+    "gdsd, clips": {"objective": "gdsd", **OFF_POLICY, "epsilon": 0.03, "mask_form": "t"},
+    "gdsd, two steps per generation": {"objective": "gdsd", "steps_per_generation": 4, "coupled_masks": True},
+    "gdsd, ends": {
+        **OFF_POLICY,
+        "objective": "gdsd",
+        "epsilon": 0.9,
+        "mask_truncated_completions": True,
+        "max_completion_length": 24,
+        "gradient_checkpointing": True,
+    },
     "vrpo": {"objective": "vrpo"},
     "vrpo, two passes": {"objective": "vrpo", **OFF_POLICY, "beta": 0.5},
     "diffu-grpo": {"objective": "diffu-grpo", "num_elbo_samples": 16},
@@ -79,7 +91,7 @@ def test_every_step_equals_the_formulas_in_one_graph(case: str, tmp_path: Path) 
         assert max(entry.get("diffusion/max_abs_d", 0.0) for entry in logged) > 1e-4
 
 
-@pytest.mark.parametrize("objective", ["bgpo", "trajectory", "vrpo", "diffu-grpo"])
+@pytest.mark.parametrize("objective", ["bgpo", "trajectory", "gdsd", "vrpo", "diffu-grpo"])
 def test_other_masks_give_another_gradient(objective: str, tmp_path: Path) -> None:
     """Negative control of the comparison above."""
     options = {"diffu-grpo": {"num_elbo_samples": 16}, "trajectory": {"num_elbo_samples": 1}}.get(objective, {})
@@ -109,7 +121,7 @@ def test_on_policy_nothing_is_stored(tmp_path: Path) -> None:
     assert all(batch["mask_seeds"].shape == (4,) for batch in recorder.steps[0].micro_batches)
 
 
-@pytest.mark.parametrize("objective", ["bgpo", "trajectory", "vrpo"])
+@pytest.mark.parametrize("objective", ["bgpo", "trajectory", "gdsd", "vrpo"])
 def test_gradients_are_reduced_once_per_optimizer_step(
     objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,7 +144,7 @@ def test_gradients_are_reduced_once_per_optimizer_step(
 
 
 @pytest.mark.parametrize(
-    ("objective", "reentrant"), [("bgpo", None), ("bgpo", False), ("bgpo", True), ("trajectory", None)]
+    ("objective", "reentrant"), [("bgpo", None), ("bgpo", False), ("bgpo", True), ("trajectory", None), ("gdsd", False)]
 )
 def test_lora(objective: str, reentrant: bool | None, tmp_path: Path) -> None:
     """The reference is the model without its adapters; only they are trained; checkpointing changes nothing."""

@@ -15,11 +15,12 @@ from tests.adapters.trl import diffusion as tiny
 
 TOLERANCE = 1e-6
 CASES: dict[str, dict[str, Any]] = {
-    "bgpo, two passes": {"num_iterations": 2, "beta": 0.5},
-    "bgpo, whole groups": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
-    "bgpo, two steps per generation": {"steps_per_generation": 4},
+    "bgpo, two passes": {"objective": "bgpo", "num_iterations": 2, "beta": 0.5},
+    "bgpo, whole groups": {"objective": "bgpo", "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1},
+    "bgpo, two steps per generation": {"objective": "bgpo", "steps_per_generation": 4},
     "trajectory, two passes": {"objective": "trajectory", "num_iterations": 2, "beta": 0.5},
     "trajectory, checkpointing": {"objective": "trajectory", "gradient_checkpointing": True},
+    "gdsd, two passes": {"objective": "gdsd", "num_iterations": 2},
     "vrpo": {"objective": "vrpo"},
     "diffu-grpo": {"objective": "diffu-grpo", "num_elbo_samples": 16, "prompt_mask_probability": 0.0},
 }

@@ -48,7 +48,7 @@ UNUSED: dict[str, Any] = {
 }
 # Per wrong options, what the message says.
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"objective": "ppo"}, "Expected one of bgpo, diffu-grpo, trajectory, vrpo"),
+    ({"objective": "ppo"}, "Expected one of bgpo, diffu-grpo, gdsd, trajectory, vrpo"),
     ({"mask_form": "x"}, "Expected one of k, t"),
     ({"length_norm": "width"}, "Expected one of none, length, max_length"),
     ({"remasking": "entropy"}, "Expected one of low_confidence, random"),
@@ -72,18 +72,25 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"eval_max_completion_length": 0}, "In evaluation: gen_length=0"),
     ({"eval_max_completion_length": 48, "block_length": 32}, "In evaluation: gen_length=48, block_length=32"),
     ({"eval_max_completion_length": 255, "diffusion_steps": 128}, "as many tokens per model call"),
-    ({"epsilon": 0.5}, "objective='diffu-grpo'"),
+    ({"objective": "bgpo", "epsilon": 0.5}, "objective='diffu-grpo'"),
     ({"prompt_mask_probability": 0.3}, "objective='diffu-grpo'"),
     ({"objective": "vrpo", "bound_clip": 0.2}, "objective='bgpo'"),
     ({"objective": "vrpo", "dual_clip": 3.0}, "objective='bgpo'"),
-    ({"objective": "diffu-grpo", "num_elbo_samples": 4}, "objective='bgpo' or 'vrpo'"),
-    ({"objective": "diffu-grpo", "mask_form": "t"}, "objective='bgpo' or 'vrpo'"),
-    ({"objective": "diffu-grpo", "stratified_masks": False}, "objective='bgpo' or 'vrpo'"),
-    ({"objective": "diffu-grpo", "coupled_masks": True}, "objective='bgpo' or 'vrpo'"),
-    ({"objective": "diffu-grpo", "length_norm": "none"}, "objective='bgpo' or 'vrpo'"),
+    ({"objective": "diffu-grpo", "num_elbo_samples": 4}, "objective='bgpo' or 'gdsd' or 'vrpo'"),
+    ({"objective": "diffu-grpo", "mask_form": "t"}, "objective='bgpo' or 'gdsd' or 'vrpo'"),
+    ({"objective": "diffu-grpo", "stratified_masks": False}, "objective='bgpo' or 'gdsd' or 'vrpo'"),
+    ({"objective": "diffu-grpo", "coupled_masks": True}, "objective='bgpo' or 'gdsd' or 'vrpo'"),
+    ({"objective": "diffu-grpo", "length_norm": "none"}, "objective='bgpo' or 'trajectory' or 'vrpo'"),
     ({"objective": "trajectory", "bound_clip": 0.2}, "objective='bgpo'"),
-    ({"objective": "trajectory", "coupled_masks": True}, "objective='bgpo' or 'vrpo'"),
-    ({"objective": "trajectory", "score_fillers": True}, "objective='bgpo' or 'vrpo' or 'diffu-grpo'"),
+    ({"objective": "trajectory", "coupled_masks": True}, "objective='bgpo' or 'gdsd' or 'vrpo'"),
+    ({"objective": "trajectory", "score_fillers": True}, "objective='bgpo' or 'gdsd' or 'vrpo' or 'diffu-grpo'"),
+    ({"objective": "gdsd", "length_norm": "none"}, "objective='bgpo' or 'trajectory' or 'vrpo'"),
+    ({"objective": "gdsd", "dual_clip": 3.0}, "objective='bgpo'"),
+    ({"objective": "gdsd", "advantage_scale": 0.0}, "Expected a finite value above 0"),
+    ({"objective": "gdsd", "epsilon": 1.0}, "Expected a value between 0 and 1"),
+    ({"objective": "bgpo", "advantage_scale": 0.5}, "objective='gdsd'"),
+    ({"score_fillers": True}, "Expected score_fillers=False .leave it out., or objective='bgpo' or 'gdsd'"),
+    ({"mask_form": "t"}, "mask_form=t with objective='trajectory', which does not use it"),
     ({"optim": "lomo"}, "adamw_torch"),
 ]
 
@@ -127,7 +134,7 @@ def test_fields_are_those_of_the_options() -> None:
 
 def test_defaults() -> None:
     config = DiffusionGRPOConfig(**BASE, max_completion_length=256)
-    assert (config.objective, config.num_elbo_samples, config.length_norm) == ("bgpo", 16, "length")
+    assert (config.objective, config.num_elbo_samples, config.length_norm) == ("trajectory", 16, "length")
     assert (config.sampler_config(None).block_length, config.sampler_config(None).calls_per_block) == (32, 16)
     assert (config.sampler_config(4).block_length, config.sampler_config(4).calls_per_block) == (4, 2)
     odd = DiffusionGRPOConfig(**BASE, max_completion_length=7).sampler_config(None)

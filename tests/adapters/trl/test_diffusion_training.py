@@ -47,7 +47,7 @@ LEARNING: dict[str, Any] = OWN | {
 }
 
 
-@pytest.mark.parametrize("objective", ["bgpo", "trajectory", "vrpo", "diffu-grpo"])
+@pytest.mark.parametrize("objective", ["bgpo", "trajectory", "gdsd", "vrpo", "diffu-grpo"])
 def test_a_tiny_model_learns_a_toy_reward(objective: str, checkpoint: str, tmp_path: Path) -> None:
     samples = {} if objective == "diffu-grpo" else {"num_elbo_samples": 2}
     options = LEARNING | samples | ({"num_elbo_samples": 16} if objective == "diffu-grpo" else {})
@@ -79,11 +79,13 @@ def peak_bytes(checkpoint: str, output: Path, objective: str, samples: int) -> i
 
 def test_memory_does_not_grow_with_the_samples(checkpoint: str, tmp_path: Path) -> None:
     """With stratified levels the scored tokens of one sample vary; the graph of vrpo is linear in the samples."""
-    bound, steps = (
-        {n: peak_bytes(checkpoint, tmp_path, objective, n) for n in (2, 16)} for objective in ("bgpo", "trajectory")
+    bound, steps, distances = (
+        {n: peak_bytes(checkpoint, tmp_path, objective, n) for n in (2, 16)}
+        for objective in ("bgpo", "trajectory", "gdsd")
     )
     graph = {n: peak_bytes(checkpoint, tmp_path, "vrpo", n) for n in (2, 8)}
     assert max(bound.values()) / min(bound.values()) < 1.1
+    assert max(distances.values()) / min(distances.values()) < 1.1
     assert max(steps.values()) / min(steps.values()) < 1.05
     assert graph[8] > 3 * graph[2] and graph[2] > 1.5 * bound[2]
 

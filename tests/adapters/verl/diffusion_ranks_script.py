@@ -17,6 +17,7 @@ from torch import distributed
 from tests.adapters.verl.diffusion_support import (
     advantages_of,
     carry_terms,
+    distance_gradient,
     engine_gradient,
     engine_of,
     graph_gradient,
@@ -46,6 +47,20 @@ def compared(folder: Path, advantages: torch.Tensor, off_policy: bool, cut: dict
     }
 
 
+def held(folder: Path, advantages: torch.Tensor) -> dict[str, Any]:
+    """GDSD off-policy: rows without advantage count, on a rank that has no others, too."""
+    rank, ranks = distributed.get_rank(), distributed.get_world_size()
+    engine, data = engine_of(folder, settings(objective="gdsd")), mini_batch(rank, ranks, advantages=advantages)
+    shares: list[Any] = [None] * ranks
+    distributed.all_gather_object(shares, carry_terms(engine, data, moved=0.9))
+    expected = distance_gradient(folder, mini_batch(advantages=advantages), torch.cat(shares))
+    found, outputs = engine_gradient(engine, data)
+    return {
+        "difference": largest_difference(found, expected),
+        "metrics": {name: metric.aggregate() for name, metric in outputs["metrics"].items()},
+    }
+
+
 def nothing(folder: Path) -> dict[str, Any]:
     """No row has an advantage: both ranks run, and the gradient is 0."""
     data = mini_batch(distributed.get_rank(), distributed.get_world_size(), rows=4, advantages=torch.zeros(16))
@@ -67,6 +82,7 @@ def main() -> None:
     results = {
         "both": compared(folder / "model", advantages_of(16), True, {"budget": 90}),
         "one_sided": compared(folder / "model", one_sided, False, {"rows": 2}),
+        "held": held(folder / "model", one_sided),
         "nothing": nothing(folder / "model"),
     }
     torch.save(results, folder / f"rank{distributed.get_rank()}.pt")

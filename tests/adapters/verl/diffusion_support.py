@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,10 @@ def save_diffusion_model(folder: Path) -> Path:
 
 
 def settings(rows_per_step: int | None = None, length_norm: str = "none", **options: Any) -> Settings:
+    options = {"objective": "bgpo"} | options
+    norm = {} if options["objective"] == "gdsd" else {"length_norm": length_norm}
     return Settings(
-        options=DiffusionOptions(num_elbo_samples=SAMPLES, length_norm=length_norm, **options),
+        options=DiffusionOptions(num_elbo_samples=SAMPLES, **norm, **options),
         max_length=12,
         rows_per_step=rows_per_step,
     )
@@ -129,6 +132,28 @@ def step_gradient(folder: Path, data: TensorDict, old: torch.Tensor | None, epsi
             terms.append(torch.minimum(ratio * advantages[row], clipped * advantages[row]))
         total = total + count * torch.stack(terms).mean()
     (-total / len(data)).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def distance_gradient(folder: Path, data: TensorDict, old: torch.Tensor | None, epsilon: float = 0.2) -> Gradients:
+    """Of GDSD's squared distance, row by row without padding, all samples in one graph; rows of mask 0 have none."""
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    batch = diffusion_batch(data, 0, 0)
+    draws, total = draw_masks(batch.lengths, SAMPLES, batch.seeds), torch.zeros(())
+    rows = zip(
+        *(data[name].unbind() for name in ("input_ids", "responses", "advantages", "response_mask")), strict=True
+    )
+    for row, (ids, response, advantages, counts) in enumerate(rows):
+        begin = len(ids) - len(response)
+        for sample in range(SAMPLES if counts.any() else 0):
+            hidden = draws.mask(sample, batch.width)[row, : len(response)]
+            noised = torch.cat([ids[:begin], response.masked_fill(hidden, MASK)])
+            scores = model(noised[None]).logits[0, begin:].log_softmax(-1)
+            new = scores.gather(1, response[:, None])[hidden, 0].sum()
+            d = new - (new.detach() if old is None else old[row, sample])
+            clamped = d.clamp(math.log(1 - epsilon), math.log(1 + epsilon))
+            total = total + (clamped / 12 - advantages[0]) ** 2 / SAMPLES
+    (total / len(data)).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -20,6 +20,7 @@ from tests.adapters.verl.diffusion_support import (
     SAMPLES,
     advantages_of,
     carry_terms,
+    distance_gradient,
     engine_gradient,
     engine_of,
     graph_gradient,
@@ -31,6 +32,7 @@ from tests.adapters.verl.diffusion_support import (
     settings,
     step_gradient,
 )
+from tests.adapters.verl.support import nested
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +135,24 @@ def test_trajectory(moved: float, diffusion_folder: Path) -> None:
     tu.assign_non_tensor_stack(data, "extra_fields", extras[1:] + extras[:1])
     with pytest.raises(UnsupportedError, match="of another one"):
         engine_gradient(engine_of(diffusion_folder, given), data)
+
+
+@pytest.mark.parametrize("moved", [0.0, 0.9])
+def test_squared_distance(moved: float, diffusion_folder: Path) -> None:
+    """Off-policy rows without advantage are held where they were; those that fill up a mini-batch do not count."""
+    engine, data = engine_of(diffusion_folder, settings(objective="gdsd")), mini_batch(shape="turns")
+    old = carry_terms(engine, data, moved=moved) if moved else None
+    masks = list(data["response_mask"].unbind())
+    data["response_mask"] = nested([*masks[:-1], torch.zeros_like(masks[-1])])
+    found, outputs = engine_gradient(engine, data)
+    assert largest_difference(found, distance_gradient(diffusion_folder, data, old)) < 1e-5
+    metrics = {name: metric.aggregate() for name, metric in outputs["metrics"].items()}
+    counts = len(data) - 1 if moved else int((advantages_of(len(data)) != 0).sum())
+    assert metrics["diffusion/rows_kept"] == counts
+    assert (metrics["diffusion/clip_fraction"] > 0.3) == (moved > 0)
+    data["response_mask"] = nested(masks)  # control: the last row, without advantage, counts off-policy
+    other, _ = engine_gradient(engine_of(diffusion_folder, settings(objective="gdsd")), data)
+    assert (largest_difference(found, other) > 1e-3) == (moved > 0)
 
 
 def test_log_prob_pass(diffusion_folder: Path) -> None:

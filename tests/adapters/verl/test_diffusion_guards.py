@@ -66,10 +66,12 @@ def config(options: Any, **changes: Any) -> Any:
 def test_settings() -> None:
     assert diffusion_settings(config({})) is None
     assert diffusion_settings(config(None)) is None
-    options = {"diffusion": {"samples": 4, "steps": 32, "fillers": True}}
+    options = {"diffusion": {"objective": "bgpo", "samples": 4, "steps": 32, "fillers": True}}
     found = diffusion_settings(config(options, actor__loss_agg_mode="seq-mean-token-mean"))
     assert found is not None
-    assert found.options == DiffusionOptions(num_elbo_samples=4, diffusion_steps=32, score_fillers=True)
+    assert found.options == DiffusionOptions(
+        objective="bgpo", num_elbo_samples=4, diffusion_steps=32, score_fillers=True
+    )
     assert (found.options.length_norm, found.max_length, found.rows_per_step) == ("length", 64, 32)
     found = diffusion_settings(config(options, actor__ppo_epochs=2))
     assert found is not None and found.rows_per_step is None
@@ -78,6 +80,7 @@ def test_settings() -> None:
 
 def test_names_of_earlier_releases_mean_the_same() -> None:
     former = {
+        "objective": "bgpo",
         "samples": 4,
         "form": "t",
         "stratified": False,
@@ -87,6 +90,7 @@ def test_names_of_earlier_releases_mean_the_same() -> None:
         "fillers": True,
     }
     own = {
+        "objective": "bgpo",
         "num_elbo_samples": 4,
         "mask_form": "t",
         "stratified_masks": False,
@@ -122,8 +126,8 @@ def test_defaults_are_those_of_the_options() -> None:
         ({"diffusion": {"kv_cache": "on"}}, "Expected one of auto, none, prefix, dual"),
         ({"diffusion": {"steps": 32, "diffusion_steps": 32}}, "steps=32 and diffusion_steps=32. Expected diffusion_st"),
         ({"diffusion": {"length_norm": "none"}}, "length_norm='none'. Expected none; set .*actor.loss_agg_mode"),
-        ({"diffusion": {"objective": "diffu-grpo"}}, "Expected 'bgpo', 'vrpo' or 'trajectory'"),
-        ({"diffusion": {"objective": "trajectory", "score_fillers": True}}, "objective='bgpo'"),
+        ({"diffusion": {"objective": "diffu-grpo"}}, "Expected 'bgpo', 'gdsd', 'trajectory' or 'vrpo'"),
+        ({"diffusion": {"score_fillers": True}}, "score_fillers=True with objective='trajectory'.*objective='bgpo'"),
         ({"diffusion": {"objective": "vrpo", "bound_clip": 0.2}}, "objective='bgpo'"),
         ({"diffusion": {}, "executor": "packed"}, "Got executor besides"),
         ({"diffusion": {}, "use_dta": False}, "Got use_dta besides"),
@@ -157,7 +161,7 @@ def test_wrong_options_raise(options: Any, message: str) -> None:
 )
 def test_settings_of_verl_that_do_not_fit(name: str, value: Any) -> None:
     with pytest.raises(UnsupportedError, match="Expected") as error:
-        diffusion_settings(config({"diffusion": {}}, **{name: value}))
+        diffusion_settings(config({"diffusion": {"objective": "bgpo"}}, **{name: value}))
     assert f"actor_rollout_ref.{name.replace('__', '.')}={value!r}" in str(error.value)
     diffusion_settings(config({"executor": "packed"}, **{name: value}))  # not the tree's concern
 
@@ -178,13 +182,24 @@ def test_a_mistyped_model_is_named_on_the_driver(diffusion_folder: Path, monkeyp
 
 
 def test_the_clip_range_of_steps_is_verls() -> None:
-    options = {"diffusion": {"objective": "trajectory"}}
+    options: dict[str, Any] = {"diffusion": {}}
     found = diffusion_settings(config(options, actor__clip_ratio_low=0.3, actor__clip_ratio_high=0.3))
     assert found is not None and found.epsilon == 0.3
     with pytest.raises(UnsupportedError, match=r"clip_ratio_high=\[0\.2, 0\.2, 0\.28\].*one range"):
         diffusion_settings(config(options, actor__clip_ratio_high=0.28))
     with pytest.raises(UnsupportedError, match="one range"):
         diffusion_settings(config(options, actor__clip_ratio=0.3))
+
+
+def test_gdsd_divides_by_the_width_of_the_canvas() -> None:
+    options = {"diffusion": {"objective": "gdsd", "advantage_scale": 0.05}}
+    mode = {"actor__loss_agg_mode": "seq-mean-token-sum-norm"}
+    found = diffusion_settings(config(options, **mode, actor__clip_ratio_low=0.3, actor__clip_ratio_high=0.3))
+    assert found is not None and (found.epsilon, found.max_length, found.options.advantage_scale) == (0.3, 64, 0.05)
+    with pytest.raises(UnsupportedError, match="Expected 'seq-mean-token-sum-norm': gdsd divides by the width"):
+        diffusion_settings(config(options))
+    with pytest.raises(InvalidInputError, match=r"epsilon=1\.0.*between 0 and 1"):
+        diffusion_settings(config(options, **mode, actor__clip_ratio_low=1.0, actor__clip_ratio_high=1.0))
 
 
 def test_verl_08(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,8 @@ def test_two_ranks(tmp_path: Path) -> None:
         expected = ranks[0][job]["loss"][1]
         assert sum(rank[job]["loss"][0] for rank in ranks) / 2 == pytest.approx(expected, abs=1e-5)
         assert ranks[0][job]["metrics"] == ranks[1][job]["metrics"]
+    for rank in ranks:
+        assert rank["held"]["difference"] < 1e-5 and rank["held"]["metrics"]["diffusion/rows_kept"] == 16
     assert ranks[1]["one_sided"]["loss"][0] == 0
     for metrics in (rank["nothing"]["metrics"] for rank in ranks):
         assert (metrics["diffusion/rows_kept"], metrics["diffusion/rows_skipped"]) == (0, 16)

@@ -63,20 +63,20 @@ def test_greedy_canvases(model: PreTrainedModel, end: int | None) -> None:
     for row, tokens in zip(found, written, strict=True):
         assert row.tokens == (tokens[: tokens.index(end) + 1] if end in tokens else tokens)
         assert MASK not in row.tokens and row.logprobs == []
-    whole = diffusion_sampler(rollout(score_fillers=True))
+    whole = diffusion_sampler(rollout(objective="bgpo", score_fillers=True))
     assert whole is not None
     for row, kept in zip(whole(model, requests(0.0, 0.0, 0.0, 0.0), {end}, PAD), found, strict=True):
         assert row.tokens == kept.tokens + [family_of(model.config).eos_token_ids[0]] * (LENGTH - len(kept.tokens))
 
 
 def test_the_record_of_steps_goes_with_a_response(model: PreTrainedModel) -> None:
-    sampler = diffusion_sampler(rollout(objective="trajectory"))
+    sampler = diffusion_sampler(rollout())
     assert sampler is not None
     for prompt, row in zip(PROMPTS, sampler(model, requests(0.0, 0.0, 0.0, 0.0), {EOS}, PAD), strict=True):
         found = sample(model, family_of(model.config), torch.tensor([prompt]), config=canvas_options())
         expected = {"canvas_ids": found.canvas_ids[0].tolist(), "commit_steps": found.steps[0].tolist()}
         assert row.extra == expected and row.extra["canvas_ids"][: len(row.tokens)] == row.tokens
-    plain = diffusion_sampler(rollout())
+    plain = diffusion_sampler(rollout(objective="bgpo"))
     assert plain is not None
     assert all(row.extra == {} for row in plain(model, requests(0.0, 0.0, 0.0, 0.0), {EOS}, PAD))
 

@@ -38,7 +38,7 @@ def batch_of(rows: Batch, which: slice = ALL) -> DiffusionBatch:
 
 
 def elbo(**options: object) -> ElboObjective:
-    own = DiffusionOptions(num_elbo_samples=SAMPLES, **options)  # type: ignore[arg-type]
+    own = DiffusionOptions(**{"objective": "bgpo", "num_elbo_samples": SAMPLES} | options)  # type: ignore[arg-type]
     return ElboObjective(own, FAMILY, nullcontext, LONGEST, beta=0.3)
 
 

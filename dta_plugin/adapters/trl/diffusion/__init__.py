@@ -1,4 +1,4 @@
-"""TRL: reinforcement learning of diffusion language models with BGPO and what it is compared with."""
+"""TRL: reinforcement learning of diffusion language models with the objectives of `training.diffusion`."""
 
 from dta_plugin.adapters.trl.diffusion.config import DiffusionGRPOConfig
 from dta_plugin.adapters.trl.diffusion.trainer import DiffusionGRPOTrainer

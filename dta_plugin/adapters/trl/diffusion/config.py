@@ -14,6 +14,7 @@ from trl import GRPOConfig
 
 from dta_plugin.adapters.trl.diffusion.unsupported_options import check_options
 from dta_plugin.diffusion import SamplerConfig
+from dta_plugin.diffusion.objectives.gdsd import clamp_range
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.training.diffusion.options import CLIPPED, DiffusionOptions
 
@@ -32,7 +33,8 @@ class DiffusionGRPOConfig(DiffusionArguments, GRPOConfig):  # type: ignore[misc,
     """How DiffusionGRPOTrainer trains. Raises InvalidInputError for values that cannot be, or that would be ignored.
 
     Of GRPOConfig, max_completion_length is the length of the canvas, temperature that of sampling (likelihoods are
-    taken at temperature 1), beta the weight of the KL penalty, epsilon the clip range of diffu-grpo and trajectory.
+    taken at temperature 1), beta the weight of the KL penalty, epsilon the clip range of diffu-grpo, gdsd and
+    trajectory.
     """
 
     eval_temperature: float | None = field(
@@ -52,6 +54,8 @@ class DiffusionGRPOConfig(DiffusionArguments, GRPOConfig):  # type: ignore[misc,
         own = self.diffusion_options
         default = next(f.default for f in fields(GRPOConfig) if f.name == "epsilon")
         own.check_use("epsilon", self.epsilon, default, CLIPPED)
+        if self.objective == "gdsd":
+            clamp_range(self.epsilon)
         self.sampler_config(own.attention_block_length)
         self.eval_sampler_config(own.attention_block_length)
         super().__post_init__()

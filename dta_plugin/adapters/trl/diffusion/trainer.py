@@ -32,6 +32,7 @@ from dta_plugin.diffusion.sampler import check_blocks, check_positions
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.models.introspection import causal_lm
 from dta_plugin.training.diffusion.batch import CANVAS_IDS, COMMIT_STEPS, DiffusionBatch, Rollout, draw_seeds
+from dta_plugin.training.diffusion.gdsd import GdsdObjective
 from dta_plugin.training.diffusion.objective import ElboObjective
 from dta_plugin.training.diffusion.one_step import OneStepObjective
 from dta_plugin.training.diffusion.statistics import PREFIX
@@ -100,6 +101,8 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             return OneStepObjective(*own, epsilon=args.epsilon, iterations=self.num_iterations, beta=args.beta)
         if args.objective == "trajectory":
             return TrajectoryObjective(*own, max_length=args.canvas, epsilon=args.epsilon, beta=args.beta)
+        if args.objective == "gdsd":
+            return GdsdObjective(*own, max_length=args.canvas, epsilon=args.epsilon, beta=args.beta)
         return ElboObjective(*own, max_length=args.canvas, beta=args.beta)
 
     def _prepared(self, reference: PreTrainedModel) -> Any:

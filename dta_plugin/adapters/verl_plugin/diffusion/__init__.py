@@ -1,4 +1,4 @@
-"""RL of diffusion language models in verl: the bound of BGPO (arXiv 2510.11683) in the place of its policy loss.
+"""RL of diffusion language models in verl: one of `training.diffusion`'s objectives in the place of its policy loss.
 
     '+actor_rollout_ref.rollout.custom.dta.diffusion={num_elbo_samples: 16, diffusion_steps: 128}'
 
@@ -8,7 +8,7 @@ verl has no rollout and no likelihood for such models. Responses come from the C
 weight synchronisation stay verl's.
 
 What verl calls old log-probs is NaN here: nothing may read them. Where a batch of rollouts makes more than one
-optimizer step, verl's log-prob pass computes the old policy's ELBO terms instead, which verl's data path carries, as
-field `dta_elbo_terms`, to the update; masks are drawn again, from the tokens of a row. With objective "trajectory"
-the field has log-probs of steps, and the rollout's record of them travels in verl's `extra_fields`.
+optimizer step, verl's log-prob pass computes the old policy's terms instead, which verl's data path carries, as field
+`dta_elbo_terms`, to the update: log-probs of steps, whose record travels in verl's `extra_fields`, or, with objectives
+on masks, ELBO terms; masks are drawn again, from the tokens of a row.
 """

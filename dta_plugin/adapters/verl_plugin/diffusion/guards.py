@@ -1,4 +1,4 @@
-"""What verl can be set to that a diffusion LM and its bound cannot follow: an error, before anything is sampled."""
+"""What verl can be set to that diffusion LMs and their objectives cannot follow: errors, before anything is sampled."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from dta_plugin.diffusion import family_of
 from dta_plugin.diffusion.loading import checkpoint_directory, no_model
 from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.models.introspection import causal_lm
+from dta_plugin.training.diffusion.options import CLIPPED
 
 # loss_agg_mode of verl -> length_norm of an ELBO's difference (`objectives.elbo.length_scale`).
 LENGTH_NORMS = {
@@ -23,7 +24,7 @@ LENGTH_NORMS = {
     "seq-mean-token-mean": "length",
     "seq-mean-token-sum-norm": "max_length",
 }
-_NO_POLICY_LOSS = "the bound takes the place of verl's policy loss"
+_NO_POLICY_LOSS = "the objective takes the place of verl's policy loss"
 _NO_CLIPPING = f"verl's clipping is part of a loss that does not run; use {DIFFUSION}.bound_clip and .dual_clip"
 _NO_LOG_PROBS = "a diffusion LM has no log-probs of single tokens"
 _CLIP_RANGE = ("actor.clip_ratio", "actor.clip_ratio_low", "actor.clip_ratio_high")
@@ -57,7 +58,9 @@ def check_settings(config: DictConfig, objective: str) -> None:
     mode = config.actor.loss_agg_mode
     if mode not in LENGTH_NORMS:
         raise _unfit("actor.loss_agg_mode", mode, f"one of {', '.join(LENGTH_NORMS)}", "a likelihood is a response's")
-    ranges = {} if objective == "trajectory" else dict.fromkeys(_CLIP_RANGE, (0.2, _NO_CLIPPING))
+    if objective == "gdsd" and LENGTH_NORMS[mode] != "max_length":
+        raise _unfit("actor.loss_agg_mode", mode, "seq-mean-token-sum-norm", "gdsd divides by the width of the canvas")
+    ranges = {} if objective in CLIPPED else dict.fromkeys(_CLIP_RANGE, (0.2, _NO_CLIPPING))
     for name, (only, reason) in (_ONLY | ranges).items():
         given = OmegaConf.select(config, name, default=only)
         if given != only:
@@ -78,15 +81,13 @@ def check_path(path: str) -> None:
 
 
 def clip_range(config: DictConfig) -> float:
-    """Of a step's ratio, for objective "trajectory": verl's clip_ratio_low and clip_ratio_high, which have to be one.
+    """For objectives that have one (`CLIPPED`): verl's clip_ratio_low and clip_ratio_high, which have to be the same.
 
     verl's own losses read these two; clip_ratio may say the same, or is at its default.
     """
     given = [OmegaConf.select(config, name, default=0.2) for name in _CLIP_RANGE]
     if given[1] != given[2] or given[0] not in (0.2, given[1]):
-        raise _unfit(
-            "actor.clip_ratio, clip_ratio_low, clip_ratio_high", given, given[1], "the ratio of a step has one range"
-        )
+        raise _unfit("actor.clip_ratio, clip_ratio_low, clip_ratio_high", given, given[1], "ratios have one range")
     return float(given[1])
 
 
@@ -106,7 +107,7 @@ def check_model(module: Any, is_diffusion: bool) -> None:
     elif _is_diffusion_lm(module):
         raise UnsupportedError(
             f"{type(causal_lm(module)).__name__} is a diffusion LM: it sees the tokens that verl's losses would have "
-            f"it predict. Expected a causal model, or '+{DIFFUSION}={{num_elbo_samples: 16}}': BGPO."
+            f"it predict. Expected a causal model, or '+{DIFFUSION}={{num_elbo_samples: 16}}'."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +35,14 @@ def diffusion_batch(data: TensorDict, pad: int, step: int, with_rollout: bool = 
     return DiffusionBatch.from_sequences(sequences, begins, seeds, pad, data["input_ids"].device, rollout)
 
 
+def without_padding(batch: DiffusionBatch, data: TensorDict) -> DiffusionBatch:
+    """The same rows, completions of length 0 in those that fill up verl's last mini-batch: they count for nothing."""
+    counts = torch.stack([mask.any() for mask in data["response_mask"].unbind()])
+    mask = batch.attention_mask.clone()
+    mask[:, -batch.width :] *= counts[:, None]
+    return replace(batch, attention_mask=mask)
+
+
 def _rollout(data: TensorDict) -> Rollout:
     """From what verl carries of each row's TokenOutput, checked against the row's response."""
     extras = list(data["extra_fields"]) if "extra_fields" in data.keys() else [None] * len(data)  # noqa: SIM118
@@ -46,7 +55,8 @@ def _rollout(data: TensorDict) -> Rollout:
             raise UnsupportedError(
                 f"A response of {len(response)} tokens comes without the steps in which it was written, or with those "
                 "of another one. Expected the sampler's record beside it, for objective=trajectory: set "
-                "actor_rollout_ref.rollout.name=hf_cpu and use the single_turn_agent of verl."
+                "actor_rollout_ref.rollout.name=hf_cpu and use the single_turn_agent of verl; or objective=bgpo, "
+                "which needs none."
             )
         canvases.append(canvas)
         steps.append(list(record[COMMIT_STEPS]))

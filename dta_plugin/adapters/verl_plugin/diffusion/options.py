@@ -51,8 +51,8 @@ def diffusion_options(rollout: Any) -> DiffusionOptions | None:
         raise InvalidInputError(f"In {DIFFUSION}: {error}") from None
     if found.objective == "diffu-grpo":
         raise InvalidInputError(
-            f"In {DIFFUSION}: objective='diffu-grpo'. Expected 'bgpo', 'vrpo' or 'trajectory': verl's data carries a "
-            "number per sample of the old policy, not log-probs of tokens under one mask per epoch."
+            f"In {DIFFUSION}: objective='diffu-grpo'. Expected 'bgpo', 'gdsd', 'trajectory' or 'vrpo': verl's data "
+            "carries a number per sample of the old policy, not log-probs of tokens under one mask per epoch."
         )
     return found
 

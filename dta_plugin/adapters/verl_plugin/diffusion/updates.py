@@ -18,13 +18,20 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
 from verl.utils.metric import AggregationType, Metric
 
-from dta_plugin.adapters.verl_plugin.diffusion.micro_batch import TERMS, carried_terms, diffusion_batch, row_advantages
+from dta_plugin.adapters.verl_plugin.diffusion.micro_batch import (
+    TERMS,
+    carried_terms,
+    diffusion_batch,
+    row_advantages,
+    without_padding,
+)
 from dta_plugin.adapters.verl_plugin.obstacles import engine_obstacle, text_obstacle
 from dta_plugin.adapters.verl_plugin.protocols import OurEngine
 from dta_plugin.adapters.verl_plugin.upstream import check_diffusion_engine
 from dta_plugin.errors import UnsupportedError
 from dta_plugin.models.introspection import causal_lm
 from dta_plugin.training.diffusion.batch import DiffusionBatch
+from dta_plugin.training.diffusion.gdsd import GdsdObjective
 from dta_plugin.training.diffusion.objective import ElboObjective
 from dta_plugin.training.diffusion.options import DiffusionOptions
 from dta_plugin.training.diffusion.statistics import Statistics
@@ -34,7 +41,7 @@ from dta_plugin.training.diffusion.update import MicroStep, back_propagated
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """What an engine is told. max_length: of responses. epsilon: the clip range of a step, for objective "trajectory".
+    """What an engine is told. max_length: of responses. epsilon: the clip range, for the objectives that have one.
 
     rows_per_step: rows of all ranks in one optimizer step, if every row is used once; else None. A batch of so many
     rows is on-policy: its old ELBO terms are the new ones.
@@ -66,7 +73,12 @@ class DiffusionUpdates:
     def _objective(self) -> ElboObjective | TrajectoryObjective:
         settings = self.settings
         own = (settings.options, self.family, self._autocast, settings.max_length)
-        return TrajectoryObjective(*own, settings.epsilon) if self._is_trajectory else ElboObjective(*own)
+        clipped: dict[str, type[GdsdObjective | TrajectoryObjective]] = {
+            "gdsd": GdsdObjective,
+            "trajectory": TrajectoryObjective,
+        }
+        kind = clipped.get(settings.options.objective)
+        return ElboObjective(*own) if kind is None else kind(*own, settings.epsilon)
 
     @property
     def _is_trajectory(self) -> bool:
@@ -111,7 +123,7 @@ class DiffusionUpdates:
     def _loss(self, data: TensorDict, batch: DiffusionBatch) -> torch.Tensor:
         """The last part, with graph, and the value of all; the others have been back-propagated."""
         step = MicroStep(
-            batch,
+            without_padding(batch, data),
             row_advantages(data),
             carried_terms(data),
             # verl averages gradients over ranks, and micro-batches add up: the mean over a mini-batch's rows.

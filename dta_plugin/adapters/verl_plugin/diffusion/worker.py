@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from dta_plugin.adapters.verl_plugin.diffusion.guards import LENGTH_NORMS, check_settings, clip_range
 from dta_plugin.adapters.verl_plugin.diffusion.options import diffusion_options
 from dta_plugin.adapters.verl_plugin.diffusion.updates import Settings
+from dta_plugin.diffusion.objectives.gdsd import clamp_range
 
 
 def diffusion_settings(config: DictConfig) -> Settings | None:
@@ -21,9 +22,14 @@ def diffusion_settings(config: DictConfig) -> Settings | None:
         return None
     check_settings(config, options.objective)
     actor, rollout = config.actor, config.rollout
+    epsilon = clip_range(config)
+    if options.objective == "gdsd":
+        clamp_range(epsilon)
+    else:
+        options = replace(options, length_norm=LENGTH_NORMS[actor.loss_agg_mode])
     return Settings(
-        options=replace(options, length_norm=LENGTH_NORMS[actor.loss_agg_mode]),
+        options=options,
         max_length=rollout.response_length,
-        epsilon=clip_range(config),
+        epsilon=epsilon,
         rows_per_step=actor.ppo_mini_batch_size * rollout.n if actor.ppo_epochs == 1 else None,
     )
