@@ -38,12 +38,14 @@ class TreeMask:
         host: the same exit and depth in the CPU's memory, as far as the caller has them.
         reach: int64 [T] on the model's device, see `PrefixTree`; None where all is causal.
         host_reach: the same in the CPU's memory, as far as the caller has it.
+        rule: what every layer makes of blocks; None where each has a rule of its own, as for images.
 
     Attributes:
         calls: how often each attention layer has used this mask, by index, for the check that none was bypassed.
         backends_used: who computed it, and by which way recurrent layers ran.
         state_calls: how often each recurrent module has used it, by the module's `id`.
         rule: what the layer makes of blocks, see `BlockRule` in attention/blocks.py.
+        layers_rule: whether layers have rules of their own for blocks.
         place: where the keys lie, see `Place` in attention/function.py.
         states: what comes in before the row and leaves it, see `States` in recurrent/states.py.
         alive: all masks there are; as long as one is, a layer may be recomputed with it.
@@ -59,11 +61,13 @@ class TreeMask:
         host: HostArrays | None = None,
         reach: torch.Tensor | None = None,
         host_reach: np.ndarray | None = None,
+        rule: BlockRule | None = None,
     ) -> None:
         self.exit = exit
         self.depth = depth
         self.reach = reach
-        self.rule: BlockRule = "windowed"
+        self.rule: BlockRule = rule or "windowed"
+        self.layers_rule = rule is None
         self.backend = backend
         self.calls: Counter[int] = Counter()
         self.state_calls: Counter[int] = Counter()
@@ -76,18 +80,19 @@ class TreeMask:
         self._host_reach = host_reach
 
     @classmethod
-    def from_layout(cls, layout: TreeLayout, backend: str = "auto") -> TreeMask:
+    def from_layout(cls, layout: TreeLayout, backend: str = "auto", rule: BlockRule | None = None) -> TreeMask:
         """The mask of a packed tree.
 
         Args:
             layout: the tree's T tokens on the model's device.
             backend: who is to compute attention, a name from `config.BACKENDS`.
+            rule: what every layer makes of blocks; None where each has a rule of its own, as for images.
 
         Returns:
             A mask that no layer has used yet.
         """
         tree = layout.tree
-        return cls(layout.exit, layout.depth, backend, (tree.exit, tree.depth), layout.reach, tree.reach)
+        return cls(layout.exit, layout.depth, backend, (tree.exit, tree.depth), layout.reach, tree.reach, rule)
 
     def host(self) -> HostArrays:
         """exit and depth, int64 [T] each, where backends make their plans.

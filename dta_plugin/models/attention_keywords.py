@@ -29,8 +29,11 @@ _OF_NO_EFFECT = {
 _KNOWN = _OF_NO_EFFECT | {"scaling", "sliding_window", "softcap", "s_aux"}
 
 
-def check_keywords(module: nn.Module, keywords: dict[str, Any]) -> None:
-    """Raises UnsupportedError for what the tree would leave out, or what contradicts the config."""
+def check_keywords(module: nn.Module, keywords: dict[str, Any], both_ways: bool = False) -> None:
+    """Raises UnsupportedError for what the tree would leave out, or what contradicts the config.
+
+    both_ways: the tree has blocks in which every layer attends in both directions.
+    """
     name = type(module).__name__
     told = (key for key, value in keywords.items() if value is not None and not key.startswith("dta_"))
     unknown = [key for key in told if key not in _KNOWN]
@@ -40,7 +43,7 @@ def check_keywords(module: nn.Module, keywords: dict[str, Any]) -> None:
             "what causal attention needs (scale, window, soft-cap, sinks); use another model, or "
             "on_unsupported='dense'."
         )
-    if keywords.get("is_causal") is False:
+    if keywords.get("is_causal") is False and not both_ways:
         raise UnsupportedError(
             f"{name} asks for attention in both directions (is_causal=False). Expected causal attention; use a causal "
             "model, or on_unsupported='dense'."

@@ -111,7 +111,7 @@ def _tree_call(
             f"{tuple(attention_mask.shape)}. Expected the causal mask alone, which the tree replaces; use another "
             "model, or on_unsupported='dense'."
         )
-    check_keywords(module, kwargs)
+    check_keywords(module, kwargs, both_ways=not tree.layers_rule)
     query, key, value = _autocast(_tuned_by_depth(module, query, tree), key, value)
     layer = cast(int, module.layer_idx)
     options = {
@@ -121,7 +121,7 @@ def _tree_call(
         "sinks": kwargs.get("s_aux"),
     }
     mask, chunk = tree.at_layer(layer), chunk_size(cast(Any, module).config, layer)
-    if mask.reach is not None:
+    if mask.reach is not None and mask.layers_rule:
         mask = mask.ruled(block_rule(module))
     if chunk is None:
         out = tree_attention(query, key, value, mask, **options)

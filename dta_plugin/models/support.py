@@ -53,15 +53,18 @@ _ROTARY = ("rope_parameters", "rope_theta", "rotary_dim")
 _DROPOUTS = ("attention_dropout", "attn_dropout", "attn_pdrop", "attn_dropout_p")
 
 
-def tree_obstacle(model: nn.Module) -> str | None:
-    """Why this model cannot run as a tree ("what; remedy"), or None if it can."""
+def tree_obstacle(model: nn.Module, both_ways: bool = False) -> str | None:
+    """Why this model cannot run as a tree ("what; remedy"), or None if it can.
+
+    both_ways: attention in both directions is none: the tree's blocks stand for it.
+    """
     try:
         base = causal_lm(model)
     except UnsupportedError as error:
         return str(error)
     config = base.config.get_text_config()
     return (
-        _attention_obstacle(base, config)
+        _attention_obstacle(base, config, both_ways)
         or _position_obstacle(base, config)
         or rotary_obstacle(base)
         or dropout_obstacle(base)
@@ -69,7 +72,7 @@ def tree_obstacle(model: nn.Module) -> str | None:
     )
 
 
-def _attention_obstacle(model: PreTrainedModel, config: Any) -> str | None:
+def _attention_obstacle(model: PreTrainedModel, config: Any, both_ways: bool) -> str | None:
     name = type(model).__name__
     family = next((_FAMILIES[c.model_type] for c in (model.config, config) if c.model_type in _FAMILIES), None)
     if family is not None:
@@ -82,7 +85,7 @@ def _attention_obstacle(model: PreTrainedModel, config: Any) -> str | None:
         )
     # "vision": among the tokens of an image only, which is for the adapters to see.
     is_bidirectional = getattr(config, "use_bidirectional_attention", False) not in (False, None, "vision")
-    if is_bidirectional or getattr(config, "is_causal", None) is False:
+    if not both_ways and (is_bidirectional or getattr(config, "is_causal", None) is False):
         return f"{name} attends in both directions; use a causal model"
     recurrent = list(mixers(model))
     reason = _layer_obstacle(name, config, {layer_of(mixer) for mixer in recurrent}, any(True for _ in indexers(model)))

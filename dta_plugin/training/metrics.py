@@ -70,6 +70,8 @@ METRICS = (
     MetricInfo("diffusion/rows_kept", "rows", "sum", "rows that count in the loss, on all ranks"),
     MetricInfo("diffusion/rows_skipped", "rows", "sum", "rows without advantage, which do not"),
     MetricInfo("diffusion/scored_tokens", "tokens", "sum", "completion tokens of rows that count"),
+    MetricInfo("diffusion/flat_tokens", "tokens", "sum", "of rows that ran, in all samples, where prompts are shared"),
+    MetricInfo("diffusion/tree_tokens", "tokens", "sum", "of those, what was computed: what rows share counted once"),
     MetricInfo("diffusion/peak_memory_gib", "GiB", "max", "most memory of a GPU in use so far"),
     MetricInfo("diffusion/model_calls", "calls", "mean", "of a sampled batch, where the trainer samples itself"),
 )

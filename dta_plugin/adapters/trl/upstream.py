@@ -83,6 +83,7 @@ _LOSS_OF_GRPO = {
     "_entropy_bonus_enabled": "1.8.0",
 }
 _DIFFUSION = {
+    "_buffered_inputs": "1.0.0",
     "_metrics": "1.0.0",
     "_step": "1.0.0",
     "num_iterations": "1.0.0",

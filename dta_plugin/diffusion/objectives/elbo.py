@@ -23,8 +23,9 @@ from dta_plugin.diffusion.family import (
     predictions,
 )
 from dta_plugin.diffusion.masks import MaskDraws
+from dta_plugin.diffusion.prompt_sharing import PromptSharing
 from dta_plugin.errors import InvalidInputError
-from dta_plugin.execution.packed import score
+from dta_plugin.execution.packed import check_every_layer_hit, score
 from dta_plugin.models.introspection import causal_lm, decoder_of, lm_head, tree_forward
 
 NORMS = ("none", "length", "max_length")
@@ -38,12 +39,14 @@ def masked_log_probs(
     mask: torch.Tensor,
     prompt_mask: torch.Tensor | None = None,
     waiting: torch.Tensor | None = None,
+    sharing: PromptSharing | None = None,
 ) -> torch.Tensor:
     """Log-probs [B, C] of the masked completion tokens, from one forward of the noised copy; exactly 0 elsewhere.
 
     input_ids: int64 [B, P + C], clean: prompts and completions side by side. attention_mask: [B, P + C], 0 at padding,
     or None. mask: bool [B, C], True where a completion token is hidden from the model and scored. prompt_mask: bool
     [B, P], prompt tokens to hide as well; they are not scored. waiting: bool [B, C], the same for completion tokens.
+    sharing: where what rows have in common is computed once; None: nowhere.
 
     float32 (float64 for float64 models), differentiable in the parameters of `model`, wrapped or not. The LM head runs
     on the masked positions only and its softmax tile by tile (`models/lm_head.py`); a model without a decoder of its
@@ -72,7 +75,7 @@ def masked_log_probs(
         values = logits.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
     else:
         place = logit_rows(family, first, last, input_ids.device)[column]
-        values = _fused_log_probs(model, family, noised, attention_mask, (row, place), targets)
+        values = _fused_log_probs(model, family, noised, attention_mask, (row, place), targets, sharing)
     return values.new_zeros(mask.shape).index_put((row, column), values)
 
 
@@ -83,20 +86,27 @@ def _fused_log_probs(
     attention_mask: torch.Tensor | None,
     place: tuple[torch.Tensor, torch.Tensor],
     targets: torch.Tensor,
+    sharing: PromptSharing | None,
 ) -> torch.Tensor:
     """Log-probs [M] of the targets at these rows and columns of the hidden states, without logits of the batch."""
     base = causal_lm(model)
     decoder, head = decoder_of(base), lm_head(base)
+    packed = None if sharing is None else sharing.packed(model, family, noised, attention_mask, place)
+    call = model_call(decoder, family, noised, attention_mask) if packed is None else packed.call
 
     def forward(_: PreTrainedModel, dta_call: dict[str, Any], **__: Any) -> dict[str, torch.Tensor]:
-        rows = decoder(**dta_call).last_hidden_state[place]
+        states = decoder(**dta_call).last_hidden_state
+        rows = states[place] if packed is None else states[0][packed.index]
         edges = torch.arange(len(rows), device=rows.device)
         on_both = edges, np.arange(len(rows))
         logprobs, _entropies = score(rows, head, targets, *on_both, temperature=1.0, return_entropy=False)
         return {"logprobs": logprobs}
 
     with tree_forward(base, forward):
-        return model(dta_call=model_call(decoder, family, noised, attention_mask))["logprobs"]
+        found: torch.Tensor = model(dta_call=call)["logprobs"]
+    if packed is not None:
+        check_every_layer_hit(base, packed.mask)
+    return found
 
 
 def elbo_term(log_probs: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -113,6 +123,7 @@ def sample_term(
     sample: int,
     completion_length: int,
     rows: torch.Tensor | None = None,
+    sharing: PromptSharing | None = None,
 ) -> torch.Tensor:
     """ELBO terms [b] of one sample: one forward of these rows (int64 [b]; None for all), noised as `draws` says.
 
@@ -124,7 +135,7 @@ def sample_term(
     if rows is not None:
         input_ids, weight = input_ids[rows], weight[rows]
         attention_mask = None if attention_mask is None else attention_mask[rows]
-    return elbo_term(masked_log_probs(model, family, input_ids, attention_mask, mask), mask, weight)
+    return elbo_term(masked_log_probs(model, family, input_ids, attention_mask, mask, sharing=sharing), mask, weight)
 
 
 def length_scale(norm: str, lengths: torch.Tensor, max_length: int) -> torch.Tensor:

@@ -21,6 +21,7 @@ from torch import nn
 
 from dta_plugin.diffusion.family import DiffusionFamily
 from dta_plugin.diffusion.objectives.elbo import masked_log_probs
+from dta_plugin.diffusion.prompt_sharing import PromptSharing
 from dta_plugin.diffusion.steps import StepDraws
 
 
@@ -32,11 +33,13 @@ def step_log_probs(
     draws: StepDraws,
     sample: int,
     rows: torch.Tensor,
+    sharing: PromptSharing | None = None,
 ) -> torch.Tensor:
     """Log-probs l_s [b] of what the sample's step committed, from one forward of these rows (int64 [b]).
 
     input_ids: int64 [B, P + C], prompts and canvases (`SampledCompletions.canvas_ids`) side by side: what a step saw
     includes tokens behind an end token, and masks in blocks that never ran. attention_mask: [B, P + C], 0 at padding.
+    sharing: as in `masked_log_probs`.
     """
     found = masked_log_probs(
         model,
@@ -45,5 +48,6 @@ def step_log_probs(
         attention_mask[rows],
         draws.mask(sample, rows),
         waiting=draws.waiting(sample, rows),
+        sharing=sharing,
     )
     return found.sum(dim=1)

@@ -52,6 +52,7 @@ class GdsdUpdate:
 
     def __init__(self, objective: GdsdObjective, model: nn.Module, step: MicroStep) -> None:
         self.objective, self.model, self.step = objective, model, step
+        objective.sharing.restart()
         self.draws = objective.draws(step.batch)
         check_terms("old_terms", step.old, len(step.batch), self.draws.samples)
         check_terms("reference_terms", step.reference, len(step.batch), self.draws.samples)
@@ -92,4 +93,5 @@ class GdsdUpdate:
             apart = (new - step.reference[ran].to(new.dtype)) / objective.max_length
             found.means["kl"] = (k2_terms(apart).sum(), apart.numel())
         found.means |= mask_histogram(self.draws.histogram(SHARES))
+        found.sums |= objective.sharing.counts(objective.family)
         return found

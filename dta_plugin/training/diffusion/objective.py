@@ -11,6 +11,7 @@ from dta_plugin.diffusion import DiffusionFamily, MaskDraws, draw_masks
 from dta_plugin.diffusion.objectives.baselines import sampled_elbo_ratio
 from dta_plugin.diffusion.objectives.bgpo import bound_gap, clipped, k2_terms, per_sample_losses, rows_to_run
 from dta_plugin.diffusion.objectives.elbo import length_scale, sample_term
+from dta_plugin.diffusion.prompt_sharing import PromptSharing
 from dta_plugin.training.diffusion.batch import DiffusionBatch
 from dta_plugin.training.diffusion.options import DiffusionOptions
 from dta_plugin.training.diffusion.statistics import SHARES, Statistics, mask_histogram, run_statistics
@@ -33,6 +34,7 @@ class ElboObjective:
         self.autocast = autocast
         self.max_length = max_length
         self.beta = beta
+        self.sharing = PromptSharing(options.share_prompts)
         self.passes = 1 if options.objective == "vrpo" else options.num_elbo_samples
 
     def draws(self, batch: DiffusionBatch) -> MaskDraws:
@@ -48,7 +50,15 @@ class ElboObjective:
         """ELBO terms [b] of one sample of these rows (None: all)."""
         with self.autocast():
             return sample_term(
-                model, self.family, batch.input_ids, batch.attention_mask, draws, sample, batch.width, which
+                model,
+                self.family,
+                batch.input_ids,
+                batch.attention_mask,
+                draws,
+                sample,
+                batch.width,
+                which,
+                self.sharing,
             )
 
     @torch.no_grad()
@@ -66,6 +76,7 @@ class ElboUpdate:
 
     def __init__(self, objective: ElboObjective, model: nn.Module, step: MicroStep) -> None:
         self.objective, self.model, self.step = objective, model, step
+        objective.sharing.restart()
         self.draws = objective.draws(step.batch)
         self.lengths = step.batch.lengths
         self.advantages = step.advantages.masked_fill(self.lengths == 0, 0.0)
@@ -114,7 +125,8 @@ class ElboUpdate:
 
     def statistics(self) -> Statistics:
         """Of the rows that count; a row that runs only because other ranks wait does not."""
-        options, step = self.objective.options, self.step
+        objective, step = self.objective, self.step
+        options = objective.options
         ran = torch.zeros_like(self.advantages, dtype=torch.bool)
         ran[rows_to_run(self.advantages, step.reference is not None, always_run=False)] = True
         new = torch.stack(self.seen, dim=1)[ran] if self.seen else torch.zeros_like(self.draws.weights)[ran]
@@ -132,4 +144,5 @@ class ElboUpdate:
             apart = (new - step.reference[ran]) * scale
             found.means["kl"] = (k2_terms(apart).sum(), apart.numel())
         found.means |= mask_histogram(self.draws.histogram(SHARES))
+        found.sums |= objective.sharing.counts(objective.family)
         return found

@@ -14,6 +14,7 @@ from dta_plugin.diffusion import DiffusionFamily, prompt_noise
 from dta_plugin.diffusion.objectives.baselines import k3_terms, ratio_clipped, token_ratio_terms
 from dta_plugin.diffusion.objectives.bgpo import rows_to_run
 from dta_plugin.diffusion.objectives.elbo import masked_log_probs
+from dta_plugin.diffusion.prompt_sharing import PromptSharing
 from dta_plugin.training.diffusion.batch import DiffusionBatch
 from dta_plugin.training.diffusion.options import DiffusionOptions
 from dta_plugin.training.diffusion.statistics import Statistics, run_statistics
@@ -43,6 +44,7 @@ class OneStepObjective:
         self.epsilon = epsilon
         self.iterations = iterations
         self.beta = beta
+        self.sharing = PromptSharing(options.share_prompts)
 
     def log_probs(
         self, model: nn.Module, batch: DiffusionBatch, iteration: int, which: torch.Tensor | None = None
@@ -60,6 +62,7 @@ class OneStepObjective:
                 mask,
                 mask[:, -batch.width :].bool(),
                 prompt_mask=noise[chosen],
+                sharing=self.sharing,
             )
 
     @torch.no_grad()
@@ -77,6 +80,7 @@ class OneStepUpdate:
 
     def __init__(self, objective: OneStepObjective, model: nn.Module, step: MicroStep) -> None:
         self.objective, self.model, self.step = objective, model, step
+        objective.sharing.restart()
         self.scored = step.batch.attention_mask[:, -step.batch.width :].bool()
         self.advantages = step.advantages.masked_fill(~self.scored.any(dim=1), 0.0)
         self.seen: torch.Tensor | None = None
@@ -112,4 +116,5 @@ class OneStepUpdate:
         if step.reference is not None:
             kl = k3_terms(new, step.reference[:, step.iteration], scored)
             found.means["kl"] = (kl.sum(), ran.sum())
+        found.sums |= objective.sharing.counts(objective.family)
         return found

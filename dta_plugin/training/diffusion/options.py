@@ -15,6 +15,7 @@ from dta_plugin.diffusion import DiffusionFamily, SamplerConfig, family_of
 from dta_plugin.diffusion.masks import FORMS, check_samples
 from dta_plugin.diffusion.objectives.bgpo import check_clips
 from dta_plugin.diffusion.objectives.elbo import NORMS
+from dta_plugin.diffusion.prompt_sharing import SHARING
 from dta_plugin.diffusion.sampler_config import KV_CACHES, REMASKING, default_block_length
 from dta_plugin.errors import InvalidInputError
 
@@ -31,6 +32,7 @@ _CHOICES = {
     "length_norm": NORMS,
     "remasking": REMASKING,
     "kv_cache": KV_CACHES,
+    "share_prompts": SHARING,
 }
 _LEAST = {"block_length": 1, "attention_block_length": 1, "mask_token_id": 0}
 
@@ -118,6 +120,11 @@ class DiffusionOptions:
         "Which keys and values the sampler keeps within a block: prefix (of the prompt and finished blocks), dual (of "
         "what is still masked behind the block, too), none, or auto: prefix where attention is causal over blocks, "
         "which is exact, else none. With full attention prefix and dual are approximations.",
+    )
+    share_prompts: str = _option(
+        "auto",
+        "Compute what rows of a micro-batch have in common once in the update, forward and backward: auto (where "
+        "attention is causal over blocks, which is exact; with full attention there is nothing to share) or never.",
     )
     score_fillers: bool = _option(
         False,

@@ -12,6 +12,7 @@ from dta_plugin.diffusion.objectives.baselines import k3_terms, ratio_clipped, t
 from dta_plugin.diffusion.objectives.bgpo import rows_to_run
 from dta_plugin.diffusion.objectives.elbo import length_scale
 from dta_plugin.diffusion.objectives.trajectory import step_log_probs
+from dta_plugin.diffusion.prompt_sharing import PromptSharing
 from dta_plugin.diffusion.steps import StepDraws, draw_steps
 from dta_plugin.training.diffusion.batch import DiffusionBatch
 from dta_plugin.training.diffusion.options import DiffusionOptions
@@ -40,6 +41,7 @@ class TrajectoryObjective:
         self.max_length = max_length
         self.epsilon = epsilon
         self.beta = beta
+        self.sharing = PromptSharing(options.share_prompts)
         self.passes = options.num_elbo_samples
 
     def draws(self, batch: DiffusionBatch) -> StepDraws:
@@ -56,7 +58,7 @@ class TrajectoryObjective:
         ids = torch.cat([batch.input_ids[:, : -batch.width], canvas], dim=1)
         mask = torch.cat([batch.attention_mask[:, : -batch.width], torch.ones_like(canvas)], dim=1)
         with self.autocast():
-            return step_log_probs(model, self.family, ids, mask, draws, sample, which)
+            return step_log_probs(model, self.family, ids, mask, draws, sample, which, self.sharing)
 
     @torch.no_grad()
     def stored(self, model: nn.Module, batch: DiffusionBatch) -> torch.Tensor:
@@ -74,6 +76,7 @@ class TrajectoryUpdate:
 
     def __init__(self, objective: TrajectoryObjective, model: nn.Module, step: MicroStep) -> None:
         self.objective, self.model, self.step = objective, model, step
+        objective.sharing.restart()
         self.draws = objective.draws(step.batch)
         self.lengths = step.batch.lengths
         self.advantages = step.advantages.masked_fill(self.lengths == 0, 0.0)
@@ -122,4 +125,5 @@ class TrajectoryUpdate:
             apart = (new - step.reference)[counts][:, None]
             kl = k3_terms(apart, torch.zeros_like(apart), torch.ones_like(apart, dtype=torch.bool))
             found.means["kl"] = (kl.sum(), len(kl))
+        found.sums |= objective.sharing.counts(objective.family)
         return found

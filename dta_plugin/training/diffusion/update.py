@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from dta_plugin.diffusion.prompt_sharing import PromptSharing
 from dta_plugin.training.diffusion.batch import DiffusionBatch
 from dta_plugin.training.diffusion.statistics import Statistics
 
@@ -47,9 +48,10 @@ class Update(Protocol):
 
 
 class Objective(Protocol):
-    """What is maximised. passes: most losses of a micro-step."""
+    """What is maximised. passes: most losses of a micro-step. sharing: of what the rows of one have in common."""
 
     passes: int
+    sharing: PromptSharing
 
     def stored(self, model: nn.Module, batch: DiffusionBatch) -> torch.Tensor:
         """Of a policy that later ones are compared with, [B, ...]; without gradient."""

@@ -39,6 +39,8 @@ CASES: dict[str, tuple[dict[str, Any], list[float]]] = {
     "bgpo, checkpointing": ({"gradient_checkpointing": True}, MIXED),
     "bgpo, lora, idle rank": ({"lora": True, "beta": 0.5}, IDLE),
     "trajectory": ({"objective": "trajectory", "num_iterations": 2, "beta": 0.5, "num_elbo_samples": 3}, MIXED),
+    "bgpo, blocks": ({"num_iterations": 2, "beta": 0.5, "attention_block_length": 2}, MIXED),
+    "trajectory, blocks, idle rank": ({"objective": "trajectory", "attention_block_length": 2}, IDLE),
     "trajectory, idle rank": ({"objective": "trajectory"}, IDLE),
     "trajectory, lora, idle rank": ({"objective": "trajectory", "lora": True, "num_elbo_samples": 2}, IDLE),
     "gdsd": ({"objective": "gdsd", "num_iterations": 2, "beta": 0.5}, MIXED),

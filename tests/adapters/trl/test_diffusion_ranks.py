@@ -53,6 +53,10 @@ def test_gradients_are_those_of_one_process(case: str, ranks: list[dict[str, Out
     for name in ("diffusion/mean_abs_d", "diffusion/max_abs_d"):
         assert entries[1][name] == pytest.approx(entries[0][name], rel=1e-3, abs=1e-6)
     assert entries[1]["diffusion/rows_kept"] == entries[0]["diffusion/rows_kept"]
+    if "blocks" in case:
+        assert all(entry["diffusion/tree_tokens"] < entry["diffusion/flat_tokens"] for entry in entries)
+    if "blocks" in case and "idle" not in case:  # an idle rank runs a row at weight 0, which is computed, and counted
+        assert entries[1]["diffusion/flat_tokens"] == entries[0]["diffusion/flat_tokens"]
 
 
 def test_rows_of_another_rank_matter(ranks: list[dict[str, Outcome]]) -> None:

@@ -103,6 +103,19 @@ def test_one_graph(diffusion_folder: Path) -> None:
     assert largest_difference(found, bound) > 1e-2
 
 
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_siblings_share_their_prompt_where_attention_has_blocks(strategy: str, diffusion_folder: Path) -> None:
+    found = {}
+    for share in ("auto", "never"):
+        given = settings(attention_block_length=2, share_prompts=share)
+        found[share] = engine_gradient(engine_of(diffusion_folder, given, strategy), mini_batch())
+    assert largest_difference(found["auto"][0], found["never"][0]) < 1e-5
+    metrics = {name: metric.aggregate() for name, metric in found["auto"][1]["metrics"].items()}
+    assert 0 < metrics["diffusion/tree_tokens"] < 0.9 * metrics["diffusion/flat_tokens"]
+    other, _ = engine_gradient(engine_of(diffusion_folder, settings(attention_block_length=3), strategy), mini_batch())
+    assert largest_difference(other, found["auto"][0]) > 1e-2  # control
+
+
 @pytest.mark.parametrize("moved", [0.0, 0.9])
 def test_trajectory(moved: float, diffusion_folder: Path) -> None:
     """The record of steps comes with verl's data; without it, or with another response's, nothing runs."""

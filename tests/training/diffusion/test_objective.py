@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,8 @@ def test_everything_told_is_in_the_table(rows: Batch) -> None:
     reductions = {metric.name: metric.reduction for metric in METRICS if metric.name.startswith(PREFIX)}
     options = DiffusionOptions(objective="diffu-grpo")
     batch, told = batch_of(rows), set()
-    for objective in (elbo(bound_clip=0.2), OneStepObjective(options, FAMILY, nullcontext, epsilon=0.2)):
+    blocks = replace(FAMILY, block_length=4)
+    for objective in (elbo(bound_clip=0.2), OneStepObjective(options, blocks, nullcontext, epsilon=0.2)):
         step = MicroStep(batch, ADVANTAGES, reference=objective.stored(rows.model, batch))
         _, found = updated(objective, rows, step)
         for reduction, names in (("mean", found.means), ("sum", found.sums), ("max", found.maxima)):

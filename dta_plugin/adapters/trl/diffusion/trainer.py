@@ -24,6 +24,7 @@ from dta_plugin.adapters.trl import patch
 from dta_plugin.adapters.trl.diffusion.config import DiffusionGRPOConfig
 from dta_plugin.adapters.trl.diffusion.generation import sampled_completions
 from dta_plugin.adapters.trl.diffusion.micro_batch import MASK_SEEDS, diffusion_batch
+from dta_plugin.adapters.trl.diffusion.siblings import siblings_together
 from dta_plugin.adapters.trl.diffusion.unsupported_options import check_arguments
 from dta_plugin.adapters.trl.upstream import check_diffusion, check_diffusion_trainer
 from dta_plugin.diffusion import DiffusionFamily, load_diffusion_lm
@@ -57,6 +58,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
     processing_class: Any
     objective: Objective
     _rollout: Rollout | None = None
+    _buffered_inputs: Any
 
     def __init__(
         self,
@@ -145,6 +147,15 @@ class DiffusionGRPOTrainer(GRPOTrainer):
             found |= {CANVAS_IDS: self._rollout.canvas_ids, COMMIT_STEPS: self._rollout.steps}
         return found
 
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        before = self._buffered_inputs
+        found = super()._prepare_inputs(generation_batch)
+        buffer = self._buffered_inputs
+        if buffer is None or buffer is before or not self.objective.sharing.is_on(self.family):
+            return found
+        self._buffered_inputs = siblings_together(buffer, self.args.gradient_accumulation_steps)
+        return self._buffered_inputs[self._step % len(buffer)]
+
     def _get_per_token_logps_and_entropies(
         self,
         model: nn.Module,
@@ -206,13 +217,14 @@ def _check(args: DiffusionGRPOConfig, arguments: dict[str, Any]) -> None:
     if not isinstance(args, DiffusionGRPOConfig):
         raise InvalidInputError(
             f"args is a {type(args).__name__}. Expected a DiffusionGRPOConfig, which refuses what has no meaning for a "
-            "diffusion LM (prefix trees, too: they need attention from left to right)."
+            "diffusion LM (dta_* options, too: they are about attention from left to right)."
         )
     check_diffusion()
     if patch.process_config() is not None:
         raise InvalidInputError(
-            "Prefix trees are switched on in this process (dta_plugin.enable, use_dta). Expected them off: a diffusion "
-            "LM sees its whole completion, so rollouts share no computation; leave out use_dta and dta_*."
+            "Prefix trees are switched on in this process (dta_plugin.enable, use_dta). Expected them off: they are "
+            "for attention from left to right; what a diffusion LM can share, share_prompts says. Leave out use_dta "
+            "and dta_*."
         )
     check_arguments(arguments)
 

@@ -35,8 +35,8 @@ def diffusion_options(rollout: Any) -> DiffusionOptions | None:
     given = options.pop("diffusion")
     if options:
         raise InvalidInputError(
-            f"Got {', '.join(options)} besides {DIFFUSION}. Expected nothing else: a diffusion LM sees what comes "
-            "after a prompt, so that no prefix can be shared. Leave them out."
+            f"Got {', '.join(options)} besides {DIFFUSION}. Expected nothing else: they are about attention from "
+            f"left to right; what a diffusion LM can share, {DIFFUSION}.share_prompts says. Leave them out."
         )
     known = [field.name for field in fields(DiffusionOptions) if field.name not in _ELSEWHERE]
     if not isinstance(given, Mapping) or set(given) - {*known, *_ALIASES, *_ELSEWHERE}:
