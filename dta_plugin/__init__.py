@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dta_plugin.sharing.decoder_hooks import share_prefixes
     from dta_plugin.tree import PrefixTree, TreeLayout, TreeReport
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "InvalidInputError": "dta_plugin.errors",
