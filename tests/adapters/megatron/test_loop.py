@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.adapters.verl_cpu.test_quickstart import FEW_STEPS, Metrics, built, check_learning, trained, variables_for
-from tests.adapters.verl_cpu.test_recipes import RECIPES, command_of
+from tests.adapters.verl.recipes import RECIPES, command_of
 
 MEGATRON = "actor_rollout_ref.actor.megatron"
 FLOAT32 = [f"{MEGATRON}.dtype=float32", "actor_rollout_ref.ref.megatron.dtype=float32"]
