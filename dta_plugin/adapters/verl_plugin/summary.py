@@ -64,14 +64,14 @@ class Steps:
     def __str__(self) -> str:
         """There is at least one step."""
         means = {name: total / self.count for name, total in self._sums.items()}
-        flat, tree, pruned = (means[name] for name in ("flat_tokens", "tree_tokens", "pruned_tokens"))
+        names = ("flat_tokens", "tree_tokens", "pruned_tokens", "dense_fallback")
+        flat, tree, pruned, dense = (means.get(name, 0.0) for name in names)
         line = (
             f"{self.count:,} step{'' if self.count == 1 else 's'}, {flat:,.0f} -> {tree:,.0f} tokens"
             + (f", {pruned:,.0f} more pruned" if pruned else "")
             + " in an update of one rank on average"
             + (f" ({flat / tree:.2f}x shared)" if tree else "")
         )
-        dense = means["dense_fallback"]
         return line + (f"; {dense:.0%} of micro-batches took verl's own path" if dense else "")
 
 
