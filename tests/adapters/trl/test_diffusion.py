@@ -59,6 +59,7 @@ CASES: dict[str, dict[str, Any]] = {
         "epsilon": 0.9,
         "mask_truncated_completions": True,
         "max_completion_length": 24,
+        "block_length": 8,  # with one block of 24 no completion ends
         "gradient_checkpointing": True,
     },
     "vrpo": {"objective": "vrpo"},
