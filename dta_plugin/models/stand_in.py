@@ -10,12 +10,15 @@ import functools
 import types
 import weakref
 from collections.abc import Callable, MutableMapping
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakSet
 
 from transformers import AttentionInterface, PreTrainedModel
 
 from dta_plugin.attention.mask import TreeMask
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # The globals of a file, an AttentionInterface, or a class.
 Place = MutableMapping[str, Any] | type
