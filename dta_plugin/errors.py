@@ -9,5 +9,10 @@ class UnsupportedError(RuntimeError):
     """A model, setting or version for which prefix-tree execution would not be exact."""
 
 
+def not_exact(reason: str) -> UnsupportedError:
+    """The refusal of what `on_unsupported` decides about, to be raised. reason: "what; remedy"."""
+    return UnsupportedError(f"Prefix-tree execution is not exact here: {reason}; or on_unsupported='dense'.")
+
+
 UnsupportedModelError = UnsupportedError
 """The name of `UnsupportedError` in version 0.1.0, before settings and versions raised it, too."""

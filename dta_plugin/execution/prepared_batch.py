@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import InvalidInputError, UnsupportedError
+from dta_plugin.errors import InvalidInputError, UnsupportedError, not_exact
 from dta_plugin.execution.calibration_store import Calibration, calibration_of
 from dta_plugin.execution.memory import token_budget
 from dta_plugin.execution.rank_images import along_with_others
@@ -116,7 +116,7 @@ def prepare_batch(
     reason = tree_obstacle(model) or _lengths_obstacle(causal_lm(model), [len(sequence) for sequence in sequences])
     reason = reason or (images_obstacle(causal_lm(model)) if image_rows else None)
     if reason is not None and config.on_unsupported == "error":
-        raise UnsupportedError(f"Prefix-tree execution is not exact here: {reason}; or on_unsupported='dense'.")
+        raise not_exact(reason)
     base = causal_lm(model)
     _check_weights(base)
     batch_images: BatchImages | None = None

@@ -25,7 +25,7 @@ from dta_plugin.adapters.trl.tokens import MicroStepInputs, check_selection, dra
 from dta_plugin.adapters.trl.upstream import check_trainer
 from dta_plugin.adapters.trl.window import merges, window_size
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import InvalidInputError, UnsupportedError
+from dta_plugin.errors import InvalidInputError, UnsupportedError, not_exact
 from dta_plugin.execution.calibration_store import tree_cost
 from dta_plugin.execution.recovery import remedy_named
 from dta_plugin.models.introspection import causal_lm
@@ -85,7 +85,7 @@ def _state(trainer: GRPOLike, config: TreeConfig) -> TreeState:
         if config.on_unsupported == "error" and (
             obstacle := tree_obstacle(trainer.model)
         ):  # before anything is sampled
-            raise UnsupportedError(f"Prefix-tree execution is not exact here: {obstacle}; or on_unsupported='dense'.")
+            raise not_exact(obstacle)
         _name_remedies(trainer)
     return TreeState.for_trainer(trainer, config)
 

@@ -23,7 +23,7 @@ from dta_plugin.adapters.trl.origin import replaced_scoring
 from dta_plugin.adapters.trl.protocols import GRPOLike
 from dta_plugin.adapters.trl.state import TreeState
 from dta_plugin.adapters.trl.window import unwrapped
-from dta_plugin.errors import UnsupportedError
+from dta_plugin.errors import UnsupportedError, not_exact
 from dta_plugin.execution.auto import run_tree
 from dta_plugin.execution.prepared_batch import PreparedBatch, SequenceLogProbs, prepare_batch, saving_obstacle
 from dta_plugin.execution.probing.probe import latest_outcome
@@ -71,8 +71,7 @@ def tree_log_probs(
     obstacle = obstacle or input_obstacle(causal_lm(trainer.model), inputs, input_ids, attention_mask)
     if obstacle is not None:
         if state.config.on_unsupported == "error":
-            message = f"Prefix-tree execution is not exact here: {obstacle}; or on_unsupported='dense'."
-            raise UnsupportedError(message)
+            raise not_exact(obstacle)
         return run_dense(_Decline(obstacle))
     values = call.waiting_values()
     if values is None:
