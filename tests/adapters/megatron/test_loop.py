@@ -5,13 +5,24 @@ weights that Megatron holds and a Hugging Face model samples from. The quickstar
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoConfig, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tests.adapters.verl.recipes import RECIPES, command_of
-from tests.adapters.verl_cpu.test_quickstart import FEW_STEPS, Metrics, built, check_learning, trained, variables_for
+from tests.adapters.verl_cpu.test_quickstart import (
+    FEW_STEPS,
+    Metrics,
+    built,
+    check_learning,
+    check_sampling,
+    trained,
+    variables_for,
+)
 
 MEGATRON = "actor_rollout_ref.actor.megatron"
 FLOAT32 = [f"{MEGATRON}.dtype=float32", "actor_rollout_ref.ref.megatron.dtype=float32"]
@@ -46,6 +57,28 @@ def test_stock(folder: Path) -> None:
     steps, said = train(folder, STOCK)
     check_learning(steps)
     assert not [name for name in steps[0] if "dta/" in name] and "dta: " not in said
+
+
+@pytest.mark.slow
+def test_experts(folder: Path) -> None:
+    """mbridge names every expert, transformers holds them in one tensor: the rollout samples from them all the same."""
+    whole = folder / "dense"
+    (folder / "model").rename(whole)
+    try:
+        shutil.copytree(whole, folder / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+        torch.manual_seed(0)
+        dense = AutoConfig.from_pretrained(whole).to_dict()
+        sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "initializer_range": 0.2}
+        config = Qwen3MoeConfig(**{key: value for key, value in dense.items() if key != "model_type"} | sizes)
+        Qwen3MoeForCausalLM(config).save_pretrained(folder / "model")
+        steps, said = train(folder, LAYOUTS["data"])
+    finally:
+        shutil.rmtree(folder / "model")
+        whole.rename(folder / "model")
+    assert "probed: log-probs of a small tree differ by" in said
+    check_sampling(steps)
+    for step in steps:
+        assert step["actor/dta/dense_fallback"] == 0 and step["actor/grad_norm"] > 0
 
 
 @pytest.mark.parametrize(
