@@ -6,6 +6,7 @@ as keyword arguments of `dta_plugin.enable`.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -127,6 +128,12 @@ class TreeConfig:
         "What to do with log-probs that are NaN or infinite: error, pass (the loss gets them), or auto (pass where a "
         "loss scaler, as with fp16, will skip the step; else error).",
     )
+    picture: str | None = _option(
+        None,
+        "SVG file into which the first process draws the first tree that is trained on, as `dta inspect --svg` draws "
+        "one: a row per sequence, darker where more of them share. Its folder is made if need be, an existing file is "
+        "overwritten. None: no picture.",
+    )
 
     def __post_init__(self) -> None:
         _choice("backend", self.backend, BACKENDS)
@@ -140,6 +147,7 @@ class TreeConfig:
         _choice("on_nonfinite", self.on_nonfinite, _ON_NONFINITE)
         self.selection()
         _check_calibration(self.calibration)
+        _check_picture(self.picture)
         if self.max_tree_tokens_per_chunk is not None and self.max_tree_tokens_per_chunk < 1:
             raise InvalidInputError(
                 f"max_tree_tokens_per_chunk={self.max_tree_tokens_per_chunk}. Expected None or at least 1."
@@ -213,3 +221,21 @@ def _check_calibration(value: object) -> None:
         raise InvalidInputError(f"calibration={value!r}. {expected} (a bare off in YAML means false: quote it).")
     if value not in ("auto", "off") and not Path(value).expanduser().is_file():
         raise InvalidInputError(f"calibration={value!r} is no file. {expected}.")
+
+
+def _check_picture(value: object) -> None:
+    """Whether a file of this name could be written. A folder that is missing here may exist on the node that draws."""
+    if value is None:
+        return
+    expected = "Expected a file that ends in .svg, where one can be written"
+    if not isinstance(value, str) or Path(value).suffix.lower() != ".svg":
+        raise InvalidInputError(f"picture={value!r}. {expected}.")
+    file = Path(os.path.expanduser(value))
+    if file.is_dir():
+        raise InvalidInputError(f"picture={value!r} is a folder. {expected}.")
+    folder = next(parent for parent in file.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise InvalidInputError(f"picture={value!r}: {folder} is no folder. {expected}.")
+    target = file if file.exists() else file.parent
+    if target.exists() and not os.access(target, os.W_OK):
+        raise InvalidInputError(f"picture={value!r}: this process may not write to {target}. {expected}.")
