@@ -6,6 +6,7 @@ as keyword arguments of `dta_plugin.enable`.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ _PROBE = ("auto", "off")
 _PRUNE = ("auto", "always", "never")
 _ON_UNSUPPORTED = ("error", "dense")
 _ON_NONFINITE = ("auto", "error", "pass")
+_SVG_EXPECTED = "Expected a file that ends in .svg, where one can be written"
 
 
 def _option(default: object, help: str) -> Any:
@@ -224,18 +226,22 @@ def _check_calibration(value: object) -> None:
 
 
 def _check_picture(value: object) -> None:
-    """Whether a file of this name could be written. A folder that is missing here may exist on the node that draws."""
     if value is None:
         return
-    expected = "Expected a file that ends in .svg, where one can be written"
     if not isinstance(value, str) or Path(value).suffix.lower() != ".svg":
-        raise InvalidInputError(f"picture={value!r}. {expected}.")
-    file = Path(os.path.expanduser(value))
+        raise InvalidInputError(f"picture={value!r}. {_SVG_EXPECTED}.")
+    _check_writable(value)
+
+
+@functools.cache  # good once, good for ever: configs are built anew all through a training, which this must not end
+def _check_writable(picture: str) -> None:
+    """A folder that is missing is no fault: it is made, or exists on the node that draws."""
+    file = Path(os.path.expanduser(picture))
     if file.is_dir():
-        raise InvalidInputError(f"picture={value!r} is a folder. {expected}.")
+        raise InvalidInputError(f"picture={picture!r} is a folder. {_SVG_EXPECTED}.")
     folder = next(parent for parent in file.absolute().parents if parent.exists())
     if not folder.is_dir():
-        raise InvalidInputError(f"picture={value!r}: {folder} is no folder. {expected}.")
+        raise InvalidInputError(f"picture={picture!r}: {folder} is no folder. {_SVG_EXPECTED}.")
     target = file if file.exists() else file.parent
     if target.exists() and not os.access(target, os.W_OK):
-        raise InvalidInputError(f"picture={value!r}: this process may not write to {target}. {expected}.")
+        raise InvalidInputError(f"picture={picture!r}: this process may not write to {target}. {_SVG_EXPECTED}.")
