@@ -31,9 +31,10 @@ _NOTHING = (0, 0, 0, 0)
 class SharedPrefixesMixin:
     """Goes before a trainer in the bases; `_dta_begin` switches it on.
 
-    tree_config: see `share_prefixes`. _dta_padding_reader, _dta_reads_caches: see `PrefixSharing`; of all models of the
-    trainer. _dta_only_in_steps: nothing is shared outside of `training_step` and `prediction_step`, where callbacks and
-    others call the model. (The class may be in front of anybody's: names that begin with _dta_ are no user's.)
+    tree_config: see `share_prefixes`; `picture` applies, too. _dta_padding_reader, _dta_reads_caches: see
+    `PrefixSharing`; of all models of the trainer. _dta_only_in_steps: nothing is shared outside of `training_step` and
+    `prediction_step`, where callbacks and others call the model. (The class may be in front of anybody's: names that
+    begin with _dta_ are no user's.)
     """
 
     tree_config = TreeConfig()
