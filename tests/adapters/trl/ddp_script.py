@@ -48,7 +48,7 @@ def run_cases(cases: dict[str, dict[str, Any]], model: str, folder: str, *names:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     own = Path(folder, f"of_rank{os.environ['RANK']}")  # for what a rank writes without being told where
-    own.mkdir()
+    own.mkdir(exist_ok=True)
     os.chdir(own)
     runs = {name: dense_and_tree(model, Path(folder), **cases[name]) for name in names or cases}
     torch.save(runs, Path(folder, f"rank{distributed.get_rank()}.pt"))
