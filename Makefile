@@ -48,7 +48,7 @@ QUIET := HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore TRANSFORMERS_VERBOSITY=error
 .DEFAULT_GOAL := help
 .PHONY: help venv test test-long test-slow test-verl test-verl-oldest test-megatron test-bridge lint docs
 .PHONY: wheel-check quickstart quickstart-lora quickstart-verl bench
-.PHONY: quickstart-diffusion quickstart-hybrid quickstart-images bench-images bench-offline bench-streamed bench-balance bench-nat bench-diffusion
+.PHONY: quickstart-diffusion quickstart-hybrid quickstart-images bench-images bench-hybrid bench-step bench-offline bench-streamed bench-balance bench-nat bench-diffusion
 .PHONY: families gpu gpu-trl gpu-more gpu-dry gpu-wheels
 
 help: ## list the targets
@@ -174,6 +174,13 @@ quickstart-verl: $(VERL_INSTALLED) ## the same with verl: its own training loop,
 
 bench: $(INSTALLED) ## measure the policy update, dense against tree
 	python -m benchmarks.policy_update
+
+bench-hybrid: $(INSTALLED) ## the same for the layers of Qwen3.5
+	python -m benchmarks.policy_update --model small-hybrid --contenders trl dense nodes tree --rounds 3 \
+		--rows 1024/64/8 1024/256/8 "no sharing" comb rollouts
+
+bench-step: $(INSTALLED) ## measure whole GRPO steps: sampling, scoring, update
+	OMP_NUM_THREADS=1 python -m benchmarks.whole_step
 
 bench-offline: $(INSTALLED) ## measure SFT and DPO steps through TRL's own trainers
 	OMP_NUM_THREADS=1 python -m benchmarks.offline

@@ -27,7 +27,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from benchmarks.common.backward import gradient_error
 from benchmarks.common.harness import CLOCKS, environment, interleaved, median_ratio, table, write_json
 from benchmarks.common.models import MODEL_KEYS, qwen3, random_model, twin
-from benchmarks.offline.data import Batch, conversation, pairs, tokenizer, unrelated
+from benchmarks.common.words import tokenizer
+from benchmarks.offline.data import Batch, conversation, pairs, unrelated
 from dta_plugin import PrefixTree
 from dta_plugin.adapters.trl import TreeDPOTrainer, TreeSFTTrainer
 

@@ -6,12 +6,8 @@ import random
 from dataclasses import dataclass
 
 from datasets import Dataset
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
 
-PAD, EOS = "<pad>", "</s>"
+from benchmarks.common.words import text
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,25 +23,17 @@ class Batch:
         return Dataset.from_list(self.rows)
 
 
-def tokenizer(vocab: int) -> PreTrainedTokenizerFast:
-    """One token per word, `w0` and so on."""
-    words = {word: index for index, word in enumerate([PAD, EOS, *(f"w{i}" for i in range(vocab - 2))])}
-    core = Tokenizer(WordLevel(words, unk_token=PAD))
-    core.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=EOS)
-
-
 def conversation(turns: int, length: int, vocab: int) -> Batch:
     """SFT on every turn of a recorded conversation: row i is the text before turn i as its prompt, and the turn."""
     words = _words(turns * length, vocab)
     cuts = [index * length for index in range(1, turns)]
-    rows = [{"prompt": _text(words[:cut]), "completion": " " + _text(words[cut : cut + length])} for cut in cuts]
+    rows = [{"prompt": text(words[:cut]), "completion": " " + text(words[cut : cut + length])} for cut in cuts]
     return Batch(f"SFT, {turns - 1} turns of {length}, a row per turn", "sft", rows)
 
 
 def pairs(prompt: int, answer: int, count: int, vocab: int) -> Batch:
     """DPO on `count` pairs of answers to one prompt, all different."""
-    start = _text(_words(prompt, vocab))
+    start = text(_words(prompt, vocab))
     rows = [
         {"prompt": start, "chosen": _answer(answer, vocab, 2 * i), "rejected": _answer(answer, vocab, 2 * i + 1)}
         for i in range(count)
@@ -56,18 +44,14 @@ def pairs(prompt: int, answer: int, count: int, vocab: int) -> Batch:
 def unrelated(length: int, count: int, vocab: int) -> Batch:
     """SFT on rows that share nothing."""
     texts = [_words(2 * length, vocab, seed) for seed in range(count)]
-    rows = [{"prompt": _text(words[:length]), "completion": " " + _text(words[length:])} for words in texts]
+    rows = [{"prompt": text(words[:length]), "completion": " " + text(words[length:])} for words in texts]
     return Batch(f"SFT, {count} unrelated rows of {2 * length}", "sft", rows)
 
 
 def _answer(length: int, vocab: int, seed: int) -> str:
-    return " " + _text(_words(length, vocab, seed + 1))
+    return " " + text(_words(length, vocab, seed + 1))
 
 
 def _words(count: int, vocab: int, seed: int = 0) -> list[int]:
     rng = random.Random(seed)
     return [rng.randrange(vocab - 2) for _ in range(count)]
-
-
-def _text(words: list[int]) -> str:
-    return " ".join(f"w{word}" for word in words)

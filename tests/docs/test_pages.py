@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+
+import pytest
 
 from tests.docs.commands import PAGES, ROOT
 from tests.docs.option_table import PAGE, option_table
@@ -38,3 +41,10 @@ def test_every_page_is_in_the_navigation() -> None:
 
 def _anchor(title: str) -> str:
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_code_fits_the_sites_column(page: Path) -> None:
+    """Commands and Python are read without scrolling; what a program prints is as long as it is."""
+    blocks = re.findall(r"^```(?:bash|python|yaml)\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    assert not [line for block in blocks for line in block.splitlines() if len(line) > 79]
