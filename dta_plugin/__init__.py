@@ -1,4 +1,4 @@
-"""dta-plugin: exact prefix-tree training for TRL. Shared tokens of a micro-batch are computed once, both ways.
+"""dta-plugin: exact prefix-tree training for TRL and verl. Shared tokens of a micro-batch are computed once, both ways.
 
     import dta_plugin
     dta_plugin.enable()          # every trainer of TRL in this process now shares prefixes

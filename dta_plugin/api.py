@@ -70,7 +70,7 @@ def sequence_logprobs(
     if config.selection() is not None:
         raise InvalidInputError(
             f"token_selection={config.token_selection!r} outside of a trainer, where there is no loss to weigh. Draw "
-            "tokens with dta_plugin.token_selection.select, pass them as scored=, and weigh their terms by "
+            "tokens with dta_plugin.token_selection.select.draw, pass them as scored=, and weigh their terms by "
             "Drawn.weights."
         )
     if config.picture is not None:

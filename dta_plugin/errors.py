@@ -1,4 +1,4 @@
-"""The two exceptions of the package. Both messages say what was given, what was expected and what to do."""
+"""The exceptions of the package. Messages say what was given, what was expected and what to do."""
 
 
 class InvalidInputError(ValueError):

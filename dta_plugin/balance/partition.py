@@ -82,7 +82,7 @@ def partition(
 ) -> Partition:
     """Deal `sequences` out to `bins` bins.
 
-    model: what a token, a pair, a scored token and a bin cost; see `execution.model.model_cost`. first_scored: per
+    model: what a token, a pair, a scored token and a bin cost; see `models.introspection.model_cost`. first_scored: per
         sequence, where its completion begins (only scored tokens pay for the LM head). sizes: sequences per bin, or
         "equal", for frameworks that need equal counts; None: whatever balances, see `Partition.weights`.
     allow_empty: with sizes=None, bins stay empty where using them would lower nothing. whole_trees: with sizes given,
