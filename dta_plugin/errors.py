@@ -14,5 +14,9 @@ def not_exact(reason: str) -> UnsupportedError:
     return UnsupportedError(f"Prefix-tree execution is not exact here: {reason}; or on_unsupported='dense'.")
 
 
+class VerificationError(AssertionError):
+    """The tree and the dense path differ by more than rounding explains."""
+
+
 UnsupportedModelError = UnsupportedError
 """The name of `UnsupportedError` in version 0.1.0, before settings and versions raised it, too."""
