@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dta_plugin.api import sequence_logprobs, tree_attention_scope
     from dta_plugin.attention import TreeMask, tree_attention
     from dta_plugin.config import TreeConfig
-    from dta_plugin.errors import InvalidInputError, UnsupportedError, UnsupportedModelError, VerificationError
+    from dta_plugin.errors import InvalidInputError, UnsupportedError, VerificationError
     from dta_plugin.execution.packed import model_inputs
     from dta_plugin.execution.prepared_batch import SequenceLogProbs
     from dta_plugin.models.introspection import model_cost
@@ -38,7 +38,6 @@ _HOME = {
     "TreeMask": "dta_plugin.attention",
     "TreeReport": "dta_plugin.tree",
     "UnsupportedError": "dta_plugin.errors",
-    "UnsupportedModelError": "dta_plugin.errors",
     "VerificationError": "dta_plugin.errors",
     "disable": "dta_plugin.activation",
     "enable": "dta_plugin.activation",

@@ -16,7 +16,3 @@ def not_exact(reason: str) -> UnsupportedError:
 
 class VerificationError(AssertionError):
     """The tree and the dense path differ by more than rounding explains."""
-
-
-UnsupportedModelError = UnsupportedError
-"""The name of `UnsupportedError` in version 0.1.0, before settings and versions raised it, too."""

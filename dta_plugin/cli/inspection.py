@@ -134,16 +134,17 @@ def inspect_sequences(
         whole, within, groups = _counted(sequences, names, group_of_row, run_length)
     most = int(within.tree_tokens.argmax()) if group is None else names.index(group)
 
+    drawn: dict[int, PrefixTree] = {}  # the one to draw, once it is made
+
     def merged(number: int) -> PrefixTree:
-        if number == most and made:
-            return made[0]
+        if number in drawn:
+            return drawn[number]
         own = members[names[number]]
         order, lcp = within.group(number)
         rows = [sequences[row].tokens for row in own]
         return PrefixTree.from_sorted(rows, np.searchsorted(own, order), lcp, is_compact=True)
 
-    made: list[PrefixTree] = []  # the one to draw, once it is
-    made.append(merged(most))
+    drawn[most] = merged(most)
     searched = groups if group is None else [groups[most]]
     of_groups = _sharing(within, model)
     shared = _sum(of_groups)
@@ -154,7 +155,7 @@ def inspect_sequences(
         _first_forks(within),
         _top(searched, merged, decoder, forks, run_length),
         names[most],
-        made[0],
+        drawn[most],
         [GroupSharing(*item) for item in zip(names, members.values(), of_groups, strict=True)],
         merged,
     )
