@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -182,7 +183,7 @@ def _parting(sequences: list[np.ndarray]) -> list[int]:
     """How many tokens each has in common with the one most like it: in order, that is one of its neighbours."""
     order = sorted(range(len(sequences)), key=lambda number: sequences[number].astype(">i8").tobytes())
     found = [0] * len(sequences)
-    for one, other in zip(order, order[1:], strict=False):
+    for one, other in pairwise(order):
         length = min(len(sequences[one]), len(sequences[other]))
         differs = sequences[one][:length] != sequences[other][:length]
         common = int(differs.argmax()) if differs.any() else length
