@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 READ = "JSONL, JSON, Parquet or Arrow"
 _WEIGHTS = f"the weights of a model. Expected a file of rollouts ({READ}); to check a model: dta doctor --model FOLDER"
 _TABLE = (
     "Expected JSON, a row per line. Run: python -c 'import csv, json, sys; [print(json.dumps(row)) for row in "
-    "csv.DictReader(sys.stdin{delimiter})]' < {name} > rollouts.jsonl"
+    "csv.DictReader(sys.stdin{delimiter})]' < {name} > rollouts.jsonl; inspect that"
 )
-_MODEL_FILES = (
-    "config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "generation_config.json",
-    "adapter_config.json",
-)
+_CONFIGS = {"config.json": b'"model_type"', "adapter_config.json": b'"peft_type"'}  # a model's, and what is in it
 
 # The first bytes of a file -> what it is.
 _BEGINNINGS: dict[bytes, str] = {
@@ -25,7 +20,7 @@ _BEGINNINGS: dict[bytes, str] = {
     b"\x04\x22\x4d\x18": "compressed by lz4. Run: lz4 -d",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive. Expected what is in it; run: 7z x",
     b"\x93NUMPY": f"a NumPy file. Expected {READ}",
-    b"GGUF": _WEIGHTS,
+    b"GGUF": f"a GGUF file, {_WEIGHTS}",
     b"\x89PNG": f"a PNG picture. Expected a file of rollouts ({READ})",
     b"\xff\xd8\xff": f"a JPEG picture. Expected a file of rollouts ({READ})",
     b"GIF8": f"a GIF picture. Expected a file of rollouts ({READ})",
@@ -57,7 +52,7 @@ def kind_refused(name: str, head: bytes) -> str | None:
         return "a tar archive. Expected what is in it; run: tar -xf"
     if suffix in (".csv", ".tsv") and not head.lstrip(b" \t\r\n\xef\xbb\xbf").startswith((b"{", b"[")):
         delimiter = ', delimiter="\\t"' if suffix == ".tsv" else ""
-        return f"a table of {suffix[1:].upper()}. {_TABLE.format(delimiter=delimiter, name=name)}"
+        return f"a {suffix[1:].upper()} table. {_TABLE.format(delimiter=delimiter, name=shlex.quote(name))}"
     if suffix in (".yaml", ".yml"):
         return f"a YAML file. Expected a file of rollouts ({READ})"
     lowered = head.lower()
@@ -66,10 +61,10 @@ def kind_refused(name: str, head: bytes) -> str | None:
 
 def folder_refused(folder: Path) -> str | None:
     """What a folder is if it holds a model rather than rollouts."""
-    found = [name for name in _MODEL_FILES if (folder / name).is_file()]
-    if "config.json" not in found and len(found) < 2:
-        return None
-    return (
-        f"the folder of a model ({', '.join(found)}). Expected rollouts: a file or folder of {READ}; to check this model: "
-        f"dta doctor --model {folder}"
-    )
+    for name, sign in _CONFIGS.items():
+        if (folder / name).is_file() and sign in (folder / name).read_bytes():
+            expected = (
+                f"Expected rollouts: a file or folder of {READ}; to check this model: dta doctor --model {folder}"
+            )
+            return f"the folder of a model ({name}). {expected}"
+    return None

@@ -46,7 +46,7 @@ def _rewards(about: dict[str, Any]) -> Iterator[str]:
     rewards = about["rewards"]
     if rewards["read_from"]:
         key, known = printable(rewards["read_from"]), f"{rewards['rollouts']:,} of {about['rollouts']:,}"
-        yield f"reward: {key}, known of {known} rollout{'' if about['rollouts'] == 1 else 's'}, mean {rewards['mean']:.4g}"
+        yield f"reward: {key}, known of {known}, mean {rewards['mean']:.4g}"
     if rewards["not_read"]:
         yield f"reward not read: {one_line(rewards['not_read'])}"
 

@@ -50,7 +50,8 @@ def json_rows(name: str, stream: io.BufferedReader, is_array: bool) -> Iterator[
             is_first = False
     except UnicodeDecodeError as error:
         raise InvalidInputError(
-            f"{name} is not {encoding} from line {line + 1} on: {error.reason}. Expected {READ}, whole, as UTF-8 or UTF-16."
+            f"{name} is not {encoding} from line {line + 1} on: {error.reason}. Expected {READ}, whole, in UTF-8 or "
+            "UTF-16."
         ) from error
     finally:
         file.detach()
@@ -64,8 +65,8 @@ def _check_encoding(text: str, file: TextIO, where: str) -> None:
     except UnicodeEncodeError as error:
         byte = ord(text[error.start]) & 0xFF
         raise InvalidInputError(
-            f"{where} is not UTF-8: byte 0x{byte:02x} at character {error.start + 1}. Expected {READ} as UTF-8 or UTF-16; "
-            "text of another encoding: iconv -f latin1 -t utf8."
+            f"{where} is not UTF-8: byte 0x{byte:02x} at character {error.start + 1}. Expected {READ}; JSON in UTF-8 "
+            "or UTF-16; text of another encoding: iconv -f latin1 -t utf8."
         ) from error
 
 

@@ -43,6 +43,7 @@ _PREFERENCES = (
     ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids"),
     ("prompt", "chosen", "rejected"),
 )
+_ASKED = {"prompt", "prompts", "question", "query", "input", "instruction"}
 _ANSWERS = ("completion", "response")  # beside a chat
 _CHATS = ("messages", "conversations", "conversation")
 _PAIRS = (
@@ -96,8 +97,10 @@ def parse_row(row: Any, where: str) -> list[Rollout]:
 
 def _hint(row: dict[str, Any]) -> str:
     """What could be done with a row that says nothing to us: its rollouts are a level deeper, or it has no answers."""
+    if row.keys() & _ASKED:
+        return " There is a prompt here, but no answer under these names: rename it, or sample answers first."
     for key, value in row.items():
-        if _is_chat(value) and isinstance(value, list) and isinstance(value[0].get("role"), str):
+        if isinstance(value, list) and _is_answered(value):
             return f" {key!r} holds a chat: rename it to messages."
         is_list = isinstance(value, list) and bool(value) and isinstance(value[0], dict)
         for inner, filter_ in ((value, f".{key}"), (value[0] if is_list else None, f".{key}[]")):
@@ -105,8 +108,6 @@ def _hint(row: dict[str, Any]) -> str:
                 if isinstance(inner, dict) or is_list:
                     parse_row(inner, "")
                     return f" What stands under {key!r} can be read: jq -c '{filter_}' FILE > rollouts.jsonl"
-    if row.keys() & {"prompt", "prompts", "question", "query", "input", "instruction"}:
-        return " There is a prompt here, but no answer under these names: rename it, or sample answers first."
     return ""
 
 
@@ -142,8 +143,8 @@ def _parse_object(row: dict[str, Any], where: str) -> Iterator[Rollout]:
             prompt = row[before]
             if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
                 raise InvalidInputError(
-                    f"{where} has {len(prompt)} texts as {before}: columns. Expected one rollout a row, as to_json() of "
-                    "`datasets` writes them."
+                    f"{where} has {len(prompt)} texts as {before}: columns. Expected one rollout a row, as "
+                    "to_json() of `datasets` writes them."
                 )
             yield from (_joined(prompt, answer, mask, where) for answer in _answers(prompt, row[after]))
             return

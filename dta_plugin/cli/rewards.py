@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from dta_plugin.errors import InvalidInputError, did_you_mean
@@ -40,7 +41,10 @@ def at(row: Any, path: str) -> Any:
 
 
 def number(value: Any) -> float | None:
-    """The value as a finite number, or None."""
+    """The value as a finite number, or None. A text counts if it is one: tables converted to JSON have such."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return number(float(value))
     return float(value) if isinstance(value, (int, float)) and abs(value) <= _LARGEST else None
 
 
