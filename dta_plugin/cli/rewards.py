@@ -8,14 +8,14 @@ Read are, in this order:
     the one key with "reward" or "score" in its name that holds a number
 
 In a log of completions, which has an `advantage` beside a column per reward function, every other number counts as a
-reward. Weights of several rewards are in no file, so that they are added only if the caller asks for it.
+reward. Weights of several rewards are in no file, so that they are added only if the caller asks for it; one that a row
+lacks, or that is NaN there, then counts as nothing, as trainers have it.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 from dta_plugin.errors import InvalidInputError, did_you_mean
@@ -41,10 +41,7 @@ def at(row: Any, path: str) -> Any:
 
 
 def number(value: Any) -> float | None:
-    """The value as a finite number, or None. A text counts if it is one: tables converted to JSON have such."""
-    if isinstance(value, str):
-        with suppress(ValueError):
-            return number(float(value))
+    """The value as a finite number, or None."""
     return float(value) if isinstance(value, (int, float)) and abs(value) <= _LARGEST else None
 
 
@@ -81,7 +78,7 @@ class Rewards:
 
     def check(self) -> None:
         """After the last row: raises InvalidInputError if the keys that the caller named held no number anywhere."""
-        missing = [key for key in self.keys if key not in self.sources]
+        missing = [key for key in self.keys if not any(f"{name}.".startswith(f"{key}.") for name in self.sources)]
         if missing:
             hint = did_you_mean(missing[0], self._first_keys)
             raise InvalidInputError(
@@ -108,7 +105,7 @@ class Rewards:
         return [self._one(key, item, where) for item in values]
 
     def _one(self, key: str, value: Any, where: str) -> float | None:
-        found = number(value)
+        found = _from_text(value) if isinstance(value, str) else number(value)
         if isinstance(value, dict):
             inner = _total(value)
             if inner is None:
@@ -134,8 +131,18 @@ class Rewards:
             self.unread = f"{where}: {what}. {remedy}"
 
 
+def _from_text(value: str) -> float | None:
+    """The number that a text is: tables converted to JSON hold such."""
+    try:
+        return number(float(value))
+    except ValueError:
+        return None
+
+
 def _is_named(key: str) -> bool:
-    return "reward" in key.lower() or "score" in key.lower()
+    """Whether a key's name says that it holds rewards; a reward_model holds what they are computed from."""
+    name = key.lower()
+    return ("reward" in name or "score" in name) and "model" not in name
 
 
 def _holds_numbers(value: Any) -> bool:

@@ -1,6 +1,6 @@
 """A page of `dta inspect --html` in a real browser: what the browser tests and `tests.cli.pictures` share.
 
-Needs a Chromium on the PATH and `pip install playwright`, which drives it.
+Needs a Chromium on the PATH and the extra `browser`: playwright, which drives it.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Visit:
 
 
 def launched(playwright: Any) -> Any:
-    """Chromium; without its sandbox, which root may not use."""
-    return playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    """Chromium; without its sandbox, which root may not use, and without /dev/shm, which is small in containers."""
+    return playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
 
 
 def written_page(folder: Path, rows: list[Any], *options: str, name: str = "rows") -> Path:

@@ -1,10 +1,10 @@
 """The pictures of the page of `dta inspect --html` that the documentation shows, remade:
 
-    python -m tests.cli.pictures                                     # docs/inspect.png and its like
-    python -m tests.cli.pictures --output /tmp --width 500 --dark    # the same pages as others see them
+    python -m tests.cli.pictures                                            # those in docs
+    python -m tests.cli.pictures --all --output /tmp --width 500 --dark     # and a large file, as others see them
 
 The rollouts are made here, by a fixed seed: a booking agent that trains turn by turn, 10,000 sequences, and texts that
-would run, reorder or hide something. Needs what tests/cli/browsing.py needs, and Pillow.
+would run, reorder or hide something. Needs the extra `browser` and a Chromium.
 """
 
 from __future__ import annotations
@@ -71,6 +71,9 @@ def main() -> None:
     from playwright.sync_api import sync_playwright
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--all", action="store_true", help="also of the large file, which the documentation does not show"
+    )
     parser.add_argument("--output", type=Path, default=Path("docs"), help="folder (docs)")
     parser.add_argument("--width", type=int, default=1320, help="of the window, in pixels (1320)")
     parser.add_argument("--height", type=int, default=780, help="of the window, in pixels (780)")
@@ -85,6 +88,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         browser = launched(playwright)
         for picture, (name, rows, options) in pages.items():
+            if picture == "inspect_large" and not args.all:
+                continue
             file = written_page(Path(folder), rows, *options, name=name)
             seen = Visit(browser, file, args.width, args.height, "dark" if args.dark else "light")
             seen.page.click("#forks-tab")

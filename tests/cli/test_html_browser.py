@@ -1,6 +1,6 @@
 """The page of `dta inspect --html` in a real browser, clicked through: no error, no request, hostile text inert.
 
-Needs a Chromium on the PATH and `pip install playwright`, which drives it; skipped without.
+Skipped without what tests/cli/browsing.py needs; `.ci/run` installs it where it can.
 """
 
 from __future__ import annotations

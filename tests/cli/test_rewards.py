@@ -35,6 +35,7 @@ READ: dict[str, tuple[dict[str, Any], str | None, list[float | None], str]] = {
     "a sum, asked for": (LOG | {"right": 1.0, "format": 0.5}, "right,format", [1.5], "right + format"),
     "a sum without one of them": (LOG | {"right": 1.0, "format": None}, "right,step", [2.0], "right + step"),
     "within an object": (PAIR | {"rewards": {"a": 1, "b": 2}}, "rewards.b", [2.0], "rewards.b"),
+    "an object, asked for": (PAIR | {"a": {"total": 3, "b": 1}}, "a", [3.0], "a.total"),
     "within objects": (MANY | {"rewards": [{"a": 1}, {"a": 2}]}, "rewards.a", [1.0, 2.0], "rewards.a"),
 }
 
@@ -80,7 +81,7 @@ def test_what_cannot_be_read_is_said(name: str, tmp_path: Path, capsys: pytest.C
 
 
 def test_rows_without_rewards_say_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [PAIR | {"reward": None, "reward_model": {"ground_truth": "4"}, "score_text": "good"}, [1, 2]]
+    rows = [PAIR | {"reward": None, "reward_model": {"ground_truth": 4}, "score_text": "good"}, [1, 2]]
     for row in rows:
         out = run_dta(capsys, "inspect", write_rollouts(tmp_path / "rows.jsonl", [row]))[1]
         assert not any(line.startswith("reward") for line in out.splitlines())
