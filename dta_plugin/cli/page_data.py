@@ -84,7 +84,9 @@ def page_data(
     together = zip(trees, kept, strict=True)
     groups = [_group(tree, own, sequences, decoder, most) for tree, own in progress(together, "groups written")]
     firsts = [sequences[tree.group.rows[0]].tokens for tree in trees]
-    for group, tokens, at in zip(groups, firsts, _parting(firsts), strict=True):
+    is_small = sum(map(len, firsts)) <= _SEARCHED
+    parting = _parting(firsts) if is_small else [found.common] * len(firsts)
+    for group, tokens, at in zip(groups, firsts, parting, strict=True):
         start = max(at - run_length // 4, 0)
         group["opening"] = _decoded(tokens[start : start + min(_OPENING, most)], decoder)
     return {"groups": groups, "has_text": decoder is not None}, left_out
