@@ -1,5 +1,10 @@
 """The exceptions of the package. Messages say what was given, what was expected and what to do."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class InvalidInputError(ValueError):
     """An argument, option or batch that cannot be used as given."""
@@ -16,3 +21,9 @@ def not_exact(reason: str) -> UnsupportedError:
 
 class VerificationError(AssertionError):
     """The tree and the dense path differ by more than rounding explains."""
+
+
+def did_you_mean(given: str, known: Iterable[str], prefix: str = "") -> str:
+    """A sentence, with a space before it, that names the known word most like the given one; "" if none is like it."""
+    close = difflib.get_close_matches(given, known, n=1)
+    return f" Did you mean {prefix}{close[0]}?" if close else ""
