@@ -57,7 +57,8 @@ def sequence_logprobs(
 
     Raises:
         InvalidInputError: an empty batch or sequence, a mask of the wrong length, a temperature that is not positive,
-            NaN in the model's output, an executor that cannot do what is asked for, ``token_selection``.
+            NaN in the model's output, an executor that cannot do what is asked for, ``token_selection``,
+            ``picture``.
         UnsupportedError: the tree would not be exact. With ``config.on_unsupported == "dense"`` the dense path runs.
         VerificationError: with ``config.verify``, the tree differs from the dense path by more than rounding.
     """
@@ -71,6 +72,11 @@ def sequence_logprobs(
             f"token_selection={config.token_selection!r} outside of a trainer, where there is no loss to weigh. Draw "
             "tokens with dta_plugin.token_selection.select, pass them as scored=, and weigh their terms by "
             "Drawn.weights."
+        )
+    if config.picture is not None:
+        raise InvalidInputError(
+            f"picture={config.picture!r} outside of a trainer, which has a first step. Leave it out, and write to a "
+            "file what dta_plugin.tree.picture.draw_svg(result.report.tree) returns."
         )
     batch = prepare_batch(model, sequences, scored, config, temperatures=own, images=images)
     if not batch.use_tree:

@@ -6,6 +6,8 @@ as keyword arguments of `dta_plugin.enable`.
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -23,6 +25,7 @@ _PROBE = ("auto", "off")
 _PRUNE = ("auto", "always", "never")
 _ON_UNSUPPORTED = ("error", "dense")
 _ON_NONFINITE = ("auto", "error", "pass")
+_SVG_EXPECTED = "Expected a file that ends in .svg, where one can be written"
 
 
 def _option(default: object, help: str) -> Any:
@@ -127,6 +130,12 @@ class TreeConfig:
         "What to do with log-probs that are NaN or infinite: error, pass (the loss gets them), or auto (pass where a "
         "loss scaler, as with fp16, will skip the step; else error).",
     )
+    picture: str | None = _option(
+        None,
+        "SVG file into which the first process draws the first tree that is trained on, as `dta inspect --svg` draws "
+        "one: a row per sequence, darker where more of them share. Its folder is made if need be, an existing file is "
+        "overwritten. None: no picture.",
+    )
 
     def __post_init__(self) -> None:
         _choice("backend", self.backend, BACKENDS)
@@ -140,6 +149,7 @@ class TreeConfig:
         _choice("on_nonfinite", self.on_nonfinite, _ON_NONFINITE)
         self.selection()
         _check_calibration(self.calibration)
+        _check_picture(self.picture)
         if self.max_tree_tokens_per_chunk is not None and self.max_tree_tokens_per_chunk < 1:
             raise InvalidInputError(
                 f"max_tree_tokens_per_chunk={self.max_tree_tokens_per_chunk}. Expected None or at least 1."
@@ -213,3 +223,25 @@ def _check_calibration(value: object) -> None:
         raise InvalidInputError(f"calibration={value!r}. {expected} (a bare off in YAML means false: quote it).")
     if value not in ("auto", "off") and not Path(value).expanduser().is_file():
         raise InvalidInputError(f"calibration={value!r} is no file. {expected}.")
+
+
+def _check_picture(value: object) -> None:
+    if value is None:
+        return
+    if not isinstance(value, str) or Path(value).suffix.lower() != ".svg":
+        raise InvalidInputError(f"picture={value!r}. {_SVG_EXPECTED}.")
+    _check_writable(value)
+
+
+@functools.cache  # good once, good for ever: configs are built anew all through a training, which this must not end
+def _check_writable(picture: str) -> None:
+    """A folder that is missing is no fault: it is made, or exists on the node that draws."""
+    file = Path(os.path.expanduser(picture))
+    if file.is_dir():
+        raise InvalidInputError(f"picture={picture!r} is a folder. {_SVG_EXPECTED}.")
+    folder = next(parent for parent in file.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        raise InvalidInputError(f"picture={picture!r}: {folder} is no folder. {_SVG_EXPECTED}.")
+    target = file if file.exists() else file.parent
+    if target.exists() and not os.access(target, os.W_OK):
+        raise InvalidInputError(f"picture={picture!r}: this process may not write to {target}. {_SVG_EXPECTED}.")

@@ -5,7 +5,6 @@ An option is `use_dta` or `dta_<field of TreeConfig>`, with underscores or hyphe
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import InvalidInputError
+from dta_plugin.errors import InvalidInputError, did_you_mean
 
 FLAG, PREFIX = "use_dta", "dta_"
 _TRUE, _FALSE = ("true", "yes", "on", "y", "t", "1"), ("false", "no", "off", "n", "f", "0")
@@ -57,8 +56,7 @@ def parse_options(options: Mapping[str, Given]) -> TreeConfig | None:
 
 def _unknown(name: str, where: str, known: list[str]) -> str:
     prefix = f"--{PREFIX}" if where.startswith("--") else PREFIX
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {prefix}{close[0]}?" if close else ""
+    hint = did_you_mean(name, known, prefix)
     return f"{where} is no option.{hint} Expected among: {', '.join(prefix + field for field in known)}."
 
 

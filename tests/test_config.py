@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, fields
+import os
+from dataclasses import FrozenInstanceError, fields, replace
+from pathlib import Path
 
 import pytest
 
@@ -59,6 +61,14 @@ INVALID: dict[str, tuple[dict[str, object], str]] = {
     "verify": ({"verify": "always"}, r"verify='always'. Expected 'off', 'first' or 'every:N' with N >= 1"),
     "every 0": ({"verify": "every:0"}, r"verify='every:0'"),
     "every nothing": ({"verify": "every:"}, r"verify='every:'"),
+    "picture of another kind": ({"picture": "tree.png"}, r"picture='tree.png'. Expected a file that ends in .svg"),
+    "picture without a name": ({"picture": ".svg"}, r"picture='.svg'. Expected a file that ends in .svg"),
+    "no picture": ({"picture": ""}, r"picture=''. Expected a file that ends in .svg"),
+    "picture off in YAML": ({"picture": False}, r"picture=False. Expected a file that ends in .svg"),
+    "picture below a file": (
+        {"picture": f"{__file__}/below/tree.svg"},
+        r"picture='.*tree.svg': .*test_config.py is no folder. Expected a file that ends in .svg, where one can",
+    ),
     "trailing newline": ({"verify": "first\n"}, r"verify='first\\n'"),
 }
 
@@ -120,6 +130,36 @@ def test_help_names_the_value_that_none_stands_for(name: str, default: object) -
 def test_help_names_the_floor_that_none_stands_for() -> None:
     (help_text,) = (option.metadata["help"] for option in fields(TreeConfig) if option.name == "token_floor")
     assert help_text.endswith(f"None: {FLOOR_OF_BUDGET} times token_budget.")
+
+
+def test_a_picture_where_nothing_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder.svg").mkdir()
+    with pytest.raises(InvalidInputError, match=r"folder.svg' is a folder. Expected a file that ends in .svg"):
+        TreeConfig(picture=f"{tmp_path}/folder.svg")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root, who may run the tests, writes everywhere
+    for name, closed in (("tree.svg", tmp_path), ("old.svg", tmp_path / "old.svg")):
+        (tmp_path / "old.svg").write_text("old")
+        with pytest.raises(InvalidInputError, match=rf"{name}': this process may not write to {closed}. Expected"):
+            TreeConfig(picture=f"{tmp_path}/{name}")
+
+
+def test_a_picture_is_looked_at_once(tmp_path: Path) -> None:
+    """What comes in between must not end a training, which builds its config many times; a fault is no last word."""
+    file = tmp_path / "tree.svg"
+    file.mkdir()
+    with pytest.raises(InvalidInputError, match="is a folder"):
+        TreeConfig(picture=str(file))
+    file.rmdir()
+    config = TreeConfig(picture=str(file))
+    file.mkdir()
+    assert TreeConfig(picture=str(file)) == replace(config)
+
+
+def test_a_picture_may_be_on_another_node() -> None:
+    """Its folder need not be here; and nothing is made yet."""
+    for path in ("/no/folder/of/this/machine/Tree.SVG", "~/no/such/folder/tree.svg", "~nobody-here/tree.svg"):
+        assert TreeConfig(picture=path).picture == path
+    assert not Path("/no/folder").exists()
 
 
 @pytest.mark.parametrize(

@@ -90,9 +90,13 @@ def test_parses_every_kind_of_option() -> None:
         "dta_min_saving": "0.25",
         "dta_max_tree_tokens_per_chunk": "4096",
         "dta_verify": "first",
+        "dta_picture": "tree.svg",
     }
-    assert parse_options(given(options)) == TreeConfig(min_saving=0.25, max_tree_tokens_per_chunk=4096, verify="first")
-    assert parse_options(given({"use_dta": "1", "dta_max_tree_tokens_per_chunk": "None"})) == TreeConfig()
+    assert parse_options(given(options)) == TreeConfig(
+        min_saving=0.25, max_tree_tokens_per_chunk=4096, verify="first", picture="tree.svg"
+    )
+    nothing = {"use_dta": "1", "dta_max_tree_tokens_per_chunk": "None", "dta_picture": "none"}
+    assert parse_options(given(nothing)) == TreeConfig()
     assert parse_options({}) is None
     assert parse_options(given({"use_dta": "false", "dta_verify": "first"})) is None
 
@@ -107,6 +111,7 @@ WRONG = {
     "--use_dta false --dta_verify often": "--dta_verify='often'",
     "--use_dta true --dta_min_saving some": "--dta_min_saving='some'. Expected a value of type float",
     "--use_dta true --dta_min_saving 2": "--dta_min_saving=2.0. Expected a share",
+    "--use_dta true --dta_picture tree.png": "--dta_picture='tree.png'. Expected a file that ends in .svg",
     "--dta_verify first": "Got --dta_verify without --use_dta. Expected --use_dta true",
     "--use_dta true --dta_verify": "--dta_verify has no value",
 }

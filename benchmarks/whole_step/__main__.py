@@ -1,6 +1,7 @@
 """How much of a GRPO step is the update, and what does the whole step gain? Stock TRL against the flag.
 
     OMP_NUM_THREADS=1 python -m benchmarks.whole_step            # a quarter of an hour on one CPU core
+    OMP_NUM_THREADS=1 python -m benchmarks.whole_step --clock cpu    # on a machine that other processes use, too
     OMP_NUM_THREADS=1 python -m benchmarks.whole_step --smoke    # seconds
 
 Both contenders are whole trainers, `GRPOTrainer` and `TreeGRPOTrainer`, that sample with transformers' `generate` (keys
@@ -19,6 +20,7 @@ import argparse
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from transformers import PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.common.harness import environment, interleaved, median_ratio, table, write_json
+from benchmarks.common.harness import CLOCKS, environment, interleaved, median_ratio, table, write_json
 from benchmarks.common.models import MODEL_KEYS, qwen3, random_model, twin
 from benchmarks.common.words import text, tokenizer
 from benchmarks.whole_step.timing import Parts, Stopwatch
@@ -68,13 +70,13 @@ def main() -> None:
         "benchmark": "whole_step",
         "smoke": args.smoke,
         "rounds": args.rounds,
-        "clock": "wall",
+        "clock": args.clock,
         **environment(torch.device("cpu")),
         "model": {key: getattr(config, key) for key in MODEL_KEYS},
         "rows": rows,
     }
     for shape in TINY if args.smoke else SHAPES:
-        rows.append(_measured(model, shape, args.rounds))
+        rows.append(_measured(model, shape, args.rounds, CLOCKS[args.clock]))
         print(f"{shape}: {rows[-1]['milliseconds']}", flush=True)
         if args.output:
             write_json(args.output, content)
@@ -88,6 +90,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="a tiny model and batches, 2 rounds")
     parser.add_argument("--rounds", type=int, default=5, help="after one that is not counted")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="the clock that the table shows")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     args = parser.parse_args()
     args.rounds = min(args.rounds, 2) if args.smoke else args.rounds
@@ -130,12 +133,12 @@ def _reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
     return [sum(ids) / len(ids) for ids in completion_ids]
 
 
-def _measured(model: PreTrainedModel, shape: Shape, rounds: int) -> dict[str, Any]:
+def _measured(model: PreTrainedModel, shape: Shape, rounds: int, clock: Callable[[], float]) -> dict[str, Any]:
     parts: dict[str, list[Parts]] = {name: [] for name in CLASSES}
     logged: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         trainers = {name: _trainer(cls, twin(model), shape, folder) for name, cls in CLASSES.items()}
-        watches = {name: Stopwatch(trainer) for name, trainer in trainers.items()}
+        watches = {name: Stopwatch(trainer, clock) for name, trainer in trainers.items()}
 
         def keep(index: int, name: str, _: Any) -> None:
             passed = watches[name].take()

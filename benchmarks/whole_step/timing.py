@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +24,10 @@ class Parts:
 
 
 class Stopwatch(TrainerCallback):
-    """Times the steps of `trainer` from now on; `take` hands out what has passed since it was last called."""
+    """Times the steps of `trainer` by `clock` (seconds); `take` hands out what has passed since its last call."""
 
-    def __init__(self, trainer: GRPOTrainer) -> None:
+    def __init__(self, trainer: GRPOTrainer, clock: Callable[[], float]) -> None:
+        self._clock = clock
         self._sampling = self._preparing = self._steps = self._begun = 0.0
         trainer._generate = self._timed("_sampling", trainer._generate)
         trainer._generate_and_score_completions = self._timed("_preparing", trainer._generate_and_score_completions)
@@ -39,17 +39,17 @@ class Stopwatch(TrainerCallback):
         return parts
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._begun = time.perf_counter()
+        self._begun = self._clock()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self._steps += time.perf_counter() - self._begun
+        self._steps += self._clock() - self._begun
 
     def _timed(self, part: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start = self._clock()
             try:
                 return method(*args, **kwargs)
             finally:
-                setattr(self, part, getattr(self, part) + time.perf_counter() - start)
+                setattr(self, part, getattr(self, part) + self._clock() - start)
 
         return timed

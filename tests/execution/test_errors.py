@@ -226,3 +226,12 @@ def test_chunks_are_reported() -> None:
     assert (out.report.executor, out.report.chunks, out.report.peak_tokens) == ("streamed", 3, 8)
     assert "streamed on cpu in 3 chunks of up to 8 tokens (38% recomputed)" in str(out.report)
     assert "4 sequences, 28 -> 13 tokens" in str(out.report)
+
+
+def test_no_first_step_outside_of_a_trainer() -> None:
+    with pytest.raises(
+        InvalidInputError, match=r"picture='tree.svg' outside of a trainer.*draw_svg\(result.report.tree"
+    ):
+        dta_plugin.sequence_logprobs(MODEL, SEQUENCES, TreeConfig(picture="tree.svg"))
+    with pytest.raises(InvalidInputError, match=r"share_prefixes got picture='tree.svg'"):
+        dta_plugin.share_prefixes(MODEL, TreeConfig(picture="tree.svg"))

@@ -150,7 +150,7 @@ class TreeScorer:
         state.calls += 1
         if (outcome := latest_outcome(self.model)) is not None:
             state.notices.say_once(str(outcome))
-        state.notices.say_once(str(result.report), "report")
+        state.notices.say_report(result.report, state.config.picture)
         state.log_tree(cast(GRPOLike, self.trainer), result.report)
 
 

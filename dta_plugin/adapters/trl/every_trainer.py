@@ -156,12 +156,13 @@ def _padding_reader(trainer: Trainer, foreign: str | None) -> str | None:
 
 def _applicable(trainer: Trainer, config: TreeConfig) -> TreeConfig:
     """Those of the options that apply to model calls; one line about the others. What is not exact is not an error."""
+    applying = {*OPTIONS, "picture"}
     given = [f.name for f in fields(TreeConfig) if getattr(config, f.name) != f.default]
-    other = [f"{name}={getattr(config, name)!r}" for name in given if name not in OPTIONS]
+    other = [f"{name}={getattr(config, name)!r}" for name in given if name not in applying]
     if other and trainer.accelerator.is_main_process:
         say(
             f"{', '.join(other)} say nothing about {type(trainer).__name__}: its model calls run as they come",
             logging.WARNING,
         )
-    applied: dict[str, Any] = {name: getattr(config, name) for name in OPTIONS}
+    applied: dict[str, Any] = {name: getattr(config, name) for name in applying}
     return TreeConfig(**applied | {"on_unsupported": "dense"})

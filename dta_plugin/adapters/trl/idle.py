@@ -76,13 +76,14 @@ def _watched(train: Any) -> Any:
             with summed_up(trainer):
                 result = train(trainer, *args, **kwargs)
         elif (obstacle := sharing_obstacle(trainer)) is not None:
-            _say(trainer, f"use_dta does nothing for this {type(trainer).__name__}: {obstacle}")
+            _say(trainer, f"use_dta does nothing for this {type(trainer).__name__}{_nor_draws(asked)}: {obstacle}")
             return train(trainer, *args, **kwargs)
         else:
             with sharing_while_it_trains(trainer, asked), summed_up(trainer):
                 result = train(trainer, *args, **kwargs)
         if (reason := _idle_reason(trainer)) is not None:
-            _say(trainer, f"use_dta did nothing: no call of this training ran as a tree, because {reason}")
+            nothing = f"use_dta did nothing{_nor_draws(asked)}: no call of this training ran as a tree"
+            _say(trainer, f"{nothing}, because {reason}")
         return result
 
     return watched
@@ -91,6 +92,10 @@ def _watched(train: Any) -> Any:
 def _say(trainer: Trainer, message: str) -> None:
     if trainer.accelerator.is_main_process:
         say(message, logging.WARNING)
+
+
+def _nor_draws(config: TreeConfig) -> str:
+    return "" if config.picture is None else f", {config.picture} is not drawn"
 
 
 def _refuse_what_cannot_run(trainer: Trainer) -> None:

@@ -51,7 +51,8 @@ class SiblingBatchesMixin(SharedPrefixesMixin):
     def get_train_dataloader(self) -> DataLoader:
         reason = _order_obstacle(self, self.train_dataset)  # type: ignore[attr-defined]
         if reason is not None:
-            self._dta_say(f"batches are the trainer's own, siblings may be apart, because {reason}", logging.WARNING)
+            own = f"batches are the trainer's own, siblings may be apart, because {reason}"
+            self._dta_notices.say_once(own, level=logging.WARNING)
         return super().get_train_dataloader()  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
@@ -59,7 +60,8 @@ class SiblingBatchesMixin(SharedPrefixesMixin):
         if _order_obstacle(self, dataset) is not None:
             return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
         if self._dta_only_in_steps:  # by the flag, on a trainer whose class does not say so
-            self._dta_say("batches are made of siblings, other ones than without the plugin: steps log other losses")
+            other = "batches are made of siblings, other ones than without the plugin: steps log other losses"
+            self._dta_notices.say_once(other)
         return sibling_sampler(cast(OfflineLike, self), dataset)
 
 

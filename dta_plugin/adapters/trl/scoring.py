@@ -151,7 +151,7 @@ class _Call:
         state.calls += 1
         if torch.is_grad_enabled():
             report = replace(result.report, pruned_tokens=state.pruned_tokens(self.trainer, count))
-            state.notices.say_once(str(report), "idle" if report.is_idle else "report")
+            state.notices.say_report(report, state.config.picture)
             state.log_tree(self.trainer, report)
         if count > 1:
             window = f"{count} micro-batches of an accumulation window run as one tree (merge_window)"

@@ -23,6 +23,7 @@ from dta_plugin.config import TreeConfig
 from dta_plugin.models.introspection import causal_lm, decoder_of, wrappings
 from dta_plugin.sharing.decoder_hooks import PrefixSharing, handle_of, share_prefixes
 from dta_plugin.sharing.rehearsal import rehearse
+from dta_plugin.training.notices import Notices
 
 _NOTHING = (0, 0, 0, 0)
 
@@ -30,9 +31,10 @@ _NOTHING = (0, 0, 0, 0)
 class SharedPrefixesMixin:
     """Goes before a trainer in the bases; `_dta_begin` switches it on.
 
-    tree_config: see `share_prefixes`. _dta_padding_reader, _dta_reads_caches: see `PrefixSharing`; of all models of the
-    trainer. _dta_only_in_steps: nothing is shared outside of `training_step` and `prediction_step`, where callbacks and
-    others call the model. (The class may be in front of anybody's: names that begin with _dta_ are no user's.)
+    tree_config: see `share_prefixes`; `picture` applies, too. _dta_padding_reader, _dta_reads_caches: see
+    `PrefixSharing`; of all models of the trainer. _dta_only_in_steps: nothing is shared outside of `training_step` and
+    `prediction_step`, where callbacks and others call the model. (The class may be in front of anybody's: names that
+    begin with _dta_ are no user's.)
     """
 
     tree_config = TreeConfig()
@@ -53,9 +55,9 @@ class SharedPrefixesMixin:
         self._dta_count("")
         report = self._sharing.report
         if report is not None:
-            self._dta_say(str(report), topic="first shared step")
+            self._dta_notices.say_report(report, self.tree_config.picture)
         else:
-            self._dta_say(f"the model's own path: {self._sharing.reason}", logging.WARNING)
+            self._dta_notices.say_once(f"the model's own path: {self._sharing.reason}", level=logging.WARNING)
         return loss
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -103,7 +105,7 @@ class SharedPrefixesMixin:
         before = handle_of(decoder_of(causal_lm(model)))
         if before is not None and self._dta_only_in_steps:  # somebody's own, who has chosen how
             return before
-        sharing = share_prefixes(model, config)
+        sharing = share_prefixes(model, replace(config, picture=None))  # which is drawn here
         if before is None:
             sharing.padding_reader, sharing.reads_caches = self._dta_padding_reader, self._dta_reads_caches
             sharing.is_paused = self._dta_only_in_steps
@@ -148,7 +150,8 @@ class SharedPrefixesMixin:
             obstacle = rehearse(model, sharing) if sharing.config.on_unsupported == "dense" else None
             if obstacle is not None and sharing is not self._sharing:
                 name = type(causal_lm(model)).__name__
-                self._dta_say(f"a {name} beside the trained model takes its own path: {obstacle}", logging.WARNING)
+                beside = f"a {name} beside the trained model takes its own path: {obstacle}"
+                self._dta_notices.say_once(beside, level=logging.WARNING)
 
     def _dta_count(self, prefix: str) -> None:
         """What the model was called with since the last count belongs to training, or to an evaluation."""
@@ -159,9 +162,9 @@ class SharedPrefixesMixin:
         self._dta_since[prefix] = tuple(total + now - before for total, now, before in sums)
         self._dta_counted = counts
 
-    def _dta_say(self, message: str, level: int = logging.INFO, topic: str | None = None) -> None:
-        trainer = cast(TrainerLike, self)
-        TreeState.for_trainer(trainer, self.tree_config).notices.say_once(message, topic, level)
+    @property
+    def _dta_notices(self) -> Notices:
+        return TreeState.for_trainer(cast(TrainerLike, self), self.tree_config).notices
 
 
 def models_of(trainer: object) -> list[nn.Module]:

@@ -20,6 +20,7 @@ import torch
 from omegaconf import DictConfig
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils.logging import disable_progress_bar
 from verl.utils.fs import copy_to_local
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config import HFModelConfig, RolloutConfig
@@ -39,6 +40,7 @@ class HFServer:
     """The model of one replica and the requests that wait for it."""
 
     def __init__(self, config: RolloutConfig, model_config: DictConfig, replica_rank: int) -> None:
+        disable_progress_bar()  # for new weights at every step
         torch.manual_seed(config.get("seed", 0) + replica_rank)  # verl 0.8 has no seed
         path = copy_to_local(model_config.path)
         self.config = config
@@ -102,14 +104,21 @@ class HFServer:
             future.set_result(found)
 
     async def load_weights(self, weights: dict[str, torch.Tensor], steps: int | None) -> None:
-        """Take over the actor's weights; names that a tied head leaves out are the only ones that may lack."""
+        """Take over the actor's weights, named as in the model or as in its checkpoints (experts one by one)."""
         async with self.decoding:
-            missing, unexpected = self.model.load_state_dict(weights, strict=False)
-            tied = set(self.model.all_tied_weights_keys)
-            if unexpected or set(missing) - tied:
-                raise InvalidInputError(
-                    f"The actor's weights do not fit the rollout's model: {unexpected} are unknown, {missing} lack."
-                )
+            model, found = type(self.model).from_pretrained(
+                None,
+                config=self.model.config,
+                state_dict=weights,
+                dtype=self.model.dtype,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+            )
+            faults = {what: sorted(map(str, names)) for what, names in found.items() if names}
+            if faults:
+                raise InvalidInputError(f"The actor's weights do not fit the rollout's model: {faults}.")
+            model.generation_config = self.model.generation_config
+            self.model = model.eval()
             self.steps = steps
 
 

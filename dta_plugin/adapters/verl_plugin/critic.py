@@ -96,7 +96,7 @@ class TreeCriticEngine(FSDPEngineWithValueHead):
             self._dta_notices.say_once(f"critic, a micro-batch on verl's own path: {self._dta_sharing.reason}")
         else:
             run.counts.add_tree(report)
-            self._dta_notices.say_once(f"critic: {report}", "report")
+            self._dta_notices.say_report(report, whose="critic: ")  # the picture is the actor's
         return result
 
     def _begin(self, data: TensorDict, config: TreeConfig, loss_function: Any, forward_only: bool) -> MiniBatchRun:

@@ -123,7 +123,7 @@ class TreeEngine(TreeEngineFrame, FSDPEngineWithLMHead):
         if call.verified is not None:
             self._dta_notices.say_once(f"call {self._dta_calls} verified against dense: {call.verified}")
         if run.is_update:
-            self._dta_notices.say_once(str(call.report), topic="idle" if call.report.is_idle else "report")
+            self._dta_notices.say_report(call.report, run.config.picture)
         return result
 
     def prepare_model_inputs(self, micro_batch: TensorDict) -> Any:

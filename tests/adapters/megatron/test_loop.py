@@ -5,13 +5,24 @@ weights that Megatron holds and a Hugging Face model samples from. The quickstar
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from tests.adapters.verl.recipes import RECIPES, command_of
-from tests.adapters.verl_cpu.test_quickstart import FEW_STEPS, Metrics, built, check_learning, trained, variables_for
+from tests.adapters.verl_cpu.test_quickstart import (
+    FEW_STEPS,
+    Metrics,
+    built,
+    check_learning,
+    trained,
+    variables_for,
+)
 
 MEGATRON = "actor_rollout_ref.actor.megatron"
 FLOAT32 = [f"{MEGATRON}.dtype=float32", "actor_rollout_ref.ref.megatron.dtype=float32"]
@@ -46,6 +57,39 @@ def test_stock(folder: Path) -> None:
     steps, said = train(folder, STOCK)
     check_learning(steps)
     assert not [name for name in steps[0] if "dta/" in name] and "dta: " not in said
+
+
+@pytest.fixture
+def with_experts(folder: Path) -> Iterator[Path]:
+    """The quickstart with four experts in every layer, each of them the dense layer, and a random router."""
+    dense = folder / "model"
+    whole = dense.rename(folder / "dense")
+    shutil.copytree(whole, dense, ignore=shutil.ignore_patterns("*.safetensors"))
+    config, taught = AutoConfig.from_pretrained(whole), AutoModelForCausalLM.from_pretrained(whole).state_dict()
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": config.intermediate_size}
+    kept = {key: value for key, value in config.to_dict().items() if key != "model_type"}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**kept | sizes, norm_topk_prob=True))
+    for name, weight in model.state_dict().items():
+        layer, _, part = name.partition(".mlp.")
+        if part == "experts.gate_up_proj":
+            weight.copy_(torch.cat([taught[f"{layer}.mlp.{which}_proj.weight"] for which in ("gate", "up")]))
+        elif part == "experts.down_proj":
+            weight.copy_(taught[f"{layer}.mlp.down_proj.weight"])
+        elif not part:
+            weight.copy_(taught[name])
+    model.save_pretrained(dense)
+    yield folder
+    shutil.rmtree(dense)
+    whole.rename(dense)
+
+
+@pytest.mark.slow
+def test_experts(with_experts: Path) -> None:
+    """mbridge names every expert, transformers holds them in one tensor: the rollout samples from them all the same."""
+    steps, said = train(with_experts, LAYOUTS["data"])
+    check_learning(steps)
+    assert "probed: log-probs of a small tree differ by" in said
+    assert all(step["actor/dta/dense_fallback"] == 0 for step in steps)
 
 
 @pytest.mark.parametrize(

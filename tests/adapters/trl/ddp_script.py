@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 -m tests.adapters.trl.ddp_script <model> <folder> [c
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -39,13 +40,16 @@ CASES: dict[str, dict[str, Any]] = {
         "gradient_accumulation_steps": 4,
         "dta": {"dta_min_saving": 0.43, "dta_merge_window": "always", "dta_prune": "never"},
     },
-    "verified": {"dta": {"dta_verify": "first"}},
+    "verified": {"dta": {"dta_verify": "first", "dta_picture": "tree.svg"}},
 }
 
 
 def run_cases(cases: dict[str, dict[str, Any]], model: str, folder: str, *names: str) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    own = Path(folder, f"of_rank{os.environ['RANK']}")  # for what a rank writes without being told where
+    own.mkdir(exist_ok=True)
+    os.chdir(own)
     runs = {name: dense_and_tree(model, Path(folder), **cases[name]) for name in names or cases}
     torch.save(runs, Path(folder, f"rank{distributed.get_rank()}.pt"))
     distributed.destroy_process_group()

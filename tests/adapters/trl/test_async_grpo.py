@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,15 @@ def loss_of(trainer: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     trainer.current_gradient_accumulation_steps = 1  # which its loop sets
     trainer.model.train()
     return trainer.compute_loss(trainer.model, batch)
+
+
+def test_draws_its_first_tree(models: dict[str, str], tmp_path: Path) -> None:
+    file = tmp_path / "tree.svg"
+    with enabled(picture=str(file)):
+        trainer = build(models["qwen3"], tmp_path, samples(2), *STOCK)
+        loss_of(trainer, batch_of(trainer))
+    (said,) = re.findall(r"first tree: (\d+) sequences, \d+ tokens, \d+ computed", file.read_text())
+    assert int(said) > 1
 
 
 def apart(a: nn.Module, b: nn.Module, what: str = "data") -> float:

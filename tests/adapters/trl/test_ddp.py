@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -16,9 +18,14 @@ Runs = dict[str, tuple[Run, Run]]
 
 
 @pytest.fixture(scope="module")
-def ranks(model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Runs], str]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ddp")
+
+
+@pytest.fixture(scope="module")
+def ranks(model: str, folder: Path) -> tuple[list[Runs], str]:
     """Every case's runs on both ranks, and what was printed."""
-    return under_torchrun("tests.adapters.trl.ddp_script", model, tmp_path_factory.mktemp("ddp"))
+    return under_torchrun("tests.adapters.trl.ddp_script", model, folder)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -39,3 +46,8 @@ def test_only_the_main_process_speaks(ranks: tuple[list[Runs], str]) -> None:
     _, printed = ranks
     assert printed.count(" on cpu") == len(CASES)
     assert printed.count("verified against dense") == 1
+
+
+@pytest.mark.usefixtures("ranks")
+def test_only_the_main_process_draws(folder: Path) -> None:
+    assert [path.parent.name for path in folder.rglob("tree.svg")] == ["of_rank0"]

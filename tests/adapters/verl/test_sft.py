@@ -30,6 +30,7 @@ SETTINGS = [
     "hydra.run.dir=.",
 ]
 ONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+DRAWN = "+dta.picture=pictures/tree.svg"
 PLUGIN = "model.external_lib=dta_plugin.adapters.verl"
 
 
@@ -57,7 +58,7 @@ def run(folder: Path, model: Path, *overrides: str) -> tuple[subprocess.Complete
 def test_options_and_metrics(folder: Path, tmp_path: Path) -> None:
     stock, expected = run(tmp_path / "stock", folder)
     assert stock.returncode == 0, stock.stderr[-3000:]
-    done, found = run(tmp_path / "tree", folder, PLUGIN, "+dta.executor=packed", "+dta.verify=first")
+    done, found = run(tmp_path / "tree", folder, PLUGIN, "+dta.executor=packed", "+dta.verify=first", DRAWN)
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(found) == len(expected) == 3
     for ours, theirs in zip(found, expected, strict=True):
@@ -65,7 +66,9 @@ def test_options_and_metrics(folder: Path, tmp_path: Path) -> None:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
         assert ours["dta/compression_ratio"] > 1.5 and ours["dta/dense_fallback"] == 0
         assert not [name for name in theirs if name.startswith("dta/")]
-    assert "verified against dense" in done.stderr + done.stdout  # what an option asked for
+    said, file = done.stderr + done.stdout, tmp_path / "tree" / "pictures" / "tree.svg"
+    assert "verified against dense" in said and f"the first tree is drawn in {file}" in said  # what options asked for
+    assert "first tree: " in file.read_text()
 
 
 def test_wrong_options_come_before_the_model(folder: Path, tmp_path: Path) -> None:

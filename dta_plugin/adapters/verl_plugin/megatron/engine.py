@@ -134,7 +134,7 @@ class TreeMegatronEngine(TreeEngineFrame, MegatronEngineWithLMHead):
         return config.entropy_from_logits_chunk_size if config.entropy_from_logits_with_chunking else None
 
     def _report(self, run: MiniBatchRun, row: TreeRow, rows: JaggedRows) -> None:
-        assert self._dta_cost is not None
+        assert self._dta_cost is not None and run.config is not None
         cost = tree_cost(self._dta_cost, row.tree, row.edges)
         report = TreeReport(
             tree=row.tree,
@@ -147,7 +147,7 @@ class TreeMegatronEngine(TreeEngineFrame, MegatronEngineWithLMHead):
         )
         run.counts.add_tree(report)
         if run.is_update:
-            self._dta_notices.say_once(str(report), topic="idle" if report.is_idle else "report")
+            self._dta_notices.say_report(report, run.config.picture)
 
     def _check(self, data: TensorDict, config: TreeConfig) -> None:
         """The probe, before the first mini-batch, and what `verify` asks for.
