@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -79,7 +78,7 @@ def sequence_logprobs(
             "file what dta_plugin.tree.picture.draw_svg(result.report.tree) returns."
         )
     batch = prepare_batch(model, sequences, scored, config, temperatures=own, images=images)
-    if not batch.use_tree:
+    if not batch.decision.use_tree:
         return run_dense(model, batch, temperature=common, return_entropy=return_entropy)
     try:
         if config.verify != "off":
@@ -90,7 +89,7 @@ def sequence_logprobs(
     except UnsupportedError as error:  # found only while running, such as a layer that bypasses the tree
         if config.on_unsupported == "error":
             raise
-        batch = replace(batch, reason=str(error))
+        batch = batch.with_reason(str(error))
         return run_dense(model, batch, temperature=common, return_entropy=return_entropy)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -71,11 +70,11 @@ def run_tree(
     if config.executor == "auto" and obstacle is None and not is_collective(model):
         output, plan = run_recoverable(model, batch.tree, batch.edges, **options)
         if plan is not None:
-            batch = replace(batch, reason=f"{batch.reason}; out of memory in one call")
+            batch = batch.with_reason(f"{batch.decision.reason}; out of memory in one call")
         return _result(batch, output, plan, return_entropy)
     if obstacle is not None and batch.tree.tree_tokens > (config.max_tree_tokens_per_chunk or math.inf):
         knob = f"max_tree_tokens_per_chunk={config.max_tree_tokens_per_chunk}"
-        batch = replace(batch, reason=f"{batch.reason}; {knob} is not kept: {obstacle}")
+        batch = batch.with_reason(f"{batch.decision.reason}; {knob} is not kept: {obstacle}")
     try:
         output = run_packed(model, batch.tree, batch.edges, return_router_loss=return_router_loss, **options)
     except (RuntimeError, MemoryError) as error:
@@ -207,9 +206,9 @@ def _report(
         chunks=chunks,
         executor=executor,
         backend=backend,
-        reason=batch.reason if batch.sequences else "no sequences here, runs along with the other ranks",
-        cost=batch.cost,
-        seconds=batch.seconds,
+        reason=batch.decision.reason if batch.sequences else "no sequences here, runs along with the other ranks",
+        cost=batch.decision.flops,
+        seconds=batch.decision.seconds,
         peak_tokens=peak,
         recomputed_tokens=recomputed + rebuilt,
     )

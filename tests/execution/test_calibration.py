@@ -18,7 +18,8 @@ from dta_plugin import InvalidInputError, TreeConfig
 from dta_plugin.calibrate import DenseBatch, calibrate, cases, padded_logprobs
 from dta_plugin.execution import calibration_store
 from dta_plugin.execution.calibration_store import Calibration, calibration_of, describe, find, tree_cost
-from dta_plugin.execution.prepared_batch import PreparedBatch, prepare_batch, saving_obstacle
+from dta_plugin.execution.gate import Decision, saving_obstacle
+from dta_plugin.execution.prepared_batch import prepare_batch
 from dta_plugin.models.introspection import model_cost
 from dta_plugin.tree.cost import Padded
 from dta_plugin.tree.time_model import SecondsPerFlop
@@ -32,10 +33,10 @@ def made_up(model: PreTrainedModel, tree: SecondsPerFlop, dense: SecondsPerFlop)
     return Calibration(tree, dense, "padded", 0.05, describe(model))
 
 
-def prepared(model: PreTrainedModel, config: TreeConfig, sequences: list[list[int]] | None = None) -> PreparedBatch:
+def decided(model: PreTrainedModel, config: TreeConfig, sequences: list[list[int]] | None = None) -> Decision:
     sequences = sequences or star(1)
     width = max(map(len, sequences))
-    return prepare_batch(model, sequences, None, config, [Padded(len(sequences), width, width - 1, False)])
+    return prepare_batch(model, sequences, None, config, [Padded(len(sequences), width, width - 1, False)]).decision
 
 
 def test_measured_speeds_predict_something(calibrations: Path) -> None:
@@ -162,13 +163,13 @@ def test_unwritable_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 def test_gate_goes_by_predicted_time() -> None:
     model = tiny_model("qwen3")
     made_up(model, SLOW, FAST).save()
-    batch = prepared(model, TreeConfig())
-    assert not batch.use_tree and batch.is_gated
-    assert batch.reason.startswith("only -1") and batch.reason.endswith("of dense time saved, as calibrated")
-    assert prepared(model, TreeConfig(calibration="off")).use_tree, "by FLOPs nothing speaks against the tree"
-    shared = prepared(model, TreeConfig(), star(16))
+    decision = decided(model, TreeConfig())
+    assert not decision.use_tree and decision.is_gated
+    assert decision.reason.startswith("only -1") and decision.reason.endswith("of dense time saved, as calibrated")
+    assert decided(model, TreeConfig(calibration="off")).use_tree, "by FLOPs nothing speaks against the tree"
+    shared = decided(model, TreeConfig(), star(16))
     assert shared.use_tree and not shared.is_gated, "sharing outweighs a slower tree"
-    assert prepare_batch(model, star(1), None, TreeConfig()).use_tree, "no dense path to compare with"
+    assert prepare_batch(model, star(1), None, TreeConfig()).decision.use_tree, "no dense path to compare with"
 
 
 def test_what_no_sharing_can_save_is_seen_without_a_tree() -> None:
@@ -184,10 +185,10 @@ def test_what_no_sharing_can_save_is_seen_without_a_tree() -> None:
 def test_min_saving_asks_for_more() -> None:
     model = tiny_model("qwen3")
     made_up(model, FAST, SLOW).save()
-    assert prepared(model, TreeConfig(min_saving=0.45)).use_tree
-    batch = prepared(model, TreeConfig(min_saving=0.55))
-    assert not batch.use_tree
-    assert batch.reason == "only 50% of dense time saved, min_saving 55%, as calibrated"
+    assert decided(model, TreeConfig(min_saving=0.45)).use_tree
+    decision = decided(model, TreeConfig(min_saving=0.55))
+    assert not decision.use_tree
+    assert decision.reason == "only 50% of dense time saved, min_saving 55%, as calibrated"
 
 
 def test_weights_of_trees() -> None:
@@ -229,8 +230,8 @@ def test_what_streams_is_not_compared_by_time(calibrations: Path) -> None:
     rows = [[1 + i] * 3 + [2] * 60 for i in range(8)]
     for executor in ("auto", "streamed"):
         config = TreeConfig(executor=executor, max_tree_tokens_per_chunk=64)
-        assert prepare_batch(model, rows, [3] * 8, config, [Padded(8, 63, 60, False)]).use_tree
-    assert not prepare_batch(model, rows, [3] * 8, TreeConfig(), [Padded(8, 63, 60, False)]).use_tree
+        assert prepare_batch(model, rows, [3] * 8, config, [Padded(8, 63, 60, False)]).decision.use_tree
+    assert not prepare_batch(model, rows, [3] * 8, TreeConfig(), [Padded(8, 63, 60, False)]).decision.use_tree
 
 
 def test_fsdp_renames_classes(calibrations: Path) -> None:

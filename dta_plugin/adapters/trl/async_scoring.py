@@ -119,8 +119,8 @@ class TreeScorer:
         state, config = self.state, self.state.config
         with self.trainer.accelerator.autocast():
             batch = prepare_batch(self.model, row.sequences, row.masks, config)
-            if not batch.use_tree:
-                return batch.reason
+            if not batch.decision.use_tree:
+                return batch.decision.reason
             if with_router_loss:  # which TRL takes over the places of its row
                 tree = replace(batch.tree, multiplicity=row.places_of_tokens(batch.tree))
                 batch = replace(batch, tree=tree)

@@ -14,6 +14,7 @@ from dta_plugin.adapters.trl.exchange import exchange
 from dta_plugin.adapters.trl.generation_batch import Inputs, row_obstacle
 from dta_plugin.adapters.trl.images import row_images
 from dta_plugin.adapters.trl.losses import composition_obstacle
+from dta_plugin.adapters.trl.merging import merges
 from dta_plugin.adapters.trl.noise import noise_obstacle
 from dta_plugin.adapters.trl.origin import foreign_reader, replaced_preparation, unknown_loss
 from dta_plugin.adapters.trl.protocols import GRPOLike
@@ -23,7 +24,7 @@ from dta_plugin.adapters.trl.state import TreeState
 from dta_plugin.adapters.trl.token_weights import is_weighted
 from dta_plugin.adapters.trl.tokens import MicroStepInputs, check_selection, draw_micro_step, pruned
 from dta_plugin.adapters.trl.upstream import check_trainer
-from dta_plugin.adapters.trl.window import merges, window_size
+from dta_plugin.adapters.trl.window import window_size
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedError, not_exact
 from dta_plugin.execution.calibration_store import tree_cost

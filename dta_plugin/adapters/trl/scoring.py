@@ -25,7 +25,8 @@ from dta_plugin.adapters.trl.state import TreeState
 from dta_plugin.adapters.trl.window import unwrapped
 from dta_plugin.errors import UnsupportedError, not_exact
 from dta_plugin.execution.auto import run_tree
-from dta_plugin.execution.prepared_batch import PreparedBatch, SequenceLogProbs, prepare_batch, saving_obstacle
+from dta_plugin.execution.gate import saving_obstacle
+from dta_plugin.execution.prepared_batch import PreparedBatch, SequenceLogProbs, prepare_batch
 from dta_plugin.execution.probing.probe import latest_outcome
 from dta_plugin.models.introspection import causal_lm
 from dta_plugin.verify import check_batch
@@ -140,8 +141,9 @@ class _Call:
                 if reason is not None:
                     return _Decline(reason, "min_saving")
             batch = prepare_batch(self.model, rows.sequences, rows.scored, state.config, shapes, images=images)
-        if not batch.use_tree:  # the gate's reason has a number, different in every batch
-            return _Decline(batch.reason, "min_saving" if batch.is_gated else None)
+        decision = batch.decision
+        if not decision.use_tree:  # the gate's reason has a number, different in every batch
+            return _Decline(decision.reason, "min_saving" if decision.is_gated else None)
         return _Plan(micro_batches, batch)
 
     def run(self, plan: _Plan) -> Returned:

@@ -63,7 +63,7 @@ def sample_completions(
         lengths = [length] * len(chosen) if options.score_fillers else sampled.lengths.tolist()
         for i, tokens, kept in zip(chosen, sampled.completion_ids.tolist(), lengths, strict=True):
             found[i] = Sample(tokens[:kept], [])
-        if options.objective == "trajectory":
+        if options.reads_rollout:
             for i, canvas, steps in zip(chosen, sampled.canvas_ids.tolist(), sampled.steps.tolist(), strict=True):
                 found[i].extra.update({CANVAS_IDS: canvas, COMMIT_STEPS: steps})
     return [found[i] for i in range(len(requests))]

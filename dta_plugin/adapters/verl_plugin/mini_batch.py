@@ -145,7 +145,7 @@ def cost_on_all_ranks(engine: Engine, data: TensorDict, is_cut: bool) -> CostEst
         runs, device = rows.runs, rows.offsets.device
         return prepare_batch(
             engine.module, runs.sequences, runs.scored, TreeConfig(), device=device, images=rows.images
-        ).cost
+        ).decision.flops
 
     cost = cost_of(JaggedRows.from_data(data, causal_lm(engine.module)))
     if is_cut:

@@ -100,12 +100,15 @@ def bound_gap(d: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
     return torch.where(advantages >= 0, advantages * moved, -advantages * spread).clamp(min=0.0)
 
 
-def rows_to_run(advantages: torch.Tensor, every: bool, always_run: bool) -> torch.Tensor:
-    """int64 [b]: the rows whose advantage is not 0, or every one; with always_run at least the first."""
-    rows = torch.ones_like(advantages, dtype=torch.bool) if every else advantages != 0
-    if always_run and not rows.any():
-        rows[0] = True
-    return rows.nonzero()[:, 0]
+def rows_that_count(advantages: torch.Tensor, has_reference: bool) -> torch.Tensor:
+    """bool [B]: the rows whose advantage is not 0, or every one, where there is a penalty."""
+    return torch.ones_like(advantages, dtype=torch.bool) if has_reference else advantages != 0
+
+
+def rows_to_run(counts: torch.Tensor, always_run: bool) -> torch.Tensor:
+    """int64 [b]: the rows that count, bool [B]; with always_run at least the first."""
+    rows = counts.nonzero()[:, 0]
+    return rows if len(rows) or not always_run else rows.new_zeros(1)
 
 
 def check_terms(name: str, terms: torch.Tensor | None, rows: int, samples: int) -> None:
@@ -157,7 +160,7 @@ def per_sample_losses(
     """
     check_terms("old_terms", old_terms, len(advantages), samples)
     check_terms("reference_terms", reference_terms, len(advantages), samples)
-    rows = rows_to_run(advantages, reference_terms is not None, always_run)
+    rows = rows_to_run(rows_that_count(advantages, reference_terms is not None), always_run)
     if not len(rows):
         return
     for sample in range(samples):

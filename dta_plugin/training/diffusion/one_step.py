@@ -10,41 +10,19 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from dta_plugin.diffusion import DiffusionFamily, prompt_noise
+from dta_plugin.diffusion import prompt_noise
 from dta_plugin.diffusion.objectives.baselines import k3_terms, ratio_clipped, token_ratio_terms
 from dta_plugin.diffusion.objectives.bgpo import rows_to_run
 from dta_plugin.diffusion.objectives.elbo import masked_log_probs
-from dta_plugin.diffusion.prompt_sharing import PromptSharing
 from dta_plugin.training.diffusion.batch import DiffusionBatch
-from dta_plugin.training.diffusion.options import DiffusionOptions
-from dta_plugin.training.diffusion.statistics import Statistics, run_statistics
-from dta_plugin.training.diffusion.update import Autocast, MicroStep
+from dta_plugin.training.diffusion.statistics import Statistics
+from dta_plugin.training.diffusion.update import MicroStep, Objective, Update
 
 
-class OneStepObjective:
-    """`objective` "diffu-grpo". epsilon: the clip range. iterations: passes over a generation batch.
-
-    beta: weight of the k3 penalty.
-    """
+class OneStepObjective(Objective):
+    """`objective` "diffu-grpo". beta: weight of the k3 penalty."""
 
     passes = 1
-
-    def __init__(
-        self,
-        options: DiffusionOptions,
-        family: DiffusionFamily,
-        autocast: Autocast,
-        epsilon: float,
-        iterations: int = 1,
-        beta: float = 0.0,
-    ) -> None:
-        self.options = options
-        self.family = family
-        self.autocast = autocast
-        self.epsilon = epsilon
-        self.iterations = iterations
-        self.beta = beta
-        self.sharing = PromptSharing(options.share_prompts)
 
     def log_probs(
         self, model: nn.Module, batch: DiffusionBatch, iteration: int, which: torch.Tensor | None = None
@@ -75,24 +53,23 @@ class OneStepObjective:
         return OneStepUpdate(self, model, step)
 
 
-class OneStepUpdate:
-    """One micro-step. `losses` first, then `statistics` of what they have seen."""
+class OneStepUpdate(Update):
+    """One loss."""
+
+    objective: OneStepObjective
 
     def __init__(self, objective: OneStepObjective, model: nn.Module, step: MicroStep) -> None:
-        self.objective, self.model, self.step = objective, model, step
-        objective.sharing.restart()
+        super().__init__(objective, model, step)
         self.scored = step.batch.attention_mask[:, -step.batch.width :].bool()
-        self.advantages = step.advantages.masked_fill(~self.scored.any(dim=1), 0.0)
-        self.seen: torch.Tensor | None = None
+        self.seen = torch.zeros_like(self.scored, dtype=torch.float32)
 
     def losses(self) -> Iterator[torch.Tensor]:
-        """The loss, where any row is to run."""
         step, objective = self.step, self.objective
-        which = rows_to_run(self.advantages, step.reference is not None, step.always_run)
+        which = rows_to_run(self.counts, step.always_run)
         if not len(which):
             return
         new = objective.log_probs(self.model, step.batch, step.iteration, which)
-        self.seen = new.detach().new_zeros(self.scored.shape).index_put((which,), new.detach())
+        self._see(new, which)
         scored = self.scored[which]
         old = new.detach() if step.old is None else step.old[which, step.iteration]
         value = token_ratio_terms(new, old, self.advantages[which], scored, objective.epsilon)
@@ -101,20 +78,15 @@ class OneStepUpdate:
         yield value.sum() * (-step.scale / len(self.advantages))
 
     def statistics(self) -> Statistics:
-        """Of the rows that count; a row that runs only because other ranks wait does not."""
         step, objective = self.step, self.objective
-        ran = torch.zeros_like(self.advantages, dtype=torch.bool)
-        ran[rows_to_run(self.advantages, step.reference is not None, always_run=False)] = True
-        scored = self.scored & ran[:, None]
-        new = self.scored.float() if self.seen is None else self.seen
+        scored, new = self.scored & self.counts[:, None], self.seen
         old = new if step.old is None else step.old[:, step.iteration]
         d = (new - old)[scored]
-        found = run_statistics(ran, self.scored.sum(dim=1), d)
+        found = self._common_statistics(d)
         found.means["log_prob"] = (new[scored].sum(), scored.sum())
         hit = ratio_clipped(d, self.advantages[:, None].expand_as(scored)[scored], objective.epsilon)
         found.means["clip_fraction"] = (hit.sum(), hit.numel())
         if step.reference is not None:
             kl = k3_terms(new, step.reference[:, step.iteration], scored)
-            found.means["kl"] = (kl.sum(), ran.sum())
-        found.sums |= objective.sharing.counts(objective.family)
+            found.means["kl"] = (kl.sum(), self.counts.sum())
         return found

@@ -170,6 +170,11 @@ class DiffusionOptions:
                 f"(leave it out), or objective={' or '.join(map(repr, objectives))}."
             )
 
+    @property
+    def reads_rollout(self) -> bool:
+        """Whether the objective needs to know how completions came about (`Rollout`)."""
+        return self.objective == "trajectory"
+
     def family(self, config: PretrainedConfig) -> DiffusionFamily:
         """How the model of this config is asked. Raises UnsupportedError for one that is no diffusion LM."""
         return family_of(

@@ -7,42 +7,21 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from dta_plugin.diffusion import DiffusionFamily
 from dta_plugin.diffusion.objectives.baselines import k3_terms, ratio_clipped, token_ratio_terms
 from dta_plugin.diffusion.objectives.bgpo import rows_to_run
 from dta_plugin.diffusion.objectives.elbo import length_scale
 from dta_plugin.diffusion.objectives.trajectory import step_log_probs
-from dta_plugin.diffusion.prompt_sharing import PromptSharing
 from dta_plugin.diffusion.steps import StepDraws, draw_steps
 from dta_plugin.training.diffusion.batch import DiffusionBatch
-from dta_plugin.training.diffusion.options import DiffusionOptions
-from dta_plugin.training.diffusion.statistics import Statistics, run_statistics
-from dta_plugin.training.diffusion.update import Autocast, MicroStep
+from dta_plugin.training.diffusion.statistics import Statistics
+from dta_plugin.training.diffusion.update import MicroStep, Objective, Update
 
 
-class TrajectoryObjective:
-    """`objective` "trajectory", for batches with a rollout. max_length: of completions, for `length_norm`.
+class TrajectoryObjective(Objective):
+    """`objective` "trajectory", for batches with a rollout.
 
     epsilon: the clip range of a step's ratio. beta: weight of the k3 penalty of each step.
     """
-
-    def __init__(
-        self,
-        options: DiffusionOptions,
-        family: DiffusionFamily,
-        autocast: Autocast,
-        max_length: int,
-        epsilon: float,
-        beta: float = 0.0,
-    ) -> None:
-        self.options = options
-        self.family = family
-        self.autocast = autocast
-        self.max_length = max_length
-        self.epsilon = epsilon
-        self.beta = beta
-        self.sharing = PromptSharing(options.share_prompts)
-        self.passes = options.num_elbo_samples
 
     def draws(self, batch: DiffusionBatch) -> StepDraws:
         """The steps of these rows: the same whenever and beside whatever rows they are asked for."""
@@ -71,28 +50,27 @@ class TrajectoryObjective:
         return TrajectoryUpdate(self, model, step)
 
 
-class TrajectoryUpdate:
-    """One micro-step. `losses` first, then `statistics` of what they have seen."""
+class TrajectoryUpdate(Update):
+    """A part of the loss per sample."""
+
+    objective: TrajectoryObjective
 
     def __init__(self, objective: TrajectoryObjective, model: nn.Module, step: MicroStep) -> None:
-        self.objective, self.model, self.step = objective, model, step
-        objective.sharing.restart()
+        super().__init__(objective, model, step)
         self.draws = objective.draws(step.batch)
-        self.lengths = step.batch.lengths
-        self.advantages = step.advantages.masked_fill(self.lengths == 0, 0.0)
+        self.has_step = self.draws.chosen >= 0  # [B, n]
         scale = length_scale(objective.options.length_norm, self.lengths, objective.max_length)
         self.weights = self.draws.weights * scale[:, None] / self.draws.samples
-        self.seen = torch.zeros_like(self.draws.weights)  # [B, n] log-probs, 0 where a row did not run
+        self.seen = torch.zeros_like(self.draws.weights)
 
     def losses(self) -> Iterator[torch.Tensor]:
-        """The parts of the loss, one per sample, each to be back-propagated before the next is asked for."""
         step, objective = self.step, self.objective
         for sample in range(self.draws.samples):
-            which = self._rows(sample, step.always_run)
+            which = rows_to_run(self.counts & self.has_step[:, sample], step.always_run)
             if not len(which):
                 continue
             new = objective.log_probs(self.model, step.batch, self.draws, sample, which)
-            self.seen = self.seen.to(new.dtype).index_put((which, torch.full_like(which, sample)), new.detach())
+            self._see(new, which, sample)
             old = new.detach() if step.old is None else step.old[which, sample]
             one = torch.ones_like(new, dtype=torch.bool)[:, None]  # a step is one decision, whatever it commits
             value = token_ratio_terms(new[:, None], old[:, None], self.advantages[which], one, objective.epsilon)
@@ -100,23 +78,12 @@ class TrajectoryUpdate:
                 value = value - objective.beta * k3_terms(new[:, None], step.reference[which, sample, None], one)
             yield (value * self.weights[which, sample]).sum() * (-step.scale / len(self.advantages))
 
-    def _rows(self, sample: int, always_run: bool) -> torch.Tensor:
-        """int64 [b]: rows with a step in this sample, and an advantage or a penalty; with always_run at least one."""
-        has_step = self.draws.chosen[:, sample] >= 0
-        if self.step.reference is not None:
-            return rows_to_run(has_step.to(self.advantages.dtype), False, always_run)
-        return rows_to_run(self.advantages * has_step, False, always_run)
-
     def statistics(self) -> Statistics:
-        """Of the rows that count; a row that runs only because other ranks wait does not."""
         step, objective = self.step, self.objective
-        ran = torch.zeros_like(self.advantages, dtype=torch.bool)
-        ran[rows_to_run(self.advantages, step.reference is not None, always_run=False)] = True
-        counts = ran[:, None] & (self.draws.chosen >= 0)
-        new = self.seen
+        counts, new = self.counts[:, None] & self.has_step, self.seen
         old = new if step.old is None else step.old
         d = (new - old)[counts]
-        found = run_statistics(ran, self.lengths, d)
+        found = self._common_statistics(d)
         tokens = [self.draws.mask(sample, counts[:, sample].nonzero()[:, 0]).sum() for sample in range(counts.shape[1])]
         found.means["log_prob"] = (new[counts].sum(), torch.stack(tokens).sum())
         hit = ratio_clipped(d, self.advantages[:, None].expand_as(counts)[counts], objective.epsilon)
@@ -125,5 +92,4 @@ class TrajectoryUpdate:
             apart = (new - step.reference)[counts][:, None]
             kl = k3_terms(apart, torch.zeros_like(apart), torch.ones_like(apart, dtype=torch.bool))
             found.means["kl"] = (kl.sum(), len(kl))
-        found.sums |= objective.sharing.counts(objective.family)
         return found

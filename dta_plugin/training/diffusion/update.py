@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
+from dta_plugin.diffusion import DiffusionFamily
+from dta_plugin.diffusion.objectives.bgpo import rows_that_count
 from dta_plugin.diffusion.prompt_sharing import PromptSharing
 from dta_plugin.training.diffusion.batch import DiffusionBatch
-from dta_plugin.training.diffusion.statistics import Statistics
+from dta_plugin.training.diffusion.options import DiffusionOptions
+from dta_plugin.training.diffusion.statistics import Statistics, run_statistics
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -37,26 +41,72 @@ class MicroStep:
     always_run: bool = False
 
 
-class Update(Protocol):
-    """An objective at work on one micro-step."""
+@dataclass(eq=False)
+class Objective(ABC):
+    """What is maximised. An objective looks at those of the numbers that it has a use for.
 
-    def losses(self) -> Iterator[torch.Tensor]:
-        """The parts of the loss, each to be back-propagated before the next is asked for."""
+    max_length: W, tokens of the longest completion that can be. epsilon: the clip range. beta: weight of the penalty.
+    iterations: passes over a generation batch. sharing: of what the rows of a micro-step have in common.
+    """
 
-    def statistics(self) -> Statistics:
-        """Of what `losses` has seen, once it has ended: of rows that count, not of one that runs at weight 0."""
+    options: DiffusionOptions
+    family: DiffusionFamily
+    autocast: Autocast
+    max_length: int
+    epsilon: float
+    beta: float = 0.0
+    iterations: int = 1
+    sharing: PromptSharing = field(init=False)
 
+    def __post_init__(self) -> None:
+        self.sharing = PromptSharing(self.options.share_prompts)
 
-class Objective(Protocol):
-    """What is maximised. passes: most losses of a micro-step. sharing: of what the rows of one have in common."""
+    @property
+    def passes(self) -> int:
+        """Most losses of a micro-step."""
+        return self.options.num_elbo_samples
 
-    passes: int
-    sharing: PromptSharing
-
+    @abstractmethod
     def stored(self, model: nn.Module, batch: DiffusionBatch) -> torch.Tensor:
         """Of a policy that later ones are compared with, [B, ...]; without gradient."""
 
+    @abstractmethod
     def update(self, model: nn.Module, step: MicroStep) -> Update: ...
+
+
+class Update(ABC):
+    """An objective at work on one micro-step: `losses` first, then `statistics` of what they have seen.
+
+    advantages: [B], 0 in rows without a completion. counts: bool [B], the rows that add to the loss. seen: [B, ...],
+    of the current policy what the objective has `stored` of others, 0 where a row did not run.
+    """
+
+    seen: torch.Tensor
+
+    def __init__(self, objective: Objective, model: nn.Module, step: MicroStep) -> None:
+        self.objective, self.model, self.step = objective, model, step
+        objective.sharing.restart()
+        self.lengths = step.batch.lengths
+        self.advantages = step.advantages.masked_fill(self.lengths == 0, 0.0)
+        self.counts = rows_that_count(self.advantages, step.reference is not None)
+
+    @abstractmethod
+    def losses(self) -> Iterator[torch.Tensor]:
+        """The parts of the loss, each to be back-propagated before the next is asked for."""
+
+    @abstractmethod
+    def statistics(self) -> Statistics:
+        """Of the rows that count, once `losses` has ended; not of one that runs only because other ranks wait."""
+
+    def _see(self, values: torch.Tensor, *where: torch.Tensor | int) -> None:
+        self.seen = self.seen.to(values.dtype)
+        self.seen[where] = values.detach()
+
+    def _common_statistics(self, d: torch.Tensor) -> Statistics:
+        """What every objective tells. d: log-ratios, any shape, of the rows that count."""
+        found = run_statistics(self.counts, self.lengths, d)
+        found.sums |= self.objective.sharing.counts(self.objective.family)
+        return found
 
 
 def back_propagated(

@@ -35,6 +35,6 @@ def test_distinct_images_count_once() -> None:
     images = BatchImages.from_rows(model, rows.sequences, rows.images)
     assert len(images.units) == 2 and len(list(images.all_units())) == 6
     per_image = tower_work(model, images.units).flops / 2
-    with_images = prepare_batch(model, rows.sequences, None, TreeConfig(), images=rows.images).cost
-    text = prepare_batch(model, rows.sequences, None, TreeConfig()).cost  # whose rows are as long
+    with_images = prepare_batch(model, rows.sequences, None, TreeConfig(), images=rows.images).decision.flops
+    text = prepare_batch(model, rows.sequences, None, TreeConfig()).decision.flops  # whose rows are as long
     assert with_images.dense - text.dense == pytest.approx(6 * per_image)

@@ -13,9 +13,8 @@ import torch
 import dta_plugin.training.diffusion as room
 from dta_plugin.diffusion.objectives.bgpo import bound_terms
 from dta_plugin.training.diffusion.batch import DiffusionBatch
-from dta_plugin.training.diffusion.objective import ElboObjective
-from dta_plugin.training.diffusion.one_step import OneStepObjective
-from dta_plugin.training.diffusion.options import DiffusionOptions
+from dta_plugin.training.diffusion.objective import objective_of
+from dta_plugin.training.diffusion.options import OBJECTIVES, DiffusionOptions
 from dta_plugin.training.diffusion.statistics import PREFIX, Statistics
 from dta_plugin.training.diffusion.update import MicroStep, Objective, back_propagated
 from dta_plugin.training.metrics import METRICS
@@ -37,9 +36,9 @@ def batch_of(rows: Batch, which: slice = ALL) -> DiffusionBatch:
     return DiffusionBatch(rows.input_ids[which], rows.attention_mask[which], rows.width, seeds[which])
 
 
-def elbo(**options: object) -> ElboObjective:
+def elbo(**options: object) -> Objective:
     own = DiffusionOptions(**{"objective": "bgpo", "num_elbo_samples": SAMPLES} | options)  # type: ignore[arg-type]
-    return ElboObjective(own, FAMILY, nullcontext, LONGEST, beta=0.3)
+    return objective_of(own, FAMILY, nullcontext, LONGEST, epsilon=0.2, beta=0.3)
 
 
 def updated(objective: Objective, rows: Batch, step: MicroStep) -> tuple[Gradients, Statistics]:
@@ -93,13 +92,19 @@ def test_everything_told_is_in_the_table(rows: Batch) -> None:
     options = DiffusionOptions(objective="diffu-grpo")
     batch, told = batch_of(rows), set()
     blocks = replace(FAMILY, block_length=4)
-    for objective in (elbo(bound_clip=0.2), OneStepObjective(options, blocks, nullcontext, epsilon=0.2)):
+    for objective in (elbo(bound_clip=0.2), objective_of(options, blocks, nullcontext, LONGEST, epsilon=0.2)):
         step = MicroStep(batch, ADVANTAGES, reference=objective.stored(rows.model, batch))
         _, found = updated(objective, rows, step)
         for reduction, names in (("mean", found.means), ("sum", found.sums), ("max", found.maxima)):
             assert all(reductions[f"{PREFIX}{name}"] == reduction for name in names)
             told |= {f"{PREFIX}{name}" for name in names}
     assert reductions.keys() - told == {"diffusion/peak_memory_gib", "diffusion/model_calls"}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives_go_by_their_names(name: str) -> None:
+    own = objective_of(DiffusionOptions(objective=name), FAMILY, nullcontext, LONGEST, epsilon=0.2)
+    assert f'"{name}"' in (type(own).__doc__ or "") and own.options.reads_rollout == (name == "trajectory")
 
 
 def test_no_framework_is_named() -> None:

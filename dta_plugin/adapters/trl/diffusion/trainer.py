@@ -32,11 +32,8 @@ from dta_plugin.diffusion.sampler import check_blocks, check_positions
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.models.introspection import causal_lm
 from dta_plugin.training.diffusion.batch import CANVAS_IDS, COMMIT_STEPS, DiffusionBatch, Rollout, draw_seeds
-from dta_plugin.training.diffusion.gdsd import GdsdObjective
-from dta_plugin.training.diffusion.objective import ElboObjective
-from dta_plugin.training.diffusion.one_step import OneStepObjective
+from dta_plugin.training.diffusion.objective import objective_of
 from dta_plugin.training.diffusion.statistics import PREFIX
-from dta_plugin.training.diffusion.trajectory import TrajectoryObjective
 from dta_plugin.training.diffusion.update import MicroStep, Objective, back_propagated
 
 
@@ -93,17 +90,15 @@ class DiffusionGRPOTrainer(GRPOTrainer):
                 "the objective here. Expected a dense model, or router_aux_loss_coef=0.0 in its config."
             )
         self.family = self._with_all_ends(own)
-        self.objective = self._objective(args)
-
-    def _objective(self, args: DiffusionGRPOConfig) -> Objective:
-        own = (args.diffusion_options, self.family, self.accelerator.autocast)
-        if args.objective == "diffu-grpo":
-            return OneStepObjective(*own, epsilon=args.epsilon, iterations=self.num_iterations, beta=args.beta)
-        if args.objective == "trajectory":
-            return TrajectoryObjective(*own, max_length=args.canvas, epsilon=args.epsilon, beta=args.beta)
-        if args.objective == "gdsd":
-            return GdsdObjective(*own, max_length=args.canvas, epsilon=args.epsilon, beta=args.beta)
-        return ElboObjective(*own, max_length=args.canvas, beta=args.beta)
+        self.objective = objective_of(
+            args.diffusion_options,
+            self.family,
+            self.accelerator.autocast,
+            args.canvas,
+            args.epsilon,
+            args.beta,
+            self.num_iterations,
+        )
 
     def _prepared(self, reference: PreTrainedModel) -> Any:
         """The frozen initial policy, wrapped as TRL wraps the reference that it loads."""
@@ -134,7 +129,7 @@ class DiffusionGRPOTrainer(GRPOTrainer):
         sampler = self.sampler if self.model.training else self.eval_sampler
         found = sampled_completions(self, self.family, sampler, prompt_ids)
         self._record({f"{PREFIX}model_calls": float(found.model_calls)})
-        self._rollout = Rollout(found.canvas_ids, found.steps) if self.args.objective == "trajectory" else None
+        self._rollout = Rollout(found.canvas_ids, found.steps) if self.objective.options.reads_rollout else None
         completions = found.completion_ids.tolist()
         if self.args.score_fillers:
             return completions, None

@@ -31,11 +31,9 @@ from dta_plugin.adapters.verl_plugin.upstream import check_diffusion_engine
 from dta_plugin.errors import UnsupportedError
 from dta_plugin.models.introspection import causal_lm
 from dta_plugin.training.diffusion.batch import DiffusionBatch
-from dta_plugin.training.diffusion.gdsd import GdsdObjective
-from dta_plugin.training.diffusion.objective import ElboObjective
+from dta_plugin.training.diffusion.objective import objective_of
 from dta_plugin.training.diffusion.options import DiffusionOptions
 from dta_plugin.training.diffusion.statistics import Statistics
-from dta_plugin.training.diffusion.trajectory import TrajectoryObjective
 from dta_plugin.training.diffusion.update import MicroStep, back_propagated
 
 
@@ -65,24 +63,12 @@ class DiffusionUpdates:
             )
         self.engine, self.settings = engine, settings
         self.family = settings.options.family(causal_lm(engine.module).config)
-        self.objective = self._objective()
+        self.objective = objective_of(
+            settings.options, self.family, self._autocast, settings.max_length, settings.epsilon
+        )
         self._wants_terms = True
         self._updated: int | None = None  # the step that has been trained on without old terms
         self._statistics: Statistics | None = None  # of the mini-batch so far
-
-    def _objective(self) -> ElboObjective | TrajectoryObjective:
-        settings = self.settings
-        own = (settings.options, self.family, self._autocast, settings.max_length)
-        clipped: dict[str, type[GdsdObjective | TrajectoryObjective]] = {
-            "gdsd": GdsdObjective,
-            "trajectory": TrajectoryObjective,
-        }
-        kind = clipped.get(settings.options.objective)
-        return ElboObjective(*own) if kind is None else kind(*own, settings.epsilon)
-
-    @property
-    def _is_trajectory(self) -> bool:
-        return self.settings.options.objective == "trajectory"
 
     def mini_batch(self, run: Callable[..., Any], data: TensorDict, forward_only: bool) -> Any:
         """verl's `run` over the micro-batches of `data`; metrics of an update are those of all ranks."""
@@ -102,7 +88,7 @@ class DiffusionUpdates:
     def forward_step(self, micro_batch: TensorDict, forward_only: bool) -> tuple[torch.Tensor, dict[str, Any]]:
         """In the place of verl's: the loss to be back-propagated, and what verl keeps of a micro-batch."""
         data = micro_batch.to(get_device_id())
-        batch = diffusion_batch(data, self.family.pad_token_id or 0, self._step(), self._is_trajectory)
+        batch = diffusion_batch(data, self.family.pad_token_id or 0, self._step(), self.objective.options.reads_rollout)
         if forward_only:
             outputs = self._outputs(data, batch)
             return torch.tensor(1.0), {"model_output": outputs, "loss": 1.0, "metrics": {}}
