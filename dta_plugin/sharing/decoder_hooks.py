@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -96,6 +97,7 @@ class PrefixSharing:
     padding_reader: who may read the hidden states of padding, in words; then padded rows take the model's own path.
     reads_caches: whether callers in evaluation mode, or without gradients, may want a cache that they did not ask for.
     is_paused: calls take the model's own path for now, and are not counted.
+    callers_obstacle: given the decoder, what else is in the way of a call, in words, or None.
     """
 
     def __init__(self) -> None:
@@ -105,6 +107,7 @@ class PrefixSharing:
         self.padding_reader: str | None = None
         self.reads_caches = True
         self.is_paused = False
+        self.callers_obstacle: Callable[[PreTrainedModel], str | None] | None = None
         self.calls = self.cached_calls = self.shared_calls = self.flat_tokens = self.tree_tokens = 0
         self.totals = Totals()
         self._decoder: PreTrainedModel | None = None
@@ -213,6 +216,8 @@ class PrefixSharing:
         width = 0 if ids is None else ids.shape[1]
         obstacle = dropout_obstacle(decoder) or padded_length_obstacle(decoder, width)
         obstacle = obstacle or index_length_obstacle(decoder, [width])
+        if obstacle is None and self.callers_obstacle is not None:
+            obstacle = self.callers_obstacle(decoder)
         if obstacle is not None and self.config.on_unsupported == "error":
             raise UnsupportedError(f"Prefixes cannot be shared exactly here: {obstacle}; or on_unsupported='dense'.")
         if obstacle is not None:

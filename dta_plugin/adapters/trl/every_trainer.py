@@ -26,7 +26,7 @@ from trl import DPOTrainer, GRPOTrainer, RewardTrainer, RLOOTrainer, SFTTrainer
 
 from dta_plugin.adapters.releases import TRL
 from dta_plugin.adapters.trl.offline import SiblingBatchesMixin
-from dta_plugin.adapters.trl.origin import foreign_method, is_async
+from dta_plugin.adapters.trl.origin import LIBRARIES, STEP, foreign_method, is_async
 from dta_plugin.adapters.trl.protocols import TrainerLike
 from dta_plugin.adapters.trl.shared_prefixes import SharedPrefixesMixin, models_of, settings_obstacle
 from dta_plugin.config import TreeConfig
@@ -36,9 +36,8 @@ from dta_plugin.sharing.obstacles import model_obstacle
 from dta_plugin.training.notices import say
 
 _OF_SIBLINGS = (SFTTrainer, DPOTrainer, RewardTrainer)
-_LIBRARIES = ("transformers.", "accelerate.", "torch.", "trl.extras.profiling")
 # Losses and metrics that read no padding: in every release, and in the newest one that was tested. In others, some do.
-_MASKED = (*_LIBRARIES, *(f"trl.trainer.{name}" for name in ("base_trainer", "sft_", "dpo_", "reward_", "utils")))
+_MASKED = (*LIBRARIES, *(f"trl.trainer.{name}" for name in ("base_trainer", "sft_", "dpo_", "reward_", "utils")))
 _MASKED_NOW = (
     "trl.trainer.",
     *(
@@ -46,21 +45,12 @@ _MASKED_NOW = (
         for name in ("a2po", "gkd", "gold", "iw_opd", "sdft", "sdpo", "server_distillation", "tpo")
     ),
 )
-_OF_ANY_RELEASE = (*_LIBRARIES, "trl.")
+_OF_ANY_RELEASE = (*LIBRARIES, "trl.")
 # Losses of DPO and SFT known to have terms of one pair or token. Others, such as aot, compare pairs of a micro-batch.
 _OF_ROWS = {
     *("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "sppo_hard"),
     *("apo_zero", "apo_down", "discopop", "nll", "chunked_nll", "dft"),
 }
-_METHODS = (
-    "training_step",
-    "_prepare_inputs",
-    "compute_loss",
-    "_compute_loss",
-    "concatenated_forward",
-    "get_batch_loss_metrics",
-    "prediction_step",
-)
 # Methods of TRL's within a step that call functions of the user, with the completions or to make them.
 _WITH_FUNCTIONS = ("_generate", "_calculate_rewards", "_calculate_rewards_from_functions")
 
@@ -83,8 +73,8 @@ def sharing_while_it_trains(trainer: Trainer, config: TreeConfig) -> Iterator[No
     """Within the context the trainer's models share prefixes."""
     own = type(trainer)
     head = foreign_method(causal_lm(cast(TrainerLike, trainer).model), ("forward",), _OF_ANY_RELEASE)
-    foreign = head or foreign_method(trainer, _METHODS, _masked())
-    is_known = head is None and foreign_method(trainer, _METHODS, _MASKED) is None
+    foreign = head or foreign_method(trainer, STEP, _masked())
+    is_known = head is None and foreign_method(trainer, STEP, _MASKED) is None
     is_of_siblings = isinstance(trainer, _OF_SIBLINGS) and is_known and not _reads_batches(trainer)
     mixin = SiblingBatchesMixin if is_of_siblings else SharedPrefixesMixin
     settings = {
@@ -93,8 +83,9 @@ def sharing_while_it_trains(trainer: Trainer, config: TreeConfig) -> Iterator[No
         "tree_config": _applicable(trainer, config),
         "_dta_padding_reader": _padding_reader(trainer, foreign),
         # None of TRL's own wants a cache that it did not ask for.
-        "_dta_reads_caches": foreign_method(trainer, _METHODS, _OF_ANY_RELEASE) is not None,
+        "_dta_reads_caches": foreign_method(trainer, STEP, _OF_ANY_RELEASE) is not None,
         "_dta_only_in_steps": True,
+        "__class__": property(lambda _: own),  # for code that asks the object: super(self.__class__, self)
         **_without_sharing(own),
     }
     try:
@@ -109,7 +100,7 @@ def sharing_while_it_trains(trainer: Trainer, config: TreeConfig) -> Iterator[No
         yield
     finally:
         shared._dta_end()
-        trainer.__class__ = own
+        vars(object)["__class__"].__set__(trainer, own)
 
 
 def _without_sharing(trainer_class: type) -> dict[str, Callable[..., Any]]:

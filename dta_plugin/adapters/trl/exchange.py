@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import distributed
 
+from dta_plugin.adapters.trl.foreign_hooks import window_reader
 from dta_plugin.adapters.trl.generation_batch import PADDING, Inputs, RowTable, row_obstacle
 from dta_plugin.adapters.trl.losses import composition_obstacle, counts_padding
 from dta_plugin.adapters.trl.micro_batch import MicroBatch, compared
-from dta_plugin.adapters.trl.origin import unknown_loss
 from dta_plugin.adapters.trl.protocols import GRPOLike
 from dta_plugin.adapters.trl.transfer import ImageShape, Moves, Shape, as_trl_has_it, moved, of_tensors
 from dta_plugin.balance.costs import TOKENS, SequenceCosts, loads
@@ -116,7 +116,7 @@ def _obstacle(trainer: GRPOLike, buffer: list[Inputs]) -> str | None:
         return "ranks share rows by tensor, context or sequence parallelism"
     if counts_padding(trainer):
         return "loss_type='luspo' depends on each rank's padding before TRL 1.10"
-    return row_obstacle(buffer) or unknown_loss(trainer) or composition_obstacle(trainer)
+    return row_obstacle(buffer) or window_reader(trainer) or composition_obstacle(trainer)
 
 
 def _mismatch(offers: list[_Offer]) -> str | None:

@@ -11,6 +11,7 @@ import torch
 
 from dta_plugin.adapters.trl.config import tree_config
 from dta_plugin.adapters.trl.exchange import exchange
+from dta_plugin.adapters.trl.foreign_hooks import gradient_reader, hook_obstacle, window_reader
 from dta_plugin.adapters.trl.generation_batch import Inputs, row_obstacle
 from dta_plugin.adapters.trl.images import row_images
 from dta_plugin.adapters.trl.losses import composition_obstacle
@@ -69,6 +70,7 @@ def prepare_inputs(
         return inputs
     is_new = buffer is not before
     runs_dense = tree_obstacle(trainer.model) or noise_obstacle(trainer) or _images_obstacle(trainer, buffer)
+    runs_dense = runs_dense or hook_obstacle(trainer.model, unknown_loss(trainer))
     if is_new and runs_dense is None:  # else on what TRL made
         buffer = trainer._buffered_inputs = _placed(trainer, config, state, buffer)
     slot = trainer._step % trainer.args.steps_per_generation
@@ -171,7 +173,7 @@ def _regroup_obstacle(trainer: GRPOLike, config: TreeConfig, buffer: list[Inputs
     obstacle = row_obstacle(buffer)
     if obstacle is not None or config.regroup == "always":
         return obstacle
-    if unknown_loss(trainer):
+    if window_reader(trainer):
         return ""
     reason = composition_obstacle(trainer)
     return reason and f"{reason}; regroup='always' regroups all the same"
@@ -185,9 +187,10 @@ def _images_obstacle(trainer: GRPOLike, buffer: list[Inputs]) -> str | None:
 
 
 def _say_what_stays(trainer: GRPOLike, config: TreeConfig, state: TreeState) -> None:
-    """One line where the loss is of unknown origin, about what is left alone and what would force it."""
+    """One line where the loss, or who reads its gradient, is not known: what is left alone and what would force it."""
     unknown = unknown_loss(trainer)
     if unknown is None:
+        _say_who_reads_gradients(trainer, state)
         return
     forced = ["regroup", "merge_window"] * (not replaced_preparation(trainer))
     forced += ["prune"] * (bool(forced) and foreign_reader(trainer) is None)
@@ -197,6 +200,15 @@ def _say_what_stays(trainer: GRPOLike, config: TreeConfig, state: TreeState) -> 
         + (f"; {', '.join(ways)} would treat it as TRL's own loss" if ways else ""),
         topic="unknown loss",
     )
+
+
+def _say_who_reads_gradients(trainer: GRPOLike, state: TreeState) -> None:
+    if trainer.args.gradient_accumulation_steps > 1 and (reader := gradient_reader(trainer)) is not None:
+        state.notices.say_once(
+            f"micro-batches of a window stay as TRL made them, because {reader}; regroup='always' and "
+            "merge_window='always' go by their sum alone",
+            topic="gradient reader",
+        )
 
 
 def _loss_is_fused(trainer: object) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 
+from dta_plugin.adapters.trl.foreign_hooks import window_reader
 from dta_plugin.adapters.trl.generation_batch import Inputs
 from dta_plugin.adapters.trl.micro_batch import MicroBatch, compared
-from dta_plugin.adapters.trl.origin import unknown_loss
 from dta_plugin.adapters.trl.protocols import GRPOLike
 from dta_plugin.adapters.trl.window import window_size
 from dta_plugin.balance.costs import TOKENS, SequenceCosts
@@ -43,7 +43,7 @@ def merges(
         notices.say_once(f"accumulation windows are not merged because of {obstacle}", level=logging.WARNING)
     is_chosen = obstacle is None and (
         config.merge_window == "always"
-        or (unknown_loss(trainer) is None and _pays(trainer, config, cost, buffer[:size], separate[:size]))
+        or (window_reader(trainer) is None and _pays(trainer, config, cost, buffer[:size], separate[:size]))
     )
     model = trainer.model_wrapped
     return all(gathered(model, is_chosen)) if is_collective(model) else is_chosen

@@ -26,6 +26,19 @@ _TRL = ("trl.trainer.", "trl.extras.", "transformers.", "accelerate.", "torch.")
 _ROW_LOCAL = ("trl.experimental.gmpo.",)
 
 
+# What transformers and TRL call in a step of a trainer without the log-prob hook.
+STEP = (
+    "training_step",
+    "_prepare_inputs",
+    "compute_loss",
+    "_compute_loss",
+    "concatenated_forward",
+    "get_batch_loss_metrics",
+    "prediction_step",
+)
+LIBRARIES = ("transformers.", "accelerate.", "torch.", "trl.extras.profiling")
+
+
 class _Link(NamedTuple):
     """One function in the chain that a call runs through. owner: the class, or the trainer, that has it."""
 
@@ -83,6 +96,17 @@ def foreign_method(owner: object, names: Iterable[str], known: tuple[str, ...]) 
     """The first of these methods whose module begins like none of the `known` ones, in words, or None."""
     links = (link for name in names for link in _links(owner, name))
     return next((str(link) for link in links if link.is_foreign(known)), None)
+
+
+def foreign_step(trainer: object, model: object) -> str | None:
+    """What of a trainer's step, or of its model's own head and loss, is of no library, in words, or None."""
+    known = (*LIBRARIES, "trl.", "dta_plugin.", "peft.")
+    own_loss = getattr(trainer, "compute_loss_func", None)
+    return (
+        foreign_method(trainer, STEP, known)
+        or foreign_method(model, ("forward",), known)
+        or (None if own_loss is None else "the trainer has compute_loss_func")
+    )
 
 
 def replaced_scoring(trainer: object) -> str | None:

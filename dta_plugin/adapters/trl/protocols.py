@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_callback import CallbackHandler
 
 from dta_plugin.adapters.trl.generation_batch import Inputs
 
@@ -83,6 +84,8 @@ class TrainerLike(Protocol):
     def model_wrapped(self) -> nn.Module: ...
     @property
     def state(self) -> TrainerState: ...
+    @property
+    def callback_handler(self) -> CallbackHandler: ...
     def add_callback(self, callback: TrainerCallback) -> None: ...
 
 

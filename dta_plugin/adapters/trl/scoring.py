@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
+from dta_plugin.adapters.trl.foreign_hooks import hook_notice, hook_obstacle
 from dta_plugin.adapters.trl.image_rows import image_rows
 from dta_plugin.adapters.trl.images import TOKEN_TYPES, input_obstacle
 from dta_plugin.adapters.trl.micro_batch import MicroBatch, joined, joined_images
 from dta_plugin.adapters.trl.noise import noise_obstacle
-from dta_plugin.adapters.trl.origin import replaced_scoring
+from dta_plugin.adapters.trl.origin import replaced_scoring, unknown_loss
 from dta_plugin.adapters.trl.protocols import GRPOLike
 from dta_plugin.adapters.trl.state import TreeState
 from dta_plugin.adapters.trl.window import unwrapped
@@ -28,7 +29,7 @@ from dta_plugin.execution.auto import run_tree
 from dta_plugin.execution.gate import saving_obstacle
 from dta_plugin.execution.prepared_batch import PreparedBatch, SequenceLogProbs, prepare_batch
 from dta_plugin.execution.probing.probe import latest_outcome
-from dta_plugin.models.introspection import causal_lm
+from dta_plugin.models.introspection import causal_lm, wrappings
 from dta_plugin.verify import check_batch
 
 Hook = Callable[..., tuple[torch.Tensor | None, ...]]
@@ -68,12 +69,15 @@ def tree_log_probs(
         padded = (model, *micro_batch.padded(input_ids, attention_mask))
         return tuple(map(micro_batch.only_scored, dense(*padded, *args, **kwargs)))
 
-    obstacle = replaced_scoring(trainer) or noise_obstacle(trainer)
+    whole = [*wrappings(model)][-1]
+    obstacle = replaced_scoring(trainer) or noise_obstacle(trainer) or hook_obstacle(whole, unknown_loss(trainer))
     obstacle = obstacle or input_obstacle(causal_lm(trainer.model), inputs, input_ids, attention_mask)
     if obstacle is not None:
         if state.config.on_unsupported == "error":
             raise not_exact(obstacle)
         return run_dense(_Decline(obstacle))
+    if (notice := hook_notice(whole)) is not None:
+        state.notices.say_once(notice, "hooks", logging.WARNING)
     values = call.waiting_values()
     if values is None:
         plan = call.planned()

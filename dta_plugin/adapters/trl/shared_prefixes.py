@@ -6,6 +6,7 @@ its own. A batch gives the loss and gradients that it gives the stock trainer.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,9 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
+from dta_plugin.adapters.trl.foreign_hooks import hook_notice, hook_obstacle
 from dta_plugin.adapters.trl.noise import noise_obstacle
+from dta_plugin.adapters.trl.origin import foreign_step
 from dta_plugin.adapters.trl.protocols import TrainerLike
 from dta_plugin.adapters.trl.state import TreeState, sharing_of
 from dta_plugin.adapters.trl.summary import summed_up
@@ -56,6 +59,8 @@ class SharedPrefixesMixin:
         report = self._dta_sharing.report
         if report is not None:
             self._dta_notices.say_report(report, self.tree_config.picture)
+            if (notice := hook_notice(decoder_of(causal_lm(self.model)))) is not None:
+                self._dta_notices.say_once(notice, "hooks", logging.WARNING)
         else:
             self._dta_notices.say_once(f"the model's own path: {self._dta_sharing.reason}", level=logging.WARNING)
         return loss
@@ -109,6 +114,7 @@ class SharedPrefixesMixin:
         if before is None:
             sharing.padding_reader, sharing.reads_caches = self._dta_padding_reader, self._dta_reads_caches
             sharing.is_paused = self._dta_only_in_steps
+            sharing.callers_obstacle = functools.partial(hook_obstacle, loss=foreign_step(self, causal_lm(model)))
             self._dta_begun.append(sharing)
             self._dta_unrehearsed.append(sharing)
         return sharing
