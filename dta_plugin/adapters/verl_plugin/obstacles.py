@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
@@ -54,7 +55,20 @@ def batch_obstacle(data: TensorDict) -> str | None:
             return reason
     if "routed_experts" in data.keys():  # noqa: SIM118 (a TensorDict)
         return "the batch has routed_experts (router replay), which are per row; switch the replay off"
+    if _counts_first_tokens(data):
+        return (
+            "loss_mask counts the first token of a row, so that verl's sft_loss reads what the end of the row before "
+            "it in the micro-batch predicts of it; set loss_mask to 0 there, as verl's own dataset does"
+        )
     return None
+
+
+def _counts_first_tokens(data: TensorDict) -> bool:
+    """Of SFT batches, whose mask is over all tokens; that of a PPO batch is over responses."""
+    mask: Any = data.get("loss_mask", None)
+    if mask is None or not mask.is_nested or not torch.equal(mask.offsets(), data["input_ids"].offsets()):
+        return False
+    return bool(mask.values()[mask.offsets()[:-1]].any())
 
 
 def text_obstacle(data: TensorDict) -> str | None:
