@@ -150,10 +150,9 @@ class TreeConfig:
         self.selection()
         _check_calibration(self.calibration)
         _check_picture(self.picture)
-        if self.max_tree_tokens_per_chunk is not None and self.max_tree_tokens_per_chunk < 1:
-            raise InvalidInputError(
-                f"max_tree_tokens_per_chunk={self.max_tree_tokens_per_chunk}. Expected None or at least 1."
-            )
+        most = self.max_tree_tokens_per_chunk
+        if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
+            raise InvalidInputError(f"max_tree_tokens_per_chunk={most!r}. Expected None or a whole number, at least 1.")
         if not isinstance(self.min_saving, (int, float)) or not 0.0 <= self.min_saving < 1.0:
             raise InvalidInputError(f"min_saving={self.min_saving!r}. Expected a share in [0, 1).")
         if not re.fullmatch(r"off|first|every:[1-9]\d*", str(self.verify)):

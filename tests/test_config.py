@@ -47,7 +47,16 @@ INVALID: dict[str, tuple[dict[str, object], str]] = {
     ),
     "floor": ({"token_selection": "urs", "token_floor": 0.0}, r"token_floor=0.0. Expected a probability in \(0, 1\]"),
     "sharing": ({"token_selection": "rpc", "token_sharing": "all"}, r"token_sharing='all'. Expected one of row, group"),
-    "no tokens": ({"max_tree_tokens_per_chunk": 0}, r"max_tree_tokens_per_chunk=0. Expected None or at least 1"),
+    "no tokens": ({"max_tree_tokens_per_chunk": 0}, r"max_tree_tokens_per_chunk=0. Expected None or a whole"),
+    "half a token": (
+        {"max_tree_tokens_per_chunk": 10.5},
+        r"max_tree_tokens_per_chunk=10.5. Expected None or a whole",
+    ),
+    "tokens as text": (
+        {"max_tree_tokens_per_chunk": "100"},
+        r"max_tree_tokens_per_chunk='100'. Expected None or a whole",
+    ),
+    "tokens true": ({"max_tree_tokens_per_chunk": True}, r"max_tree_tokens_per_chunk=True. Expected None or a whole"),
     "negative tokens": ({"max_tree_tokens_per_chunk": -5}, r"max_tree_tokens_per_chunk=-5"),
     "saving 1": ({"min_saving": 1.0}, r"min_saving=1.0. Expected a share in \[0, 1\)"),
     "saving < 0": ({"min_saving": -0.1}, r"min_saving=-0.1"),

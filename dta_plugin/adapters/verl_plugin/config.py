@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -34,6 +34,29 @@ def dta_options(rollout: Any) -> dict[str, Any]:
     if not isinstance(options, Mapping):
         raise InvalidInputError(f"Got {KEY}={options!r}. Expected fields of it, such as +{KEY}.executor=packed.")
     return {str(name): value for name, value in options.items()}
+
+
+def check_places(config: Any, key: str) -> None:
+    """Raises InvalidInputError where a run's configuration has an entry `dta` anywhere else than at `key`.
+
+    config: a DictConfig of the whole run. Hydra's `+` takes any name, and nothing reads what is in another place.
+    """
+    places = _places_of("dta", OmegaConf.to_container(config, resolve=False), ())
+    elsewhere = next((place for place in places if place != key), None)
+    if elsewhere is not None:
+        raise InvalidInputError(f"Got options in {elsewhere}, where nothing reads them. Expected +{key}.<option>.")
+
+
+def _places_of(name: str, node: Any, above: tuple[str, ...]) -> Iterator[str]:
+    """Where in a configuration, dotted, mappings have an entry of that name."""
+    if not isinstance(node, Mapping):
+        return
+    for key, below in node.items():
+        here = (*above, str(key))
+        if key == name:
+            yield ".".join(here)
+        else:
+            yield from _places_of(name, below, here)
 
 
 def tree_config(rollout: Any) -> TreeConfig | None:

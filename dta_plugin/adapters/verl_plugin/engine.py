@@ -31,7 +31,7 @@ from dta_plugin.adapters.verl_plugin.mini_batch import (
     decide,
     find,
 )
-from dta_plugin.adapters.verl_plugin.obstacles import packing_fault
+from dta_plugin.adapters.verl_plugin.packing import packing_faults
 from dta_plugin.adapters.verl_plugin.run_checks import saves_enough, take_own_path
 from dta_plugin.adapters.verl_plugin.tree_call import TreeCall, TreeOutputs
 from dta_plugin.adapters.verl_plugin.tree_engine import TreeEngineFrame
@@ -149,9 +149,11 @@ class TreeEngine(TreeEngineFrame, FSDPEngineWithLMHead):
         run.counts.add_dense(int(micro_batch["input_ids"].offsets()[-1]))
         with suppress(UnsupportedError):
             uninstall(causal_lm(self.module))
-            if (fault := packing_fault(self, micro_batch)) is not None:
-                self._dta_notices.say_once(f"verl's own path is not exact: {fault}", level=logging.WARNING)
-        return super().forward_step(micro_batch, loss_function, forward_only)
+        with packing_faults(self, micro_batch) as faults:
+            result = super().forward_step(micro_batch, loss_function, forward_only)
+        for fault in faults:
+            self._dta_notices.say_once(f"verl's own path is not exact: {fault}", level=logging.WARNING)
+        return result
 
     @contextmanager
     def _calling(self, call: TreeCall) -> Iterator[None]:

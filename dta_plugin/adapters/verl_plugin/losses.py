@@ -1,7 +1,7 @@
 """verl's losses as traits: which rows of a mini-batch may go to other micro-batches, and which tokens need not run.
 
 `ppo_loss` with one of verl's registered policy losses is known, and so are `value_loss` and `sft_loss`; any other loss
-is unknown.
+is unknown. So is a policy loss that a user has registered under a name of verl's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from tensordict import TensorDict
-from verl.trainer.ppo.core_algos import compute_value_loss
+from verl.trainer.ppo import core_algos
+from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, compute_value_loss
 from verl.utils import tensordict_utils as tu
 from verl.workers.utils.losses import ppo_loss, sft_loss, value_loss
 
@@ -43,6 +44,20 @@ def loss_mode(actor: Any) -> str:
     return str(actor.policy_loss.get("loss_mode", "vanilla"))
 
 
+def policy_traits(actor: Any) -> LossTraits:
+    """Of the policy loss in an actor's config."""
+    return traits_of(loss_mode(actor), POLICY_LOSSES) if is_verls_policy_loss(actor) else UNKNOWN
+
+
+def is_verls_policy_loss(actor: Any) -> bool:
+    """Whether the policy loss in an actor's config is verl's; `register_policy_loss` takes names that are in use.
+
+    Where the code stands tells: a wrapper takes over the name, and `__module__`, of what it wraps.
+    """
+    found = getattr(POLICY_LOSS_REGISTRY.get(loss_mode(actor)), "__globals__", {})
+    return found.get("__name__") == core_algos.__name__
+
+
 def update_traits(loss_function: Any, data: TensorDict) -> LossTraits:
     """What the whole loss of an update reads, KL term, entropy and normalisation included."""
     function = getattr(loss_function, "func", loss_function)
@@ -50,7 +65,7 @@ def update_traits(loss_function: Any, data: TensorDict) -> LossTraits:
         return _ALL_TOKENS
     config = ppo_config(loss_function)
     if config is not None:
-        traits = traits_of(loss_mode(config), POLICY_LOSSES)
+        traits = policy_traits(config)
         if config.use_kl_loss or tu.get_non_tensor_data(data, "calculate_entropy", False):
             traits = replace(traits, without_advantage="none")
     elif function is value_loss and _VALUES_BY_STEP:

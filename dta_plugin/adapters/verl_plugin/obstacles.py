@@ -2,21 +2,19 @@
 
 `batch_obstacle` looks at one rank's mini-batch, `images` at what pictures and positions it has; the engine lets all
 ranks agree. What the model itself rules out (recurrent layers that are not known, dropout, prompt tuning) is
-`models.support`'s to say. `packing_fault` is of verl's own path.
+`models.support`'s to say.
 """
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
+import torch
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 
 from dta_plugin.adapters.verl_plugin.images import position_obstacle, row_images
 from dta_plugin.adapters.verl_plugin.protocols import Engine
-from dta_plugin.models.introspection import causal_lm
-from dta_plugin.models.recurrent_layers import mixers
 
 _NEEDS_LOGITS = {
     "calculate_sum_pi_squared": (
@@ -54,7 +52,20 @@ def batch_obstacle(data: TensorDict) -> str | None:
             return reason
     if "routed_experts" in data.keys():  # noqa: SIM118 (a TensorDict)
         return "the batch has routed_experts (router replay), which are per row; switch the replay off"
+    if _counts_first_tokens(data):
+        return (
+            "loss_mask counts the first token of a row, so that verl's sft_loss reads what the end of the row before "
+            "it in the micro-batch predicts of it; set loss_mask to 0 there, as verl's own dataset does"
+        )
     return None
+
+
+def _counts_first_tokens(data: TensorDict) -> bool:
+    """Of SFT batches, whose mask is over all tokens; that of a PPO batch is over responses."""
+    mask: Any = data.get("loss_mask", None)
+    if mask is None or not mask.is_nested or not torch.equal(mask.offsets(), data["input_ids"].offsets()):
+        return False
+    return bool(mask.values()[mask.offsets()[:-1]].any())
 
 
 def text_obstacle(data: TensorDict) -> str | None:
@@ -65,30 +76,3 @@ def text_obstacle(data: TensorDict) -> str | None:
             "along; train on text"
         )
     return batch_obstacle(data) or position_obstacle(data, None)
-
-
-def packing_fault(engine: Engine, data: TensorDict) -> str | None:
-    """Why verl's own path would carry recurrent states from one packed row into the next, or None.
-
-    verl tells the layers of Qwen3.5's multimodal class where rows begin, and no others. Raises UnsupportedError
-    where there is no causal LM.
-    """
-    if not tu.get_non_tensor_data(data, "use_remove_padding", True):
-        return None
-    model = causal_lm(engine.module)
-    is_told = getattr(engine, "pass_packed_cu_seqlens", False)  # verl 0.9
-    if all(is_told and _keeps_rows_apart(getattr(mixer, "chunk_gated_delta_rule", None)) for mixer in mixers(model)):
-        return None
-    return (
-        f"recurrent layers of {type(model).__name__} run across packed rows: verl does not tell them where one begins, "
-        "or no kernel heeds it; set actor_rollout_ref.model.use_remove_padding=False (trees need neither)"
-    )
-
-
-def _keeps_rows_apart(rule: Any) -> bool:
-    """Whether a delta rule heeds `cu_seqlens`, or takes none, so that verl calls it row by row."""
-    if rule is None:
-        return False
-    parameters = inspect.signature(rule).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return "cu_seqlens" in parameters or not takes_any

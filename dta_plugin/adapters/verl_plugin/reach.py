@@ -11,8 +11,10 @@ from typing import Any
 from packaging.version import Version
 
 from dta_plugin.adapters.releases import VERL, say_if_untested, supported_release
+from dta_plugin.errors import InvalidInputError
 
 MODULE = "dta_plugin.adapters.verl"
+_PACKAGE, _CPU_PLATFORM = "dta_plugin", "dta_plugin.adapters.verl_cpu"  # the latter serves stock verl, too
 EXTERNAL_MODULES = "VERL_USE_EXTERNAL_MODULES"  # what verl imports in every process
 EXTERNAL_PLUGINS = "VERL_USE_EXTERNAL_PLUGINS"  # the entry points that it imports besides: auto, none or names
 ENTRY_POINT = "dta_plugin"
@@ -39,10 +41,23 @@ def unreached_trainer(found: str) -> str | None:
     return None
 
 
+def check_names(external_lib: str | Sequence[str] | None) -> None:
+    """Raises InvalidInputError where a setting `external_lib` names a module of the package that turns nothing on."""
+    for name in () if names_plugin(external_lib) else _names(external_lib):
+        if name.partition(".")[0] == _PACKAGE and not name.startswith(_CPU_PLATFORM):
+            raise InvalidInputError(
+                f"Got external_lib={name}, which does not turn prefix trees on. Expected external_lib={MODULE}."
+            )
+
+
 def names_plugin(external_lib: str | Sequence[str] | None) -> bool:
     """Whether a setting `external_lib`, one name or several, has the plugin in it."""
+    return MODULE in _names(external_lib)
+
+
+def _names(external_lib: str | Sequence[str] | None) -> list[str]:
     named = external_lib or []
-    return MODULE in ([named] if isinstance(named, str) else named)
+    return [named] if isinstance(named, str) else list(named)
 
 
 def chosen_in(model: Mapping[str, Any]) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from dta_plugin.adapters.verl_plugin.config import DIFFUSION, tree_config
+from dta_plugin.adapters.verl_plugin.config import DIFFUSION, KEY, check_places, tree_config
 from dta_plugin.adapters.verl_plugin.reach import no_entry_point
+from dta_plugin.adapters.verl_plugin.sft import options_key
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.training.notices import Notices, say
@@ -19,13 +20,15 @@ OF_POLICIES = (*STRATEGIES, MEGATRON)
 def check_run(config: Any) -> None:
     """config: of a PPO run, a DictConfig.
 
-    Raises InvalidInputError for wrong options, and UnsupportedError for settings of verl that they do not go with.
+    Raises InvalidInputError for wrong options and those in a wrong place, and UnsupportedError for settings of verl
+    that they do not go with.
     """
     from verl.trainer.ppo.utils import need_reference_policy
 
     from dta_plugin.adapters.verl_plugin.diffusion.guards import check_path
     from dta_plugin.adapters.verl_plugin.diffusion.worker import diffusion_settings
 
+    check_places(config, KEY)
     run = config.actor_rollout_ref
     options, diffusion = tree_config(run.rollout), diffusion_settings(run)
     if options is None and diffusion is None:
@@ -58,16 +61,15 @@ def critic_obstacle(config: Any) -> str | None:
     return no_entry_point()
 
 
-def refuse_strategy(config: TreeConfig | None, found: str) -> None:
+def refuse_strategy(
+    config: TreeConfig | None, found: str, settings: str = "actor_rollout_ref.actor.strategy, .ref.strategy"
+) -> None:
     """Raise UnsupportedError, or say that verl's own path runs, where all tokens are trained on and options allow it.
 
-    config: None for a diffusion LM.
+    config: None for a diffusion LM. settings: where the strategy is set.
     """
     expected = " or ".join(STRATEGIES if config is None else OF_POLICIES)
-    reason = (
-        f"{found}. Expected {expected} on this machine's own kind of device "
-        "(actor_rollout_ref.actor.strategy, .ref.strategy)"
-    )
+    reason = f"{found}. Expected {expected} on this machine's own kind of device ({settings})"
     if config is None:
         raise UnsupportedError(f"{DIFFUSION} is not available: {reason}.")
     if config.on_unsupported == "error" or config.selection():
@@ -79,8 +81,7 @@ def take_own_path(reason: str, config: TreeConfig, notices: Notices) -> None:
     """Raise UnsupportedError, or say once that verl's own path runs a mini-batch, as `on_unsupported` has it."""
     if config.on_unsupported == "error":
         raise UnsupportedError(
-            f"Prefix-tree execution is not exact here: {reason}. Or set "
-            "+actor_rollout_ref.rollout.custom.dta.on_unsupported=dense."
+            f"Prefix-tree execution is not exact here: {reason}. Or set +{options_key()}.on_unsupported=dense."
         )
     notices.say_once(f"verl's own path: {reason}", level=logging.WARNING)
 

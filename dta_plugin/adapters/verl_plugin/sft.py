@@ -12,9 +12,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from dta_plugin.adapters.verl_plugin.config import checked_options
+from dta_plugin.adapters.verl_plugin import config
+from dta_plugin.adapters.verl_plugin.config import check_places, checked_options
 from dta_plugin.config import TreeConfig
 
 KEY = "dta"
@@ -23,10 +24,30 @@ KEY = "dta"
 def options_of_command() -> TreeConfig | None:
     """Of the SFT command that this process runs: None where they leave verl's own path in place (`+dta.use_dta=false`).
 
-    The defaults in other processes. Raises InvalidInputError for wrong options.
+    The defaults in other processes. Raises InvalidInputError for wrong options and those in a wrong place.
     """
-    found = _command().get(KEY)
+    command = _command()
+    check_places(command, KEY)
+    found = command.get(KEY)
     return checked_options({} if found is None else OmegaConf.to_container(found, resolve=True), KEY)
+
+
+def options_key() -> str:
+    """Where the options of this process's command are, for messages that name one."""
+    return KEY if is_command() else config.KEY
+
+
+def command_has_options() -> bool:
+    """Whether this process's command has some, read or not."""
+    from hydra.core.hydra_config import HydraConfig
+
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    return any(override.lstrip("+").startswith(f"{KEY}.") for override in given)
+
+
+def is_command() -> bool:
+    """Whether this process runs an SFT command."""
+    return bool(_command())
 
 
 def as_numbers(train_batch: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,14 +70,15 @@ def as_numbers(train_batch: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _command() -> Any:
+def _command() -> DictConfig:
     """The configuration of this process's Hydra command; empty without one, and in a PPO run."""
     from hydra import compose
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig
 
     if not (HydraConfig.initialized() and GlobalHydra.instance().is_initialized()):
-        return {}
+        return OmegaConf.create()
     command = HydraConfig.get()
-    config = compose(command.job.config_name, overrides=list(command.overrides.task))
-    return {} if "actor_rollout_ref" in config else config
+    found = compose(command.job.config_name, overrides=list(command.overrides.task))
+    is_ppo = "actor_rollout_ref" in found and "engine" not in found  # Hydra's `+` may add the former to any
+    return OmegaConf.create() if is_ppo else found

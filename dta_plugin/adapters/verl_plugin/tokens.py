@@ -5,8 +5,8 @@ What has no weight is not computed: `JaggedRows` cuts every sequence after its l
 and counts of the batch stay full, and so do all numbers that verl divides by.
 
 Pruning leaves out tokens whose log-probs the loss cannot read: those of `response_mask` 0; and where neither a KL term
-nor an entropy reads it, an advantage of 0. Its one trace is in metrics that average over all tokens, such as ppo_kl: a
-token that is left out counts as unchanged there, with a ratio of 1.
+nor an entropy reads it, an advantage of 0. Its one trace is in metrics that average over all tokens, such as ppo_kl,
+and pg_clipfrac with some losses: a token that is left out counts as unchanged there, with a ratio of 1.
 """
 
 from __future__ import annotations
@@ -17,12 +17,19 @@ from tensordict import TensorDict
 from torch import nn
 from verl.utils import tensordict_utils as tu
 
-from dta_plugin.adapters.verl_plugin.config import KEY
 from dta_plugin.adapters.verl_plugin.jagged import JaggedRows, padded, set_weights
-from dta_plugin.adapters.verl_plugin.losses import POLICY_LOSSES, loss_mode, ppo_config, update_traits
+from dta_plugin.adapters.verl_plugin.losses import (
+    POLICY_LOSSES,
+    is_verls_policy_loss,
+    loss_mode,
+    policy_traits,
+    ppo_config,
+    update_traits,
+)
+from dta_plugin.adapters.verl_plugin.sft import options_key
 from dta_plugin.config import TreeConfig
 from dta_plugin.models.introspection import causal_lm
-from dta_plugin.training.losses import tokens_read, traits_of
+from dta_plugin.training.losses import tokens_read
 from dta_plugin.training.tokens import DrawnTokens, draw_tokens
 
 _MOST_PASSES = 2**20
@@ -50,20 +57,22 @@ def selection_obstacle(data: TensorDict, loss_function: Any, config: TreeConfig)
     """Why `token_selection` cannot be applied to an update, with the remedy, or None."""
     if config.selection() is None:
         return None
-    given = f"Got {KEY}.token_selection={config.token_selection}"
+    key = options_key()
+    given = f"Got {key}.token_selection={config.token_selection}"
     actor = ppo_config(loss_function)
     if actor is None:
         name = getattr(getattr(loss_function, "func", loss_function), "__name__", loss_function)
-        return f"{given} with the loss function {name}. Expected verl's ppo_loss. Or set {KEY}.token_selection=all."
-    if not traits_of(loss_mode(actor), POLICY_LOSSES).is_token_sum:
+        return f"{given} with the loss function {name}. Expected verl's ppo_loss. Or set {key}.token_selection=all."
+    if not policy_traits(actor).is_token_sum:
         usable = sorted(name for name, traits in POLICY_LOSSES.items() if traits.is_token_sum)
+        whose = "" if is_verls_policy_loss(actor) else " (not verl's own)"
         return (
-            f"{given} with actor_rollout_ref.actor.policy_loss.loss_mode={loss_mode(actor)}, in which the loss of a "
-            "token may read other tokens, so that a part of them does not give its mean. Expected one of "
-            f"{', '.join(usable)}. Or set {KEY}.token_selection=all."
+            f"{given} with actor_rollout_ref.actor.policy_loss.loss_mode={loss_mode(actor)}{whose}, in which the "
+            "loss of a token may read other tokens, so that a part of them does not give its mean. Expected one of "
+            f"verl's own {', '.join(usable)}. Or set {key}.token_selection=all."
         )
     if tu.get_non_tensor_data(data, "return_model_output", False):
-        return f"{given} with return_model_output, which wants all log-probs. Set {KEY}.token_selection=all."
+        return f"{given} with return_model_output, which wants all log-probs. Set {key}.token_selection=all."
     return None
 
 

@@ -10,6 +10,7 @@ plugin is imported in the trainer's process, too, if `external_lib` names it. No
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -17,8 +18,11 @@ from types import ModuleType
 from typing import Any
 
 from dta_plugin.adapters.imports import when_imported
-from dta_plugin.adapters.verl_plugin.reach import MODULE, chosen_in, names_plugin
+from dta_plugin.adapters.verl_plugin.reach import MODULE, check_names, chosen_in, names_plugin
 from dta_plugin.adapters.verl_plugin.upstream import BEFORE_MODELS, WORKERS
+from dta_plugin.training.notices import say
+
+_UNREAD = f"verl's own path: there are options in {{}}, but no external_lib={MODULE}"
 
 
 def watch() -> None:
@@ -41,9 +45,13 @@ def _prepared(stock: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(stock)
     def wrapped(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-        if chosen_in(trainer.config.actor_rollout_ref.model):
+        run = trainer.config.actor_rollout_ref
+        check_names(run.model.get("external_lib"))
+        if chosen_in(run.model):
             import_module(MODULE)
-        if MODULE in sys.modules:
+        if MODULE not in sys.modules:
+            _say_if_options_do_nothing(run.rollout)
+        else:
             from dta_plugin.adapters.verl_plugin import balance, run_checks, summary
 
             run_checks.check_run(trainer.config)
@@ -57,6 +65,14 @@ def _prepared(stock: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
+def _say_if_options_do_nothing(rollout: Any) -> None:
+    """Of a PPO run without the plugin."""
+    from dta_plugin.adapters.verl_plugin.config import KEY
+
+    if (rollout.get("custom") or {}).get("dta"):
+        say(_UNREAD.format(KEY), logging.WARNING)
+
+
 def _extend_workers(module: ModuleType) -> None:
     worker = module.TrainingWorker
     if not hasattr(worker.__init__, "_dta_stock"):
@@ -68,8 +84,15 @@ def _importing(init: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(init)
     def wrapped(worker: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        if names_plugin(getattr(config.model_config, "external_lib", None)):
+        external_lib = getattr(config.model_config, "external_lib", None)
+        check_names(external_lib)
+        if names_plugin(external_lib):
             import_module(MODULE)
+        elif MODULE not in sys.modules:
+            from dta_plugin.adapters.verl_plugin import sft
+
+            if sft.command_has_options():
+                say(_UNREAD.format(sft.KEY), logging.WARNING)
         init(worker, config, *args, **kwargs)
 
     wrapped._dta_stock = init  # type: ignore[attr-defined]

@@ -48,6 +48,7 @@ _OF_ENGINES = (
     Name("verl.workers.utils.losses:sft_loss", ("config", "data")),
     Name("verl.workers.utils.losses:agg_loss", ("loss_mat", "loss_mask")),
     Name("verl.trainer.ppo.core_algos:agg_loss", ("loss_mat", "loss_mask")),
+    Name("verl.trainer.ppo.core_algos:POLICY_LOSS_REGISTRY"),
     Name("verl.utils.torch_functional:masked_mean", ("values", "mask")),
     Name("verl.utils.tensordict_utils:get_non_tensor_data"),
     Name("verl.utils.tensordict_utils:assign_non_tensor_data"),

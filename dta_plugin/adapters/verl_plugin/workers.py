@@ -11,7 +11,7 @@ from dta_plugin.adapters.verl_plugin.config import tree_config
 from dta_plugin.adapters.verl_plugin.protocols import TreePolicyEngine, Worker
 from dta_plugin.adapters.verl_plugin.reach import unreached_separate_trainer
 from dta_plugin.adapters.verl_plugin.run_checks import refuse_strategy
-from dta_plugin.adapters.verl_plugin.sft import options_of_command
+from dta_plugin.adapters.verl_plugin.sft import is_command, options_of_command
 from dta_plugin.adapters.verl_plugin.upstream import check_worker
 from dta_plugin.training.notices import say
 
@@ -46,7 +46,10 @@ def passing_options_on(set_dispatch_collect: Callable[..., None]) -> Callable[..
 
 
 def passing_sft_options_on(init: Callable[..., None]) -> Callable[..., None]:
-    """`TrainingWorker.__init__`: an engine knows the options of an SFT command before its model is built."""
+    """`TrainingWorker.__init__`: an engine knows the options of an SFT command before its model is built.
+
+    Raises InvalidInputError for wrong ones, and UnsupportedError as `passing_options_on` does.
+    """
 
     @functools.wraps(init)
     def wrapped(worker: Any, *args: Any, **kwargs: Any) -> None:
@@ -54,5 +57,8 @@ def passing_sft_options_on(init: Callable[..., None]) -> Callable[..., None]:
         init(worker, *args, **kwargs)
         if isinstance(worker.engine, TreePolicyEngine):
             worker.engine.configure_early(options)
+        elif options is not None and worker.config.model_type == "language_model" and is_command():
+            found = f"strategy {worker.engine_config.strategy!r} runs in {type(worker.engine).__name__}"
+            refuse_strategy(options, found, "engine.strategy")
 
     return wrapped

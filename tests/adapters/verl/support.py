@@ -148,8 +148,7 @@ def build(setup: Setup, folder: Path, tree: bool) -> Any:
         enable_gradient_checkpointing=setup.checkpointing,
         lora_rank=4 if setup.lora else 0,
         lora_adapter_path=str(folder / "adapter") if setup.lora else None,
-        override_config={"attn_implementation": "sdpa"},
-        **setup.model,
+        **({"override_config": {"attn_implementation": "sdpa"}} | setup.model),
     )
     kinds = ("param_dtype", "reduce_dtype", "buffer_dtype")
     engine = FSDPEngineConfig(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from verl.utils import tensordict_utils as tu
 from dta_plugin.adapters.verl_plugin import losses, tokens
 from dta_plugin.adapters.verl_plugin.engine import TreeEngine
 from dta_plugin.config import TreeConfig
+from dta_plugin.errors import InvalidInputError
 from tests.adapters.verl import updates
 from tests.adapters.verl.support import Setup, Step, actor_config, build, nested
 from tests.adapters.verl.updates import Update, relative, sampled, updated, without_regularisers
@@ -143,6 +145,33 @@ def test_unknown_losses_and_readers_keep_everything(engine: TreeEngine, monkeypa
     known = without_regularisers(actor_config(Step()))
     assert updated(engine, data, ALL, known).metrics["dta/pruned_tokens"] == 0
     assert updated(engine, _batch(engine), ALL, known).metrics["dta/pruned_tokens"] > 0
+
+
+def _reads_its_row(old_log_prob: Any, log_prob: Any, advantages: Any, response_mask: Any, **kwargs: Any) -> Any:
+    """A policy loss of a user's, in which a token without an advantage counts."""
+    summed = (log_prob * response_mask).sum(-1, keepdim=True)
+    of_micro_batch = (log_prob * response_mask).mean()
+    return ((advantages * log_prob + 0.1 * summed * of_micro_batch) * response_mask).sum() / 100, {}
+
+
+def test_a_users_loss_under_a_name_of_verls(engine: TreeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of it is known: it has verl's own micro-batches and all tokens, and a selection is refused."""
+    verls, known = POLICY_LOSS_REGISTRY["vanilla"], losses.is_verls_policy_loss
+    monkeypatch.setitem(POLICY_LOSS_REGISTRY, "vanilla", verls)
+    actor = without_regularisers(actor_config(Step()))
+    assert losses.policy_traits(actor).is_token_sum
+    for own in (_reads_its_row, functools.wraps(verls)(_reads_its_row)):
+        register_policy_loss("vanilla")(own)
+        dense = TreeConfig(min_saving=0.99)
+        expected, found = (updated(engine, _batch(engine), config, actor) for config in (dense, ALL))
+        assert expected.metrics["dta/dense_fallback"] == 1 and found.metrics["dta/dense_fallback"] == 0
+        assert relative(found.gradient, expected.gradient) < 1e-5 and found.metrics["dta/pruned_tokens"] == 0
+        with pytest.raises(InvalidInputError, match=r"loss_mode=vanilla \(not verl's own\)"):
+            updated(engine, _batch(engine), TreeConfig(token_selection="rpc"), actor)
+        monkeypatch.setattr(losses, "is_verls_policy_loss", lambda _: True)
+        wrong = updated(engine, _batch(engine), ALL, actor)  # negative control
+        assert relative(wrong.gradient, expected.gradient) > 1e-3
+        monkeypatch.setattr(losses, "is_verls_policy_loss", known)
 
 
 def test_log_probs_of_what_did_not_run(engine: TreeEngine, monkeypatch: pytest.MonkeyPatch) -> None:

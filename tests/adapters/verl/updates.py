@@ -63,16 +63,18 @@ def updated(engine: Any, data: TensorDict, config: TreeConfig, actor: FSDPActorC
     engine.module.train()  # not `train_mode`, which collects garbage for a third of a second in verl 0.8
     engine.optimizer_zero_grad()
     output = engine.forward_backward_batch(given, loss_function)
-    gradient = torch.cat([_local(p.grad).flatten() for p in engine.module.parameters() if p.grad is not None])
+    gradient = local_gradient(engine)
     engine.optimizer_zero_grad()
     left = {key for key in set(given.keys()) - keys if key.startswith("dta")}
     assert not left, f"entries of the plugin are left: {left}"
     metrics = {name: value.aggregate() for name, value in output["metrics"].items() if hasattr(value, "aggregate")}
-    return Update(metrics | {"loss": sum(output["loss"])}, gradient.clone())
+    return Update(metrics | {"loss": sum(output["loss"])}, gradient)
 
 
-def _local(gradient: Any) -> torch.Tensor:
-    return gradient.to_local() if hasattr(gradient, "to_local") else gradient
+def local_gradient(engine: Any) -> torch.Tensor:
+    """Of all parameters, flat: this rank's part."""
+    found: list[Any] = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return torch.cat([(grad.to_local() if hasattr(grad, "to_local") else grad).flatten() for grad in found])
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
