@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from dta_plugin.config import TreeConfig
@@ -56,16 +58,13 @@ def sequence_logprobs(
         which path ran; ``anchor`` is 0, differentiable in all parameters.
 
     Raises:
-        InvalidInputError: an empty batch or sequence, a mask of the wrong length, a temperature that is not positive,
-            NaN in the model's output, an executor that cannot do what is asked for, ``token_selection``,
+        InvalidInputError: an empty batch or sequence, a mask of the wrong length, a temperature that is not finite
+            and above 0, NaN in the model's output, an executor that cannot do what is asked for, ``token_selection``,
             ``picture``.
         UnsupportedError: the tree would not be exact. With ``config.on_unsupported == "dense"`` the dense path runs.
         VerificationError: with ``config.verify``, the tree differs from the dense path by more than rounding.
     """
-    own = None if isinstance(temperature, (int, float)) else list(temperature)
-    common = float(temperature) if isinstance(temperature, (int, float)) else 1.0
-    if not common > 0:
-        raise InvalidInputError(f"temperature={common}. Expected a number above 0; 1.0 leaves logits as they are.")
+    common, own = _temperatures(temperature)
     config = config or TreeConfig()
     if config.selection() is not None:
         raise InvalidInputError(
@@ -92,6 +91,17 @@ def sequence_logprobs(
             raise
         batch = replace(batch, reason=str(error))
         return run_dense(model, batch, temperature=common, return_entropy=return_entropy)
+
+
+def _temperatures(given: float | Sequence[float]) -> tuple[float, list[float] | None]:
+    """The common one, and those of the sequences where they have their own, which then count alone."""
+    values = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    if not all(isinstance(value, (int, float, torch.Tensor)) and 0.0 < value < math.inf for value in values):
+        raise InvalidInputError(
+            f"temperature={given!r}. Expected a finite number above 0, or a list of one per sequence; 1.0 leaves "
+            "logits as they are."
+        )
+    return (1.0, [float(value) for value in values]) if isinstance(given, Iterable) else (float(given), None)
 
 
 @contextmanager

@@ -1,8 +1,23 @@
 """The two exceptions of the package. Both messages say what was given, what was expected and what to do."""
 
+from __future__ import annotations
+
 
 class InvalidInputError(ValueError):
-    """An argument, option or batch that cannot be used as given."""
+    """An argument, option or batch that cannot be used as given.
+
+    option: the field of TreeConfig whose value it is, if it is one; the message then begins with its name.
+    """
+
+    def __init__(self, message: str, option: str | None = None) -> None:
+        super().__init__(message)
+        self.option = option
+
+    def named(self, where: str) -> InvalidInputError:
+        """The same with the option's name as whoever gave it wrote it; the very same if it is about no option."""
+        if self.option is None:
+            return self
+        return InvalidInputError(f"{where}{str(self).removeprefix(self.option)}", option=self.option)
 
 
 class UnsupportedError(RuntimeError):

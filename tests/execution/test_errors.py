@@ -39,7 +39,11 @@ INPUTS: dict[str, tuple[dict[str, object], str]] = {
     "scored of another shape": ({"scored": [[True], 1]}, r"scored\[0\] has shape \(1,\).*shape \(3,\).*or an int"),
     "scored of another dtype": ({"scored": [[0, 1, 1], 1]}, r"scored\[0\].*dtype int64.*bool mask"),
     "token 0 scored": ({"scored": [0, 1]}, r"scored\[0\] is 0.*>= 1: token 0 has no log-prob"),
-    "temperature": ({"temperature": 0.0}, r"temperature=0.0.*above 0; 1.0 leaves"),
+    "endless temperature": ({"temperature": float("inf")}, r"temperature=inf. Expected a finite number above 0"),
+    "temperature as text": ({"temperature": "1"}, r"temperature='1'. Expected a finite number above 0, or a list"),
+    "no temperature": ({"temperature": None}, r"temperature=None. Expected a finite number above 0"),
+    "a temperature as text": ({"temperature": ["1", 1.0]}, r"temperature=\['1', 1.0\]. Expected a finite number"),
+    "temperature": ({"temperature": 0.0}, r"temperature=0.0.*above 0.*; 1.0 leaves"),
     "flex on a CPU": ({"config": TreeConfig(backend="flex")}, r"backend='flex'.*no backward.*Use backend='auto'"),
 }
 

@@ -64,5 +64,6 @@ def checked_options(options: Mapping[str, Any], key: str) -> TreeConfig | None:
     try:
         config = TreeConfig.from_options(given)
     except InvalidInputError as error:
-        raise InvalidInputError(f"In {key}: {error}") from None
+        named = error.named(f"{key}.{error.option}") if error.option else InvalidInputError(f"In {key}: {error}")
+        raise named from None
     return config if use_dta else None
