@@ -18,10 +18,22 @@ from dta_plugin.execution.prepared_batch import SequenceLogProbs, prepare_batch
 from dta_plugin.models.dispatch import install
 from dta_plugin.models.introspection import causal_lm
 from dta_plugin.models.vision.units import ImageInputs
+from dta_plugin.option_places import Place, Scope
 from dta_plugin.tree.layout import Scored
 from dta_plugin.tree.trie import TokenSequence
 from dta_plugin.verify import check_batch
 
+PLACE = Place(
+    "in sequence_logprobs",
+    {Scope.CALL, Scope.BATCH},
+    "the sequences run as they are given, and the loss is the caller's",
+    {
+        "calibration": "there is no dense path of a trainer whose time could be predicted; min_saving goes by FLOPs",
+        "token_selection": "there is no loss to weigh (draw tokens with dta_plugin.token_selection.select.draw, pass "
+        "them as scored=, and weigh their terms by Drawn.weights)",
+        "picture": "a trainer has a first step (dta_plugin.tree.picture.draw_svg(result.report.tree) draws any call)",
+    },
+)
 # 0-based number of each model's last call with `verify` on.
 _call_numbers: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
@@ -59,24 +71,14 @@ def sequence_logprobs(
 
     Raises:
         InvalidInputError: an empty batch or sequence, a mask of the wrong length, a temperature that is not finite
-            and above 0, NaN in the model's output, an executor that cannot do what is asked for, ``token_selection``,
-            ``picture``.
+            and above 0, NaN in the model's output, an executor that cannot do what is asked for, an option
+            that does nothing here.
         UnsupportedError: the tree would not be exact. With ``config.on_unsupported == "dense"`` the dense path runs.
         VerificationError: with ``config.verify``, the tree differs from the dense path by more than rounding.
     """
     common, own = _temperatures(temperature)
     config = config or TreeConfig()
-    if config.selection() is not None:
-        raise InvalidInputError(
-            f"token_selection={config.token_selection!r} outside of a trainer, where there is no loss to weigh. Draw "
-            "tokens with dta_plugin.token_selection.select, pass them as scored=, and weigh their terms by "
-            "Drawn.weights."
-        )
-    if config.picture is not None:
-        raise InvalidInputError(
-            f"picture={config.picture!r} outside of a trainer, which has a first step. Leave it out, and write to a "
-            "file what dta_plugin.tree.picture.draw_svg(result.report.tree) returns."
-        )
+    PLACE.check(config)
     batch = prepare_batch(model, sequences, scored, config, temperatures=own, images=images)
     if not batch.use_tree:
         return run_dense(model, batch, temperature=common, return_entropy=return_entropy)

@@ -10,20 +10,17 @@ import functools
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from dta_plugin.errors import InvalidInputError
+from dta_plugin.option_places import Scope, option
 from dta_plugin.option_types import check_type, choices, types_of
 from dta_plugin.token_selection.select import TokenSelection
 
 _QUOTE = "a bare off in YAML means false: quote it"
 _SVG_EXPECTED = "Expected a file that ends in .svg, where one can be written"
-
-
-def _option(default: object, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,98 +34,126 @@ class TreeConfig:
         InvalidInputError: a value that is not one of those described, or options that exclude each other.
     """
 
-    backend: Literal["auto", "cpu", "flex", "reference", "triton"] = _option(
+    backend: Literal["auto", "cpu", "flex", "reference", "triton"] = option(
         "auto",
         "Who computes attention: auto (Triton kernels on NVIDIA GPUs, the native path on CPUs, FlexAttention where "
         "neither serves), triton, cpu, flex, or reference (dense mask, slow, for checking).",
+        Scope.CALL,
     )
-    executor: Literal["auto", "packed", "streamed"] = _option(
+    executor: Literal["auto", "packed", "streamed"] = option(
         "auto",
         "Who calls the model: packed (the whole tree in one call), streamed (chunk by chunk, forward and backward, for "
         "trees larger than memory), or auto (packed where the tree fits max_tree_tokens_per_chunk, else streamed).",
+        Scope.BATCH,
+        elsewhere="packed",
     )
-    max_tree_tokens_per_chunk: int | None = _option(
+    max_tree_tokens_per_chunk: int | None = option(
         None,
         "Most tree tokens whose activations are alive at once: the memory knob. None: from free memory. Larger trees "
         "are streamed; where they cannot be, as with executor=packed, they run in one call, and the report says so.",
+        Scope.BATCH,
     )
-    min_saving: float = _option(
+    min_saving: float = option(
         0.0,
         "Share of the dense path's time that the tree must save, in [0, 1); below it the dense path runs. Time is "
         "predicted if `dta calibrate` has measured it, else FLOPs count, of which a tree never needs more: 0 then "
         "means always the tree, which without sharing is plain padding-free packing.",
+        Scope.CALL,
     )
-    calibration: str = _option(
+    calibration: str = option(
         "auto",
         "Measured speeds to decide and balance by: auto (what `dta calibrate` stored for this machine and model; FLOPs "
         "where there is nothing), off (FLOPs), or the file that it wrote with --output.",
+        Scope.WINDOW,
+        elsewhere="off",
     )
-    probe: Literal["auto", "off"] = _option(
+    probe: Literal["auto", "off"] = option(
         "auto",
         "Before a model's first tree, run a small forest both ways and refuse the tree where log-probs differ by more "
         "than rounding: auto (once per model, set of adapters and precision), or off.",
+        Scope.CALL,
     )
-    verify: str = _option(
+    verify: str = option(
         "off",
         "Compare log-probs and every gradient with the dense path, within what rounding explains: off, first (first "
         "call only), or every:N (every N-th call).",
+        Scope.BATCH,
     )
-    regroup: Literal["auto", "always", "never"] = _option(
+    regroup: Literal["auto", "always", "never"] = option(
         "auto",
         "Put siblings into one micro-batch after the framework has shuffled and split a generation batch: auto (where "
         "the optimizer step's gradient cannot change), always, or never.",
+        Scope.LOSS,
+        elsewhere="never",
     )
-    merge_window: Literal["auto", "always", "never"] = _option(
+    merge_window: Literal["auto", "always", "never"] = option(
         "auto",
         "One tree for all micro-batches of a gradient-accumulation window, so that siblings meet even with a batch of "
         "one: auto (where that saves more than separate trees), always, or never. Same gradient, loss and metrics.",
+        Scope.WINDOW,
+        elsewhere="never",
     )
-    balance_ranks: Literal["never", "always"] = _option(
+    balance_ranks: Literal["never", "always"] = option(
         "never",
         "Move rows between ranks after a generation, within their optimizer step, so that siblings meet and every rank "
         "costs alike: never, or always (where the gradient cannot change). Ranks exchange token ids and moved rows.",
+        Scope.WINDOW,
     )
-    prune: Literal["auto", "always", "never"] = _option(
+    prune: Literal["auto", "always", "never"] = option(
         "auto",
         "Leave tokens whose log-probs no loss reads (rows with advantage 0, masked turns) out of the update, exactly: "
         "auto (where the trainer's loss is known), always (a loss that is not known is taken to read what the "
         "framework's does), or never (all tokens run, as for the metric `entropy` of all rows).",
+        Scope.LOSS,
+        elsewhere="never",
     )
-    token_selection: str = _option(
+    token_selection: str = option(
         "all",
         "Update on a random subset of completion tokens, weighted to have all tokens' loss and gradient on average "
         "(NAT): all (no subset), rpc (a prefix of every row; what is cut off is not computed), rpc-uniform or "
         "rpc-two-point (other laws of cuts), or urs (single tokens; saves only the LM head).",
+        Scope.LOSS,
     )
-    token_budget: float | None = _option(
-        None, "Share of completion tokens that token_selection keeps on average, in (0, 1]. None: 0.5."
+    token_budget: float | None = option(
+        None,
+        "Share of completion tokens that token_selection keeps on average, in (0, 1]. None: 0.5.",
+        Scope.LOSS,
     )
-    token_min_prefix: int | None = _option(
-        None, "First tokens of every completion that token_selection always keeps. None: 1."
+    token_min_prefix: int | None = option(
+        None,
+        "First tokens of every completion that token_selection always keeps. None: 1.",
+        Scope.LOSS,
     )
-    token_floor: float | None = _option(
+    token_floor: float | None = option(
         None,
         "Smallest probability with which token_selection keeps a token; the largest weight is its inverse. None: 0.8 "
         "times token_budget.",
+        Scope.LOSS,
     )
-    token_sharing: str | None = _option(
+    token_sharing: str | None = option(
         None,
         "How rpc draws its cuts: row (each by itself), or group (spread evenly over siblings, so that a group's "
         "gradient varies less). None: group.",
+        Scope.LOSS,
     )
-    on_unsupported: Literal["error", "dense"] = _option(
-        "error", "What to do where the tree would not be exact: error, or dense (run the dense path, say so once)."
+    on_unsupported: Literal["error", "dense"] = option(
+        "error",
+        "What to do where the tree would not be exact: error, or dense (run the dense path, say so once).",
+        Scope.CALL,
     )
-    on_nonfinite: Literal["auto", "error", "pass"] = _option(
+    on_nonfinite: Literal["auto", "error", "pass"] = option(
         "auto",
         "What to do with log-probs that are NaN or infinite: error, pass (the loss gets them), or auto (pass where a "
         "loss scaler, as with fp16, will skip the step; else error).",
+        Scope.BATCH,
+        elsewhere="pass",
     )
-    picture: str | None = _option(
+    picture: str | None = option(
         None,
         "SVG file into which the first process draws the first tree that is trained on, as `dta inspect --svg` draws "
         "one: a row per sequence, darker where more of them share. Its folder is made if need be, an existing file is "
         "overwritten. None: no picture.",
+        Scope.TRAINING,
     )
 
     def __post_init__(self) -> None:

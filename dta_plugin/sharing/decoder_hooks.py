@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel
 
 from dta_plugin.attention import TreeMask
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import InvalidInputError, UnsupportedError
+from dta_plugin.errors import UnsupportedError
 from dta_plugin.execution.packed import check_every_layer_hit, model_inputs
 from dta_plugin.execution.probing.probe import probe
 from dta_plugin.execution.ranks import is_fsdp
@@ -31,6 +30,7 @@ from dta_plugin.models.introspection import causal_lm, decoder_of, model_cost
 from dta_plugin.models.rotary import padded_length_obstacle
 from dta_plugin.models.support import dropout_obstacle
 from dta_plugin.models.vision.support import text_model_of
+from dta_plugin.option_places import Place, Scope
 from dta_plugin.sharing.images import TOKEN_KINDS, arguments_with_images, hand_on, image_arguments
 from dta_plugin.sharing.obstacles import model_obstacle, named_arguments, padding_obstacle
 from dta_plugin.sharing.padded import OF_THE_LOSS, PaddedBatch, spread
@@ -39,7 +39,13 @@ from dta_plugin.tree.layout import TreeLayout
 from dta_plugin.tree.report import TreeReport
 from dta_plugin.tree.totals import Totals
 
-OPTIONS = {"backend", "min_saving", "probe", "on_unsupported"}  # of TreeConfig, that apply
+PLACE = Place(
+    "in share_prefixes",
+    {Scope.CALL},
+    "each call runs its batch as one packed tree, and the loss is its caller's (for trees larger than memory use "
+    "dta_plugin.sequence_logprobs, which streams)",
+    {"picture": "a trainer has a first step (dta_plugin.tree.picture.draw_svg(handle.report.tree) draws any call)"},
+)
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -71,7 +77,7 @@ def share_prefixes(model: nn.Module, config: TreeConfig | None = None) -> Prefix
         InvalidInputError: an option of `config` that does not apply.
     """
     config = config or TreeConfig()
-    _check_options(config)
+    PLACE.check(config)
     base = causal_lm(model)
     decoder = decoder_of(base)
     obstacle = model_obstacle(model)
@@ -287,14 +293,3 @@ def handle_of(decoder: nn.Module) -> PrefixSharing | None:
 def _spread_flat(values: torch.Tensor, batch: PaddedBatch) -> torch.Tensor:
     """Router logits [T, experts] -> [B * L, experts]; the router loss leaves padding out by the attention mask."""
     return spread(values.reshape(batch.tree.tree_tokens, -1), batch).flatten(0, 1)
-
-
-def _check_options(config: TreeConfig) -> None:
-    given = [f.name for f in fields(TreeConfig) if getattr(config, f.name) != f.default]
-    other = [name for name in given if name not in OPTIONS and (name, config.executor) != ("executor", "packed")]
-    if other:
-        raise InvalidInputError(
-            f"share_prefixes got {', '.join(f'{name}={getattr(config, name)!r}' for name in other)}. Expected "
-            f"{', '.join(sorted(OPTIONS))} only: each call runs its batch as one packed tree. For trees larger than "
-            "memory use dta_plugin.sequence_logprobs, which streams."
-        )

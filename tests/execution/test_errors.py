@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from transformers import (
 
 import dta_plugin
 from dta_plugin import InvalidInputError, TreeConfig, UnsupportedError
+from dta_plugin.verify import compare
 from tests.support.models import random_model, tiny_config, tiny_model
 from tests.support.oracle import dense
 from tests.support.trees import SHAPES, star
@@ -233,9 +236,30 @@ def test_chunks_are_reported() -> None:
 
 
 def test_no_first_step_outside_of_a_trainer() -> None:
+    picture = TreeConfig(picture="tree.svg")
     with pytest.raises(
-        InvalidInputError, match=r"picture='tree.svg' outside of a trainer.*draw_svg\(result.report.tree"
+        InvalidInputError, match=r"picture='tree.svg' does nothing in seq.*a trainer has a first.*svg\("
     ):
-        dta_plugin.sequence_logprobs(MODEL, SEQUENCES, TreeConfig(picture="tree.svg"))
-    with pytest.raises(InvalidInputError, match=r"share_prefixes got picture='tree.svg'"):
-        dta_plugin.share_prefixes(MODEL, TreeConfig(picture="tree.svg"))
+        dta_plugin.sequence_logprobs(MODEL, SEQUENCES, picture)
+    with pytest.raises(InvalidInputError, match=r"picture='tree.svg' does nothing in share_prefixes: a trainer has"):
+        dta_plugin.share_prefixes(MODEL, picture)
+
+
+@pytest.mark.parametrize("name", ["prune", "regroup", "merge_window", "balance_ranks", "calibration"])
+def test_options_of_trainers_do_nothing_in_a_call(name: str, tmp_path: Path) -> None:
+    (tmp_path / "garbage").write_text("garbage")
+    value = str(tmp_path / "garbage") if name == "calibration" else "always"
+    config = TreeConfig.from_options({name: value})
+    for call in (dta_plugin.sequence_logprobs, compare):
+        with pytest.raises(InvalidInputError, match=rf"{name}='.*' does nothing in .*Leave it out. Expected only b"):
+            call(MODEL, SEQUENCES, config=config)
+    with pytest.raises(InvalidInputError, match=rf"{name}='.*' does nothing in share_prefixes"):
+        dta_plugin.share_prefixes(MODEL, config)
+
+
+def test_saying_what_happens_anyway_is_no_error() -> None:
+    anyway = TreeConfig(prune="never", regroup="never", merge_window="never", calibration="off")
+    assert dta_plugin.sequence_logprobs(MODEL, SEQUENCES, anyway).report.executor == "packed"
+    dta_plugin.share_prefixes(MODEL, replace(anyway, executor="packed", on_nonfinite="pass")).remove()
+    with pytest.raises(InvalidInputError, match=r"executor='streamed', verify='first' do nothing in share.*Leave them"):
+        dta_plugin.share_prefixes(MODEL, TreeConfig(executor="streamed", verify="first"))

@@ -371,7 +371,7 @@ def test_the_model_stays_what_it_was(tmp_path: Path) -> None:
 
 def test_refusals() -> None:
     for option in ({"executor": "streamed"}, {"verify": "first"}, {"max_tree_tokens_per_chunk": 9}):
-        with pytest.raises(InvalidInputError, match="Expected backend, min_saving, on_unsupported, probe only"):
+        with pytest.raises(InvalidInputError, match=r"Expected only backend, min_saving, probe, on_uns"):
             share_prefixes(tiny_model("qwen3"), TreeConfig(**option))
     with pytest.raises(UnsupportedError, match="Expected a Hugging Face"):
         share_prefixes(torch.nn.Linear(2, 2))

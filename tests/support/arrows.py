@@ -41,6 +41,7 @@ ORDER = (
     "tree",
     "config",
     "token_selection",
+    "option_places",
     "option_types",
     "dtypes",
     "upload",

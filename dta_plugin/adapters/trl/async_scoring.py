@@ -32,10 +32,15 @@ from dta_plugin.execution.prepared_batch import SequenceLogProbs, prepare_batch
 from dta_plugin.execution.probing.probe import latest_outcome
 from dta_plugin.models.dispatch import install
 from dta_plugin.models.introspection import causal_lm, model_cost
+from dta_plugin.option_places import Place, Scope
 from dta_plugin.verify import check_batch
 
-# Which rows are together, and what of them runs, is TRL's planner's business.
-_WITHOUT_EFFECT = ("regroup", "merge_window", "balance_ranks", "prune")
+PLACE = Place(
+    "in AsyncGRPO",
+    {Scope.CALL, Scope.BATCH, Scope.TRAINING},
+    "TRL's own planner decides which rows run together, and its loss has no weights",
+    {"calibration": "there is no dense path whose time could be predicted; min_saving goes by FLOPs"},
+)
 
 
 def construct(trainer: object, own: Callable[..., None], default: TreeConfig | None, *args: Any, **kwargs: Any) -> None:
@@ -49,6 +54,8 @@ def construct(trainer: object, own: Callable[..., None], default: TreeConfig | N
             f"token_selection={config.token_selection!r} cannot be followed by AsyncGRPO, whose loss has no weights. "
             "Expected token_selection='all'; GRPOTrainer knows the others."
         )
+    if hasattr(given.get("args"), "use_dta"):  # what the process was enabled with may be for other trainers
+        PLACE.check(config, prefix="dta_")
     trl = _module_of(trainer)
     with _replaced(trl, **_for_any_model_and_device(trl)):
         own(*args, **kwargs)
@@ -64,9 +71,8 @@ def compute_loss(
     if not TreeState.exists(trainer):
         check_async_trainer(trainer)
     state = TreeState.for_trainer(trainer, config)
-    for name in _WITHOUT_EFFECT:
-        if getattr(config, name) == "always":
-            state.notices.say_once(f"{name}='always' does nothing in AsyncGRPO, whose own planner places the rows")
+    if (line := PLACE.without_effect(config)) is not None:
+        state.notices.say_once(line, level=logging.WARNING)
     return own(TreeScorer(trainer, state, model), *args, **kwargs)
 
 

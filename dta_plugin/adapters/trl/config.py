@@ -44,7 +44,11 @@ TreeArguments = make_dataclass(
             field(default=True, metadata={"help": "Compute the tokens that rollouts share once (dta-plugin)."}),
         ),
         *(
-            (f"dta_{f.name}", types_of(TreeConfig)[f.name], field(default=f.default, metadata=dict(f.metadata)))
+            (
+                f"dta_{f.name}",
+                types_of(TreeConfig)[f.name],
+                field(default=f.default, metadata={"help": f.metadata["help"]}),
+            )
             for f in fields(TreeConfig)
         ),
     ],

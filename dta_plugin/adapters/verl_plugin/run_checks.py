@@ -37,7 +37,7 @@ def check_run(config: Any) -> None:
         if strategy not in (OF_POLICIES if diffusion is None else STRATEGIES):
             refuse_strategy(options, f"actor_rollout_ref.{role}.strategy={strategy}")
         elif options is not None:
-            check_chunks(options, strategy)
+            check_strategy(options, strategy)
 
 
 def has_tree_critic(config: Any) -> bool:
@@ -93,12 +93,17 @@ def saves_enough(saving: float, config: TreeConfig, notices: Notices) -> bool:
     return saving >= config.min_saving
 
 
-def check_chunks(config: TreeConfig, strategy: str) -> None:
-    """Raises InvalidInputError where a strategy cannot run a micro-batch in chunks and is asked to."""
+def check_strategy(config: TreeConfig, strategy: str) -> None:
+    """Raises InvalidInputError where a strategy is asked for what it cannot do: chunks, or a check of log-probs."""
     is_asked = config.executor == "streamed" or config.max_tree_tokens_per_chunk
     if is_asked and strategy in ("fsdp", MEGATRON):
         raise InvalidInputError(
             f"Got executor=streamed or max_tree_tokens_per_chunk with strategy={strategy}, which cannot run a "
             "micro-batch in chunks. Expected actor_rollout_ref.actor.strategy=fsdp2 (and .ref.strategy); or bound "
             "memory with ppo_max_token_len_per_gpu, which counts tree tokens."
+        )
+    if config.on_nonfinite == "error" and strategy == MEGATRON:
+        raise InvalidInputError(
+            "Got on_nonfinite=error with strategy=megatron, where log-probs go to verl's loss as they are. Leave it "
+            "out."
         )

@@ -11,7 +11,7 @@ from torch import distributed, nn
 from dta_plugin.adapters.verl_plugin.jagged import clear_weights
 from dta_plugin.adapters.verl_plugin.micro_batches import clear_plan
 from dta_plugin.adapters.verl_plugin.mini_batch import MiniBatchRun
-from dta_plugin.adapters.verl_plugin.run_checks import check_chunks
+from dta_plugin.adapters.verl_plugin.run_checks import check_strategy
 from dta_plugin.adapters.verl_plugin.tokens import OptimizerPasses, choose_tokens, selection_obstacle
 from dta_plugin.adapters.verl_plugin.weighted_loss import weighted
 from dta_plugin.config import TreeConfig
@@ -37,7 +37,7 @@ class TreeEngineFrame:
     def configure_early(self, config: TreeConfig | None) -> None:
         """`configure` before there is a model; None: verl's own path. Raises InvalidInputError likewise."""
         if config is not None:
-            check_chunks(config, self.engine_config.strategy)
+            check_strategy(config, self.engine_config.strategy)
         self._dta_config = config
 
     def _mini_batch(
