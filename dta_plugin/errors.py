@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class InvalidInputError(ValueError):
     """An argument, option or batch that cannot be used as given.
@@ -27,6 +30,12 @@ class UnsupportedError(RuntimeError):
 def not_exact(reason: str) -> UnsupportedError:
     """The refusal of what `on_unsupported` decides about, to be raised. reason: "what; remedy"."""
     return UnsupportedError(f"Prefix-tree execution is not exact here: {reason}; or on_unsupported='dense'.")
+
+
+def did_you_mean(given: str, known: Iterable[str], prefix: str = "") -> str:
+    """A sentence, with a space before it, that names the known word most like the given one; "" if none is like it."""
+    close = difflib.get_close_matches(given, known, n=1)
+    return f" Did you mean {prefix}{close[0]}?" if close else ""
 
 
 UnsupportedModelError = UnsupportedError

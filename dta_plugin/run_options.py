@@ -5,14 +5,13 @@ An option is `use_dta` or `dta_<field of TreeConfig>`, with underscores or hyphe
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import InvalidInputError
+from dta_plugin.errors import InvalidInputError, did_you_mean
 from dta_plugin.option_types import from_text, types_of
 
 FLAG, PREFIX = "use_dta", "dta_"
@@ -56,8 +55,7 @@ def parse_options(options: Mapping[str, Given]) -> TreeConfig | None:
 
 def _unknown(name: str, where: str, known: list[str]) -> str:
     prefix = f"--{PREFIX}" if where.startswith("--") else PREFIX
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f" Did you mean {prefix}{close[0]}?" if close else ""
+    hint = did_you_mean(name, known, prefix)
     return f"{where} is no option.{hint} Expected among: {', '.join(prefix + field for field in known)}."
 
 

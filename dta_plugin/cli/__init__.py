@@ -21,6 +21,7 @@ from pathlib import Path
 
 from dta_plugin import __version__
 from dta_plugin.cli import calibrate_command, doctor_command, inspect_command, verify_command
+from dta_plugin.cli.arguments import Parser
 from dta_plugin.cli.terminal import one_line, reason
 from dta_plugin.errors import InvalidInputError, UnsupportedError
 
@@ -35,7 +36,7 @@ Each subcommand explains itself: dta inspect --help
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dta",
         description="Prefix-tree training: what your rollouts share, and whether sharing it works here.",
         epilog=_EPILOG,

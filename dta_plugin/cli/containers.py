@@ -20,19 +20,14 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from dta_plugin.cli.file_kinds import folder_refused, kind_refused
 from dta_plugin.cli.json_rows import Row, json_rows
 from dta_plugin.cli.tables import table_kind, table_rows
 from dta_plugin.cli.terminal import reason
 from dta_plugin.errors import InvalidInputError
 
 _COMPRESSED: dict[bytes, Callable[[Any], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
-_REFUSED = {
-    b"version https://git-lfs": "a git-lfs pointer, not the file itself. Run: git lfs pull",
-    b"\x28\xb5\x2f\xfd": "compressed by zstd. Run: zstd -d",
-    b"PK\x03\x04": "a zip archive. Expected what is in it",
-    b"\x93NUMPY": "a NumPy file. Expected JSONL, Parquet or Arrow",
-    b"\x80": "a pickle. Expected JSONL, Parquet or Arrow",
-}
+_HEAD = 512  # bytes that say what a file is
 _SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".arrow", ".gz", ".bz2", ".xz")
 _ABOUT_DATASET = ("state.json", "dataset_info.json", "dataset_dict.json")
 
@@ -66,7 +61,7 @@ def _rows_of(name: str, stream: io.BufferedReader, is_array: bool) -> Iterator[R
         while opener := next((opener for magic, opener in _COMPRESSED.items() if head.startswith(magic)), None):
             stream = io.BufferedReader(opener(stream))
             head = stream.peek(32)[:32]
-        refusal = next((what for magic, what in _REFUSED.items() if head.startswith(magic)), None)
+        refusal = kind_refused(name, stream.peek(_HEAD)[:_HEAD])
         if refusal is not None:
             raise InvalidInputError(f"{name} is {refusal}.")
         kind = table_kind(head)
@@ -79,6 +74,8 @@ def _rows_of(name: str, stream: io.BufferedReader, is_array: bool) -> Iterator[R
 
 def _files_in(folder: Path) -> list[Path]:
     """A folder's files of rollouts: step 2 comes before step 10."""
+    if refusal := folder_refused(folder):
+        raise InvalidInputError(f"{folder} is {refusal}.")
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith((".", "_"))]
     files = [entry for entry in entries if entry.is_file() and _holds_rollouts(entry.name)]
     if files:

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import argparse
 import platform
-import textwrap
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from dta_plugin import __version__
 from dta_plugin.adapters.releases import TRANSFORMERS, TRL, VERL
+from dta_plugin.cli.device_findings import devices
+from dta_plugin.cli.findings import Finding, printed
 from dta_plugin.errors import InvalidInputError, UnsupportedError
 
 if TYPE_CHECKING:
-    import torch
     from packaging.specifiers import SpecifierSet
     from transformers import PreTrainedModel
 
 _PACKAGES = ("torch", "triton", "transformers", "trl", "verl", "peft", "accelerate", "prefix_grouper")
-_WIDTH = 100
 _IF_INSTALLED = {"prefix_grouper": "another way to share prompts; do not switch on both"}
 _NOT_INSTALLED = "not installed"
 _NO_TRAINER = "nothing that trains is here: pip install 'dta-plugin[trl]', or 'dta-plugin[verl]' for verl"
@@ -32,19 +30,10 @@ examples:
   dta doctor                            versions, devices, which attention backend runs here, and how fast
   dta doctor --model Qwen/Qwen3-0.6B    and whether this model can train with the tree
   dta doctor --model ./checkpoint       a folder or a config.json; large weights are not read
+what it says of a model comes first; where that is not supported, nothing is measured
 
 exit code: 0 if everything named is supported, 1 if something is not, 2 if the model cannot be found.
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One line of the report. ok: False if prefix-tree training would not work because of it."""
-
-    name: str
-    value: str
-    note: str = ""
-    ok: bool = True
 
 
 def add_parser(commands: Any) -> None:
@@ -60,27 +49,23 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    sections = [[Finding("dta-plugin", __version__), *versions()], devices()]
-    if args.model:
-        sections.append(model_findings(args.model))
-    findings = [finding for section in sections for finding in section]
-    name_width = max(len(finding.name) for finding in findings) + 2
-    value_width = max(len(finding.value) for finding in findings if finding.note) + 2
-    for section in sections:
-        for finding in section:
-            print("\n".join(_lines(finding, name_width, value_width)))
-        print()
+    findings = model_findings(args.model) if args.model else []
+    is_supported = all(finding.ok for finding in findings)
+    if findings:  # the answer before what takes long
+        print(printed(findings), flush=True)
+        print(flush=True)
+    found = [Finding("dta-plugin", __version__), *versions()]
+    print(printed(found), flush=True)
+    print(flush=True)
+    findings += found
+    if is_supported:
+        found = devices()
+        print(printed(found), end="\n\n")
+        findings += found
     broken = [finding.name for finding in findings if not finding.ok]
     hint = "" if args.model else " To check a model: dta doctor --model PATH"
     print(f"Not supported: {', '.join(broken)}." if broken else f"Everything is supported.{hint}")
     return 1 if broken else 0
-
-
-def _lines(finding: Finding, name_width: int, value_width: int) -> list[str]:
-    """The finding in columns, its note wrapped; "!" marks what would not work."""
-    start = f"{' ' if finding.ok else '!'} {finding.name:<{name_width}}{finding.value:<{value_width}}"
-    notes = textwrap.wrap(finding.note, max(_WIDTH - len(start), 40)) or [""]
-    return [(start + notes[0]).rstrip(), *(" " * len(start) + note for note in notes[1:])]
 
 
 def versions() -> list[Finding]:
@@ -124,52 +109,6 @@ def _declared() -> dict[str, SpecifierSet]:
     except metadata.PackageNotFoundError:
         return {}
     return {requirement.name: requirement.specifier for requirement in requirements if requirement.specifier}
-
-
-def devices() -> list[Finding]:
-    """Each device, the attention backend that "auto" means there for a usual model, and what that is worth."""
-    import torch
-
-    from dta_plugin.attention.api import resolve_backend
-
-    threads = torch.get_num_threads()
-    found = [("cpu", f"{threads} thread{'' if threads == 1 else 's'}", torch.device("cpu"))]
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        size = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-        found.append((f"cuda:{index}", size, torch.device("cuda", index)))
-    usual = (torch.bfloat16, (128,))
-    findings = []
-    for name, size, device in found:
-        findings.append(Finding(name, size, f"attention backend: {resolve_backend('auto', device, *usual)}"))
-        findings += _attention_on(device, has_gpu=len(found) > 1)
-    return findings
-
-
-def _attention_on(device: torch.device, has_gpu: bool) -> Iterator[Finding]:
-    """Whether the kernels pass their self-check on a device, and how fast attention is there."""
-    from dta_plugin.attention import device_report
-
-    if device.type == "cpu" and has_gpu:
-        return
-    obstacle = device_report.obstacle(device)
-    if obstacle is not None:
-        yield Finding("  kernels", "not used", obstacle if device.type == "cuda" else "there is no GPU")
-    for check in device_report.checks(device):
-        figures = f"{check.error:.2g} off the reference, {check.allowed:.2g} is allowed; {check.seconds * 1e3:.0f} ms"
-        what = "kernels passed" if check.problem is None else "kernels failed"
-        problem = f"{check.problem}; FlexAttention is used instead"
-        yield Finding(f"  {check.kind.dtype}".replace("torch.", ""), what, problem if check.problem else figures)
-    try:
-        rate = device_report.rate(device, seconds=5.0 if device.type == "cuda" else 0.2)
-    except RuntimeError as error:  # no memory left by other programs, or a compiler's failure
-        yield Finding("  rate", "not measured", str(error).strip().split("\n")[0])
-        return
-    yield Finding(
-        "  rate",
-        f"{rate.forward:.3g} forward, {rate.backward:.3g} backward",
-        f"TFLOP/s on visible pairs, {rate.backend}, {rate.dtype}; a large matrix product: {rate.matrix_product:.3g}",
-    )
 
 
 def model_findings(path: str) -> list[Finding]:

@@ -13,6 +13,7 @@ from dta_plugin.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from dta_plugin.cli.inspection import Inspection, Sharing
+    from dta_plugin.cli.rollouts import RolloutFile
 
 _EPILOG = """\
 examples:
@@ -31,8 +32,12 @@ a row is a list of token ids, a list of messages, or an object with
   messages or conversations              role, content, optional tool_calls; or ShareGPT's from and value
   prompt and completion(s)               texts, messages or token ids (also: response(s); input and output)
   chosen and rejected                    two rollouts, after prompt or what both begin with
+  text                                   a text whose prompt is not known
 null means absent; no row may be longer than 64 Mi characters
-a number as reward or score, or a list of one per rollout of the row, is shown on the page
+rewards are shown on the page: a number as reward, rewards, score, scores or total_reward, or a list of one per rollout
+of the row; of an object its reward, score, total or only number; or the one key with reward or score in its name that
+holds a number; --reward takes other keys, and adds several. A group is read from group, group_id, group_index, task_id,
+prompt_id, uid, problem_id, example_id, question_id, query_id or qid; else rollouts with equal prompts are one
 messages go through the tokenizer's chat template, if it has one; else each is rendered as
   <|role|>  newline  content  newline    and <|call|>name arguments, a line per tool call
 
@@ -62,7 +67,8 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("file", metavar="FILE", help="rollouts: a file, a folder, or - for standard input; see below")
     parser.add_argument("--tokenizer", metavar="PATH", help="folder, tokenizer.json or hub name; default: bytes")
-    parser.add_argument("--group-by", metavar="KEY", help="key that names the group; default: found, or equal prompts")
+    parser.add_argument("--group-by", metavar="KEY", help="key of the group, or 'equal prompts'; default: found")
+    parser.add_argument("--reward", metavar="KEYS", help="key of the reward, such as rewards.total; a,b: their sum")
     parser.add_argument(
         "--group", metavar="ID", help="list forks of this group only, and draw it alone; default: the largest"
     )
@@ -98,9 +104,10 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidInputError(f"--forks {args.forks}. Expected 0 or more.")
     _check_outputs(args)
     cost, model = cost_of(args.model, args.geometry)
-    file = read_file(args.file, args.group_by, args.limit)
+    file = read_file(args.file, args.group_by, args.limit, args.reward)
     encoder = load_encoder(args.tokenizer)
     count, grouped_by, are_ids = len(file.rollouts), file.grouped_by, file.rollouts[0].tokens is not None
+    rewards = _rewards(file)
     sequences = (per_turn_sequences if args.per_turn else trajectory_sequences)(file.rollouts, encoder)
     del file  # texts, of which only the tokens are needed
     decoder = None if are_ids and args.tokenizer is None else encoder
@@ -113,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
         "grouped_by": grouped_by,
         "tokens": "token ids" if are_ids else encoder.description,
         "model": model,
+        "rewards": rewards,
     }
     written = []
     if args.svg:
@@ -133,6 +141,16 @@ def run(args: argparse.Namespace) -> int:
         for path in written:
             print(f"\nwrote {printable(path)}")
     return 0
+
+
+def _rewards(file: RolloutFile) -> dict[str, Any]:
+    known = [rollout.reward for rollout in file.rollouts if rollout.reward is not None]
+    return {
+        "read_from": file.rewards.name or None,
+        "rollouts": len(known),
+        "mean": sum(value / len(known) for value in known) if known else None,
+        "not_read": file.rewards.unread,
+    }
 
 
 def _check_outputs(args: argparse.Namespace) -> None:

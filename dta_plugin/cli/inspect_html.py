@@ -12,17 +12,18 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from importlib import resources
 from typing import Any
 
 from dta_plugin import __version__
+from dta_plugin.cli.inspect_text import alone_note
 from dta_plugin.cli.inspection import Inspection, Sharing
 from dta_plugin.cli.page_data import LeftOut, Limits, page_data
 from dta_plugin.cli.rollouts import TokenizedSequence
-from dta_plugin.cli.terminal import printable
+from dta_plugin.cli.terminal import one_line, printable
 from dta_plugin.tree.divergence import Decoder
 
 
@@ -51,7 +52,7 @@ def as_html(
         "within": _sharing(found.within),
         "whole": _sharing(found.whole),
         "common": found.common,
-        "notes": _notes(found, left_out, options),
+        "notes": [*_read(found, about), *_notes(found, left_out, options)],
     }
     return page(f"{printable(about['file'])} - dta inspect", data)
 
@@ -81,6 +82,14 @@ def _bytes_per_token(decoder: Decoder | None, run_length: int) -> int:
 
 def _sharing(sharing: Sharing) -> dict[str, Any]:
     return asdict(sharing) | {"ratio": sharing.ratio, "ceiling": sharing.ceiling}
+
+
+def _read(found: Inspection, about: dict[str, Any]) -> Iterator[str]:
+    """What the file seems to say and was not read."""
+    if about["rewards"]["not_read"]:
+        yield f"reward not read: {one_line(about['rewards']['not_read'])}"
+    if alone := alone_note(found, about):
+        yield alone
 
 
 def _notes(found: Inspection, left_out: LeftOut, options: PageOptions) -> list[str]:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from dta_plugin.cli.inspection import GroupFork, Inspection
-from dta_plugin.cli.terminal import printable
+from dta_plugin.cli.rollouts import EQUAL_PROMPTS
+from dta_plugin.cli.terminal import one_line, printable
 from dta_plugin.tree.divergence import Branch
 from dta_plugin.tree.picture import draw_text
 
@@ -25,6 +26,9 @@ def as_text(found: Inspection, about: dict[str, Any]) -> Iterator[str]:
     file, grouped_by = printable(about["file"]), printable(about["grouped_by"])
     yield f"{file}: {found.whole.sequences:,} {units}{origin} in {groups} (by {grouped_by})"
     yield printable(about["tokens"])
+    yield from _rewards(about)
+    if alone := alone_note(found, about):
+        yield alone
     yield ""
     yield from _table(found, about["model"])
     yield ""
@@ -36,6 +40,23 @@ def as_text(found: Inspection, about: dict[str, Any]) -> Iterator[str]:
     yield f"\nGroup {printable(found.shown)}: {found.tree.num_sequences} sequences, {found.tree.compression_ratio:.2f}x"
     ascii_only = not (sys.stdout.encoding or "").lower().startswith("utf")
     yield draw_text(found.tree, max_lines=_PICTURE_LINES, width=_WIDTH, ascii_only=ascii_only)
+
+
+def _rewards(about: dict[str, Any]) -> Iterator[str]:
+    rewards = about["rewards"]
+    if rewards["read_from"]:
+        key, known = printable(rewards["read_from"]), f"{rewards['rollouts']:,} of {about['rollouts']:,}"
+        yield f"reward: {key}, known of {known}, mean {rewards['mean']:.4g}"
+    if rewards["not_read"]:
+        yield f"reward not read: {one_line(rewards['not_read'])}"
+
+
+def alone_note(found: Inspection, about: dict[str, Any]) -> str:
+    """Where no two rollouts are of one group: why, probably, and what to do; "" else."""
+    if found.within.trees < max(about["rollouts"], 2) or about["grouped_by"] == EQUAL_PROMPTS:
+        return ""
+    key = printable(about["grouped_by"])
+    return f"No two rollouts have the same {key}: it may name rollouts, not prompts. Try --group-by '{EQUAL_PROMPTS}'."
 
 
 def _table(found: Inspection, model: str) -> Iterator[str]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from dta_plugin.cli.rollouts import TokenizedSequence
 from dta_plugin.cli.terminal import progress, waiting
-from dta_plugin.errors import InvalidInputError
+from dta_plugin.errors import InvalidInputError, did_you_mean
 from dta_plugin.tree import PrefixTree
 from dta_plugin.tree.cost import ModelCost
 from dta_plugin.tree.counts import TokenRows, TreeCounts
@@ -126,7 +126,7 @@ def inspect_sequences(
     names = list(members)
     if group is not None and group not in members:
         shown = ", ".join(names[:8]) + (", .." if len(names) > 8 else "")
-        raise InvalidInputError(f"There is no group {group!r}. Expected one of: {shown}.")
+        raise InvalidInputError(f"There is no group {group!r}.{did_you_mean(group, names)} Expected one of: {shown}.")
     group_of_row = np.empty(len(sequences), dtype=np.int64)
     for number, own in enumerate(members.values()):
         group_of_row[own] = number

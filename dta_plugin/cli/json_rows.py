@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+from dta_plugin.cli.file_kinds import READ
 from dta_plugin.errors import InvalidInputError
 
 Row = tuple[str, Any]  # (where: file and line, value)
@@ -48,7 +49,10 @@ def json_rows(name: str, stream: io.BufferedReader, is_array: bool) -> Iterator[
                 yield where, row
             is_first = False
     except UnicodeDecodeError as error:
-        raise InvalidInputError(f"{name} is not {encoding} from line {line + 1} on: {error.reason}.") from error
+        raise InvalidInputError(
+            f"{name} is not {encoding} from line {line + 1} on: {error.reason}. Expected {READ}, whole, in UTF-8 or "
+            "UTF-16."
+        ) from error
     finally:
         file.detach()
 
@@ -61,7 +65,8 @@ def _check_encoding(text: str, file: TextIO, where: str) -> None:
     except UnicodeEncodeError as error:
         byte = ord(text[error.start]) & 0xFF
         raise InvalidInputError(
-            f"{where} is not UTF-8: byte 0x{byte:02x} at character {error.start + 1}. Expected UTF-8 or UTF-16 text."
+            f"{where} is not UTF-8: byte 0x{byte:02x} at character {error.start + 1}. Expected {READ}; JSON in UTF-8 "
+            "or UTF-16; text of another encoding: iconv -f latin1 -t utf8."
         ) from error
 
 
@@ -86,9 +91,16 @@ def _parse(value: str, where: str) -> Any:
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
-        raise InvalidInputError(f"{where} is not JSON: {error}. Expected one value per line.") from error
+        raise InvalidInputError(
+            f"{where} is not JSON: {error}. Expected {READ}, of JSON one value per line.{_python_hint(value)}"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise _unusable(where, error) from error
+
+
+def _python_hint(value: str) -> str:
+    is_python = value.startswith(("{'", "[{'", "['"))
+    return " This looks like Python's repr: write rows by json.dumps." if is_python else ""
 
 
 def _holds_rows(row: list[Any], is_array: bool) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dta_plugin.cli.terminal import reason, waiting
-from dta_plugin.errors import InvalidInputError
+from dta_plugin.errors import InvalidInputError, did_you_mean
 from dta_plugin.tree.cost import ModelCost
 
 if TYPE_CHECKING:
@@ -41,8 +41,9 @@ class Geometry:
         for item in text.split(","):
             name, _, value = item.partition("=")
             if name.strip() not in known or not value.strip().isdigit() or int(value) < 1:
+                hint = "" if name.strip() in known else did_you_mean(name.strip(), known)
                 raise InvalidInputError(
-                    f"--geometry has {item!r}. Expected SIZE=NUMBER with SIZE in {', '.join(known)}."
+                    f"--geometry has {item!r}.{hint} Expected SIZE=NUMBER with SIZE in {', '.join(known)}."
                 )
             sizes[name.strip()] = int(value)
         return replace(cls(), **sizes)

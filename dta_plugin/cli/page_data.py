@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from dta_plugin.tree.stretches import Stretches
 _SEQUENCES = 100_000  # of the groups that are shown
 _FORKS = 20  # listed per group
 _SEARCHED = 1 << 24  # tokens of trees in which forks are looked for
+_OPENING = 48  # tokens that tell a group from the others in the list
 _TAIL = 4  # a quarter of a cut text is its end
 
 
@@ -81,6 +83,12 @@ def page_data(
     )
     together = zip(trees, kept, strict=True)
     groups = [_group(tree, own, sequences, decoder, most) for tree, own in progress(together, "groups written")]
+    firsts = [sequences[tree.group.rows[0]].tokens for tree in trees]
+    is_small = sum(map(len, firsts)) <= _SEARCHED
+    parting = _parting(firsts) if is_small else [found.common] * len(firsts)
+    for group, tokens, at in zip(groups, firsts, parting, strict=True):
+        start = max(at - run_length // 4, 0)
+        group["opening"] = _decoded(tokens[start : start + min(_OPENING, most)], decoder)
     return {"groups": groups, "has_text": decoder is not None}, left_out
 
 
@@ -173,6 +181,18 @@ def _group(
     }
 
 
+def _parting(sequences: list[np.ndarray]) -> list[int]:
+    """How many tokens each has in common with the one most like it: in order, that is one of its neighbours."""
+    order = sorted(range(len(sequences)), key=lambda number: sequences[number].astype(">i8").tobytes())
+    found = [0] * len(sequences)
+    for one, other in pairwise(order):
+        length = min(len(sequences[one]), len(sequences[other]))
+        differs = sequences[one][:length] != sequences[other][:length]
+        common = int(differs.argmax()) if differs.any() else length
+        found[one], found[other] = max(found[one], common), common
+    return found
+
+
 def _placed(forks: list[list[Any]], place: np.ndarray) -> list[list[Any]]:
     """The forks behind nodes that are kept, and those of roots."""
     return [[int(place[node]), *rest] for node, *rest in forks if node < 0 or place[node] >= 0]
@@ -193,13 +213,17 @@ def _left_out_below(stretches: Stretches, kept: np.ndarray, place: np.ndarray) -
 
 def _text(tokens: np.ndarray, decoder: Decoder | None, most: int) -> str | list[Any]:
     """The text of a node, or [its beginning, tokens left out, its end]."""
-
-    def decoded(part: np.ndarray) -> str:
-        if not len(part):
-            return ""
-        return " ".join(map(str, part.tolist())) if decoder is None else decoder.decode(part.tolist())
-
     if len(tokens) <= most:
-        return decoded(tokens)
+        return _decoded(tokens, decoder)
     tail = most // _TAIL
-    return [decoded(tokens[: most - tail]), len(tokens) - most, decoded(tokens[len(tokens) - tail :])]
+    return [
+        _decoded(tokens[: most - tail], decoder),
+        len(tokens) - most,
+        _decoded(tokens[len(tokens) - tail :], decoder),
+    ]
+
+
+def _decoded(tokens: np.ndarray, decoder: Decoder | None) -> str:
+    if not len(tokens):
+        return ""
+    return " ".join(map(str, tokens.tolist())) if decoder is None else decoder.decode(tokens.tolist())

@@ -8,21 +8,25 @@ A row is a list of token ids, a list of messages, or an object with one of these
     messages | conversations         chats
     prompt + completion              texts, chats or token ids (see _PAIRS; `input` + `output` in verl's dumps)
     prompt + completions             a rollout per completion
+    text                             a text whose prompt is not known
 
-Null means absent. `reward` or `score` is a number, or a list of one per rollout of the row; anything else is no reward.
+A chat that ends before its answer goes on with a `completion` or `response` beside it. Where whole token ids have their
+prompt's length beside them (`response_length`, `loss_mask`, `labels`), it is read. Null means absent. Rewards:
+cli/rewards.py.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
 from dta_plugin.cli.messages import Message, read_messages
+from dta_plugin.cli.token_ids import prompt_length, read_ids
 from dta_plugin.errors import InvalidInputError
 
 _ID_PAIRS = (
@@ -39,6 +43,8 @@ _PREFERENCES = (
     ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids"),
     ("prompt", "chosen", "rejected"),
 )
+_ASKED = {"prompt", "prompts", "question", "query", "input", "instruction"}
+_ANSWERS = ("completion", "response")  # beside a chat
 _CHATS = ("messages", "conversations", "conversation")
 _PAIRS = (
     ("prompt", "completion"),
@@ -48,10 +54,10 @@ _PAIRS = (
     ("input", "output"),
     ("prompt", "completions"),
     ("prompt", "responses"),
+    ("prompt", "generations"),
+    ("prompt", "samples"),
+    ("prompt", "output"),
 )
-_REWARDS = ("reward", "score")
-_MAX_ID = 2**32 - 1
-_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +66,7 @@ class Rollout:
 
     tokens: token ids. messages: a chat, as cli/messages.py leaves it. text: (prompt, completion).
     prompt_length: tokens, or messages, that belong to the prompt; 0 if the file does not say. where: file and line.
-    reward: None if the file does not say.
+    reward: None if the file does not say; see cli/rewards.py.
     """
 
     group: str
@@ -73,7 +79,7 @@ class Rollout:
 
 
 def parse_row(row: Any, where: str) -> list[Rollout]:
-    """The rollouts of a row, without their group. Raises InvalidInputError naming the place."""
+    """The rollouts of a row, without their group and reward. Raises InvalidInputError naming the place."""
     if isinstance(row, list) and row and isinstance(row[0], dict):
         return [_chat(row, where)]
     if isinstance(row, list):
@@ -84,17 +90,25 @@ def parse_row(row: Any, where: str) -> list[Rollout]:
     if not found:
         raise InvalidInputError(
             f"{where} has the keys {', '.join(row) or 'of an empty object'}. Expected token ids (prompt_ids and "
-            "completion_ids, input_ids, tokens or token_ids), messages, or prompt and completion."
+            f"completion_ids, input_ids, tokens or token_ids), messages, or prompt and completion.{_hint(row)}"
         )
-    rewards = _rewards(row, len(found))
-    return [replace(rollout, reward=reward) for rollout, reward in zip(found, rewards, strict=True)]
+    return found
 
 
-def _rewards(row: dict[str, Any], count: int) -> list[float | None]:
-    """One per rollout of the row."""
-    given = next((row[key] for key in _REWARDS if row.get(key) is not None), None)
-    values = given if isinstance(given, list) and len(given) == count else [given] * count
-    return [float(value) if isinstance(value, (int, float)) and abs(value) <= _LARGEST else None for value in values]
+def _hint(row: dict[str, Any]) -> str:
+    """What could be done with a row that says nothing to us: its rollouts are a level deeper, or it has no answers."""
+    if row.keys() & _ASKED:
+        return " There is a prompt here, but no answer under these names: rename it, or sample answers first."
+    for key, value in row.items():
+        if isinstance(value, list) and _is_answered(value):
+            return f" {key!r} holds a chat: rename it to messages."
+        is_list = isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+        for inner, filter_ in ((value, f".{key}"), (value[0] if is_list else None, f".{key}[]")):
+            with suppress(InvalidInputError):
+                if isinstance(inner, dict) or is_list:
+                    parse_row(inner, "")
+                    return f" What stands under {key!r} can be read: jq -c '{filter_}' FILE > rollouts.jsonl"
+    return ""
 
 
 def _parse_object(row: dict[str, Any], where: str) -> Iterator[Rollout]:
@@ -105,7 +119,8 @@ def _parse_object(row: dict[str, Any], where: str) -> Iterator[Rollout]:
             return
     for key in _WHOLE_IDS:
         if key in row:
-            yield _from_ids([], row[key], mask, where)
+            cut = prompt_length(row, row[key])
+            yield _from_ids(row[key][:cut] if cut else [], row[key][cut:] if cut else row[key], mask, where)
             return
     for key, chosen, rejected in _PREFERENCES:
         if chosen in row and rejected in row:
@@ -113,7 +128,11 @@ def _parse_object(row: dict[str, Any], where: str) -> Iterator[Rollout]:
             return
     for key in _CHATS:
         if key in row:
-            yield _chat(row[key], where, row.get("system"))
+            answer = next((row[name] for name in _ANSWERS if name in row), None)
+            if answer is not None and not _is_answered(row[key]):
+                yield _joined(row[key], answer, mask, where)
+            else:
+                yield _chat(row[key], where, row.get("system"))
             return
     if "instruction" in row and "output" in row:  # Alpaca's
         asked = [row["instruction"], row.get("input", "")]
@@ -122,8 +141,21 @@ def _parse_object(row: dict[str, Any], where: str) -> Iterator[Rollout]:
     for before, after in _PAIRS:
         if before in row and after in row:
             prompt = row[before]
+            if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
+                raise InvalidInputError(
+                    f"{where} has {len(prompt)} texts as {before}: columns. Expected one rollout a row, as "
+                    "to_json() of `datasets` writes them."
+                )
             yield from (_joined(prompt, answer, mask, where) for answer in _answers(prompt, row[after]))
             return
+    if isinstance(row.get("text"), str):
+        yield Rollout("", text=("", row["text"]), where=where)
+
+
+def _is_answered(values: Any) -> bool:
+    """Whether a chat ends with an answer."""
+    last = values[-1] if isinstance(values, list) and values else values
+    return isinstance(last, dict) and (last.get("role") or last.get("from")) in ("assistant", "gpt", "model", "chatgpt")
 
 
 def _answers(prompt: Any, completion: Any) -> list[Any]:
@@ -187,38 +219,5 @@ def _preference(prompt: Any, chosen: Any, rejected: Any, where: str) -> Iterator
 
 
 def _from_ids(prompt: Any, completion: Any, mask: Any, where: str) -> Rollout:
-    first, second = _ids(prompt, where), _ids(completion, where)
-    ids, length = np.concatenate([first, second]), len(first)
-    if mask is not None:
-        kept = _mask(mask, len(ids), where)
-        ids, length = ids[kept], int(kept[:length].sum())
-    if not len(ids):
-        raise InvalidInputError(f"{where} is empty: no token ids. Expected at least one; drop empty rollouts.")
-    if ids.min() < 0 or ids.max() > _MAX_ID:
-        raise InvalidInputError(
-            f"{where} has token ids from {ids.min()} to {ids.max()}. Expected ids in [0, {_MAX_ID}]; remove padding "
-            "and ignore-index values such as -100."
-        )
+    ids, length = read_ids(prompt, completion, mask, where)
     return Rollout("", tokens=ids, prompt_length=length, where=where)
-
-
-def _ids(values: Any, where: str) -> np.ndarray:
-    kinds = sorted({type(value).__name__ for value in values}) if isinstance(values, list) else [type(values).__name__]
-    if not isinstance(values, list) or any(kind != "int" for kind in kinds):
-        what = "a batch of rows" if kinds == ["list"] else f"{', '.join(kinds)} values"
-        raise InvalidInputError(
-            f"{where} has token ids that are {what}. Expected a list of integers, one rollout a row."
-        )
-    try:
-        return np.asarray(values, dtype=np.int64)
-    except OverflowError as error:
-        raise InvalidInputError(f"{where} has token ids beyond 64 bits. Expected ids in [0, {_MAX_ID}].") from error
-
-
-def _mask(values: Any, length: int, where: str) -> np.ndarray:
-    if not isinstance(values, list) or len(values) != length or not all(value in (0, 1) for value in values):
-        what = f"{len(values)} values" if isinstance(values, list) else f"a {type(values).__name__}"
-        raise InvalidInputError(
-            f"{where} has {what} as attention_mask. Expected 0 or 1 for each of {length} token ids."
-        )
-    return np.asarray(values, dtype=bool)

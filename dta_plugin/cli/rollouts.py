@@ -19,11 +19,17 @@ import numpy as np
 
 from dta_plugin.cli.containers import rows
 from dta_plugin.cli.encoding import ByteEncoder
+from dta_plugin.cli.file_kinds import READ
 from dta_plugin.cli.parsing import Rollout, parse_row
+from dta_plugin.cli.rewards import Rewards, at
 from dta_plugin.cli.terminal import progress, reason
 from dta_plugin.errors import InvalidInputError
 
-GROUP_KEYS = ("group", "group_id", "task_id", "prompt_id", "uid", "problem_id")
+GROUP_KEYS = (
+    *("group", "group_id", "group_index", "task_id", "prompt_id", "uid", "problem_id"),
+    *("example_id", "question_id", "query_id", "qid"),
+)
+EQUAL_PROMPTS = "equal prompts"  # in the place of a key
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +48,11 @@ class TokenizedSequence:
 
 @dataclass(frozen=True, slots=True)
 class RolloutFile:
-    """The rollouts of a file and what tells their groups apart: a key, or "equal prompts"."""
+    """The rollouts of a file, what tells their groups apart (a key, or EQUAL_PROMPTS), and where rewards came from."""
 
     rollouts: list[Rollout]
     grouped_by: str
+    rewards: Rewards
 
 
 def load_rollouts(path: str | Path, group_by: str | None = None, limit: int | None = None) -> list[Rollout]:
@@ -53,44 +60,50 @@ def load_rollouts(path: str | Path, group_by: str | None = None, limit: int | No
     return read_file(path, group_by, limit).rollouts
 
 
-def read_file(path: str | Path, group_by: str | None = None, limit: int | None = None) -> RolloutFile:
-    """As `load_rollouts`, and how the groups were told apart."""
+def read_file(
+    path: str | Path, group_by: str | None = None, limit: int | None = None, reward: str | None = None
+) -> RolloutFile:
+    """As `load_rollouts`, and how groups were told apart and rewards read. reward: see cli/rewards.py."""
     if limit is not None and limit < 1:
         raise InvalidInputError(f"limit={limit}. Expected at least 1 rollout.")
-    grouping = Grouping(group_by)
-    with closing(iter_rollouts(path, grouping)) as found:
+    grouping, rewards = Grouping(group_by), Rewards(reward)
+    with closing(iter_rollouts(path, grouping, rewards)) as found:
         rollouts = list(progress(islice(found, limit), "rollouts"))
-    return RolloutFile(rollouts, grouping.key or "equal prompts")
+    rewards.check()
+    return RolloutFile(rollouts, grouping.key or EQUAL_PROMPTS, rewards)
 
 
 class Grouping:
     """Names the group of every rollout. key: what the groups are told apart by, None for equal prompts."""
 
     def __init__(self, key: str | None) -> None:
-        self.key = key
+        self.key = None if key == EQUAL_PROMPTS else key
         self._prompts: dict[str, str] = {}
-        self._is_first = True
+        self._is_first = key is None
 
     def name_group(self, row: Any, rollout: Rollout) -> str:
-        if self._is_first and self.key is None and isinstance(row, dict):
+        if self._is_first and isinstance(row, dict):
             self.key = next((key for key in GROUP_KEYS if row.get(key) is not None), None)
         self._is_first = False
         if self.key is None:
             return self._prompts.setdefault(_prompt_of(rollout), str(len(self._prompts) + 1))
-        if isinstance(row, dict) and row.get(self.key) is not None:
-            return str(row[self.key])
+        if (name := at(row, self.key)) is not None:
+            return str(name)
         has = f"the keys {', '.join(row)}" if isinstance(row, dict) else "a bare list"
         raise InvalidInputError(
             f"{rollout.where} has {has}. Expected {self.key!r}, the key of its group; see --group-by."
         )
 
 
-def iter_rollouts(path: str | Path, grouping: Grouping) -> Generator[Rollout]:
-    """The rollouts of a file, read as they are asked for; at least one."""
+def iter_rollouts(path: str | Path, grouping: Grouping, rewards: Rewards | None = None) -> Generator[Rollout]:
+    """The rollouts of a file, read as they are asked for; at least one. rewards: reads theirs; None: nobody asks."""
     has_ids: bool | None = None
     for where, row in rows(path):
         try:
             parsed = [replace(rollout, group=grouping.name_group(row, rollout)) for rollout in parse_row(row, where)]
+            if rewards is not None:
+                found = zip(parsed, rewards.read(row, len(parsed), where), strict=True)
+                parsed = [replace(rollout, reward=reward) for rollout, reward in found]
         except InvalidInputError:
             raise
         except Exception as error:  # the last resort names the line, too
@@ -103,7 +116,9 @@ def iter_rollouts(path: str | Path, grouping: Grouping) -> Generator[Rollout]:
             yield rollout
     if has_ids is None:
         name = "standard input" if str(path) == "-" else path
-        raise InvalidInputError(f"{name} holds no rollouts. Expected one JSON value per line; see dta inspect --help.")
+        is_empty = Path(path).is_file() and not Path(path).stat().st_size
+        what = "is empty (0 bytes): it holds no rollouts" if is_empty else "holds no rollouts"
+        raise InvalidInputError(f"{name} {what}. Expected {READ}, one JSON value per line; see dta inspect --help.")
 
 
 def trajectory_sequences(rollouts: Iterable[Rollout], encoder: ByteEncoder) -> list[TokenizedSequence]:

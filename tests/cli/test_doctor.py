@@ -122,6 +122,21 @@ def test_a_model_that_cannot_run_as_a_tree(tmp_path: Path, capsys: pytest.Captur
     assert code == 1 and "no rotary positions" in out and "Not supported: --use_dta." in out
 
 
+def test_the_verdict_comes_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is measured for a model that cannot train; else the measurement comes last."""
+    _, out, _ = run_dta(capsys, "doctor", "--model", save_config(tmp_path / "qwen3"))
+    assert out.index("--use_dta") < out.index("torch ") < out.index("rate ")
+
+    def devices() -> list[object]:
+        raise AssertionError("measured before the verdict")
+
+    monkeypatch.setattr(doctor_command, "devices", devices)
+    code, out, err = run_dta(capsys, "doctor", "--model", save_unsupported_config(tmp_path / "gpt2"))
+    assert (code, err) == (1, "") and out.index("would stop") < out.index("torch ") and "  rate " not in out
+
+
 def test_training_mode_is_what_counts(tmp_path: Path) -> None:
     save_config(tmp_path, "qwen3", attention_dropout=0.1)
     assert "attention_dropout" in doctor_command.model_findings(str(tmp_path))[-1].note

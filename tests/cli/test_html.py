@@ -95,6 +95,25 @@ def test_stretches_hold_every_sequence(name: str) -> None:
         assert np.concatenate(parts[::-1]).tolist() == list(sequence)
 
 
+def test_each_group_shows_what_tells_it_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A piece of its text from shortly before it parts from the group most like it, in whatever order they come."""
+    same = "You are a helpful assistant. " * 5
+    prompts = [f"{same}What is the capital of {name}?" for name in ("Peru", "Chad", "Peru, in Spanish")]
+    file = write_rollouts(tmp_path / "rows.jsonl", [{"prompt": p, "completion": "Lima"} for p in [*prompts, "Hi"]])
+
+    def openings(*options: str) -> list[str]:
+        return [group["opening"] for group in data_of(written(capsys, file, *options))["groups"]]
+
+    peru, chad, spanish, other = openings()
+    assert peru.endswith("of Peru?Lima") and "Chad?Lima" in chad and "Peru, in Spanish" in spanish
+    assert other == "HiLima" and same not in peru
+    assert openings("--html-mb", "0") == [""] * 4
+    monkeypatch.setattr(page_data, "_SEARCHED", 100)  # many tokens: from where all part
+    assert openings()[0] == (prompts[0] + "Lima")[: page_data._OPENING]
+
+
 def test_every_sequence_is_on_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
         {"uid": f"g{i % 3}", "prompt": f"Sum {i % 3}? ", "completion": f"It is {i // 4}.", "reward": i / 8}

@@ -1,12 +1,11 @@
 """The page of `dta inspect --html` in a real browser, clicked through: no error, no request, hostile text inert.
 
-Needs a Chromium on the PATH and `pip install playwright`, which drives it; skipped without.
+Skipped without what tests/cli/browsing.py needs; `.ci/run` installs it where it can.
 """
 
 from __future__ import annotations
 
 import random
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,64 +13,23 @@ from typing import Any
 
 import pytest
 
-from dta_plugin.cli import main
-from tests.cli.support import write_rollouts
+from tests.cli.browsing import CHROMIUM, Visit, launched, sentence, ten_thousand_sequences, written_page
 from tests.cli.test_html import HOSTILE
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [pytest.mark.long, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")]
-
-WORDS = "the of a model tree branch prompt answer because we compute sum price flight order cancel refund"
-
-
-class Visit:
-    """A page that is open; `complaints`: what the console or the network had to say."""
-
-    def __init__(self, browser: Any, file: Path) -> None:
-        self.complaints: list[str] = []
-        self.page = browser.new_page(viewport={"width": 1440, "height": 900})
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("request", lambda request: self.requested(request.url, file.as_uri()))
-        self.page.goto(file.as_uri())
-        self.until("document.documentElement.dataset.ready")
-        self.milliseconds = int(self.page.evaluate("document.documentElement.dataset.ready"))
-
-    def requested(self, url: str, own: str) -> None:
-        if url != own:
-            self.complaints.append(f"requests {url}")
-
-    def until(self, expression: str) -> None:
-        """Wait for a condition. (Playwright's own wait evaluates text in the page, which its policy forbids.)"""
-        stop = time.perf_counter() + 20
-        while not self.page.evaluate(expression):
-            assert time.perf_counter() < stop, f"{expression}: {self.complaints}"
-            time.sleep(0.01)
-
-    def until_rows(self, host: str, count: str) -> None:
-        self.until(f"document.querySelectorAll('#{host} .row').length {count}")
-
-    def text(self, selector: str) -> str:
-        return str(self.page.inner_text(selector))
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        started = launched(playwright)
         yield started
         started.close()
 
 
 def visit(browser: Any, tmp_path: Path, rows: list[Any], *options: str) -> Visit:
-    file, target = write_rollouts(tmp_path / "rows.jsonl", rows), tmp_path / "page.html"
-    assert main(["inspect", str(file), "--html", str(target), *options]) == 0
-    return Visit(browser, target)
-
-
-def sentence(draw: random.Random, words: int) -> str:
-    return " ".join(draw.choice(WORDS.split()) for _ in range(words))
+    return Visit(browser, written_page(tmp_path, rows, *options))
 
 
 def test_clicked_through(browser: Any, tmp_path: Path) -> None:
@@ -121,7 +79,7 @@ def test_by_keyboard_alone(browser: Any, tmp_path: Path) -> None:
     page = seen.page
     page.focus("#groups")
     page.keyboard.press("ArrowDown")
-    assert seen.text("#tree-title") == "Group 1"
+    assert seen.text("#tree-title") == "Group uid 1"
     page.focus("#tree")
     assert page.get_attribute("#tree", "aria-activedescendant") == "tree-0"
     page.keyboard.press("ArrowLeft")
@@ -174,16 +132,9 @@ def test_hostile_text_is_inert(browser: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("groups", [1, 1000])
 def test_ten_thousand_sequences_stay_responsive(groups: int, browser: Any, tmp_path: Path) -> None:
-    draw = random.Random(0)
-    rows = []
-    for group in range(groups):
-        prompt, plans = sentence(draw, 100), [sentence(draw, 40) for _ in range(max(3, 300 // groups))]
-        for _ in range(10_000 // groups):
-            answer = f"{draw.choice(plans)} {sentence(draw, 80)}"
-            rows.append({"uid": group, "prompt": prompt, "completion": answer, "reward": draw.random()})
-    seen = visit(browser, tmp_path, rows)
+    seen = visit(browser, tmp_path, ten_thousand_sequences(groups))
     page = seen.page
-    assert seen.milliseconds < 5000 and (tmp_path / "page.html").stat().st_size < 12_000_000
+    assert seen.milliseconds < 5000 and (tmp_path / "rows.html").stat().st_size < 12_000_000
     page.click("#open-all")
     page.focus("#tree")
     start = time.perf_counter()
@@ -198,3 +149,47 @@ def test_ten_thousand_sequences_stay_responsive(groups: int, browser: Any, tmp_p
     seen.until_rows("hits", "> 3")
     seen.until("!document.querySelector('#found').textContent.startsWith('…')")
     assert seen.complaints == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [500, 900, 1600])
+def test_every_panel_is_of_use_at_every_width(width: int, scheme: str, browser: Any, tmp_path: Path) -> None:
+    """Nothing sticks out sideways; a list is as tall as what it holds, and rows do not run into each other."""
+    rows = [{"prompt": f"Question {i % 3}: " + "x" * 400, "completion": f"answer {i} " * 9} for i in range(12)]
+    # A branch off every branch: each fork indents what is below it.
+    rows += [{"prompt": "deep", "completion": "a" * depth + "b"} for depth in range(40)]
+    seen = Visit(browser, written_page(tmp_path, rows), width, 900, scheme)
+    page = seen.page
+    seen.until_rows("groups", "=== 4")
+    page.fill("#filter", "prompt 4")
+    seen.until_rows("groups", "=== 1")
+    if width < 700:
+        assert page.locator(".groups").bounding_box()["height"] < 250
+    page.click("#groups .row")
+    page.click("#open-all")
+    seen.until_rows("tree", "> 10")
+    page.fill("#filter", "")
+    seen.until_rows("groups", "=== 4")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    boxes = {name: page.locator(f"#{name}").bounding_box() for name in ("groups", "tree", "node-panel")}
+    assert all(box is not None and box["width"] >= 160 and box["height"] >= 60 for box in boxes.values()), boxes
+    if width < 700:  # one panel below the other: the groups leave the tree in sight
+        assert boxes["groups"]["height"] < 300 and boxes["tree"]["y"] < 900
+    elif width < 980:  # two columns, details below
+        assert boxes["groups"]["x"] < boxes["tree"]["x"] and boxes["node-panel"]["y"] > boxes["tree"]["y"]
+    overlaps = """[...document.querySelectorAll('#tree .row')].some((row) => {
+      const cells = [...row.children].map((cell) => cell.getBoundingClientRect()).filter((cell) => cell.width);
+      return cells.some((cell, at) => at && cell.left < cells[at - 1].right - 0.5);
+    })"""
+    assert not page.evaluate(overlaps) and page.is_hidden("#tree .reward >> nth=0")
+    assert seen.complaints == []
+
+
+def test_a_number_is_no_place_in_the_list(browser: Any, tmp_path: Path) -> None:
+    """Groups by equal prompts are numbered in the order of the file; sorted otherwise, each says what its number is."""
+    rows = [{"prompt": f"{name} in Rome?", "completion": "yes" * (1 + i)} for i, name in enumerate("ABB")]
+    seen = visit(browser, tmp_path, rows)
+    seen.until_rows("groups", "=== 2")
+    first, second = seen.page.locator("#groups .row").all_inner_texts()
+    assert first.startswith("prompt 2") and second.startswith("prompt 1") and "sorted by" in seen.text(".groups .bar")
+    assert "B in Rome?yes" in first and "A in Rome?yes" in second and seen.text("#tree-title") == "Group prompt 2"

@@ -274,3 +274,17 @@ def test_airline_report(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run_dta(capsys, "inspect", AIRLINE, "--limit", "30", "--group", "3")
     assert code == 0 and "30 rollouts in 25 groups (by task_id)" in out and "UTF-8 bytes as tokens" in out
     assert "Group 3: 2 sequences" in out
+
+
+def test_groups_that_hold_one_rollout_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A key that names rollouts, not prompts, hides what siblings share: it is said, and what to do helps."""
+    rows = [{"uid": f"r{i}", "prompt": f"question {i // 3}", "completion": f"answer {i}"} for i in range(6)]
+    file = write_rollouts(tmp_path / "rows.jsonl", rows)
+    out = run_dta(capsys, "inspect", file)[1]
+    assert "6 groups (by uid)" in out and "No two rollouts have the same uid" in out
+    assert "--group-by 'equal prompts'" in out
+    out = run_dta(capsys, "inspect", file, "--group-by", "equal prompts")[1]
+    assert "2 groups (by equal prompts)" in out and "No two rollouts" not in out
+    nested = [{"extra": {"index": i // 3}} | row for i, row in enumerate(rows)]
+    out = run_dta(capsys, "inspect", write_rollouts(file, nested), "--group-by", "extra.index")[1]
+    assert "2 groups (by extra.index)" in out

@@ -48,6 +48,18 @@ MEANINGS: dict[str, tuple[Any, list[tuple[Any, Any]]]] = {
         [("", "user: xy<|image|>")],
     ),
     "content as JSON": ({"messages": [{"role": "tool", "content": {"x": 1}}]}, [("", 'tool: {"x": 1}')]),
+    "chat, then its completion": ({"messages": [USER], "completion": "b"}, [("user: a", "assistant: b")]),
+    "chat, then its response": ({"messages": [USER], "response": [ANSWER]}, [("user: a", "assistant: b")]),
+    "answered chat": ({"messages": [USER, ANSWER], "response": "b"}, [("user: a", "assistant: b")]),
+    "generations": ({"prompt": "a", "generations": ["b", "c"]}, [("a", "b"), ("a", "c")]),
+    "text": ({"text": "ab"}, [("", "ab")]),
+    "response length": ({"tokens": [5, 6, 7], "response_length": 1, "loss_mask": [1]}, [([5, 6], [7])]),
+    "loss mask": ({"input_ids": [5, 6, 7], "loss_mask": [0, 1, 0]}, [([5], [6, 7])]),
+    "labels": ({"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}, [([5, 6], [7])]),
+    "labels, padded": (
+        {"input_ids": [0, 5, 6], "labels": [-100, -100, 6], "attention_mask": [0, 1, 1]},
+        [([5], [6])],
+    ),
     "content null": ({"messages": [{"role": "tool", "content": None}]}, [("", "tool: ")]),
 }
 

@@ -44,6 +44,7 @@ EVIDENCE = (
     RunBy(r"make quickstart-verl$", "tests/adapters/verl_cpu/test_quickstart.py", "test_plugin"),
     RunBy(r"make gpu-dry$", "tests/benchmarks/test_gpu.py", "--dry"),
     RunBy(r"make bench$", "tests/benchmarks/test_policy_update.py", 'smoke("policy_update"'),
+    RunBy(r"make bench-step$", "tests/benchmarks/test_whole_step.py", 'smoke("whole_step"'),
     RunBy(r"make bench-streamed$", "tests/benchmarks/test_streamed.py", 'smoke("streamed"'),
     RunBy(r"python -m benchmarks\.token_selection\.variance$", "tests/benchmarks/test_selection_variance.py", "smoke"),
 )

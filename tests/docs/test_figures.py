@@ -49,9 +49,23 @@ def test_first_screens(page: str, label: str) -> None:
 def test_policy_update() -> None:
     for name, row in rows("policy_update_cpu").items():
         label = next((label for label, of in list(UPDATE.items())[3:] if of == name), name.replace("/", " / "))
-        (cells,) = table_cells("docs/benchmarks.md", f"{label} |")
+        cells = table_cells("docs/benchmarks.md", f"{label} |")[0]
         _, tokens, ceiling, lean, stock, peer = cells
         assert tokens == f"{row['flat_tokens']:,} to {row['tree_tokens']:,}"
         assert close(ceiling, row["ceiling"])
         for quoted, contender in ((lean, "dense"), (stock, "trl"), (peer, "prefix_grouper")):
             assert close(quoted, row["speed_up_over"][contender]) if quoted else contender not in row["speed_up_over"]
+
+
+def test_whole_steps() -> None:
+    measured = rows("whole_step_cpu")
+    labels = {"1024/64/8 x 4": "the same, four updates"}
+    for name, row in measured.items():
+        (cells,) = table_cells("docs/benchmarks.md", labels.get(name, f"{name.replace('/', ' / ')} | "))[-1:]
+        shares = ", ".join(
+            f"{row['shares'][part]:.0%}".replace("%", " %") for part in ("sampling", "scoring", "update")
+        )
+        assert cells[1] == shares
+        assert close(cells[2], row["speed_up"]["update"]) and close(cells[3], row["speed_up"]["step"])
+    slowest, fastest = (of(row["speed_up"]["step"] for row in measured.values()) for of in (min, max))
+    assert f"were {slowest:.1f}x to {fastest:.1f}x as fast" in (ROOT / "README.md").read_text("utf-8")
