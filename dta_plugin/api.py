@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dta_plugin.config import TreeConfig
+from dta_plugin.decline import decline
 from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.execution.auto import run_dense, run_tree
 from dta_plugin.execution.prepared_batch import SequenceLogProbs, prepare_batch
@@ -89,9 +90,7 @@ def sequence_logprobs(
                 check_batch(model, batch, config, common)
         return run_tree(model, batch, config, temperature=common, return_entropy=return_entropy)
     except UnsupportedError as error:  # found only while running, such as a layer that bypasses the tree
-        if config.on_unsupported == "error":
-            raise
-        batch = replace(batch, reason=str(error))
+        batch = replace(batch, reason=decline(error, config.on_unsupported).reason)
         return run_dense(model, batch, temperature=common, return_entropy=return_entropy)
 
 

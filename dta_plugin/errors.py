@@ -24,12 +24,14 @@ class InvalidInputError(ValueError):
 
 
 class UnsupportedError(RuntimeError):
-    """A model, setting or version for which prefix-tree execution would not be exact."""
+    """A model, setting or version for which prefix-tree execution would not be exact.
 
+    reason: "what; remedy", without the option that falls back, whose name is added where it can be given (`decline`).
+    """
 
-def not_exact(reason: str) -> UnsupportedError:
-    """The refusal of what `on_unsupported` decides about, to be raised. reason: "what; remedy"."""
-    return UnsupportedError(f"Prefix-tree execution is not exact here: {reason}; or on_unsupported='dense'.")
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = message if reason is None else reason
 
 
 def did_you_mean(given: str, known: Iterable[str], prefix: str = "") -> str:

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import InvalidInputError, UnsupportedError, not_exact
+from dta_plugin.decline import decline
+from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.execution.calibration_store import Calibration, calibration_of
 from dta_plugin.execution.memory import token_budget
 from dta_plugin.execution.rank_images import along_with_others
@@ -115,8 +116,8 @@ def prepare_batch(
     image_rows = _image_rows(images)
     reason = tree_obstacle(model) or _lengths_obstacle(causal_lm(model), [len(sequence) for sequence in sequences])
     reason = reason or (images_obstacle(causal_lm(model)) if image_rows else None)
-    if reason is not None and config.on_unsupported == "error":
-        raise not_exact(reason)
+    if reason is not None:
+        reason = decline(reason, config.on_unsupported).reason
     base = causal_lm(model)
     _check_weights(base)
     batch_images: BatchImages | None = None
@@ -124,9 +125,7 @@ def prepare_batch(
         try:
             batch_images = BatchImages.from_rows(base, sequences, image_rows)
         except UnsupportedError as error:  # of these rows, where the model's own code has a way
-            if config.on_unsupported == "error":
-                raise
-            reason = str(error)
+            reason = decline(error, config.on_unsupported).reason
     if batch_images is None:
         tree, own_images = PrefixTree.from_sequences([DUMMY_SEQUENCE] if is_dummy else sequences), None
     else:

@@ -136,6 +136,15 @@ def test_unsupported_models(build: Callable[[], torch.nn.Module]) -> None:
         dta_plugin.sequence_logprobs(build(), SEQUENCES)
 
 
+@pytest.mark.parametrize("build", [gpt2, attention_dropout], ids=lambda build: build.__name__)
+def test_a_fallback_does_not_recommend_itself(build: Callable[[], torch.nn.Module]) -> None:
+    with pytest.raises(UnsupportedError) as error:
+        dta_plugin.sequence_logprobs(build(), SEQUENCES)
+    assert str(error.value).count("not exact here") == str(error.value).count("on_unsupported='dense'") == 1
+    reason = dta_plugin.sequence_logprobs(build(), SEQUENCES, TreeConfig(on_unsupported="dense")).report.reason
+    assert reason == error.value.reason and "on_unsupported" not in reason
+
+
 FOUND_BY_RUNNING = {
     extra_head: r"differs from the model's own forward in its head, logits by .*on_unsupported='dense'",
 }
@@ -181,7 +190,7 @@ def test_on_unsupported_dense_gives_the_dense_result() -> None:
 
 def test_a_layer_that_bypasses_the_tree_falls_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
-    with pytest.raises(UnsupportedError, match=r"layer\(s\) \[1\] of LlamaForCausalLM did not use the tree"):
+    with pytest.raises(UnsupportedError, match=r"here: .* \[1\] of Llama.* did not use.*or on_unsupported='dense'\.$"):
         bypass(model, monkeypatch)
         dta_plugin.sequence_logprobs(model, SEQUENCES)
     out = dta_plugin.sequence_logprobs(model, SEQUENCES, TreeConfig(on_unsupported="dense"))

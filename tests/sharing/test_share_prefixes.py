@@ -418,8 +418,20 @@ def test_a_layer_that_goes_around_the_tree() -> None:
     model = tiny_model("qwen3")
     share_prefixes(model)
     model.model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
-    with pytest.raises(UnsupportedError, match=r"layer\(s\) \[1\]"):
+    with pytest.raises(UnsupportedError, match=r"layer\(s\) \[1\].*; or on_unsupported='dense'\.$"):
         model(**padded_batch(star(3)), use_cache=False)
+    found_late = {
+        ("error", "off"): "on_unsupported='dense' with probe='auto', which falls back before the first tree.",
+        ("dense", "off"): "probe='auto', which falls back before the first tree.",
+    }
+    for (on_unsupported, probe), way in found_late.items():
+        share_prefixes(model, TreeConfig(on_unsupported=on_unsupported, probe=probe))
+        with pytest.raises(UnsupportedError) as error:
+            model(**padded_batch(star(3)), use_cache=False)
+        assert str(error.value).endswith(f"other plugins); or {way}")
+    sharing = share_prefixes(model, TreeConfig(on_unsupported="dense"))
+    model(**padded_batch(star(3)), use_cache=False)
+    assert "did not use the tree" in sharing.reason and "dense" not in sharing.reason
 
 
 ROWS = [[5, 6, 7, 8, 9, 10], [5, 6, 7, 8, 11], [5, 6, 12]]

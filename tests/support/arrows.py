@@ -45,6 +45,7 @@ ORDER = (
     "option_types",
     "dtypes",
     "upload",
+    "decline",
     "errors",
 )
 # Switching on is where imports run up, when it is called.

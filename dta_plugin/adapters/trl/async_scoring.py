@@ -26,6 +26,7 @@ from dta_plugin.adapters.trl.protocols import Accelerator, AsyncLike, GRPOLike
 from dta_plugin.adapters.trl.state import TreeState
 from dta_plugin.adapters.trl.upstream import check_async_trainer
 from dta_plugin.config import TreeConfig
+from dta_plugin.decline import Decline, decline
 from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.execution.auto import run_tree
 from dta_plugin.execution.prepared_batch import SequenceLogProbs, prepare_batch
@@ -103,30 +104,31 @@ class TreeScorer:
 
     def __call__(self, **call: Any) -> Any:
         """log_probs and entropy, float32 [1, N] at the places of the row; aux_loss, or None."""
-        config, reason, topic = self.state.config, noise_obstacle(self.trainer), None
-        try:
-            if reason is not None:
-                raise UnsupportedError(f"Prefix-tree execution is not exact here: {reason}.")
-            found = self._as_tree(FoldedRow.from_call(call), bool(call.get("output_router_logits")))
-            if not isinstance(found, str):
-                return found
-            reason, topic = found, "min_saving"
-        except UnsupportedError as error:
-            if config.on_unsupported == "error":
-                raise
-            reason = str(error)
-        self.state.why_dense = reason
-        self.state.notices.say_once(f"TRL's own path: {reason}", topic, logging.WARNING)
-        self.state.log_dense(cast(GRPOLike, self.trainer), reason, topic)
+        found = self._outputs(call)
+        if not isinstance(found, Decline):
+            return found
+        self.state.why_dense = found.reason
+        self.state.notices.say_once(f"TRL's own path: {found.reason}", found.topic, logging.WARNING)
+        self.state.log_dense(cast(GRPOLike, self.trainer), found.reason, found.topic)
         return self.model(**call)
 
-    def _as_tree(self, row: FoldedRow, with_router_loss: bool) -> SimpleNamespace | str:
+    def _outputs(self, call: dict[str, Any]) -> SimpleNamespace | Decline:
+        """What the loss reads, or why TRL's own call is to give it."""
+        on_unsupported = self.state.config.on_unsupported
+        if (obstacle := noise_obstacle(self.trainer)) is not None:
+            return decline(obstacle, on_unsupported)
+        try:
+            return self._as_tree(FoldedRow.from_call(call), bool(call.get("output_router_logits")))
+        except UnsupportedError as error:
+            return decline(error, on_unsupported)
+
+    def _as_tree(self, row: FoldedRow, with_router_loss: bool) -> SimpleNamespace | Decline:
         """What the loss reads, or why a tree does not pay."""
         state, config = self.state, self.state.config
         with self.trainer.accelerator.autocast():
             batch = prepare_batch(self.model, row.sequences, row.masks, config)
             if not batch.use_tree:
-                return batch.reason
+                return Decline(batch.reason, "min_saving" if batch.is_gated else None)
             if with_router_loss:  # which TRL takes over the places of its row
                 tree = replace(batch.tree, multiplicity=row.places_of_tokens(batch.tree))
                 batch = replace(batch, tree=tree)

@@ -28,6 +28,11 @@ _PLACE = Place(
 )
 
 
+def fall_back(key: str) -> str:
+    """How a command asks for verl's own path. key: where its options are."""
+    return f"+{key}.on_unsupported=dense"
+
+
 def dta_options(rollout: Any) -> dict[str, Any]:
     """What a rollout config (DictConfig, or verl's RolloutConfig) has for the plugin. InvalidInputError for no dict."""
     custom = rollout.get("custom") or {}

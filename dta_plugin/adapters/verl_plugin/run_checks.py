@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from dta_plugin.adapters.verl_plugin.config import DIFFUSION, tree_config
+from dta_plugin.adapters.verl_plugin.config import DIFFUSION, KEY, fall_back, tree_config
 from dta_plugin.adapters.verl_plugin.reach import no_entry_point
 from dta_plugin.config import TreeConfig
+from dta_plugin.decline import decline
 from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.training.notices import Notices, say
 
@@ -70,18 +71,19 @@ def refuse_strategy(config: TreeConfig | None, found: str) -> None:
     )
     if config is None:
         raise UnsupportedError(f"{DIFFUSION} is not available: {reason}.")
-    if config.on_unsupported == "error" or config.selection():
-        raise UnsupportedError(f"Prefix-tree execution is not available: {reason}.")
-    say(f"verl's own path: {reason}")
-
-
-def take_own_path(reason: str, config: TreeConfig, notices: Notices) -> None:
-    """Raise UnsupportedError, or say once that verl's own path runs a mini-batch, as `on_unsupported` has it."""
-    if config.on_unsupported == "error":
+    if config.selection():
         raise UnsupportedError(
-            f"Prefix-tree execution is not exact here: {reason}. Or set "
-            "+actor_rollout_ref.rollout.custom.dta.on_unsupported=dense."
+            f"Prefix-tree execution is not available: {reason}; or leave token_selection={config.token_selection} out."
         )
+    say(f"verl's own path: {decline(reason, config.on_unsupported, fall_back(KEY)).reason}")
+
+
+def take_own_path(found: str | UnsupportedError, config: TreeConfig, notices: Notices, key: str) -> None:
+    """Raise UnsupportedError, or say once that verl's own path runs a mini-batch, as `on_unsupported` has it.
+
+    key: where the command has the options.
+    """
+    reason = decline(found, config.on_unsupported, fall_back(key)).reason
     notices.say_once(f"verl's own path: {reason}", level=logging.WARNING)
 
 

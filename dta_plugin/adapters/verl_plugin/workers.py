@@ -11,7 +11,7 @@ from dta_plugin.adapters.verl_plugin.config import tree_config
 from dta_plugin.adapters.verl_plugin.protocols import TreePolicyEngine, Worker
 from dta_plugin.adapters.verl_plugin.reach import unreached_separate_trainer
 from dta_plugin.adapters.verl_plugin.run_checks import refuse_strategy
-from dta_plugin.adapters.verl_plugin.sft import options_of_command
+from dta_plugin.adapters.verl_plugin.sft import KEY, options_of_command
 from dta_plugin.adapters.verl_plugin.upstream import check_worker
 from dta_plugin.training.notices import say
 
@@ -53,6 +53,6 @@ def passing_sft_options_on(init: Callable[..., None]) -> Callable[..., None]:
         options = options_of_command()
         init(worker, *args, **kwargs)
         if isinstance(worker.engine, TreePolicyEngine):
-            worker.engine.configure_early(options)
+            worker.engine.configure_early(options, KEY)
 
     return wrapped
