@@ -12,7 +12,7 @@ class InvalidInputError(ValueError):
     option: the field of TreeConfig whose value it is, if it is one; the message then begins with its name.
     """
 
-    def __init__(self, message: str, option: str | None = None) -> None:
+    def __init__(self, message: str = "", option: str | None = None) -> None:
         super().__init__(message)
         self.option = option
 
@@ -29,7 +29,7 @@ class UnsupportedError(RuntimeError):
     reason: "what; remedy", without the option that falls back, whose name is added where it can be given (`decline`).
     """
 
-    def __init__(self, message: str, reason: str | None = None) -> None:
+    def __init__(self, message: str = "", reason: str | None = None) -> None:
         super().__init__(message)
         self.reason = message if reason is None else reason
 
