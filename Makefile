@@ -120,15 +120,27 @@ families: $(INSTALLED) ## every causal family of transformers, exact or refused 
 
 # From the wheel alone, away from the checkout: what a user of PyPI gets. torch comes as pip prefers it.
 PYTHON ?= python3
-WHEEL_VENV := $(abspath build/wheel-$(notdir $(PYTHON)))
-wheel-check: ## build sdist and wheel into dist/, install the wheel with $(PYTHON) in a new environment, and use it
-	rm -rf dist build/lib $(WHEEL_VENV)
+WHEEL_TOOLS := $(abspath build/wheel-tools)/bin
+WHEEL_VENV := $(abspath build/wheel-venv)
+WHEEL_USE := build/wheel-use
+wheel-check: export PATH := $(WHEEL_VENV)/bin:$(PATH)
+wheel-check: export PYTHONPATH :=
+wheel-check: ## build sdist and wheel into dist/; with $(PYTHON), install the wheel in a new environment and train
+	rm -rf dist $(dir $(WHEEL_TOOLS)) $(WHEEL_VENV) $(WHEEL_USE)
+	$(PYTHON) -m venv $(dir $(WHEEL_TOOLS))
+	$(WHEEL_TOOLS)/python -m pip install --quiet build twine check-wheel-contents
+	$(WHEEL_TOOLS)/python -m build --quiet --outdir dist .
+	$(WHEEL_TOOLS)/twine check --strict dist/*
+	$(WHEEL_TOOLS)/check-wheel-contents --package dta_plugin dist/*.whl
 	$(PYTHON) -m venv $(WHEEL_VENV)
-	$(WHEEL_VENV)/bin/python -m pip install --quiet build
-	$(WHEEL_VENV)/bin/python -m build --outdir dist .
-	$(WHEEL_VENV)/bin/python -m pip install --quiet $(TORCH) "$$(ls dist/*.whl)[trl,test]"
-	cd build && $(WHEEL_VENV)/bin/dta doctor && $(WHEEL_VENV)/bin/dta inspect ../recipes/rollouts/agent.jsonl
-	cd build && $(QUIET) $(WHEEL_VENV)/bin/python ../tests/installed.py
+	python -m pip install --quiet $(TORCH) "$$(ls dist/*.whl)[trl]"
+	mkdir $(WHEEL_USE) && cp -r recipes tests/installed.py $(WHEEL_USE)
+	cd $(WHEEL_USE) && dta doctor && dta inspect recipes/rollouts/agent.jsonl --html tree.html
+	cd $(WHEEL_USE) && $(QUIET) python installed.py
+	cd $(WHEEL_USE) && python recipes/quickstart/build.py --output runs/quickstart --steps 20
+	cd $(WHEEL_USE) && $(QUIET) trl grpo --config recipes/trl/quickstart.yaml --max_steps 4 \
+		| python recipes/quickstart/watch.py | tee watched
+	grep --quiet "dta: in this training" $(WHEEL_USE)/watched
 
 docs: $(INSTALLED) ## the documentation as a site, in build/site; fails on a broken link
 	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet

@@ -1,4 +1,4 @@
-"""`enable()` and `disable()`: turn prefix-tree execution on and off for the frameworks of this process."""
+"""`enable()` and `disable()`: turn prefix-tree execution on and off for TRL's trainers in this process."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ def enable_by_flags(config: TreeConfig, given: Iterable[str]) -> None:
 
 def disable() -> None:
     """Restore the trainers' own methods and transformers' attention. Trainers without the flag then run stock code.
+
+    Once a config with the flag (TreeGRPOConfig) was made, `Trainer.train` goes on looking at which trainers get one.
 
     Attention waits for the last graph of a tree call: a checkpointed layer needs it when it is recomputed. A later tree
     call (`sequence_logprobs`, a model under `share_prefixes`, a trainer with the flag) installs it anew.

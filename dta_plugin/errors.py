@@ -1,4 +1,4 @@
-"""The two exceptions of the package. Both messages say what was given, what was expected and what to do."""
+"""The exceptions of the package. Messages say what was given, what was expected and what to do."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class UnsupportedError(RuntimeError):
         self.reason = message if reason is None else reason
 
 
+class VerificationError(AssertionError):
+    """The tree and the dense path differ by more than rounding explains."""
+
+
 def did_you_mean(given: str, known: Iterable[str], prefix: str = "") -> str:
     """A sentence, with a space before it, that names the known word most like the given one; "" if none is like it."""
     close = difflib.get_close_matches(given, known, n=1)
     return f" Did you mean {prefix}{close[0]}?" if close else ""
-
-
-UnsupportedModelError = UnsupportedError
-"""The name of `UnsupportedError` in version 0.1.0, before settings and versions raised it, too."""

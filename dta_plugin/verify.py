@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dta_plugin.config import TreeConfig
+from dta_plugin.errors import VerificationError
 from dta_plugin.execution.auto import run_dense
 from dta_plugin.execution.prepared_batch import PreparedBatch, prepare_batch
 from dta_plugin.execution.probing.traces import decoder_layers, first_difference, traced
@@ -27,10 +28,6 @@ from dta_plugin.tree.trie import TokenSequence
 _COMPARISON = Place(
     "in a comparison", {Scope.CALL, Scope.BATCH}, "the sequences run as they are given, once, without a trainer"
 )
-
-
-class VerificationError(AssertionError):
-    """The tree and the dense path differ by more than rounding explains."""
 
 
 def check_batch(model: nn.Module, batch: PreparedBatch, config: TreeConfig, temperature: float = 1.0) -> Difference:

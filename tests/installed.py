@@ -1,11 +1,14 @@
-"""A training with the installed package and nothing of the checkout: `make wheel-check` runs this file as a script.
+"""A training with the installed package and nothing of the checkout: `make wheel-check` runs a copy of this file.
 
 A tiny random model, made here, through TRL's own GRPOTrainer with the flag and without: equal weights after two steps.
+What PyPI would show of the package leads somewhere without the checkout, too.
 """
 
 from __future__ import annotations
 
+import re
 import tempfile
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from trl import GRPOConfig, GRPOTrainer
 import dta_plugin
 
 WORDS = ["<pad>", "</s>", *"abcdefgh"]
-ROOT = Path(__file__).resolve().parents[1]
+LOCAL_LINK = re.compile(r"\]\((?!https://)[^)]*")
 
 
 def save(folder: Path) -> None:
@@ -59,7 +62,9 @@ def train(folder: Path) -> tuple[torch.Tensor, list[dict[str, float]]]:
 
 def main() -> None:
     package = Path(dta_plugin.__file__).resolve()
-    assert ROOT not in package.parents or "site-packages" in package.parts, f"this is the checkout's: {package}"
+    assert "site-packages" in package.parts, f"this is no installed wheel's: {package}"
+    readme = metadata.metadata("dta-plugin").get_payload()
+    assert "](https://" in readme and not LOCAL_LINK.findall(readme), LOCAL_LINK.findall(readme)
     with tempfile.TemporaryDirectory() as name:
         save(Path(name))
         stock, _ = train(Path(name))

@@ -51,15 +51,6 @@ def test_every_public_name_resolves() -> None:
         assert getattr(dta_plugin, name) is not None
 
 
-def test_errors_keep_their_former_name() -> None:
-    from dta_plugin.errors import UnsupportedModelError
-
-    with pytest.raises(UnsupportedModelError):
-        raise dta_plugin.UnsupportedError
-    with pytest.raises(dta_plugin.UnsupportedError):
-        raise dta_plugin.UnsupportedModelError
-
-
 def test_an_unknown_name_lists_what_there_is() -> None:
     with pytest.raises(AttributeError, match=r"no attribute 'sequence_logprob'; it offers .*sequence_logprobs"):
         dta_plugin.sequence_logprob  # noqa: B018

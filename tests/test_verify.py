@@ -11,7 +11,8 @@ from packaging.version import Version
 
 import dta_plugin
 from dta_plugin import TreeConfig
-from dta_plugin.verify import VerificationError, compare
+from dta_plugin.errors import VerificationError
+from dta_plugin.verify import compare
 from tests.support.models import FAMILIES, VOCABULARY, tiny_model
 from tests.support.tiny_families import config_of, random_causal_lm
 from tests.support.tree_run import make_siblings_visible

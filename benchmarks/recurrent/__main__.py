@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,6 @@ from benchmarks.common.harness import environment, interleaved, median_ratio, ta
 from dta_plugin.recurrent.convolution import tree_causal_conv1d
 from dta_plugin.recurrent.delta_rule import tree_gated_delta_rule, tree_kda
 from dta_plugin.recurrent.plan import StatePlan
-from dta_plugin.recurrent.reference import paths
 
 Tensors = list[torch.Tensor]
 
@@ -89,6 +88,15 @@ TREES = {
     "nothing shared 8 x 512": lambda: star(0, 512, 8),
 }
 SMOKE_TREES = {"star 20/5/3": lambda: star(20, 5, 3)}
+
+
+def paths(plan: StatePlan) -> Iterator[list[int]]:
+    """The tokens of every row: from a root down to a token without children."""
+    for leaf in sorted(set(range(len(plan))) - set(plan.parent.tolist())):
+        row = [leaf]
+        while (parent := int(plan.parent[row[-1]])) >= 0:
+            row.append(parent)
+        yield row[::-1]
 
 
 def measure(operation: Operation, plan: StatePlan, rounds: int) -> dict[str, float]:

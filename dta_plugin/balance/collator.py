@@ -25,7 +25,7 @@ class SequenceBalancingCollator:
             must not be cut so.) 1: order alone.
         token_ids: an example -> its token ids, ints [len]. None: by the names that TRL's and transformers' data sets
             have.
-        model: what tokens and pairs cost, see `models.introspection.model_cost`; any unit.
+        cost: what tokens and pairs cost, see `models.introspection.model_cost`; any unit.
 
     Raises:
         InvalidInputError: fewer than one bin; in a call, examples without known token ids.
@@ -37,11 +37,11 @@ class SequenceBalancingCollator:
         bins: int = 1,
         *,
         token_ids: Callable[[Any], TokenSequence] | None = None,
-        model: ModelCost = TYPICAL,
+        cost: ModelCost = TYPICAL,
     ) -> None:
         if bins < 1:
             raise InvalidInputError(f"Got bins={bins}. Expected at least 1.")
-        self.collator, self.bins, self.model = collator, bins, model
+        self.collator, self.bins, self.cost = collator, bins, cost
         self.token_ids = token_ids or token_path
 
     def __call__(self, examples: Sequence[Any]) -> Any:
@@ -53,5 +53,5 @@ class SequenceBalancingCollator:
             return list(range(len(examples)))
         size = -(-len(examples) // self.bins)
         sizes = [min(size, len(examples) - start) for start in range(0, len(examples), size)]
-        dealt = partition([self.token_ids(x) for x in examples], len(sizes), model=self.model, sizes=sizes)
+        dealt = partition([self.token_ids(x) for x in examples], len(sizes), cost=self.cost, sizes=sizes)
         return [index for part in dealt.bins for index in part]

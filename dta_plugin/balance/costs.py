@@ -61,11 +61,11 @@ class SequenceCosts:
     def from_sequences(
         cls,
         sequences: Sequence[TokenSequence],
-        model: ModelCost = TYPICAL,
+        cost: ModelCost = TYPICAL,
         first_scored: Sequence[int] | None = None,
         beside: ModelCost | None = None,
     ) -> SequenceCosts:
-        """model: FLOPs, or seconds, of a model's parts. first_scored: per sequence, where its completion begins.
+        """cost: FLOPs, or seconds, of a model's parts. first_scored: per sequence, where its completion begins.
 
         beside: those of another model, which runs every sequence by itself.
 
@@ -82,13 +82,13 @@ class SequenceCosts:
 
         both_score = np.maximum(begin, np.roll(begin, 1))
 
-        def cost(tokens: np.ndarray, begin: np.ndarray) -> np.ndarray:
-            return model.path_flops(tokens) + model.per_scored * np.maximum(tokens - begin, 0)
+        def alone(tokens: np.ndarray, begin: np.ndarray) -> np.ndarray:
+            return cost.path_flops(tokens) + cost.per_scored * np.maximum(tokens - begin, 0)
 
-        path = cost(lengths, begin)
+        path = alone(lengths, begin)
         if beside is not None:
             path += beside.path_flops(lengths)
-        return cls(order, path, cost(lcp, both_score), model.per_call)
+        return cls(order, path, alone(lcp, both_score), cost.per_call)
 
     def __len__(self) -> int:
         return len(self.order)

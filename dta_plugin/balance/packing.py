@@ -18,13 +18,13 @@ def pack(
     sequences: Sequence[TokenSequence],
     capacity: float,
     *,
-    model: ModelCost = TOKENS,
+    cost: ModelCost = TOKENS,
     first_scored: Sequence[int] | None = None,
     at_least: int = 1,
 ) -> Partition:
     """Deal `sequences` out to few bins that cost at most `capacity` each.
 
-    capacity: in units of `model`; tree tokens unless another is given. A sequence that alone costs more gets a bin to
+    capacity: in units of `cost`; tree tokens unless another is given. A sequence that alone costs more gets a bin to
     itself: `executor="streamed"` runs it in chunks. first_scored: as for `partition`. at_least: bins there have to be,
     where all ranks run as many micro-batches.
 
@@ -35,7 +35,7 @@ def pack(
     if capacity <= 0:
         raise InvalidInputError(f"Got capacity={capacity}. Expected a positive cost, in tree tokens by default.")
     check_enough(len(sequences), at_least)
-    costs = SequenceCosts.from_sequences(sequences, model, first_scored)
+    costs = SequenceCosts.from_sequences(sequences, cost, first_scored)
     variable = costs.without_fixed_cost()
     room = capacity - costs.fixed_cost
     fits = variable.path <= room

@@ -73,7 +73,7 @@ def partition(
     sequences: Sequence[TokenSequence],
     bins: int,
     *,
-    model: ModelCost = TYPICAL,
+    cost: ModelCost = TYPICAL,
     first_scored: Sequence[int] | None = None,
     sizes: Sequence[int] | Literal["equal"] | None = None,
     allow_empty: bool = False,
@@ -82,7 +82,7 @@ def partition(
 ) -> Partition:
     """Deal `sequences` out to `bins` bins.
 
-    model: what a token, a pair, a scored token and a bin cost; see `execution.model.model_cost`. first_scored: per
+    cost: what a token, a pair, a scored token and a bin cost; see `models.introspection.model_cost`. first_scored: per
         sequence, where its completion begins (only scored tokens pay for the LM head). sizes: sequences per bin, or
         "equal", for frameworks that need equal counts; None: whatever balances, see `Partition.weights`.
     allow_empty: with sizes=None, bins stay empty where using them would lower nothing. whole_trees: with sizes given,
@@ -103,7 +103,7 @@ def partition(
         raise InvalidInputError("Got whole_trees=True with sizes=None. Expected sizes, such as 'equal'.")
     if counts is None and not allow_empty:
         check_enough(len(sequences), bins)
-    costs = SequenceCosts.from_sequences(sequences, model, first_scored, beside)
+    costs = SequenceCosts.from_sequences(sequences, cost, first_scored, beside)
     variable = costs.without_fixed_cost()
     if counts is not None:
         starts = whole_starts(variable, counts) if whole_trees else sized_starts(variable, counts)

@@ -33,7 +33,7 @@ class SiblingSampler(Sampler[int]):
         drop_last: leave out, in each epoch others, the sequences that would make a smaller last batch.
         least_shared: neighbours are siblings if what they share, beyond what all sequences do, is at least this part,
             in [0, 1], of what the cheaper one costs. The lower, the more is shared and the less random batches are.
-        model: what tokens and pairs cost, see `models.introspection.model_cost`; any unit.
+        cost: what tokens and pairs cost, see `models.introspection.model_cost`; any unit.
 
     Raises:
         InvalidInputError: no sequences, sizes below 1, or least_shared outside [0, 1].
@@ -49,7 +49,7 @@ class SiblingSampler(Sampler[int]):
         shuffle: bool = True,
         drop_last: bool = False,
         least_shared: float = 0.1,
-        model: ModelCost = TYPICAL,
+        cost: ModelCost = TYPICAL,
     ) -> None:
         if not len(sequences) or batch_size < 1 or world_size < 1:
             raise InvalidInputError(
@@ -61,7 +61,7 @@ class SiblingSampler(Sampler[int]):
         self.batch_size, self.world_size = batch_size, world_size
         self.seed, self.shuffle, self.drop_last = seed, shuffle, drop_last
         self.epoch = 0
-        self._costs = SequenceCosts.from_sequences(sequences, model)
+        self._costs = SequenceCosts.from_sequences(sequences, cost)
         self._families = _sibling_runs(self._costs.without_fixed_cost(), batch_size, least_shared)
 
     def set_epoch(self, epoch: int) -> None:

@@ -110,7 +110,7 @@ class _Found:
 
 def inspect_sequences(
     sequences: Sequence[TokenizedSequence],
-    model: ModelCost,
+    cost: ModelCost,
     decoder: Decoder | None,
     forks: int = 3,
     run_length: int = 16,
@@ -134,27 +134,28 @@ def inspect_sequences(
         whole, within, groups = _counted(sequences, names, group_of_row, run_length)
     most = int(within.tree_tokens.argmax()) if group is None else names.index(group)
 
+    drawn: dict[int, PrefixTree] = {}  # the one to draw, once it is made
+
     def merged(number: int) -> PrefixTree:
-        if number == most and made:
-            return made[0]
+        if number in drawn:
+            return drawn[number]
         own = members[names[number]]
         order, lcp = within.group(number)
         rows = [sequences[row].tokens for row in own]
         return PrefixTree.from_sorted(rows, np.searchsorted(own, order), lcp, is_compact=True)
 
-    made: list[PrefixTree] = []  # the one to draw, once it is
-    made.append(merged(most))
+    drawn[most] = merged(most)
     searched = groups if group is None else [groups[most]]
-    of_groups = _sharing(within, model)
+    of_groups = _sharing(within, cost)
     shared = _sum(of_groups)
     return Inspection(
         shared,
-        shared if whole is within else _sum(_sharing(whole, model)),
+        shared if whole is within else _sum(_sharing(whole, cost)),
         int(whole.common_tokens()[0]),
         _first_forks(within),
         _top(searched, merged, decoder, forks, run_length),
         names[most],
-        made[0],
+        drawn[most],
         [GroupSharing(*item) for item in zip(names, members.values(), of_groups, strict=True)],
         merged,
     )
@@ -175,10 +176,10 @@ def _counted(
     return whole, within, [_Group(name, number, *bounds) for number, (name, *bounds) in numbered]
 
 
-def _sharing(counts: TreeCounts, model: ModelCost) -> list[Sharing]:
+def _sharing(counts: TreeCounts, cost: ModelCost) -> list[Sharing]:
     """Of every tree."""
-    dense = model.flops_of_pairs(counts.flat_tokens, counts.flat_pairs, counts.scored_tokens())
-    tree = model.flops_of_pairs(counts.tree_tokens, counts.tree_pairs, counts.scored_rows())
+    dense = cost.flops_of_pairs(counts.flat_tokens, counts.flat_pairs, counts.scored_tokens())
+    tree = cost.flops_of_pairs(counts.tree_tokens, counts.tree_pairs, counts.scored_rows())
     columns = (counts.sequences, counts.flat_tokens, counts.tree_tokens, dense, tree)
     return [Sharing(1, *values) for values in zip(*(column.tolist() for column in columns), strict=True)]
 

@@ -55,15 +55,13 @@ class RolloutFile:
     rewards: Rewards
 
 
-def load_rollouts(path: str | Path, group_by: str | None = None, limit: int | None = None) -> list[Rollout]:
-    """The rollouts of a file or folder, at most `limit`. Raises InvalidInputError naming file and line."""
-    return read_file(path, group_by, limit).rollouts
-
-
 def read_file(
     path: str | Path, group_by: str | None = None, limit: int | None = None, reward: str | None = None
 ) -> RolloutFile:
-    """As `load_rollouts`, and how groups were told apart and rewards read. reward: see cli/rewards.py."""
+    """The rollouts of a file or folder, at most `limit`. reward: see cli/rewards.py.
+
+    Raises InvalidInputError naming file and line.
+    """
     if limit is not None and limit < 1:
         raise InvalidInputError(f"limit={limit}. Expected at least 1 rollout.")
     grouping, rewards = Grouping(group_by), Rewards(reward)

@@ -35,6 +35,7 @@ from dta_plugin.errors import InvalidInputError
 
 _HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_LISTED = 6  # names that a message lists
 
 
 def load_diffusion_lm(path_or_id: str | PathLike[str], **options: Any) -> PreTrainedModel:
@@ -187,10 +188,10 @@ def _drop_head(state: dict[str, torch.Tensor]) -> None:
         )
 
 
-def _listed(names: Iterable[str], most: int = 6) -> str:
+def _listed(names: Iterable[str]) -> str:
     listed = list(names)
-    more = "" if len(listed) <= most else f" and {len(listed) - most} more"
-    return ", ".join(listed[:most]) + more
+    more = "" if len(listed) <= _LISTED else f" and {len(listed) - _LISTED} more"
+    return ", ".join(listed[:_LISTED]) + more
 
 
 def _with_dtype(original: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -69,12 +69,6 @@ def uninstall(model: PreTrainedModel | None = None) -> None:
     Dispatcher.uninstall(model)
 
 
-def is_installed(model: PreTrainedModel) -> bool:
-    """Whether a dispatcher is in front of all attention of the language model, for this model."""
-    found = [entries[key] for entries, key in _places(model)]
-    return bool(found) and all(isinstance(entry, Dispatcher) and model in entry.models for entry in found)
-
-
 class Dispatcher(StandIn):
     """Attention with a tree by `tree_attention`, without one by the function that it stands in front of."""
 

@@ -68,8 +68,8 @@ def share_prefixes(model: nn.Module, config: TreeConfig | None = None) -> Prefix
 
     Raises:
         UnsupportedError: the tree would not be exact. With ``config.on_unsupported == "dense"`` the model keeps its own
-            path and ``handle.reason`` says why. A layer that goes around the tree is found by the probe; without one,
-            in the first call, where it is an error in either case.
+            path and ``handle.reason`` says why. Where no probe looks for a layer that goes around the tree
+            (``probe="off"``, weights sharded by FSDP), the first call finds it, and it is an error in either case.
         InvalidInputError: an option of `config` that does not apply.
     """
     config = config or TreeConfig()

@@ -58,7 +58,7 @@ class RowBatch:
 
     @property
     def scored(self) -> Scored:
-        """Per sequence which tokens are scored, as `prepare` takes it."""
+        """Per sequence which tokens are scored, as `prepare_batch` takes it."""
         return self.prompt_lengths if self.masks is None else self.masks
 
     @property

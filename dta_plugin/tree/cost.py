@@ -117,13 +117,13 @@ class CostEstimate:
         return CostEstimate(self.dense + other.dense, self.tree + other.tree)
 
 
-def estimate(tree: PrefixTree, model: ModelCost, scored_dense: int, scored_tree: int) -> CostEstimate:
+def estimate(tree: PrefixTree, cost: ModelCost, scored_dense: int, scored_tree: int) -> CostEstimate:
     """Compare dense and tree execution.
 
     scored_dense: scored tokens, counted per sequence. scored_tree: distinct LM-head rows the tree needs.
     """
     dense_depths = np.arange(tree.flat_tokens) - np.repeat(tree.offsets[:-1], np.diff(tree.offsets))
     return CostEstimate(
-        dense=model.flops(tree.flat_tokens, dense_depths, scored_dense),
-        tree=model.flops(tree.tree_tokens, tree.depth, scored_tree),
+        dense=cost.flops(tree.flat_tokens, dense_depths, scored_dense),
+        tree=cost.flops(tree.tree_tokens, tree.depth, scored_tree),
     )

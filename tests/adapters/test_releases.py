@@ -12,7 +12,16 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from dta_plugin.adapters.releases import TRANSFORMERS, TRL, VERL, Releases, say_if_untested, supported_release
+from dta_plugin.adapters.releases import (
+    MEGATRON_CORE,
+    TORCH,
+    TRANSFORMERS,
+    TRL,
+    VERL,
+    Releases,
+    say_if_untested,
+    supported_release,
+)
 from dta_plugin.errors import UnsupportedError
 
 ROOT = Path(__file__).parents[2]
@@ -90,12 +99,12 @@ def test_nothing_is_said(
     assert not caplog.records
 
 
-@pytest.mark.parametrize("releases", [TRL, VERL, TRANSFORMERS], ids=lambda releases: releases.name)
+@pytest.mark.parametrize("releases", [TRL, VERL, TRANSFORMERS, TORCH, MEGATRON_CORE], ids=lambda r: r.name)
 def test_the_package_declares_the_same(releases: Releases) -> None:
     """pip's bounds, and the releases that the suites run with."""
     (declared,) = set(re.findall(rf'"({releases.package}[<>=][^"]*)"', (ROOT / "pyproject.toml").read_text()))
-    bounds = Requirement(declared).specifier
-    assert bounds.contains(releases.oldest) and not bounds.contains(f"{Version(releases.oldest).major - 1}.99")
-    assert releases.below is None or not bounds.contains(releases.below)
-    pinned = re.findall(rf"^\w+ \?= {releases.package}==(\S+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    bounds = {bound.operator: Version(bound.version) for bound in Requirement(declared).specifier}
+    below = {} if releases.below is None else {"<": Version(releases.below)}
+    assert bounds == {">=": Version(releases.oldest), **below}
+    pinned = re.findall(rf"^\w+ \?= {releases.package}==(\S+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert all(releases.supports(version) and not releases.is_untested(version) for version in pinned)

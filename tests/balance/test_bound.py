@@ -25,12 +25,12 @@ def test_no_assignment_is_below(sequences: Sequences, bins: int) -> None:
 @given(st.data(), sequence_batches(max_sequences=10), st.integers(1, 4))
 def test_siblings_that_disagree_on_what_is_scored(data: st.DataObject, sequences: Sequences, bins: int) -> None:
     """What a set costs is at least what each of its sequences does, or the bound would be none."""
-    model = ModelCost(per_token=1.0, per_pair=0.1, per_scored=10.0)
+    cost = ModelCost(per_token=1.0, per_pair=0.1, per_scored=10.0)
     begins = [data.draw(st.integers(0, len(sequence))) for sequence in sequences]
-    found = partition(sequences, bins, model=model, first_scored=begins, allow_empty=True)
+    found = partition(sequences, bins, cost=cost, first_scored=begins, allow_empty=True)
     assert found.lower_bound <= max(found.loads) * (1 + CLOSE)
-    everything = partition(sequences, 1, model=model, first_scored=begins).loads[0]
-    assert everything >= tree_cost(sequences, model, begins) * (1 - CLOSE)
+    everything = partition(sequences, 1, cost=cost, first_scored=begins).loads[0]
+    assert everything >= tree_cost(sequences, cost, begins) * (1 - CLOSE)
 
 
 @given(sequence_batches(max_sequences=12), st.integers(1, 6))
@@ -56,7 +56,7 @@ def test_a_group_too_large_for_a_bin_pays_its_prompt_several_times() -> None:
     bound = lower_bound(SequenceCosts.from_sequences(sequences, TOKENS), 4)
     assert bound == pytest.approx(100 + 4 * 50, rel=1e-3) and bound <= 300
     assert tree_cost(sequences, TOKENS) / 4 == 250
-    assert max(partition(sequences, 4, model=TOKENS).loads) == 300
+    assert max(partition(sequences, 4, cost=TOKENS).loads) == 300
 
 
 @pytest.mark.parametrize("bins", [2, 8, 32])

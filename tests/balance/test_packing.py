@@ -16,11 +16,11 @@ from tests.support.dealing import CLOSE, WINDOWED, groups, loads_are_true, tree_
 from tests.support.trees import Sequences, run, sequence_batches
 
 
-def check(sequences: Sequences, capacity: float, model: ModelCost = TOKENS, at_least: int = 1) -> Partition:
-    found = pack(sequences, capacity, model=model, at_least=at_least)
+def check(sequences: Sequences, capacity: float, cost: ModelCost = TOKENS, at_least: int = 1) -> Partition:
+    found = pack(sequences, capacity, cost=cost, at_least=at_least)
     assert sorted(s for members in found.bins for s in members) == list(range(len(sequences)))
     assert all(found.bins) and len(found.bins) >= at_least
-    assert loads_are_true(found, sequences, model)
+    assert loads_are_true(found, sequences, cost)
     for members, load in zip(found.bins, found.loads, strict=True):
         assert load <= capacity * (1 + CLOSE) or len(members) == 1
     return found

@@ -20,21 +20,21 @@ from tests.support.trees import SHAPES, WIDE, Sequences, run, sequence_batches
 
 
 def check(
-    sequences: Sequences, bins: int, sizes: list[int] | None = None, model: ModelCost = TYPICAL, **options: Any
+    sequences: Sequences, bins: int, sizes: list[int] | None = None, cost: ModelCost = TYPICAL, **options: Any
 ) -> Partition:
     options = {"allow_empty": len(sequences) < bins} | options
-    found = partition(sequences, bins, sizes=sizes, model=model, **options)
+    found = partition(sequences, bins, sizes=sizes, cost=cost, **options)
     assert len(found.bins) == len(found.loads) == bins
     assert sorted(s for members in found.bins for s in members) == list(range(len(sequences)))
     if sizes is not None:
         assert list(map(len, found.bins)) == sizes
     elif not options["allow_empty"]:
         assert all(found.bins)
-    assert loads_are_true(found, sequences, model)
-    whole = tree_cost(sequences, model)
+    assert loads_are_true(found, sequences, cost)
+    whole = tree_cost(sequences, cost)
     assert found.lower_bound <= max(found.loads) * (1 + CLOSE)
-    assert found.lower_bound >= max(whole / bins, *(tree_cost([s], model) for s in sequences), 0.0) * (1 - CLOSE)
-    calls = model.per_call * (sum(map(bool, found.bins)) - 1)
+    assert found.lower_bound >= max(whole / bins, *(tree_cost([s], cost) for s in sequences), 0.0) * (1 - CLOSE)
+    calls = cost.per_call * (sum(map(bool, found.bins)) - 1)
     assert found.repeated == pytest.approx(sum(found.loads) - calls - whole, abs=CLOSE * whole)
     assert found.imbalance == pytest.approx(max(found.loads) / np.mean(found.loads))
     for members in found.bins:  # siblings stand next to each other: in depth-first order
@@ -44,13 +44,13 @@ def check(
 
 
 @given(sequence_batches(max_sequences=14), st.integers(1, 16), st.sampled_from([TYPICAL, WINDOWED]))
-def test_free_sizes(sequences: Sequences, bins: int, model: ModelCost) -> None:
-    check(sequences, bins, model=model)
+def test_free_sizes(sequences: Sequences, bins: int, cost: ModelCost) -> None:
+    check(sequences, bins, cost=cost)
 
 
 @given(st.data(), sequence_batches(max_sequences=14), st.integers(1, 8), st.sampled_from([TYPICAL, WINDOWED]))
-def test_given_sizes(data: st.DataObject, sequences: Sequences, bins: int, model: ModelCost) -> None:
-    check(sequences, bins, data.draw(counts(len(sequences), bins)), model)
+def test_given_sizes(data: st.DataObject, sequences: Sequences, bins: int, cost: ModelCost) -> None:
+    check(sequences, bins, data.draw(counts(len(sequences), bins)), cost)
 
 
 @pytest.mark.parametrize("bins", [1, 2, 3, 8])
@@ -161,8 +161,8 @@ def test_whole_groups_stay_whole_behind_a_common_first_token() -> None:
 def test_the_lower_bound_counts_what_every_bin_pays() -> None:
     """A common prompt and a call: the bound is met by what could not be dealt out better."""
     sequences = [[*run(50), 1200 + i, 7] for i in range(8)]
-    model = replace(TYPICAL, per_call=30.0)
-    found = check(sequences, 4, model=model)
+    cost = replace(TYPICAL, per_call=30.0)
+    found = check(sequences, 4, cost=cost)
     assert max(found.loads) == pytest.approx(found.lower_bound)
     assert found.lower_bound > 30.0 + tree_cost([run(50)])
     assert found.repeated == pytest.approx(3 * tree_cost([run(50)]))
@@ -170,9 +170,9 @@ def test_the_lower_bound_counts_what_every_bin_pays() -> None:
 
 def test_scored_tokens_count() -> None:
     """Prompts and completions of one length; only the LM head tells them apart."""
-    model = ModelCost(per_token=1.0, per_pair=0.0, per_scored=10.0)
+    cost = ModelCost(per_token=1.0, per_pair=0.0, per_scored=10.0)
     sequences = [[1200 + i, *run(9, seed=i)] for i in range(4)]
-    found = partition(sequences, 2, model=model, first_scored=[1, 10, 10, 10])
+    found = partition(sequences, 2, cost=cost, first_scored=[1, 10, 10, 10])
     assert sorted(map(sorted, found.bins)) == [[0], [1, 2, 3]]
     assert sorted(found.loads) == [30.0, 100.0]
 
@@ -234,9 +234,9 @@ def test_steps_keep_their_sequences_and_ranks_their_counts() -> None:
 
 
 def test_each_share_has_its_own_prompts() -> None:
-    model = ModelCost(per_token=1.0, per_pair=0.0, per_scored=10.0)
+    cost = ModelCost(per_token=1.0, per_pair=0.0, per_scored=10.0)
     sequences = [[1200 + i, *run(9, seed=i)] for i in range(5)]
-    (found,) = partition_each(sequences, [[1, 2, 3, 4]], 2, model=model, first_scored=[1, 1, 10, 10, 10])
+    (found,) = partition_each(sequences, [[1, 2, 3, 4]], 2, cost=cost, first_scored=[1, 1, 10, 10, 10])
     assert sorted(map(sorted, found.bins)) == [[1], [2, 3, 4]]
 
 
@@ -279,7 +279,7 @@ def test_a_dense_model_beside_the_trees_counts_what_it_runs() -> None:
     linear = ModelCost(per_token=1.0, per_pair=0.0, per_scored=0.0)
 
     def dense_loads(**options: Any) -> list[float]:
-        bins = partition(rows, 2, model=linear, sizes="equal", **options).bins
+        bins = partition(rows, 2, cost=linear, sizes="equal", **options).bins
         return [sum(len(rows[s]) for s in members) for members in bins]
 
     alone, both = dense_loads(), dense_loads(beside=ModelCost(per_token=10.0, per_pair=0.0, per_scored=0.0))

@@ -15,7 +15,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from dta_plugin.cli import main
-from dta_plugin.cli.rollouts import Rollout
+from dta_plugin.cli.rollouts import Rollout, read_file
 from tests.support.models import tiny_config, tiny_model
 
 AIRLINE = Path(__file__).parents[3] / "shared" / "data" / "tau_airline_gpt4o.jsonl.gz"
@@ -45,6 +45,11 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     code, out, err = run_dta(capsys, *arguments)
     assert (code, out, err.count("\n")) == (2, "", 1) and err.isascii() and err[:-1].isprintable()
     return err
+
+
+def load_rollouts(path: str | Path, group_by: str | None = None, limit: int | None = None) -> list[Rollout]:
+    """The rollouts of a file or folder, at most `limit`."""
+    return read_file(path, group_by, limit).rollouts
 
 
 def parts(rollout: Rollout) -> tuple[Any, Any]:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dta_plugin.cli.rollouts import load_rollouts
-from tests.cli.support import parts, refusal, save_config, save_model, write_rollouts
+from tests.cli.support import load_rollouts, parts, refusal, save_config, save_model, write_rollouts
 
 READ = "JSONL, JSON, Parquet or Arrow"
 DOCTOR = "dta doctor --model"

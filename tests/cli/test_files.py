@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from dta_plugin.cli import json_rows
-from dta_plugin.cli.rollouts import load_rollouts
 from dta_plugin.errors import InvalidInputError
-from tests.cli.support import parts, refusal, run_dta, save_config, write_rollouts
+from tests.cli.support import load_rollouts, parts, refusal, run_dta, save_config, write_rollouts
 
 ROWS = [{"prompt_ids": [5, 6], "completion_ids": [7]}, {"prompt_ids": [5, 6], "completion_ids": [8, 9]}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)

@@ -15,13 +15,14 @@ from dta_plugin import __version__
 from dta_plugin.cli.encoding import ByteEncoder, load_encoder, render
 from dta_plugin.cli.messages import read_messages
 from dta_plugin.cli.model_loading import Geometry, cost_of, skeleton
-from dta_plugin.cli.rollouts import load_rollouts, per_turn_sequences, trajectory_sequences
+from dta_plugin.cli.rollouts import per_turn_sequences, trajectory_sequences
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.models.introspection import model_cost
 from dta_plugin.tree import PrefixTree
 from tests.cli.support import (
     AIRLINE,
     THINK_STRIPPING,
+    load_rollouts,
     needs_airline,
     run_dta,
     save_config,

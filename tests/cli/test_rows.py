@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from dta_plugin.cli.encoding import ByteEncoder, load_encoder
-from dta_plugin.cli.rollouts import load_rollouts, trajectory_sequences
-from tests.cli.support import parts, refusal, save_tokenizer, write_rollouts
+from dta_plugin.cli.rollouts import trajectory_sequences
+from tests.cli.support import load_rollouts, parts, refusal, save_tokenizer, write_rollouts
 
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 

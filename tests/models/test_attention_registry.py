@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 import dta_plugin
 from dta_plugin import InvalidInputError, PrefixTree, TreeLayout, TreeMask, UnsupportedError
-from dta_plugin.models.attention_registry import install, is_installed
+from dta_plugin.models.attention_registry import install
+from tests.support.dispatch import is_installed
 from tests.support.models import tiny_model
 from tests.support.oracle import dense, difference, gradients
 from tests.support.tree_run import TOLERANCE, make_siblings_visible, through_tree

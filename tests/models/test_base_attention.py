@@ -27,7 +27,8 @@ from transformers.models.llama import modeling_llama
 
 import dta_plugin
 from dta_plugin import TreeConfig, TreeMask, UnsupportedError, share_prefixes
-from dta_plugin.models.attention_registry import Dispatcher, install, is_installed, uninstall
+from dta_plugin.models.attention_registry import Dispatcher, install, uninstall
+from tests.support.dispatch import is_installed
 from tests.support.flash import IMPLEMENTATIONS, flash_attention
 from tests.support.models import tiny_model
 from tests.support.oracle import dense, difference, gradients

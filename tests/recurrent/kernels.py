@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dta_plugin.recurrent import reference
 from dta_plugin.recurrent.plan import StatePlan
+from tests.recurrent import reference
 
 
 class Kernel:

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.qwen3_next.modeling_qwen3_next import causal_conv1d_fn
 
-from dta_plugin.errors import UnsupportedModelError
-from dta_plugin.recurrent import reference
+from dta_plugin.errors import UnsupportedError
 from dta_plugin.recurrent.convolution import tree_causal_conv1d
 from dta_plugin.recurrent.plan import StatePlan
+from tests.recurrent import reference
 from tests.recurrent.cases import TREES, Op, error, outcome, plan_of, random, star, swapped
 from tests.recurrent.kernels import convolution
 
@@ -138,5 +138,5 @@ def test_activations() -> None:
     x, weight, bias, _ = _inputs(2)
     outs = [tree_causal_conv1d(x, weight, bias, act, plan)[0] for act in ("silu", "swish", torch.nn.SiLU())]
     assert all(torch.equal(out, outs[0]) for out in outs)
-    with pytest.raises(UnsupportedModelError, match="'unheard'"):
+    with pytest.raises(UnsupportedError, match="'unheard'"):
         tree_causal_conv1d(x, weight, bias, "unheard", plan)

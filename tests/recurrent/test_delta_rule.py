@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from transformers.models.kimi_linear.modeling_kimi_linear import chunk_kimi_delta_attention
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
-from dta_plugin.recurrent import delta_rule, reference
+from dta_plugin.recurrent import delta_rule
 from dta_plugin.recurrent.delta_rule import tree_gated_delta_rule, tree_kda
 from dta_plugin.recurrent.plan import StatePlan
+from tests.recurrent import reference
 from tests.recurrent.cases import TREES, Op, delta_rule_inputs, error, outcome, plan_of, star, swapped
 
 _FLOAT32, _FLOAT64 = 1e-5, 1e-10

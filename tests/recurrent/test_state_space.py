@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from transformers.models.bamba import modeling_bamba
 from transformers.models.jamba import modeling_jamba
 
-from dta_plugin.recurrent import reference_state_space, selective_scan, state_space
+from dta_plugin.recurrent import selective_scan, state_space
 from dta_plugin.recurrent.plan import StatePlan
 from dta_plugin.tree.trie import PrefixTree
+from tests.recurrent import reference_state_space
 
 _HEADS, _WIDTH, _STATES = 4, 3, 5
 _SEQUENCES = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=70), min_size=1, max_size=5)

@@ -11,11 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dta_plugin.recurrent import choice, fla, reference
+from dta_plugin.recurrent import choice, fla
 from dta_plugin.recurrent.choice import FLA_LEVELS, FLA_RESCAN, TORCH_SCAN, delta_rule_way, is_rescan_cheaper
 from dta_plugin.recurrent.fla import CONVOLUTION, GATED_DELTA_RULE, KDA, serving_kernel
 from dta_plugin.recurrent.plan import StatePlan
 from dta_plugin.recurrent.varlen import Inputs, by_levels, by_paths
+from tests.recurrent import reference
 from tests.recurrent.cases import TREES, Op, delta_rule_inputs, error, outcome, plan_of, star, swapped
 from tests.recurrent.kernels import Kernel
 

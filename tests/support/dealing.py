@@ -18,7 +18,7 @@ CLOSE = 1e-9
 WINDOWED = ModelCost(10.0, 3.0, per_scored=50.0, per_window_pair=((3, 5.0), (8, 2.0)), per_call=90.0)
 
 
-def tree_cost(sequences: Sequences, model: ModelCost = TYPICAL, first_scored: list[int] | None = None) -> float:
+def tree_cost(sequences: Sequences, cost: ModelCost = TYPICAL, first_scored: list[int] | None = None) -> float:
     """What a call with the built tree costs; without sequences there is none.
 
     A token that any sequence scores is scored once; without first_scored nothing is.
@@ -28,11 +28,11 @@ def tree_cost(sequences: Sequences, model: ModelCost = TYPICAL, first_scored: li
     tree = PrefixTree.from_sequences(sequences)
     begins = first_scored or [len(sequence) for sequence in sequences]
     scored = {token for s, begin in enumerate(begins) for token in tree.path(s)[begin:].tolist()}
-    return model.per_call + model.flops(tree.tree_tokens, tree.depth, len(scored))
+    return cost.per_call + cost.flops(tree.tree_tokens, tree.depth, len(scored))
 
 
-def loads_are_true(found: Partition, sequences: Sequences, model: ModelCost = TYPICAL) -> bool:
-    true = [tree_cost([sequences[s] for s in members], model) for members in found.bins]
+def loads_are_true(found: Partition, sequences: Sequences, cost: ModelCost = TYPICAL) -> bool:
+    true = [tree_cost([sequences[s] for s in members], cost) for members in found.bins]
     return bool(np.allclose(found.loads, true, rtol=CLOSE, atol=0))
 
 

@@ -19,6 +19,8 @@ from dta_plugin.config import TreeConfig
 
 check_async()
 
+__all__ = ["TreeAsyncGRPOConfig", "TreeAsyncGRPOTrainer"]
+
 
 @dataclass
 class TreeAsyncGRPOConfig(Validated, TreeArguments, AsyncGRPOConfig):

@@ -69,7 +69,7 @@ def compute_loss(
     config = active_config(cast(GRPOLike, trainer), default)
     if config is None or isinstance(model, TreeScorer):  # a trainer of ours on top of TRL's, enabled
         return own(model, *args, **kwargs)
-    if not TreeState.exists(trainer):
+    if TreeState.of(trainer) is None:
         check_async_trainer(trainer)
     state = TreeState.for_trainer(trainer, config)
     if (line := PLACE.without_effect(config)) is not None:

@@ -33,12 +33,12 @@ from dta_plugin.tree.cost import ModelCost
 class _Offer:
     """What a rank tells the others about its rows. obstacle: why they cannot move; then there is nothing else.
 
-    model: what the rank weighs trees by; all plan with that of the first one. images: of values of images, how many
+    cost: what the rank weighs trees by; all plan with that of the first one. images: of values of images, how many
     entries each row has, and what one of them is.
     """
 
     obstacle: str | None
-    model: ModelCost
+    cost: ModelCost
     sequences: list[np.ndarray] = field(default_factory=list)
     first_scored: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
@@ -58,14 +58,14 @@ def exchange(
     trainer: GRPOLike,
     buffer: list[Inputs],
     window: int,
-    model: ModelCost,
+    cost: ModelCost,
     prune: Callable[[list[Inputs]], list[Inputs]],
 ) -> Exchanged | Decline:
     """Move rows between ranks, or say why not; all ranks must call it, with as many micro-batches per `window`.
 
     prune: gives the rows as they will run, which is what they cost.
     """
-    offers = _gathered(_offer(trainer, buffer, model, prune))
+    offers = _gathered(_offer(trainer, buffer, cost, prune))
     obstacle = next((offer.obstacle for offer in offers if offer.obstacle), None) or _mismatch(offers)
     if obstacle is not None:
         return Decline(obstacle)
@@ -91,15 +91,15 @@ def _gathered(offer: _Offer) -> list[_Offer]:
 
 
 def _offer(
-    trainer: GRPOLike, buffer: list[Inputs], model: ModelCost, prune: Callable[[list[Inputs]], list[Inputs]]
+    trainer: GRPOLike, buffer: list[Inputs], cost: ModelCost, prune: Callable[[list[Inputs]], list[Inputs]]
 ) -> _Offer:
     obstacle = _obstacle(trainer, buffer)
     if obstacle is not None:
-        return _Offer(obstacle, model)
+        return _Offer(obstacle, cost)
     table = of_tensors(RowTable.from_batches(buffer))
     foreign = [key for key, value in table.per_row.items() if not isinstance(value, torch.Tensor)]
     if foreign:
-        return _Offer(f"{foreign[0]} is no tensor", model)
+        return _Offer(f"{foreign[0]} is no tensor", cost)
     rows = compared([MicroBatch.from_inputs(batch, trainer.model) for batch in prune(buffer)], trainer.model)
     shapes: dict[str, Shape] = {key: (value.dtype, tuple(value.shape[1:])) for key, value in table.per_row.items()}  # type: ignore[union-attr]
     images = {
@@ -107,7 +107,7 @@ def _offer(
         for key, parts in table.per_image.items()
     }
     sequences = [row.astype(np.int32) for row in rows.sequences]
-    return _Offer(None, model, sequences, rows.prompt_lengths, table.sizes, shapes, images)
+    return _Offer(None, cost, sequences, rows.prompt_lengths, table.sizes, shapes, images)
 
 
 def _obstacle(trainer: GRPOLike, buffer: list[Inputs]) -> str | None:
@@ -147,7 +147,7 @@ def _window_plan(offers: list[_Offer], start: int, stop: int) -> tuple[np.ndarra
     sequences = [row for offer in offers for row in offer.sequences[start:stop]]
     first_scored = [first for offer in offers for first in offer.first_scored[start:stop]]
     owner = np.repeat(np.arange(len(offers)), stop - start)
-    destination = np.array(to_ranks(sequences, first_scored, owner.tolist(), offers[0].model))
+    destination = np.array(to_ranks(sequences, first_scored, owner.tolist(), offers[0].cost))
     tokens = SequenceCosts.from_sequences(sequences, TOKENS)
     separate = loads(tokens, [np.flatnonzero(destination == rank).tolist() for rank in range(len(offers))])
     return destination.reshape(len(offers), -1), sum(separate) - tokens.total

@@ -81,7 +81,7 @@ def prepare_inputs(
 
 def _state(trainer: GRPOLike, config: TreeConfig) -> TreeState:
     """The trainer's; at its first use, the trainer is checked for what the plugin reads of it."""
-    if not TreeState.exists(trainer):
+    if TreeState.of(trainer) is None:
         check_trainer(trainer)
         if (obstacle := tree_obstacle(trainer.model)) is not None:
             decline(obstacle, config.on_unsupported)  # an error comes before anything is sampled

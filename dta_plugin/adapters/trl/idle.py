@@ -19,6 +19,7 @@ from dta_plugin.adapters.trl.config import tree_config
 from dta_plugin.adapters.trl.every_trainer import by_hook, sharing_obstacle, sharing_while_it_trains
 from dta_plugin.adapters.trl.origin import foreign_reader, has_our_hook, hook_of, is_async
 from dta_plugin.adapters.trl.shared_prefixes import SharedPrefixesMixin
+from dta_plugin.adapters.trl.state import TreeState, sharing_of
 from dta_plugin.adapters.trl.summary import summed_up
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import UnsupportedError
@@ -109,7 +110,7 @@ def _refuse_what_cannot_run(trainer: Trainer) -> None:
 
 def _idle_reason(trainer: Trainer) -> str | None:
     """Why no call ran as a tree; None where one did."""
-    state, sharing = trainer.__dict__.get("_dta_state"), trainer.__dict__.get("_sharing")
+    state, sharing = TreeState.of(trainer), sharing_of(trainer)
     if (state and state.calls) or (sharing and sharing.shared_calls):
         return None
     if sharing is not None:

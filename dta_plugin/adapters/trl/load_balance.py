@@ -66,7 +66,7 @@ class LoadBalance(TrainerCallback):
         buffer: list[Inputs],
         window: int,
         merged: bool,
-        model: ModelCost,
+        cost: ModelCost,
         between: Sequence[float],
     ) -> None:
         """A new generation batch. between: per window, tokens that are repeated between ranks, as far as known."""
@@ -77,9 +77,9 @@ class LoadBalance(TrainerCallback):
         self._device = trainer.accelerator.device
         self._merged = merged
         for start in range(0, len(buffer), window):
-            costs, repeated = _window_loads(trainer, buffer[start : start + window], merged, model)
+            loads, repeated = _window_loads(trainer, buffer[start : start + window], merged, cost)
             repeated += between[start // window] if between and trainer.accelerator.is_main_process else 0.0
-            self._plan += [(cost, repeated if slot == 0 else 0.0) for slot, cost in enumerate(costs)]
+            self._plan += [(load, repeated if slot == 0 else 0.0) for slot, load in enumerate(loads)]
 
     def hands_out(self, slot: int) -> None:
         """A micro-step begins, with the inputs of this slot."""
@@ -149,13 +149,11 @@ def _imbalance(values: Sequence[float]) -> float | None:
     return max(values) * len(values) / sum(values) if sum(values) > 0 else None
 
 
-def _window_loads(
-    trainer: GRPOLike, batches: list[Inputs], merged: bool, model: ModelCost
-) -> tuple[list[float], float]:
+def _window_loads(trainer: GRPOLike, batches: list[Inputs], merged: bool, cost: ModelCost) -> tuple[list[float], float]:
     """Per micro-batch its cost (the first one's is the whole tree's if they are merged), and tokens repeated."""
     micro_batches = [MicroBatch.from_inputs(batch, trainer.model) for batch in batches]
     joint = compared(micro_batches, trainer.model)
-    costs = SequenceCosts.from_sequences(joint.sequences, model, joint.prompt_lengths)
+    costs = SequenceCosts.from_sequences(joint.sequences, cost, joint.prompt_lengths)
     if merged:
         return [costs.total] + [0.0] * (len(batches) - 1), 0.0
     rows = iter(range(len(joint)))

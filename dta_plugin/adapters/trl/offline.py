@@ -85,7 +85,7 @@ def sibling_sampler(trainer: OfflineLike, dataset: Any) -> SiblingSampler:
         trainer._train_batch_size,
         world_size=args.world_size,
         seed=args.seed if args.data_seed is None else args.data_seed,
-        model=model_cost(decoder_of(causal_lm(trainer.model))),
+        cost=model_cost(decoder_of(causal_lm(trainer.model))),
     )
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Trainer
 
 from dta_plugin.adapters.trl.noise import noise_obstacle
 from dta_plugin.adapters.trl.protocols import TrainerLike
-from dta_plugin.adapters.trl.state import TreeState
+from dta_plugin.adapters.trl.state import TreeState, sharing_of
 from dta_plugin.adapters.trl.summary import summed_up
 from dta_plugin.config import TreeConfig
 from dta_plugin.models.introspection import causal_lm, decoder_of, wrappings
@@ -53,11 +53,11 @@ class SharedPrefixesMixin:
         with self._dta_step():
             loss = super().training_step(*args, **kwargs)  # type: ignore[misc]
         self._dta_count("")
-        report = self._sharing.report
+        report = self._dta_sharing.report
         if report is not None:
             self._dta_notices.say_report(report, self.tree_config.picture)
         else:
-            self._dta_notices.say_once(f"the model's own path: {self._sharing.reason}", level=logging.WARNING)
+            self._dta_notices.say_once(f"the model's own path: {self._dta_sharing.reason}", level=logging.WARNING)
         return loss
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -80,8 +80,8 @@ class SharedPrefixesMixin:
 
     def call_model_init(self, *args: Any, **kwargs: Any) -> Any:
         model = super().call_model_init(*args, **kwargs)  # type: ignore[misc]
-        if "_sharing" in self.__dict__:  # training begins with a new model
-            self._sharing = self._dta_share(model, self.tree_config)
+        if sharing_of(self) is not None:  # training begins with a new model
+            self._dta_sharing = self._dta_share(model, self.tree_config)
             self._dta_counted = _NOTHING
         return model
 
@@ -89,7 +89,7 @@ class SharedPrefixesMixin:
         """All models of the trainer share from now on: the one that is trained, references, teachers, rewards."""
         self._dta_begun: list[PrefixSharing] = []
         self._dta_unrehearsed: list[PrefixSharing] = []
-        self._sharing = self._dta_share(self.model, self.tree_config)
+        self._dta_sharing = self._dta_share(self.model, self.tree_config)
         self._dta_counted = _NOTHING
         self._dta_since: dict[str, tuple[int, ...]] = {"": _NOTHING, "eval_": _NOTHING}  # since the last entry
         for model in models_of(self):
@@ -148,14 +148,14 @@ class SharedPrefixesMixin:
                 continue
             waiting.remove(sharing)
             obstacle = rehearse(model, sharing) if sharing.config.on_unsupported == "dense" else None
-            if obstacle is not None and sharing is not self._sharing:
+            if obstacle is not None and sharing is not self._dta_sharing:
                 name = type(causal_lm(model)).__name__
                 beside = f"a {name} beside the trained model takes its own path: {obstacle}"
                 self._dta_notices.say_once(beside, level=logging.WARNING)
 
     def _dta_count(self, prefix: str) -> None:
         """What the model was called with since the last count belongs to training, or to an evaluation."""
-        sharing = self._sharing
+        sharing = self._dta_sharing
         calls = sharing.calls - sharing.cached_calls
         counts = (calls, sharing.shared_calls, sharing.flat_tokens, sharing.tree_tokens)
         sums = zip(self._dta_since[prefix], counts, self._dta_counted, strict=True)

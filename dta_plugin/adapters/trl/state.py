@@ -14,10 +14,17 @@ from dta_plugin.adapters.trl.token_weights import LEFT_OUT, is_weighted
 from dta_plugin.adapters.trl.tokens import MicroStepInputs
 from dta_plugin.adapters.trl.window import Windows
 from dta_plugin.config import TreeConfig
+from dta_plugin.sharing.decoder_hooks import PrefixSharing
 from dta_plugin.training.notices import Notices
 from dta_plugin.training.run_counts import RunCounts
 from dta_plugin.tree.report import TreeReport
 from dta_plugin.tree.totals import Totals
+
+
+def sharing_of(trainer: object) -> PrefixSharing | None:
+    """The handle of the model that a trainer trains, where calls share prefixes; see `SharedPrefixesMixin`."""
+    sharing: PrefixSharing | None = vars(trainer).get("_dta_sharing")
+    return sharing
 
 
 class TreeState:
@@ -36,14 +43,15 @@ class TreeState:
         self._micro_steps_before: int | None = None
 
     @staticmethod
-    def exists(trainer: TrainerLike) -> bool:
-        """Whether the trainer has been used."""
-        return "_dta_state" in vars(trainer)
+    def of(trainer: object) -> TreeState | None:
+        """The trainer's own, once it has been used."""
+        state: TreeState | None = vars(trainer).get("_dta_state")
+        return state
 
     @classmethod
     def for_trainer(cls, trainer: TrainerLike, config: TreeConfig) -> TreeState:
         """The trainer's own; a new one where the configuration has changed."""
-        state: TreeState | None = trainer.__dict__.get("_dta_state")
+        state = cls.of(trainer)
         if state is None or state.config != config:
             notices = Notices(speaks=trainer.accelerator.is_main_process)
             state = trainer.__dict__["_dta_state"] = cls(config, notices)

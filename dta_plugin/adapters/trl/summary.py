@@ -13,6 +13,8 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerState
 
+from dta_plugin.adapters.trl.state import TreeState, sharing_of
+from dta_plugin.sharing.decoder_hooks import PrefixSharing
 from dta_plugin.training.notices import say
 from dta_plugin.tree.totals import Totals
 
@@ -45,9 +47,9 @@ def totals_of(trainer: Trainer) -> Totals | None:
     return None if kept is None else kept.totals
 
 
-def _kept(trainer: Trainer) -> Any:
+def _kept(trainer: Trainer) -> PrefixSharing | TreeState | None:
     """Whoever counts: the handle of a model that shares prefixes, or what the log-prob hook remembers."""
-    return trainer.__dict__.get("_sharing") or trainer.__dict__.get("_dta_state")
+    return sharing_of(trainer) or TreeState.of(trainer)
 
 
 class _Numbers(TrainerCallback):

@@ -33,11 +33,11 @@ def may_regroup(data: TensorDict, regroup: str, loss_function: Any, forward_only
     return forward_only or regroup == "always" or update_traits(loss_function, data).allows_moves
 
 
-def planner(data: TensorDict, sequences: Sequence[np.ndarray], model: ModelCost) -> BudgetPlanner | SizePlanner:
+def planner(data: TensorDict, sequences: Sequence[np.ndarray], cost: ModelCost) -> BudgetPlanner | SizePlanner:
     """Of a mini-batch on this rank, as verl's settings in it say."""
     if tu.get_non_tensor_data(data, "use_dynamic_bsz", True):
         return BudgetPlanner(sequences, int(tu.get_non_tensor_data(data, "max_token_len_per_gpu", None)))
-    return SizePlanner(sequences, int(tu.get_non_tensor_data(data, "micro_batch_size_per_gpu", None)), model)
+    return SizePlanner(sequences, int(tu.get_non_tensor_data(data, "micro_batch_size_per_gpu", None)), cost)
 
 
 def agreed(value: Any, group: Any) -> list[Any]:

@@ -17,16 +17,16 @@ from dta_plugin.tree.cost import ModelCost
 
 
 def to_micro_batches(
-    sequences: Sequence[np.ndarray], first_scored: Sequence[int], sizes: Sequence[int], model: ModelCost
+    sequences: Sequence[np.ndarray], first_scored: Sequence[int], sizes: Sequence[int], cost: ModelCost
 ) -> Bins:
     """Per micro-batch its rows, `sizes` of them.
 
     The depth-first order cut into `sizes` rarely tears a group; the balanced partition is taken where its sum is lower,
     or where the sum is as low and its largest micro-batch smaller.
     """
-    costs = SequenceCosts.from_sequences(sequences, model, first_scored)
+    costs = SequenceCosts.from_sequences(sequences, cost, first_scored)
     cut = [costs.order[a:b].tolist() for a, b in pairwise([0, *accumulate(sizes)])]
-    dealt = partition(sequences, len(sizes), model=model, first_scored=first_scored, sizes=sizes).bins
+    dealt = partition(sequences, len(sizes), cost=cost, first_scored=first_scored, sizes=sizes).bins
     return dealt if improves(loads(costs, dealt), loads(costs, cut), sum, max) else cut
 
 
@@ -51,15 +51,15 @@ class BudgetPlanner:
 class SizePlanner:
     """Micro-batches of `size` rows each."""
 
-    def __init__(self, sequences: Sequence[np.ndarray], size: int, model: ModelCost) -> None:
-        self.sequences, self.size, self.model = sequences, size, model
+    def __init__(self, sequences: Sequence[np.ndarray], size: int, cost: ModelCost) -> None:
+        self.sequences, self.size, self.cost = sequences, size, cost
         self.count = -(-len(sequences) // size)
 
     def plan(self, count: int) -> Bins | None:
         """`self.count` micro-batches, the costliest first; None for another count, or if rows are left over."""
         if len(self.sequences) % self.size or count != self.count:
             return None
-        found = partition(self.sequences, count, model=self.model, sizes=[self.size] * count)
+        found = partition(self.sequences, count, cost=self.cost, sizes=[self.size] * count)
         return _costliest_first(found.bins, found.loads)
 
 

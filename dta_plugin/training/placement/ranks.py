@@ -20,7 +20,7 @@ _TIE = 0.01
 
 
 def to_ranks(
-    sequences: Sequence[np.ndarray], first_scored: Sequence[int], owner: Sequence[int], model: ModelCost
+    sequences: Sequence[np.ndarray], first_scored: Sequence[int], owner: Sequence[int], cost: ModelCost
 ) -> list[int]:
     """Per row of all ranks, the rank that is to compute it; as many rows per rank as it has now.
 
@@ -29,9 +29,9 @@ def to_ranks(
     """
     ranks = max(owner) + 1
     held: Bins = [[row for row, rank in enumerate(owner) if rank == r] for r in range(ranks)]
-    costs = SequenceCosts.from_sequences(sequences, model, first_scored)
+    costs = SequenceCosts.from_sequences(sequences, cost, first_scored)
     sizes = [len(rows) for rows in held]
-    dealt = partition(sequences, ranks, model=model, first_scored=first_scored, sizes=sizes).bins
+    dealt = partition(sequences, ranks, cost=cost, first_scored=first_scored, sizes=sizes).bins
     if not improves(loads(costs, dealt), loads(costs, held), max, sum):
         return list(owner)
     destination = list(owner)

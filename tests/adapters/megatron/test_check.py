@@ -10,8 +10,7 @@ import torch
 
 from dta_plugin.adapters.verl_plugin.megatron.check import probe_data
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import UnsupportedError
-from dta_plugin.verify import VerificationError
+from dta_plugin.errors import UnsupportedError, VerificationError
 from tests.adapters.megatron.faults import FAULTS
 from tests.adapters.megatron.support import RECOMPUTATION, Setup, build, difference, inferred, train
 from tests.adapters.verl.support import Step, mini_batch

@@ -209,7 +209,7 @@ def test_nothing_is_left_after_disable(model: str, tmp_path: Path, monkeypatch: 
         trainer: Any = build(RewardTrainer, model, tmp_path)
         assert Trainer.train is not own
         trainer.train()
-    assert "margin" in trainer.train_dataset.column_names and trainer._sharing.shared_calls == 2
+    assert "margin" in trainer.train_dataset.column_names and trainer._dta_sharing.shared_calls == 2
     assert type(trainer) is RewardTrainer and Trainer.train is own
     assert not any(module._forward_pre_hooks for module in trainer.model.modules())
 
@@ -256,7 +256,7 @@ def test_data_that_cannot_be_sorted_keeps_its_order(
         flagged = run(trainer)
     assert not any("batches are made of siblings" in line for line in caplog.messages)
     assert Outcome(SIBLINGS, "", [], stock, flagged).worst <= TOLERANCE
-    assert trainer._sharing.shared_calls == 2
+    assert trainer._dta_sharing.shared_calls == 2
     assert len([line for line in caplog.messages if "batches are the trainer's own" in line]) == 1
 
 

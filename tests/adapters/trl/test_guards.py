@@ -15,7 +15,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import dta_plugin
 from dta_plugin.adapters.trl import TreeGRPOConfig, TreeGRPOTrainer, TreeTrainerMixin
-from dta_plugin.verify import VerificationError
+from dta_plugin.errors import VerificationError
 from tests.adapters.trl.support import GEOMETRY, HOOK, assert_equal, build, identical, moved, save_model, train
 from tests.support.tree_run import make_siblings_visible
 

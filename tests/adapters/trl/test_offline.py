@@ -242,7 +242,7 @@ def test_an_iterable_dataset_keeps_its_order(model: str, tmp_path: Path, caplog:
     args = SFTConfig(**{**STEPS, "output_dir": str(tmp_path), "max_steps": 1})
     trainer = TreeSFTTrainer(model=model, args=args, train_dataset=trajectories().to_iterable_dataset())
     trainer.train()
-    assert trainer._sharing.shared_calls == 1
+    assert trainer._dta_sharing.shared_calls == 1
     assert any("an iterable data set is read in its own order" in record.getMessage() for record in caplog.records)
 
 

@@ -51,7 +51,7 @@ def test_each_model_by_itself(model: str, tmp_path: Path, caplog: pytest.LogCapt
         trainer: Any = build(DPO, model, tmp_path)
         with_such_a_layer(trainer.ref_model, "around the tree")
         trainer.train()
-    assert trainer._sharing.shared_calls == 2
+    assert trainer._dta_sharing.shared_calls == 2
     assert len([line for line in caplog.messages if "takes its own path: Attention layer(s) [1]" in line]) == 1
 
 

@@ -135,7 +135,7 @@ def test_decoding_by_hand(place: str, model: str, tmp_path: Path, monkeypatch: p
     assert apart(stock, flagged) <= TOLERANCE
     assert len(stock.found) >= 20 and stock.found[:10] != stock.found[-10:], "the model has learned"
     if place != "loss":  # whose rows are padded
-        assert trainer._sharing.shared_calls > 0
+        assert trainer._dta_sharing.shared_calls > 0
 
 
 @pytest.mark.parametrize("way", [padded_rows, unasked_cache])

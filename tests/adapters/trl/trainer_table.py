@@ -105,7 +105,7 @@ def _kind(trainer: Trainer, is_of_siblings: bool) -> tuple[str, str]:
     """How a trained trainer ran, and why where it was refused."""
     if by_hook(trainer):
         return HOOK, ""
-    sharing = vars(trainer)["_sharing"]
+    sharing = vars(trainer)["_dta_sharing"]
     if not sharing.shared_calls:
         return REFUSED, sharing.reason
     if is_of_siblings:

@@ -66,7 +66,7 @@ def config(options: Any, **changes: Any) -> Any:
 def test_settings() -> None:
     assert diffusion_settings(config({})) is None
     assert diffusion_settings(config(None)) is None
-    options = {"diffusion": {"objective": "bgpo", "samples": 4, "steps": 32, "fillers": True}}
+    options = {"diffusion": {"objective": "bgpo", "num_elbo_samples": 4, "diffusion_steps": 32, "score_fillers": True}}
     found = diffusion_settings(config(options, actor__loss_agg_mode="seq-mean-token-mean"))
     assert found is not None
     assert found.options == DiffusionOptions(
@@ -76,31 +76,6 @@ def test_settings() -> None:
     found = diffusion_settings(config(options, actor__ppo_epochs=2))
     assert found is not None and found.rows_per_step is None
     assert tree_config(config(options).rollout) is None
-
-
-def test_names_of_earlier_releases_mean_the_same() -> None:
-    former = {
-        "objective": "bgpo",
-        "samples": 4,
-        "form": "t",
-        "stratified": False,
-        "coupled": True,
-        "clip": 0.2,
-        "steps": 16,
-        "fillers": True,
-    }
-    own = {
-        "objective": "bgpo",
-        "num_elbo_samples": 4,
-        "mask_form": "t",
-        "stratified_masks": False,
-        "coupled_masks": True,
-        "bound_clip": 0.2,
-        "diffusion_steps": 16,
-        "score_fillers": True,
-    }
-    found, expected = (diffusion_settings(config({"diffusion": given})) for given in (former, own))
-    assert found is not None and found == expected and found.options.bound_clip == 0.2
 
 
 def test_defaults_are_those_of_the_options() -> None:
@@ -116,15 +91,14 @@ def test_defaults_are_those_of_the_options() -> None:
             {"diffusion": {"sample": 4}},
             r"'sample': 4.*Expected a mapping with fields among objective, num_elbo_samples",
         ),
-        ({"diffusion": {"samples": 0}}, "samples=0"),
-        ({"diffusion": {"samples": 3, "coupled": True}}, "even number"),
-        ({"diffusion": {"form": "q"}}, "form='q'"),
-        ({"diffusion": {"clip": -1.0}}, "clip=-1.0"),
+        ({"diffusion": {"num_elbo_samples": 0}}, "samples=0"),
+        ({"diffusion": {"num_elbo_samples": 3, "coupled_masks": True}}, "even number"),
+        ({"diffusion": {"mask_form": "q"}}, "form='q'"),
+        ({"diffusion": {"bound_clip": -1.0}}, "clip=-1.0"),
         ({"diffusion": {"block_length": 48}}, "gen_length=64, block_length=48"),
-        ({"diffusion": {"steps": 65}}, "steps=65"),
-        ({"diffusion": {"steps": 64, "confidence_threshold": 0.9}}, "confidence_threshold=0.9 with steps=64"),
+        ({"diffusion": {"diffusion_steps": 65}}, "steps=65"),
+        ({"diffusion": {"diffusion_steps": 64, "confidence_threshold": 0.9}}, "confidence_threshold=0.9 with steps=64"),
         ({"diffusion": {"kv_cache": "on"}}, "Expected one of auto, none, prefix, dual"),
-        ({"diffusion": {"steps": 32, "diffusion_steps": 32}}, "steps=32 and diffusion_steps=32. Expected diffusion_st"),
         ({"diffusion": {"length_norm": "none"}}, "length_norm='none'. Expected none; set .*actor.loss_agg_mode"),
         ({"diffusion": {"objective": "diffu-grpo"}}, "Expected 'bgpo', 'gdsd', 'trajectory' or 'vrpo'"),
         ({"diffusion": {"score_fillers": True}}, "score_fillers=True with objective='trajectory'.*objective='bgpo'"),

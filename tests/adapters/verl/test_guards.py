@@ -18,10 +18,10 @@ from dta_plugin.adapters.verl_plugin.engine import TreeEngine
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.execution import prepared_batch
-from dta_plugin.models.attention_registry import is_installed
 from dta_plugin.models.introspection import causal_lm
 from dta_plugin.models.layers import attention_modules
 from tests.adapters.verl.support import Setup, Step, build, difference, log_probs, mini_batch, nested, train
+from tests.support.dispatch import is_installed
 
 DENSE = TreeConfig(on_unsupported="dense")
 

@@ -7,12 +7,12 @@ import torch
 
 import dta_plugin
 from dta_plugin import TreeConfig, UnsupportedError
+from dta_plugin.errors import VerificationError
 from dta_plugin.execution.probing import probe as probe_module
 from dta_plugin.execution.probing.comparison import Comparison
 from dta_plugin.execution.probing.forest import probe_forest
 from dta_plugin.execution.probing.probe import latest_outcome
 from dta_plugin.tree import PrefixTree
-from dta_plugin.verify import VerificationError
 from tests.support.faults import gradient_of_layer, head_read_with_scale, one_token_off, siblings_seen_in_layer
 from tests.support.models import FAMILIES, WINDOW, tiny_model
 from tests.support.trees import branching_comb

@@ -10,16 +10,6 @@ from dta_plugin.adapters.verl_plugin.config import DIFFUSION, dta_options
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.training.diffusion.options import DiffusionOptions
 
-# Names of earlier releases.
-_ALIASES = {
-    "samples": "num_elbo_samples",
-    "form": "mask_form",
-    "stratified": "stratified_masks",
-    "coupled": "coupled_masks",
-    "clip": "bound_clip",
-    "steps": "diffusion_steps",
-    "fillers": "score_fillers",
-}
 _ELSEWHERE = {"length_norm": "actor_rollout_ref.actor.loss_agg_mode"}  # what settings of verl say
 
 
@@ -39,13 +29,16 @@ def diffusion_options(rollout: Any) -> DiffusionOptions | None:
             f"left to right; what a diffusion LM can share, {DIFFUSION}.share_prompts says. Leave them out."
         )
     known = [field.name for field in fields(DiffusionOptions) if field.name not in _ELSEWHERE]
-    if not isinstance(given, Mapping) or set(given) - {*known, *_ALIASES, *_ELSEWHERE}:
+    if not isinstance(given, Mapping) or set(given) - {*known, *_ELSEWHERE}:
         raise InvalidInputError(
             f"Got {DIFFUSION}={given!r}. Expected a mapping with fields among {', '.join(known)}, such as "
             f"'+{DIFFUSION}={{num_elbo_samples: 16}}'."
         )
     try:
-        found = DiffusionOptions(**_by_name(given))
+        for name, setting in _ELSEWHERE.items():
+            if name in given:
+                raise InvalidInputError(f"{name}={given[name]!r}. Expected none; set {setting}, which decides here.")
+        found = DiffusionOptions(**given)
         found.sampler_config(int(rollout.get("response_length")), 1.0, found.attention_block_length)
     except InvalidInputError as error:
         raise InvalidInputError(f"In {DIFFUSION}: {error}") from None
@@ -55,14 +48,3 @@ def diffusion_options(rollout: Any) -> DiffusionOptions | None:
             "carries a number per sample of the old policy, not log-probs of tokens under one mask per epoch."
         )
     return found
-
-
-def _by_name(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields by their own names."""
-    for name, setting in _ELSEWHERE.items():
-        if name in given:
-            raise InvalidInputError(f"{name}={given[name]!r}. Expected none; set {setting}, which decides here.")
-    for alias, name in _ALIASES.items():
-        if alias in given and name in given:
-            raise InvalidInputError(f"{alias}={given[alias]!r} and {name}={given[name]!r}. Expected {name} alone.")
-    return {_ALIASES.get(name, name): value for name, value in given.items()}

@@ -43,10 +43,9 @@ from dta_plugin.adapters.verl_plugin.run_checks import saves_enough, take_own_pa
 from dta_plugin.adapters.verl_plugin.tree_engine import TreeEngineFrame
 from dta_plugin.adapters.verl_plugin.upstream import check_megatron_engine
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import UnsupportedError
+from dta_plugin.errors import UnsupportedError, VerificationError
 from dta_plugin.tree.cost import ModelCost
 from dta_plugin.tree.report import TreeReport
-from dta_plugin.verify import VerificationError
 
 
 class TreeMegatronEngine(TreeEngineFrame, MegatronEngineWithLMHead):

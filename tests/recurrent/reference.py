@@ -1,6 +1,6 @@
 """The specification: every path from a root to a token's last descendant by itself, token by token, in float64.
 
-For tests. Arguments and results are those of `convolution.py` and `delta_rule.py`.
+Arguments and results are those of `convolution.py` and `delta_rule.py` in `dta_plugin/recurrent`.
 """
 
 from __future__ import annotations
