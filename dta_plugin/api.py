@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from dta_plugin.config import TreeConfig
+from dta_plugin.decline import decline
 from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.execution.auto import run_dense, run_tree
 from dta_plugin.execution.prepared_batch import SequenceLogProbs, prepare_batch
 from dta_plugin.models.dispatch import install
 from dta_plugin.models.introspection import causal_lm
 from dta_plugin.models.vision.units import ImageInputs
+from dta_plugin.option_places import Place, Scope
 from dta_plugin.tree.layout import Scored
 from dta_plugin.tree.trie import TokenSequence
 from dta_plugin.verify import check_batch
 
+PLACE = Place(
+    "in sequence_logprobs",
+    {Scope.CALL, Scope.BATCH},
+    "the sequences run as they are given, and the loss is the caller's",
+    {
+        "calibration": "there is no dense path of a trainer whose time could be predicted; min_saving goes by FLOPs",
+        "token_selection": "there is no loss to weigh (draw tokens with dta_plugin.token_selection.select.draw, pass "
+        "them as scored=, and weigh their terms by Drawn.weights)",
+        "picture": "a trainer has a first step (dta_plugin.tree.picture.draw_svg(result.report.tree) draws any call)",
+    },
+)
 # 0-based number of each model's last call with `verify` on.
 _call_numbers: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
@@ -55,28 +70,15 @@ def sequence_logprobs(
         which path ran; ``anchor`` is 0, differentiable in all parameters.
 
     Raises:
-        InvalidInputError: an empty batch or sequence, a mask of the wrong length, a temperature that is not positive,
-            NaN in the model's output, an executor that cannot do what is asked for, ``token_selection``,
-            ``picture``.
+        InvalidInputError: an empty batch or sequence, a mask of the wrong length, a temperature that is not finite
+            and above 0, NaN in the model's output, an executor that cannot do what is asked for, an option
+            that does nothing here.
         UnsupportedError: the tree would not be exact. With ``config.on_unsupported == "dense"`` the dense path runs.
         VerificationError: with ``config.verify``, the tree differs from the dense path by more than rounding.
     """
-    own = None if isinstance(temperature, (int, float)) else list(temperature)
-    common = float(temperature) if isinstance(temperature, (int, float)) else 1.0
-    if not common > 0:
-        raise InvalidInputError(f"temperature={common}. Expected a number above 0; 1.0 leaves logits as they are.")
+    common, own = _temperatures(temperature)
     config = config or TreeConfig()
-    if config.selection() is not None:
-        raise InvalidInputError(
-            f"token_selection={config.token_selection!r} outside of a trainer, where there is no loss to weigh. Draw "
-            "tokens with dta_plugin.token_selection.select.draw, pass them as scored=, and weigh their terms by "
-            "Drawn.weights."
-        )
-    if config.picture is not None:
-        raise InvalidInputError(
-            f"picture={config.picture!r} outside of a trainer, which has a first step. Leave it out, and write to a "
-            "file what dta_plugin.tree.picture.draw_svg(result.report.tree) returns."
-        )
+    PLACE.check(config)
     batch = prepare_batch(model, sequences, scored, config, temperatures=own, images=images)
     if not batch.decision.use_tree:
         return run_dense(model, batch, temperature=common, return_entropy=return_entropy)
@@ -87,10 +89,19 @@ def sequence_logprobs(
                 check_batch(model, batch, config, common)
         return run_tree(model, batch, config, temperature=common, return_entropy=return_entropy)
     except UnsupportedError as error:  # found only while running, such as a layer that bypasses the tree
-        if config.on_unsupported == "error":
-            raise
-        batch = batch.with_reason(str(error))
+        batch = batch.with_reason(decline(error, config.on_unsupported).reason)
         return run_dense(model, batch, temperature=common, return_entropy=return_entropy)
+
+
+def _temperatures(given: float | Sequence[float]) -> tuple[float, list[float] | None]:
+    """The common one, and those of the sequences where they have their own, which then count alone."""
+    values = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [given]
+    if not all(isinstance(value, (int, float, torch.Tensor)) and 0.0 < value < math.inf for value in values):
+        raise InvalidInputError(
+            f"temperature={given!r}. Expected a finite number above 0, or a list of one per sequence; 1.0 leaves "
+            "logits as they are."
+        )
+    return (1.0, [float(value) for value in values]) if isinstance(given, Iterable) else (float(given), None)
 
 
 @contextmanager

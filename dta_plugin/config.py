@@ -10,26 +10,17 @@ import functools
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dta_plugin.errors import InvalidInputError
+from dta_plugin.option_places import Scope, option
+from dta_plugin.option_types import check_type, choices, types_of
 from dta_plugin.token_selection.select import TokenSelection
 
-BACKENDS = ("auto", "cpu", "flex", "reference", "triton")
-_EXECUTORS = ("auto", "packed", "streamed")
-_REGROUP = ("auto", "always", "never")
-_BALANCE_RANKS = ("never", "always")
-_PROBE = ("auto", "off")
-_PRUNE = ("auto", "always", "never")
-_ON_UNSUPPORTED = ("error", "dense")
-_ON_NONFINITE = ("auto", "error", "pass")
+_QUOTE = "a bare off in YAML means false: quote it"
 _SVG_EXPECTED = "Expected a file that ends in .svg, where one can be written"
-
-
-def _option(default: object, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,123 +34,140 @@ class TreeConfig:
         InvalidInputError: a value that is not one of those described, or options that exclude each other.
     """
 
-    backend: str = _option(
+    backend: Literal["auto", "cpu", "flex", "reference", "triton"] = option(
         "auto",
         "Who computes attention: auto (Triton kernels on NVIDIA GPUs, the native path on CPUs, FlexAttention where "
         "neither serves), triton, cpu, flex, or reference (dense mask, slow, for checking).",
+        Scope.CALL,
     )
-    executor: str = _option(
+    executor: Literal["auto", "packed", "streamed"] = option(
         "auto",
         "Who calls the model: packed (the whole tree in one call), streamed (chunk by chunk, forward and backward, for "
         "trees larger than memory), or auto (packed where the tree fits max_tree_tokens_per_chunk, else streamed).",
+        Scope.BATCH,
+        elsewhere="packed",
     )
-    max_tree_tokens_per_chunk: int | None = _option(
+    max_tree_tokens_per_chunk: int | None = option(
         None,
         "Most tree tokens whose activations are alive at once: the memory knob. None: from free memory. Larger trees "
         "are streamed; where they cannot be, as with executor=packed, they run in one call, and the report says so.",
+        Scope.BATCH,
     )
-    min_saving: float = _option(
+    min_saving: float = option(
         0.0,
         "Share of the dense path's time that the tree must save, in [0, 1); below it the dense path runs. Time is "
         "predicted if `dta calibrate` has measured it, else FLOPs count, of which a tree never needs more: 0 then "
         "means always the tree, which without sharing is plain padding-free packing.",
+        Scope.CALL,
     )
-    calibration: str = _option(
+    calibration: str = option(
         "auto",
         "Measured speeds to decide and balance by: auto (what `dta calibrate` stored for this machine and model; FLOPs "
         "where there is nothing), off (FLOPs), or the file that it wrote with --output.",
+        Scope.WINDOW,
+        elsewhere="off",
     )
-    probe: str = _option(
+    probe: Literal["auto", "off"] = option(
         "auto",
         "Before a model's first tree, run a small forest both ways and refuse the tree where log-probs differ by more "
         "than rounding: auto (once per model, set of adapters and precision), or off.",
+        Scope.CALL,
     )
-    verify: str = _option(
+    verify: str = option(
         "off",
         "Compare log-probs and every gradient with the dense path, within what rounding explains: off, first (first "
         "call only), or every:N (every N-th call).",
+        Scope.BATCH,
     )
-    regroup: str = _option(
+    regroup: Literal["auto", "always", "never"] = option(
         "auto",
         "Put siblings into one micro-batch after the framework has shuffled and split a generation batch: auto (where "
         "the optimizer step's gradient cannot change), always, or never.",
+        Scope.LOSS,
+        elsewhere="never",
     )
-    merge_window: str = _option(
+    merge_window: Literal["auto", "always", "never"] = option(
         "auto",
         "One tree for all micro-batches of a gradient-accumulation window, so that siblings meet even with a batch of "
         "one: auto (where that saves more than separate trees), always, or never. Same gradient, loss and metrics.",
+        Scope.WINDOW,
+        elsewhere="never",
     )
-    balance_ranks: str = _option(
+    balance_ranks: Literal["never", "always"] = option(
         "never",
         "Move rows between ranks after a generation, within their optimizer step, so that siblings meet and every rank "
         "costs alike: never, or always (where the gradient cannot change). Ranks exchange token ids and moved rows.",
+        Scope.WINDOW,
     )
-    prune: str = _option(
+    prune: Literal["auto", "always", "never"] = option(
         "auto",
         "Leave tokens whose log-probs no loss reads (rows with advantage 0, masked turns) out of the update, exactly: "
         "auto (where the trainer's loss is known), always (a loss that is not known is taken to read what the "
         "framework's does), or never (all tokens run, as for the metric `entropy` of all rows).",
+        Scope.LOSS,
+        elsewhere="never",
     )
-    token_selection: str = _option(
+    token_selection: str = option(
         "all",
         "Update on a random subset of completion tokens, weighted to have all tokens' loss and gradient on average "
         "(NAT): all (no subset), rpc (a prefix of every row; what is cut off is not computed), rpc-uniform or "
         "rpc-two-point (other laws of cuts), or urs (single tokens; saves only the LM head).",
+        Scope.LOSS,
     )
-    token_budget: float | None = _option(
-        None, "Share of completion tokens that token_selection keeps on average, in (0, 1]. None: 0.5."
+    token_budget: float | None = option(
+        None,
+        "Share of completion tokens that token_selection keeps on average, in (0, 1]. None: 0.5.",
+        Scope.LOSS,
     )
-    token_min_prefix: int | None = _option(
-        None, "First tokens of every completion that token_selection always keeps. None: 1."
+    token_min_prefix: int | None = option(
+        None,
+        "First tokens of every completion that token_selection always keeps. None: 1.",
+        Scope.LOSS,
     )
-    token_floor: float | None = _option(
+    token_floor: float | None = option(
         None,
         "Smallest probability with which token_selection keeps a token; the largest weight is its inverse. None: 0.8 "
         "times token_budget.",
+        Scope.LOSS,
     )
-    token_sharing: str | None = _option(
+    token_sharing: str | None = option(
         None,
         "How rpc draws its cuts: row (each by itself), or group (spread evenly over siblings, so that a group's "
         "gradient varies less). None: group.",
+        Scope.LOSS,
     )
-    on_unsupported: str = _option(
-        "error", "What to do where the tree would not be exact: error, or dense (run the dense path, say so once)."
+    on_unsupported: Literal["error", "dense"] = option(
+        "error",
+        "What to do where the tree would not be exact: error, or dense (run the dense path, say so once).",
+        Scope.CALL,
     )
-    on_nonfinite: str = _option(
+    on_nonfinite: Literal["auto", "error", "pass"] = option(
         "auto",
         "What to do with log-probs that are NaN or infinite: error, pass (the loss gets them), or auto (pass where a "
         "loss scaler, as with fp16, will skip the step; else error).",
+        Scope.BATCH,
+        elsewhere="pass",
     )
-    picture: str | None = _option(
+    picture: str | None = option(
         None,
         "SVG file into which the first process draws the first tree that is trained on, as `dta inspect --svg` draws "
         "one: a row per sequence, darker where more of them share. Its folder is made if need be, an existing file is "
         "overwritten. None: no picture.",
+        Scope.TRAINING,
     )
 
     def __post_init__(self) -> None:
-        _choice("backend", self.backend, BACKENDS)
-        _choice("executor", self.executor, _EXECUTORS)
-        _choice("regroup", self.regroup, _REGROUP)
-        _choice("merge_window", self.merge_window, _REGROUP)
-        _choice("balance_ranks", self.balance_ranks, _BALANCE_RANKS)
-        _choice("probe", self.probe, _PROBE)
-        _choice("prune", self.prune, _PRUNE)
-        _choice("on_unsupported", self.on_unsupported, _ON_UNSUPPORTED)
-        _choice("on_nonfinite", self.on_nonfinite, _ON_NONFINITE)
+        for name, kind in types_of(TreeConfig).items():
+            check_type(name, getattr(self, name), kind)
         self.selection()
         _check_calibration(self.calibration)
         _check_picture(self.picture)
-        most = self.max_tree_tokens_per_chunk
-        if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
-            raise InvalidInputError(f"max_tree_tokens_per_chunk={most!r}. Expected None or a whole number, at least 1.")
-        if not isinstance(self.min_saving, (int, float)) or not 0.0 <= self.min_saving < 1.0:
-            raise InvalidInputError(f"min_saving={self.min_saving!r}. Expected a share in [0, 1).")
+        if self.max_tree_tokens_per_chunk is not None and self.max_tree_tokens_per_chunk < 1:
+            raise _invalid("max_tree_tokens_per_chunk", self.max_tree_tokens_per_chunk, "Expected None or at least 1.")
+        if not 0.0 <= self.min_saving < 1.0:
+            raise _invalid("min_saving", self.min_saving, "Expected a share in [0, 1).")
         if not re.fullmatch(r"off|first|every:[1-9]\d*", str(self.verify)):
-            raise InvalidInputError(
-                f"verify={self.verify!r}. Expected 'off', 'first' or 'every:N' with N >= 1 (a bare off in YAML means "
-                "false: quote it)."
-            )
+            raise _invalid("verify", self.verify, f"Expected 'off', 'first' or 'every:N' with N >= 1 ({_QUOTE}).")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> TreeConfig:
@@ -197,7 +205,8 @@ class TreeConfig:
             if name in given:
                 raise InvalidInputError(
                     f"token_{name}={given[name]!r} does nothing with token_selection={scheme!r}. Leave it out, or "
-                    "choose another token_selection (rpc uses all of the token_* options)."
+                    "choose another token_selection (rpc uses all of the token_* options).",
+                    option=f"token_{name}",
                 )
         return None if scheme == "all" else TokenSelection(scheme=scheme, **given)
 
@@ -210,25 +219,26 @@ class TreeConfig:
         )
 
 
-def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        quote = " (a bare off in YAML means false: quote it)" if "off" in allowed else ""
-        raise InvalidInputError(f"{name}={value!r}. Expected one of {', '.join(allowed)}{quote}.")
+BACKENDS = choices(types_of(TreeConfig)["backend"])
+
+
+def _invalid(name: str, value: object, expected: str) -> InvalidInputError:
+    return InvalidInputError(f"{name}={value!r}. {expected}", option=name)
 
 
 def _check_calibration(value: object) -> None:
     expected = "Expected auto, off or a file that `dta calibrate --output` wrote"
     if not isinstance(value, str) or not value:
-        raise InvalidInputError(f"calibration={value!r}. {expected} (a bare off in YAML means false: quote it).")
+        raise _invalid("calibration", value, f"{expected} ({_QUOTE}).")
     if value not in ("auto", "off") and not Path(value).expanduser().is_file():
-        raise InvalidInputError(f"calibration={value!r} is no file. {expected}.")
+        raise InvalidInputError(f"calibration={value!r} is no file. {expected}.", option="calibration")
 
 
 def _check_picture(value: object) -> None:
     if value is None:
         return
     if not isinstance(value, str) or Path(value).suffix.lower() != ".svg":
-        raise InvalidInputError(f"picture={value!r}. {_SVG_EXPECTED}.")
+        raise _invalid("picture", value, f"{_SVG_EXPECTED}.")
     _check_writable(value)
 
 
@@ -237,10 +247,12 @@ def _check_writable(picture: str) -> None:
     """A folder that is missing is no fault: it is made, or exists on the node that draws."""
     file = Path(os.path.expanduser(picture))
     if file.is_dir():
-        raise InvalidInputError(f"picture={picture!r} is a folder. {_SVG_EXPECTED}.")
+        raise InvalidInputError(f"picture={picture!r} is a folder. {_SVG_EXPECTED}.", option="picture")
     folder = next(parent for parent in file.absolute().parents if parent.exists())
     if not folder.is_dir():
-        raise InvalidInputError(f"picture={picture!r}: {folder} is no folder. {_SVG_EXPECTED}.")
+        raise InvalidInputError(f"picture={picture!r}: {folder} is no folder. {_SVG_EXPECTED}.", option="picture")
     target = file if file.exists() else file.parent
     if target.exists() and not os.access(target, os.W_OK):
-        raise InvalidInputError(f"picture={picture!r}: this process may not write to {target}. {_SVG_EXPECTED}.")
+        raise InvalidInputError(
+            f"picture={picture!r}: this process may not write to {target}. {_SVG_EXPECTED}.", option="picture"
+        )

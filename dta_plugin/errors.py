@@ -7,16 +7,31 @@ from collections.abc import Iterable
 
 
 class InvalidInputError(ValueError):
-    """An argument, option or batch that cannot be used as given."""
+    """An argument, option or batch that cannot be used as given.
+
+    option: the field of TreeConfig whose value it is, if it is one; the message then begins with its name.
+    """
+
+    def __init__(self, message: str = "", option: str | None = None) -> None:
+        super().__init__(message)
+        self.option = option
+
+    def named(self, where: str) -> InvalidInputError:
+        """The same with the option's name as whoever gave it wrote it; the very same if it is about no option."""
+        if self.option is None:
+            return self
+        return InvalidInputError(f"{where}{str(self).removeprefix(self.option)}", option=self.option)
 
 
 class UnsupportedError(RuntimeError):
-    """A model, setting or version for which prefix-tree execution would not be exact."""
+    """A model, setting or version for which prefix-tree execution would not be exact.
 
+    reason: "what; remedy", without the option that falls back, whose name is added where it can be given (`decline`).
+    """
 
-def not_exact(reason: str) -> UnsupportedError:
-    """The refusal of what `on_unsupported` decides about, to be raised. reason: "what; remedy"."""
-    return UnsupportedError(f"Prefix-tree execution is not exact here: {reason}; or on_unsupported='dense'.")
+    def __init__(self, message: str = "", reason: str | None = None) -> None:
+        super().__init__(message)
+        self.reason = message if reason is None else reason
 
 
 class VerificationError(AssertionError):

@@ -9,10 +9,10 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_args, get_type_hints
 
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, did_you_mean
+from dta_plugin.option_types import from_text, types_of
 
 FLAG, PREFIX = "use_dta", "dta_"
 _TRUE, _FALSE = ("true", "yes", "on", "y", "t", "1"), ("false", "no", "off", "n", "f", "0")
@@ -37,7 +37,7 @@ def parse_options(options: Mapping[str, Given]) -> TreeConfig | None:
     flag = options.get(FLAG)
     if flag is not None and flag.text.lower() not in _TRUE + _FALSE:
         raise InvalidInputError(f"{flag.where}={flag.text!r}. Expected true or false.")
-    types = get_type_hints(TreeConfig)
+    types = types_of(TreeConfig)
     given = {name.removeprefix(PREFIX): option for name, option in options.items() if name != FLAG}
     for name, option in given.items():
         if name not in types:
@@ -46,11 +46,10 @@ def parse_options(options: Mapping[str, Given]) -> TreeConfig | None:
         names = ", ".join(option.where for option in given.values())
         raise InvalidInputError(f"Got {names} without --{FLAG}. Expected --{FLAG} true beside it.")
     try:
-        config = TreeConfig(**{name: _convert(name, option.text, types[name]) for name, option in given.items()})
+        config = TreeConfig(**{name: from_text(name, option.text, types[name]) for name, option in given.items()})
     except InvalidInputError as error:
-        name, _, rest = str(error).partition("=")
-        where = given[name].where if name in given else f"--{PREFIX}{name}"
-        raise InvalidInputError(f"{where}={rest}") from None
+        where = {name: option.where for name, option in given.items()}
+        raise error.named(where.get(str(error.option), f"--{PREFIX}{error.option}")) from None
     return config if flag is not None and flag.text.lower() in _TRUE else None
 
 
@@ -58,18 +57,6 @@ def _unknown(name: str, where: str, known: list[str]) -> str:
     prefix = f"--{PREFIX}" if where.startswith("--") else PREFIX
     hint = did_you_mean(name, known, prefix)
     return f"{where} is no option.{hint} Expected among: {', '.join(prefix + field for field in known)}."
-
-
-def _convert(name: str, text: str, kind: Any) -> Any:
-    """An option's value as the type of its field; "none" where the field allows None."""
-    kinds = get_args(kind) or (kind,)
-    if type(None) in kinds and text.lower() == "none":
-        return None
-    convert = next(k for k in kinds if k is not type(None))
-    try:
-        return convert(text)
-    except ValueError:
-        raise InvalidInputError(f"{name}={text!r}. Expected a value of type {convert.__name__}.") from None
 
 
 def _slips(word: str) -> set[str]:

@@ -21,8 +21,13 @@ from dta_plugin.execution.probing.tree_difference import Difference, tree_differ
 from dta_plugin.execution.ranks import is_collective, without_reducers
 from dta_plugin.models.introspection import causal_lm, evaluation_mode
 from dta_plugin.models.vision.units import ImageInputs
+from dta_plugin.option_places import Place, Scope
 from dta_plugin.tree.layout import Scored
 from dta_plugin.tree.trie import TokenSequence
+
+_COMPARISON = Place(
+    "in a comparison", {Scope.CALL, Scope.BATCH}, "the sequences run as they are given, once, without a trainer"
+)
 
 
 def check_batch(model: nn.Module, batch: PreparedBatch, config: TreeConfig, temperature: float = 1.0) -> Difference:
@@ -82,6 +87,7 @@ def compare(
         InvalidInputError: as `sequence_logprobs`.
         UnsupportedError: as `sequence_logprobs`.
     """
+    _COMPARISON.check(config or TreeConfig())
     config = replace(config or TreeConfig(), probe="off")
     batch = prepare_batch(model, sequences, scored, config, images=images)
     return tree_difference(model, batch, config, temperature)[0]

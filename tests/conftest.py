@@ -31,7 +31,7 @@ def unprobed(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_obstacle(model: torch.nn.Module, executors: list[str], *_: object, **__: object) -> dict[str, None]:
         return dict.fromkeys(executors)
 
-    for place in ("execution.auto", "sharing.decoder_hooks"):
+    for place in ("execution.auto", "sharing.decisions"):
         monkeypatch.setattr(f"dta_plugin.{place}.probe", no_obstacle)
 
 

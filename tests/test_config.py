@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import pickle
+import re
 from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 
 import pytest
 
 from dta_plugin import InvalidInputError, TreeConfig
+from dta_plugin.option_types import choices, types_of
 from dta_plugin.token_selection.select import FLOOR_OF_BUDGET, TokenSelection
 
 INVALID: dict[str, tuple[dict[str, object], str]] = {
@@ -47,17 +50,20 @@ INVALID: dict[str, tuple[dict[str, object], str]] = {
     ),
     "floor": ({"token_selection": "urs", "token_floor": 0.0}, r"token_floor=0.0. Expected a probability in \(0, 1\]"),
     "sharing": ({"token_selection": "rpc", "token_sharing": "all"}, r"token_sharing='all'. Expected one of row, group"),
-    "no tokens": ({"max_tree_tokens_per_chunk": 0}, r"max_tree_tokens_per_chunk=0. Expected None or a whole"),
-    "half a token": (
-        {"max_tree_tokens_per_chunk": 10.5},
-        r"max_tree_tokens_per_chunk=10.5. Expected None or a whole",
-    ),
-    "tokens as text": (
-        {"max_tree_tokens_per_chunk": "100"},
-        r"max_tree_tokens_per_chunk='100'. Expected None or a whole",
-    ),
-    "tokens true": ({"max_tree_tokens_per_chunk": True}, r"max_tree_tokens_per_chunk=True. Expected None or a whole"),
+    "no tokens": ({"max_tree_tokens_per_chunk": 0}, r"max_tree_tokens_per_chunk=0. Expected None or at least 1"),
     "negative tokens": ({"max_tree_tokens_per_chunk": -5}, r"max_tree_tokens_per_chunk=-5"),
+    "tokens as text": ({"max_tree_tokens_per_chunk": "4096"}, r"'4096'. Expected None or a whole number"),
+    "half a token": ({"max_tree_tokens_per_chunk": 4096.5}, r"_chunk=4096.5. Expected None or a whole number"),
+    "tokens on": ({"max_tree_tokens_per_chunk": True}, r"max_tree_tokens_per_chunk=True. Expected None or a whole"),
+    "saving as text": ({"min_saving": "0.1"}, r"min_saving='0.1'. Expected a number"),
+    "saving on": ({"min_saving": False}, r"min_saving=False. Expected a number"),
+    "no saving": ({"min_saving": None}, r"min_saving=None. Expected a number"),
+    "budget as text": (
+        {"token_selection": "rpc", "token_budget": "0.5"},
+        r"token_budget='0.5'. Expected None or a",
+    ),
+    "half a prefix": ({"token_selection": "rpc", "token_min_prefix": 1.5}, r"token_min_prefix=1.5. Expected None or a"),
+    "backend off in YAML": ({"probe": False}, r"probe=False. Expected one of auto, off \(a bare off in YAML"),
     "saving 1": ({"min_saving": 1.0}, r"min_saving=1.0. Expected a share in \[0, 1\)"),
     "saving < 0": ({"min_saving": -0.1}, r"min_saving=-0.1"),
     "saving NaN": ({"min_saving": float("nan")}, r"min_saving=nan"),
@@ -85,8 +91,9 @@ INVALID: dict[str, tuple[dict[str, object], str]] = {
 @pytest.mark.parametrize("case", INVALID)
 def test_invalid_options(case: str) -> None:
     options, message = INVALID[case]
-    with pytest.raises(InvalidInputError, match=message):
+    with pytest.raises(InvalidInputError, match=message) as error:
         TreeConfig(**options)  # type: ignore[arg-type]
+    assert error.value.option in options and str(error.value).startswith(f"{error.value.option}=")
     with pytest.raises(InvalidInputError, match=message):
         TreeConfig.from_options(options)
 
@@ -100,6 +107,21 @@ def test_defaults_are_valid_and_documented() -> None:
     assert TreeConfig() == TreeConfig.from_options({})
     for option in fields(TreeConfig):
         assert len(option.metadata["help"]) > 20, option.name
+
+
+def test_help_explains_every_choice() -> None:
+    for option in fields(TreeConfig):
+        for choice in choices(types_of(TreeConfig)[option.name]):
+            assert re.search(rf"\b{choice}\b", option.metadata["help"]), f"{option.name}: {choice}"
+
+
+def test_an_error_can_name_the_option_as_it_was_given() -> None:
+    with pytest.raises(InvalidInputError) as error:
+        TreeConfig(min_saving=2.0)
+    named = pickle.loads(pickle.dumps(error.value.named("--dta_min_saving")))
+    assert str(named) == "--dta_min_saving=2.0. Expected a share in [0, 1)." and named.option == "min_saving"
+    about_none = InvalidInputError("The batch is empty.")
+    assert about_none.named("--dta_min_saving") is about_none
 
 
 def test_options_are_keywords_and_frozen() -> None:

@@ -7,11 +7,12 @@ import shutil
 import subprocess
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import pytest
 
 from dta_plugin.config import TreeConfig
+from dta_plugin.option_types import choices, types_of
 from tests.adapters.trl.launch import SCRIPTS, Result, Site, install
 from tests.adapters.trl.support import assert_equal, identical
 
@@ -69,12 +70,17 @@ def probe(site: Site) -> dict[str, Any]:
     return found
 
 
+def _type_in_trl(kind: Any) -> str:
+    """TRL's configs name choices in their texts; their types are str."""
+    return str(str if choices(kind) else kind)
+
+
 def test_offers_the_options(release: Site, patched: Site) -> None:
     assert probe(release)["options"] == {}
     found = probe(patched)
-    types = get_type_hints(TreeConfig)
+    types = types_of(TreeConfig)
     expected = {"use_dta": [False, str(bool)]}
-    expected |= {f"dta_{f.name}": [f.default, str(types[f.name])] for f in fields(TreeConfig)}
+    expected |= {f"dta_{f.name}": [f.default, _type_in_trl(types[f.name])] for f in fields(TreeConfig)}
     assert found["options"] == expected
     assert found["documented"] == list(expected)
 

@@ -111,6 +111,8 @@ WRONG = {
     "--use_dta false --dta_verify often": "--dta_verify='often'",
     "--use_dta true --dta_min_saving some": "--dta_min_saving='some'. Expected a value of type float",
     "--use_dta true --dta_min_saving 2": "--dta_min_saving=2.0. Expected a share",
+    "--use_dta true --dta_max_tree_tokens_per_chunk 4096.5": "--dta_max_tree_tokens_per_chunk='4096.5'. Expected a val",
+    "--use_dta true --dta_token_budget 0.5": "--dta_token_budget=0.5 does nothing with token_selection='all'",
     "--use_dta true --dta_picture tree.png": "--dta_picture='tree.png'. Expected a file that ends in .svg",
     "--dta_verify first": "Got --dta_verify without --use_dta. Expected --use_dta true",
     "--use_dta true --dta_verify": "--dta_verify has no value",

@@ -33,7 +33,7 @@ def chunked_tree_attention(
     if mask.reach is not None:
         raise UnsupportedError(
             f"Attention in ranges of {chunk} positions in a layer whose images attend both ways. Expected one or the "
-            "other; use on_unsupported='dense'."
+            "other; use another model."
         )
     if mask.host()[1].max(initial=0) < chunk:
         return tree_attention(q, k, v, mask, **options)

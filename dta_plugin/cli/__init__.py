@@ -75,7 +75,7 @@ def _run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
     except UnsupportedError as error:
-        code, message = 1, str(error)
+        code, message = 1, error.reason  # `dta` has no option that falls back
     except InvalidInputError as error:
         code, message = 2, str(error)
     except Exception as error:

@@ -141,7 +141,7 @@ def _probed(path: str) -> Finding:
         model = load_model(path, dtype, cpu)[0] if is_here else miniature(config)
         obstacles = probe(model, ["packed", "streamed"], "auto")
     except UnsupportedError as error:
-        return Finding("--use_dta", "would stop", str(error), ok=False)
+        return Finding("--use_dta", "would stop", error.reason, ok=False)
     except Exception as error:  # whatever the model's class raises
         why = f"{what} cannot be probed ({type(error).__name__}: {error})"
         return Finding("--use_dta", "should work", f"{why}; training probes the model before its first tree")

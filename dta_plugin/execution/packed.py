@@ -169,14 +169,14 @@ def check_every_layer_hit(model: PreTrainedModel, mask: TreeMask) -> None:
         raise UnsupportedError(
             f"Attention layer(s) {missed} of {type(model).__name__} did not use the tree: something replaced their "
             "attention function. Expected every layer to call transformers' AttentionInterface; switch off whatever "
-            "patches attention (custom kernels, other plugins), or use on_unsupported='dense'."
+            "patches attention (custom kernels, other plugins)."
         )
     missed = sorted({layer_of(mixer) for mixer in recurrent if not mask.state_calls[id(mixer)]})
     if missed:
         raise UnsupportedError(
             f"Recurrent layer(s) {missed} of {type(model).__name__} did not use the tree: something replaced their "
             "forward. Expected every layer to be transformers' own; switch off whatever patches them (custom kernels, "
-            "other plugins, accelerate's hooks of a device_map), or use on_unsupported='dense'."
+            "other plugins, accelerate's hooks of a device_map)."
         )
 
 

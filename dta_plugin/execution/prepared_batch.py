@@ -11,7 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import InvalidInputError, UnsupportedError, not_exact
+from dta_plugin.decline import decline
+from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.execution.gate import Decision, decide
 from dta_plugin.execution.rank_images import along_with_others
 from dta_plugin.execution.ranks import DUMMY_SEQUENCE, is_collective
@@ -107,8 +108,8 @@ def prepare_batch(
     is_dummy = not len(sequences) and is_collective(model)
     image_rows = _image_rows(images)
     obstacle = _obstacle(model, sequences, has_images=image_rows is not None)
-    if obstacle is not None and config.on_unsupported == "error":
-        raise not_exact(obstacle)
+    if obstacle is not None:
+        obstacle = decline(obstacle, config.on_unsupported).reason
     base = causal_lm(model)
     _check_weights(base)
     batch_images: BatchImages | None = None
@@ -116,9 +117,7 @@ def prepare_batch(
         try:
             batch_images = BatchImages.from_rows(base, sequences, image_rows)
         except UnsupportedError as error:  # of these rows, where the model's own code has a way
-            if config.on_unsupported == "error":
-                raise
-            obstacle = str(error)
+            obstacle = decline(error, config.on_unsupported).reason
     if batch_images is None:
         tree, own_images = PrefixTree.from_sequences([DUMMY_SEQUENCE] if is_dummy else sequences), None
     else:

@@ -40,18 +40,17 @@ def check_keywords(module: nn.Module, keywords: dict[str, Any], both_ways: bool 
     if unknown:
         raise UnsupportedError(
             f"{name} gives its attention function {', '.join(unknown)}, which the tree does not know. Expected only "
-            "what causal attention needs (scale, window, soft-cap, sinks); use another model, or "
-            "on_unsupported='dense'."
+            "what causal attention needs (scale, window, soft-cap, sinks); use another model."
         )
     if keywords.get("is_causal") is False and not both_ways:
         raise UnsupportedError(
             f"{name} asks for attention in both directions (is_causal=False). Expected causal attention; use a causal "
-            "model, or on_unsupported='dense'."
+            "model."
         )
     if keywords.get("dropout"):
         raise UnsupportedError(
             f"{name} asks for attention dropout of {keywords['dropout']}: shared tokens would share one dropout mask. "
-            "Expected 0; set the rate to 0 in the model config before the model is loaded, or on_unsupported='dense'."
+            "Expected 0; set the rate to 0 in the model config before the model is loaded."
         )
     _check_window(module, keywords.get("sliding_window"))
 
@@ -70,7 +69,7 @@ def _check_window(module: nn.Module, window: int | None) -> None:
         raise UnsupportedError(
             f"{type(module).__name__} tells its attention function of {_named(window)} in layer {layer}, and its "
             f"config says {_named(stated)} there ({kind}). Expected both to agree; set sliding_window=None in the "
-            "config if no sequence is longer than the window, or use on_unsupported='dense'."
+            "config if no sequence is longer than the window."
         )
 
 

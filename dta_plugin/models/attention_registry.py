@@ -49,7 +49,7 @@ def install(model: PreTrainedModel, is_required: bool = True) -> None:
         raise UnsupportedError(
             f"No attention layer of {type(model).__name__} looks its implementation "
             f"{model.config.get_text_config()._attn_implementation!r} up in transformers' AttentionInterface. Expected "
-            "all to; use a current transformers implementation of the model, or on_unsupported='dense'."
+            "all to; use a current transformers implementation of the model."
         )
     for place, key in places:
         Dispatcher.install(place, key, model)
@@ -103,7 +103,7 @@ def _tree_call(
         raise UnsupportedError(
             f"{type(module).__name__} adds a mask or bias of its own to attention, of shape "
             f"{tuple(attention_mask.shape)}. Expected the causal mask alone, which the tree replaces; use another "
-            "model, or on_unsupported='dense'."
+            "model."
         )
     check_keywords(module, kwargs, both_ways=not tree.layers_rule)
     query, key, value = _autocast(_tuned_by_depth(module, query, tree), key, value)

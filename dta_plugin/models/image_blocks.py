@@ -72,7 +72,7 @@ def block_rule(module: nn.Module) -> BlockRule:
     return _rules[key][kind]
 
 
-_REMEDY = "Expected those of Gemma 3 or Gemma 4; use on_unsupported='dense'."
+_REMEDY = "Expected those of Gemma 3 or Gemma 4; use one of these."
 
 
 def _unknown(module: nn.Module) -> str:

@@ -71,7 +71,7 @@ class MixerCall:
         if missing:
             raise UnsupportedError(
                 f"{type(self._mixer).__name__} did not call {', '.join(sorted(missing))}, by which it carries its "
-                "state. Expected it to; switch off whatever replaces its forward, or use on_unsupported='dense'."
+                "state. Expected it to; switch off whatever replaces its forward."
             )
 
 

@@ -56,7 +56,7 @@ def run_by_nodes(
         if not isinstance(out, torch.Tensor):
             raise UnsupportedError(
                 f"{type(mixer).__name__} gives a {type(out).__name__}. Expected hidden states [B, L, H] alone; use "
-                "another model, or on_unsupported='dense'."
+                "another model."
             )
         cache.hand_over()
         pieces.append(out.flatten(0, 1))

@@ -93,7 +93,7 @@ class _Mixer(StandIn):
             call.check_carried(own.names)
             return out
         if own is None:
-            raise UnsupportedError(f"{no_way(mixer)}, or on_unsupported='dense'.")
+            raise UnsupportedError(f"{no_way(mixer)}.")
         with _in_forward(mixer, None):
             return run_by_nodes(call, mixer, self.behind, own.cache, args, kwargs)
 

@@ -61,7 +61,7 @@ def tree_obstacle(model: nn.Module, both_ways: bool = False) -> str | None:
     try:
         base = causal_lm(model)
     except UnsupportedError as error:
-        return str(error)
+        return error.reason
     config = base.config.get_text_config()
     return (
         _attention_obstacle(base, config, both_ways)

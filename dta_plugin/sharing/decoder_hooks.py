@@ -12,7 +12,6 @@ import copy
 import functools
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -22,25 +21,28 @@ from transformers import PreTrainedModel
 
 from dta_plugin.attention import TreeMask
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import InvalidInputError, UnsupportedError
+from dta_plugin.decline import Decline, decline
+from dta_plugin.errors import UnsupportedError
 from dta_plugin.execution.packed import check_every_layer_hit, model_inputs
-from dta_plugin.execution.probing.probe import probe
-from dta_plugin.execution.ranks import is_fsdp
 from dta_plugin.models.dispatch import install, uninstall
-from dta_plugin.models.indexers import index_length_obstacle
-from dta_plugin.models.introspection import causal_lm, decoder_of, model_cost
-from dta_plugin.models.rotary import padded_length_obstacle
-from dta_plugin.models.support import dropout_obstacle
+from dta_plugin.models.introspection import causal_lm, decoder_of
 from dta_plugin.models.vision.support import text_model_of
+from dta_plugin.option_places import Place, Scope
+from dta_plugin.sharing.decisions import Call, found_too_late, report_of
 from dta_plugin.sharing.images import TOKEN_KINDS, arguments_with_images, hand_on, image_arguments
 from dta_plugin.sharing.obstacles import model_obstacle, named_arguments, padding_obstacle
 from dta_plugin.sharing.padded import OF_THE_LOSS, PaddedBatch, spread
-from dta_plugin.tree.cost import estimate
 from dta_plugin.tree.layout import TreeLayout
 from dta_plugin.tree.report import TreeReport
 from dta_plugin.tree.totals import Totals
 
-OPTIONS = {"backend", "min_saving", "probe", "on_unsupported"}  # of TreeConfig, that apply
+PLACE = Place(
+    "in share_prefixes",
+    {Scope.CALL},
+    "each call runs its batch as one packed tree, and the loss is its caller's (for trees larger than memory use "
+    "dta_plugin.sequence_logprobs, which streams)",
+    {"picture": "a trainer has a first step (dta_plugin.tree.picture.draw_svg(handle.report.tree) draws any call)"},
+)
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -72,18 +74,17 @@ def share_prefixes(model: nn.Module, config: TreeConfig | None = None) -> Prefix
         InvalidInputError: an option of `config` that does not apply.
     """
     config = config or TreeConfig()
-    _check_options(config)
+    PLACE.check(config)
     base = causal_lm(model)
     decoder = decoder_of(base)
     obstacle = model_obstacle(model)
-    if obstacle is not None and config.on_unsupported == "error":
-        raise UnsupportedError(f"Prefixes cannot be shared exactly here: {obstacle}; or on_unsupported='dense'.")
+    declined = None if obstacle is None else decline(obstacle, config.on_unsupported)
     sharing = handle_of(decoder) or PrefixSharing()
     sharing.config = config
-    if obstacle is None:
+    if declined is None:
         sharing.attach(base, decoder)
     else:
-        sharing.reason = obstacle
+        sharing.reason = declined.reason
     return sharing
 
 
@@ -160,23 +161,21 @@ class PrefixSharing:
         self.calls += 1
         is_cached = bool(arguments.get("use_cache")) or arguments.get("past_key_values") is not None
         self.cached_calls += is_cached
-        topic, asked = None, arguments.pop("dta_own_path", None)
-        batch = asked or self._call_obstacle(decoder, arguments) or self._merged(decoder, arguments)
-        if isinstance(batch, PaddedBatch) and self.padding_reader is not None and bool((batch.index < 0).any()):
-            batch = f"its rows are padded, and {self.padding_reader}"
-        if isinstance(batch, PaddedBatch):
-            batch = self._gate(decoder, batch)
-            topic = "min_saving" if isinstance(batch, str) else None  # a number in it differs from call to call
-        if isinstance(batch, PaddedBatch) and batch.images is not None and is_fsdp(decoder):
-            batch = "it has images, whose tower FSDP shards"
-        if isinstance(batch, PaddedBatch) and (obstacle := self._probe_obstacle(decoder, batch)) is not None:
-            batch = obstacle
-        if isinstance(batch, str):
-            self.report, self.reason = None, batch
+        asked = arguments.pop("dta_own_path", None)
+        batch = Decline(asked) if asked else self._call(decoder, arguments).decided()
+        if isinstance(batch, Decline):
+            self.report, self.reason = None, batch.reason
             if not is_cached:
-                self.totals.add_dense(batch, topic)
+                self.totals.add_dense(batch.reason, batch.topic)
             return ((), arguments) if asked else None
         self.reason = ""
+        return (), self._as_tree(decoder, arguments, batch)
+
+    def _call(self, decoder: PreTrainedModel, arguments: dict[str, Any]) -> Call:
+        return Call(decoder, arguments, self.config, self.padding_reader, self.reads_caches, self.callers_obstacle)
+
+    def _as_tree(self, decoder: PreTrainedModel, arguments: dict[str, Any], batch: PaddedBatch) -> dict[str, Any]:
+        """The arguments of the same call with one packed tree."""
         install(decoder)
         layout = TreeLayout.from_tree(batch.tree, arguments["input_ids"].device)
         mask = TreeMask.from_layout(layout, self.config.backend)
@@ -186,7 +185,7 @@ class PrefixSharing:
             inputs = arguments_with_images(decoder, inputs, batch.images)
             replaced |= image_arguments(decoder, arguments).keys()
         read = {name: value for name, value in arguments.items() if name not in replaced}
-        return (), read | inputs | {"dta_rows": batch}
+        return read | inputs | {"dta_rows": batch}
 
     def restore(self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Behind the decoder: values of tree tokens to those of rows."""
@@ -194,75 +193,22 @@ class PrefixSharing:
         if batch is None:
             return output
         mask: TreeMask = kwargs["dta_tree"]
-        check_every_layer_hit(decoder, mask)
+        try:
+            check_every_layer_hit(decoder, mask)
+        except UnsupportedError as error:
+            raise found_too_late(decoder, self.config, error) from None
         output.last_hidden_state = spread(output.last_hidden_state[0], batch)
         if getattr(output, "router_logits", None) is not None:
             output.router_logits = tuple(_spread_flat(logits, batch) for logits in output.router_logits)
         self._count(decoder, batch, "+".join(sorted(mask.backends_used)))
         return output
 
-    def _merged(self, decoder: PreTrainedModel, arguments: dict[str, Any]) -> PaddedBatch | str:
-        """The rows of a call, or why they cannot be merged."""
-        try:
-            return PaddedBatch.from_arguments(arguments, decoder)
-        except UnsupportedError as error:
-            if self.config.on_unsupported == "error":
-                raise
-            return str(error)
-
-    def _call_obstacle(self, decoder: PreTrainedModel, arguments: dict[str, Any]) -> str | None:
-        """Why this call takes the model's own path, by what may change from call to call."""
-        ids = arguments.get("input_ids")
-        width = 0 if ids is None else ids.shape[1]
-        obstacle = dropout_obstacle(decoder) or padded_length_obstacle(decoder, width)
-        obstacle = obstacle or index_length_obstacle(decoder, [width])
-        if obstacle is None and self.callers_obstacle is not None:
-            obstacle = self.callers_obstacle(decoder)
-        if obstacle is not None and self.config.on_unsupported == "error":
-            raise UnsupportedError(f"Prefixes cannot be shared exactly here: {obstacle}; or on_unsupported='dense'.")
-        if obstacle is not None:
-            return obstacle
-        may_decode = self.reads_caches and not (decoder.training and torch.is_grad_enabled())
-        if may_decode and getattr(decoder.config, "use_cache", True) and arguments.get("use_cache") is None:
-            return "the config's use_cache makes it return a cache; pass use_cache=False"
-        outputs = ("output_attentions", "output_hidden_states")
-        return next((f"the config's {name} is on" for name in outputs if getattr(decoder.config, name, False)), None)
-
-    def _probe_obstacle(self, decoder: PreTrainedModel, batch: PaddedBatch) -> str | None:
-        """Why the decoder's first tree, of a small forest, or its first with an image, is not exact."""
-        # Weights that are sharded are being gathered for this very call.
-        if self.config.probe == "off" or is_fsdp(decoder):
-            return None
-        sample = None if batch.images is None else functools.partial(batch.forest, decoder)
-        images = 0 if batch.images is None else batch.images.most_per_row
-        obstacle = probe(decoder, ["decoder"], self.config.backend, sample=sample, images=images)["decoder"]
-        if obstacle is not None and self.config.on_unsupported == "error":
-            raise UnsupportedError(obstacle)
-        return obstacle
-
-    def _gate(self, decoder: PreTrainedModel, batch: PaddedBatch) -> PaddedBatch | str:
-        if not self.config.min_saving:
-            return batch
-        saving = estimate(batch.tree, model_cost(decoder), 0, 0).saving
-        if saving >= self.config.min_saving:
-            return batch
-        return f"only {saving:.0%} of dense FLOPs saved, min_saving {self.config.min_saving:.0%}"
-
     def _count(self, decoder: PreTrainedModel, batch: PaddedBatch, backend: str) -> None:
-        tree = batch.tree
-        cost = estimate(tree, model_cost(decoder), 0, 0)
-        self.report = TreeReport(
-            tree=tree,
-            chunks=1,
-            executor="packed",
-            backend=backend,
-            reason=f"{cost.saving:.0%} of the decoder's dense FLOPs saved",
-            cost=cost,
-        )
+        self.report = report_of(decoder, batch, backend)
         self.totals.add_tree(self.report)
         self.shared_calls += 1
-        self.flat_tokens += tree.flat_tokens
-        self.tree_tokens += tree.tree_tokens
+        self.flat_tokens += batch.tree.flat_tokens
+        self.tree_tokens += batch.tree.tree_tokens
 
 
 class _Hook:
@@ -292,14 +238,3 @@ def handle_of(decoder: nn.Module) -> PrefixSharing | None:
 def _spread_flat(values: torch.Tensor, batch: PaddedBatch) -> torch.Tensor:
     """Router logits [T, experts] -> [B * L, experts]; the router loss leaves padding out by the attention mask."""
     return spread(values.reshape(batch.tree.tree_tokens, -1), batch).flatten(0, 1)
-
-
-def _check_options(config: TreeConfig) -> None:
-    given = [f.name for f in fields(TreeConfig) if getattr(config, f.name) != f.default]
-    other = [name for name in given if name not in OPTIONS and (name, config.executor) != ("executor", "packed")]
-    if other:
-        raise InvalidInputError(
-            f"share_prefixes got {', '.join(f'{name}={getattr(config, name)!r}' for name in other)}. Expected "
-            f"{', '.join(sorted(OPTIONS))} only: each call runs its batch as one packed tree. For trees larger than "
-            "memory use dta_plugin.sequence_logprobs, which streams."
-        )

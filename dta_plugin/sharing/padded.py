@@ -16,6 +16,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from dta_plugin.decline import Decline
 from dta_plugin.dtypes import accumulation_dtype
 from dta_plugin.execution.probing.forest import Forest, image_forest
 from dta_plugin.models.vision.batch_images import BatchImages, TreeImages
@@ -51,27 +52,29 @@ class PaddedBatch:
     image_rows: list[ImageInputs | None] | None = None
 
     @classmethod
-    def from_arguments(cls, arguments: Mapping[str, Any], decoder: PreTrainedModel | None = None) -> PaddedBatch | str:
+    def from_arguments(
+        cls, arguments: Mapping[str, Any], decoder: PreTrainedModel | None = None
+    ) -> PaddedBatch | Decline:
         """arguments: of a decoder's call, by name. decoder: for those that may have images.
 
-        Returns what keeps the call from running as a tree, if anything does.
+        Returns why the call takes the model's own path, if anything keeps it from being a tree.
         """
         inputs = {} if decoder is None else image_arguments(decoder, arguments)
         kinds = set() if decoder is None else known_kinds(decoder, arguments, has_images=bool(inputs))
         obstacle = _merge_obstacle(arguments, {*inputs}, kinds)
         if obstacle is not None:
-            return obstacle
+            return Decline(obstacle)
         ids, mask = arguments["input_ids"].cpu().numpy(), arguments.get("attention_mask")
         real = np.ones(ids.shape, dtype=bool) if mask is None else mask.bool().cpu().numpy()
         counts = real.sum(axis=1)
         starts = real.argmax(axis=1)
         spans = [(int(start), int(start + count)) for start, count in zip(starts, counts, strict=True)]
         if not counts.any():
-            return "every token of it is masked"
+            return Decline("every token of it is masked")
         if not all(real[row, start:stop].all() for row, (start, stop) in enumerate(spans)):
-            return "its attention mask has holes"
+            return Decline("its attention mask has holes")
         if not _counts_up(arguments.get("position_ids"), real):
-            return "its position ids do not count up along the rows: packed sequences"
+            return Decline("its position ids do not count up along the rows: packed sequences")
         rows = [ids[row, a:b] for row, (a, b) in enumerate(spans) if b > a]
         images: BatchImages | None = None
         if inputs and decoder is not None:

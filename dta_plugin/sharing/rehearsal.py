@@ -35,7 +35,7 @@ def rehearse(model: nn.Module, sharing: PrefixSharing) -> str | None:
     try:
         _run(model)
     except UnsupportedError as error:
-        found = str(error)
+        found = error.reason
     except Exception as error:  # wrong options, and models that need more than ids and a mask
         found = f"two short rows cannot be tried ({type(error).__name__}: {error})"
     finally:

@@ -53,27 +53,39 @@ class TokenSelection:
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
-            raise InvalidInputError(f"token_selection={self.scheme!r}. Expected all or one of {', '.join(SCHEMES)}.")
+            raise InvalidInputError(
+                f"token_selection={self.scheme!r}. Expected all or one of {', '.join(SCHEMES)}.",
+                option="token_selection",
+            )
         if not _is_share(self.budget):
-            raise InvalidInputError(f"token_budget={self.budget!r}. Expected a share of the tokens in (0, 1].")
+            raise InvalidInputError(
+                f"token_budget={self.budget!r}. Expected a share of the tokens in (0, 1].", option="token_budget"
+            )
         if self.scheme == "rpc-uniform" and self.budget < 0.5:
             raise InvalidInputError(
                 f"token_budget={self.budget} with token_selection=rpc-uniform, whose cuts keep half of the tokens or "
-                "more. Expected at least 0.5; rpc reaches any budget above token_floor."
+                "more. Expected at least 0.5; rpc reaches any budget above token_floor.",
+                option="token_budget",
             )
         if not isinstance(self.min_prefix, int) or self.min_prefix < 1:
             raise InvalidInputError(
-                f"token_min_prefix={self.min_prefix!r}. Expected a whole number of tokens, at least 1."
+                f"token_min_prefix={self.min_prefix!r}. Expected a whole number of tokens, at least 1.",
+                option="token_min_prefix",
             )
         if not _is_share(self.smallest_probability):
-            raise InvalidInputError(f"token_floor={self.floor!r}. Expected a probability in (0, 1].")
+            raise InvalidInputError(
+                f"token_floor={self.floor!r}. Expected a probability in (0, 1].", option="token_floor"
+            )
         if self.budget < self.smallest_probability and self.scheme != "rpc-uniform":
             raise InvalidInputError(
                 f"token_budget={self.budget} with token_floor={self.floor}: every token is kept with that probability, "
-                "so that more are kept. Expected token_floor at most token_budget."
+                "so that more are kept. Expected token_floor at most token_budget.",
+                option="token_budget",
             )
         if self.sharing not in SHARINGS:
-            raise InvalidInputError(f"token_sharing={self.sharing!r}. Expected one of {', '.join(SHARINGS)}.")
+            raise InvalidInputError(
+                f"token_sharing={self.sharing!r}. Expected one of {', '.join(SHARINGS)}.", option="token_sharing"
+            )
 
     @property
     def cuts(self) -> bool:

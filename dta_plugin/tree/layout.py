@@ -185,9 +185,10 @@ def _temperature_kinds(tree: PrefixTree, temperatures: Sequence[float] | None) -
     """Distinct temperatures, float64, and int64 [S] which of them each sequence has; None if all have the same."""
     if temperatures is None:
         return np.ones(1), None
-    if len(temperatures) != tree.num_sequences or min(temperatures) <= 0:
+    if len(temperatures) != tree.num_sequences or not all(0 < t < np.inf for t in temperatures):
         raise InvalidInputError(
-            f"Got temperatures={list(temperatures)} for {tree.num_sequences} sequences. Expected one above 0 for each."
+            f"Got temperatures={list(temperatures)} for {tree.num_sequences} sequences. Expected a finite one above 0 "
+            "for each."
         )
     values, kind = np.unique(np.asarray(temperatures, dtype=np.float64), return_inverse=True)
     return values, kind if len(values) > 1 else None

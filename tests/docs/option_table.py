@@ -9,14 +9,26 @@ from dataclasses import fields
 from pathlib import Path
 
 from dta_plugin.config import TreeConfig
+from dta_plugin.option_places import Scope
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "options.md"
-_HEAD = "| option | default | |\n|---|---|---|\n"
+_HEAD = "| option | default | for | |\n|---|---|---|---|\n"
+# Who has what an option needs.
+_FOR = {
+    Scope.CALL: "all",
+    Scope.BATCH: "all but model calls",
+    Scope.TRAINING: "all trainers",
+    Scope.LOSS: "GRPO, RLOO; verl",
+    Scope.WINDOW: "GRPO, RLOO",
+}
 
 
 def option_table() -> str:
-    """A row per field: name, default, and the help that the command line prints."""
-    rows = [f"| `{field.name}` | `{field.default}` | {field.metadata['help']} |" for field in fields(TreeConfig)]
+    """A row per field: name, default, who it is for, and the help that the command line prints."""
+    rows = [
+        f"| `{field.name}` | `{field.default}` | {_FOR[field.metadata['applies_to']]} | {field.metadata['help']} |"
+        for field in fields(TreeConfig)
+    ]
     return _HEAD + "\n".join(rows)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from transformers import (
 
 import dta_plugin
 from dta_plugin import InvalidInputError, TreeConfig, UnsupportedError
+from dta_plugin.verify import compare
 from tests.support.models import random_model, tiny_config, tiny_model
 from tests.support.oracle import dense
 from tests.support.trees import SHAPES, star
@@ -39,7 +42,11 @@ INPUTS: dict[str, tuple[dict[str, object], str]] = {
     "scored of another shape": ({"scored": [[True], 1]}, r"scored\[0\] has shape \(1,\).*shape \(3,\).*or an int"),
     "scored of another dtype": ({"scored": [[0, 1, 1], 1]}, r"scored\[0\].*dtype int64.*bool mask"),
     "token 0 scored": ({"scored": [0, 1]}, r"scored\[0\] is 0.*>= 1: token 0 has no log-prob"),
-    "temperature": ({"temperature": 0.0}, r"temperature=0.0.*above 0; 1.0 leaves"),
+    "endless temperature": ({"temperature": float("inf")}, r"temperature=inf. Expected a finite number above 0"),
+    "temperature as text": ({"temperature": "1"}, r"temperature='1'. Expected a finite number above 0, or a list"),
+    "no temperature": ({"temperature": None}, r"temperature=None. Expected a finite number above 0"),
+    "a temperature as text": ({"temperature": ["1", 1.0]}, r"temperature=\['1', 1.0\]. Expected a finite number"),
+    "temperature": ({"temperature": 0.0}, r"temperature=0.0.*above 0.*; 1.0 leaves"),
     "flex on a CPU": ({"config": TreeConfig(backend="flex")}, r"backend='flex'.*no backward.*Use backend='auto'"),
 }
 
@@ -129,6 +136,15 @@ def test_unsupported_models(build: Callable[[], torch.nn.Module]) -> None:
         dta_plugin.sequence_logprobs(build(), SEQUENCES)
 
 
+@pytest.mark.parametrize("build", [gpt2, attention_dropout], ids=lambda build: build.__name__)
+def test_a_fallback_does_not_recommend_itself(build: Callable[[], torch.nn.Module]) -> None:
+    with pytest.raises(UnsupportedError) as error:
+        dta_plugin.sequence_logprobs(build(), SEQUENCES)
+    assert str(error.value).count("not exact here") == str(error.value).count("on_unsupported='dense'") == 1
+    reason = dta_plugin.sequence_logprobs(build(), SEQUENCES, TreeConfig(on_unsupported="dense")).report.reason
+    assert reason == error.value.reason and "on_unsupported" not in reason
+
+
 FOUND_BY_RUNNING = {
     extra_head: r"differs from the model's own forward in its head, logits by .*on_unsupported='dense'",
 }
@@ -174,7 +190,7 @@ def test_on_unsupported_dense_gives_the_dense_result() -> None:
 
 def test_a_layer_that_bypasses_the_tree_falls_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
-    with pytest.raises(UnsupportedError, match=r"layer\(s\) \[1\] of LlamaForCausalLM did not use the tree"):
+    with pytest.raises(UnsupportedError, match=r"here: .* \[1\] of Llama.* did not use.*or on_unsupported='dense'\.$"):
         bypass(model, monkeypatch)
         dta_plugin.sequence_logprobs(model, SEQUENCES)
     out = dta_plugin.sequence_logprobs(model, SEQUENCES, TreeConfig(on_unsupported="dense"))
@@ -229,9 +245,30 @@ def test_chunks_are_reported() -> None:
 
 
 def test_no_first_step_outside_of_a_trainer() -> None:
+    picture = TreeConfig(picture="tree.svg")
     with pytest.raises(
-        InvalidInputError, match=r"picture='tree.svg' outside of a trainer.*draw_svg\(result.report.tree"
+        InvalidInputError, match=r"picture='tree.svg' does nothing in seq.*a trainer has a first.*svg\("
     ):
-        dta_plugin.sequence_logprobs(MODEL, SEQUENCES, TreeConfig(picture="tree.svg"))
-    with pytest.raises(InvalidInputError, match=r"share_prefixes got picture='tree.svg'"):
-        dta_plugin.share_prefixes(MODEL, TreeConfig(picture="tree.svg"))
+        dta_plugin.sequence_logprobs(MODEL, SEQUENCES, picture)
+    with pytest.raises(InvalidInputError, match=r"picture='tree.svg' does nothing in share_prefixes: a trainer has"):
+        dta_plugin.share_prefixes(MODEL, picture)
+
+
+@pytest.mark.parametrize("name", ["prune", "regroup", "merge_window", "balance_ranks", "calibration"])
+def test_options_of_trainers_do_nothing_in_a_call(name: str, tmp_path: Path) -> None:
+    (tmp_path / "garbage").write_text("garbage")
+    value = str(tmp_path / "garbage") if name == "calibration" else "always"
+    config = TreeConfig.from_options({name: value})
+    for call in (dta_plugin.sequence_logprobs, compare):
+        with pytest.raises(InvalidInputError, match=rf"{name}='.*' does nothing in .*Leave it out. Expected only b"):
+            call(MODEL, SEQUENCES, config=config)
+    with pytest.raises(InvalidInputError, match=rf"{name}='.*' does nothing in share_prefixes"):
+        dta_plugin.share_prefixes(MODEL, config)
+
+
+def test_saying_what_happens_anyway_is_no_error() -> None:
+    anyway = TreeConfig(prune="never", regroup="never", merge_window="never", calibration="off")
+    assert dta_plugin.sequence_logprobs(MODEL, SEQUENCES, anyway).report.executor == "packed"
+    dta_plugin.share_prefixes(MODEL, replace(anyway, executor="packed", on_nonfinite="pass")).remove()
+    with pytest.raises(InvalidInputError, match=r"executor='streamed', verify='first' do nothing in share.*Leave them"):
+        dta_plugin.share_prefixes(MODEL, TreeConfig(executor="streamed", verify="first"))

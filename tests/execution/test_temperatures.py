@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -70,7 +71,7 @@ def test_one_value_costs_nothing() -> None:
     assert torch.equal(alike.edge_of_token, plain.edge_of_token)
 
 
-@pytest.mark.parametrize("temperatures", [[1.0], [1.0, 0.0], [1.0, -1.0]])
+@pytest.mark.parametrize("temperatures", [[1.0], [1.0, 0.0], [1.0, -1.0], [1.0, math.inf], [math.nan, 1.0]])
 def test_wrong_ones_raise(temperatures: list[float]) -> None:
-    with pytest.raises(InvalidInputError, match="Expected one above 0 for each"):
+    with pytest.raises(InvalidInputError, match="Expected a finite"):
         dta_plugin.sequence_logprobs(tiny_model("qwen3"), [[3, 4], [3, 5]], temperature=temperatures)

@@ -371,7 +371,7 @@ def test_the_model_stays_what_it_was(tmp_path: Path) -> None:
 
 def test_refusals() -> None:
     for option in ({"executor": "streamed"}, {"verify": "first"}, {"max_tree_tokens_per_chunk": 9}):
-        with pytest.raises(InvalidInputError, match="Expected backend, min_saving, on_unsupported, probe only"):
+        with pytest.raises(InvalidInputError, match=r"Expected only backend, min_saving, probe, on_uns"):
             share_prefixes(tiny_model("qwen3"), TreeConfig(**option))
     with pytest.raises(UnsupportedError, match="Expected a Hugging Face"):
         share_prefixes(torch.nn.Linear(2, 2))
@@ -418,8 +418,20 @@ def test_a_layer_that_goes_around_the_tree() -> None:
     model = tiny_model("qwen3")
     share_prefixes(model)
     model.model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
-    with pytest.raises(UnsupportedError, match=r"layer\(s\) \[1\]"):
+    with pytest.raises(UnsupportedError, match=r"layer\(s\) \[1\].*; or on_unsupported='dense'\.$"):
         model(**padded_batch(star(3)), use_cache=False)
+    found_late = {
+        ("error", "off"): "on_unsupported='dense' with probe='auto', which falls back before the first tree.",
+        ("dense", "off"): "probe='auto', which falls back before the first tree.",
+    }
+    for (on_unsupported, probe), way in found_late.items():
+        share_prefixes(model, TreeConfig(on_unsupported=on_unsupported, probe=probe))
+        with pytest.raises(UnsupportedError) as error:
+            model(**padded_batch(star(3)), use_cache=False)
+        assert str(error.value).endswith(f"other plugins); or {way}")
+    sharing = share_prefixes(model, TreeConfig(on_unsupported="dense"))
+    model(**padded_batch(star(3)), use_cache=False)
+    assert "did not use the tree" in sharing.reason and "dense" not in sharing.reason
 
 
 ROWS = [[5, 6, 7, 8, 9, 10], [5, 6, 7, 8, 11], [5, 6, 12]]

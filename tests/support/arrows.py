@@ -41,8 +41,11 @@ ORDER = (
     "tree",
     "config",
     "token_selection",
+    "option_places",
+    "option_types",
     "dtypes",
     "upload",
+    "decline",
     "errors",
 )
 # Switching on is where imports run up, when it is called.

@@ -79,7 +79,7 @@ def cause(reason: str) -> tuple[str, str]:
         return f"differs from its own forward {probed[1]}, as the probe finds", "run without the tree"
     for only_here in ("Prefix-tree execution is not exact here: ", "a tiny copy with random weights: "):
         reason = reason.removeprefix(only_here)
-    why, _, remedy = re.sub(r"[;,] or (use )?on_unsupported='dense'\.$", "", reason).partition("; ")
+    why, _, remedy = re.sub(r"; or on_unsupported='dense'\.$", "", reason).partition("; ")
     return re.sub(r", of shape .*", "", why), remedy
 
 

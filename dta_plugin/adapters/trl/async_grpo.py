@@ -33,6 +33,8 @@ class TreeAsyncGRPOTrainer(AsyncGRPOTrainer):
     tree_config = TreeConfig()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if patch.process_config() is None:
+            async_scoring.PLACE.check(self.tree_config)
         async_scoring.construct(self, super().__init__, self._default(), *args, **kwargs)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:

@@ -26,16 +26,22 @@ from dta_plugin.adapters.trl.protocols import Accelerator, AsyncLike, GRPOLike
 from dta_plugin.adapters.trl.state import TreeState
 from dta_plugin.adapters.trl.upstream import check_async_trainer
 from dta_plugin.config import TreeConfig
+from dta_plugin.decline import Decline, decline
 from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.execution.auto import run_tree
 from dta_plugin.execution.prepared_batch import SequenceLogProbs, prepare_batch
 from dta_plugin.execution.probing.probe import latest_outcome
 from dta_plugin.models.dispatch import install
 from dta_plugin.models.introspection import causal_lm, model_cost
+from dta_plugin.option_places import Place, Scope
 from dta_plugin.verify import check_batch
 
-# Which rows are together, and what of them runs, is TRL's planner's business.
-_WITHOUT_EFFECT = ("regroup", "merge_window", "balance_ranks", "prune")
+PLACE = Place(
+    "in AsyncGRPO",
+    {Scope.CALL, Scope.BATCH, Scope.TRAINING},
+    "TRL's own planner decides which rows run together, and its loss has no weights",
+    {"calibration": "there is no dense path whose time could be predicted; min_saving goes by FLOPs"},
+)
 
 
 def construct(trainer: object, own: Callable[..., None], default: TreeConfig | None, *args: Any, **kwargs: Any) -> None:
@@ -49,6 +55,8 @@ def construct(trainer: object, own: Callable[..., None], default: TreeConfig | N
             f"token_selection={config.token_selection!r} cannot be followed by AsyncGRPO, whose loss has no weights. "
             "Expected token_selection='all'; GRPOTrainer knows the others."
         )
+    if hasattr(given.get("args"), "use_dta"):  # what the process was enabled with may be for other trainers
+        PLACE.check(config, prefix="dta_")
     trl = _module_of(trainer)
     with _replaced(trl, **_for_any_model_and_device(trl)):
         own(*args, **kwargs)
@@ -64,9 +72,8 @@ def compute_loss(
     if TreeState.of(trainer) is None:
         check_async_trainer(trainer)
     state = TreeState.for_trainer(trainer, config)
-    for name in _WITHOUT_EFFECT:
-        if getattr(config, name) == "always":
-            state.notices.say_once(f"{name}='always' does nothing in AsyncGRPO, whose own planner places the rows")
+    if (line := PLACE.without_effect(config)) is not None:
+        state.notices.say_once(line, level=logging.WARNING)
     return own(TreeScorer(trainer, state, model), *args, **kwargs)
 
 
@@ -97,30 +104,32 @@ class TreeScorer:
 
     def __call__(self, **call: Any) -> Any:
         """log_probs and entropy, float32 [1, N] at the places of the row; aux_loss, or None."""
-        config, reason, topic = self.state.config, noise_obstacle(self.trainer), None
-        try:
-            if reason is not None:
-                raise UnsupportedError(f"Prefix-tree execution is not exact here: {reason}.")
-            found = self._as_tree(FoldedRow.from_call(call), bool(call.get("output_router_logits")))
-            if not isinstance(found, str):
-                return found
-            reason, topic = found, "min_saving"
-        except UnsupportedError as error:
-            if config.on_unsupported == "error":
-                raise
-            reason = str(error)
-        self.state.why_dense = reason
-        self.state.notices.say_once(f"TRL's own path: {reason}", topic, logging.WARNING)
-        self.state.log_dense(cast(GRPOLike, self.trainer), reason, topic)
+        found = self._outputs(call)
+        if not isinstance(found, Decline):
+            return found
+        self.state.why_dense = found.reason
+        self.state.notices.say_once(f"TRL's own path: {found.reason}", found.topic, logging.WARNING)
+        self.state.log_dense(cast(GRPOLike, self.trainer), found.reason, found.topic)
         return self.model(**call)
 
-    def _as_tree(self, row: FoldedRow, with_router_loss: bool) -> SimpleNamespace | str:
+    def _outputs(self, call: dict[str, Any]) -> SimpleNamespace | Decline:
+        """What the loss reads, or why TRL's own call is to give it."""
+        on_unsupported = self.state.config.on_unsupported
+        if (obstacle := noise_obstacle(self.trainer)) is not None:
+            return decline(obstacle, on_unsupported)
+        try:
+            return self._as_tree(FoldedRow.from_call(call), bool(call.get("output_router_logits")))
+        except UnsupportedError as error:
+            return decline(error, on_unsupported)
+
+    def _as_tree(self, row: FoldedRow, with_router_loss: bool) -> SimpleNamespace | Decline:
         """What the loss reads, or why a tree does not pay."""
         state, config = self.state, self.state.config
         with self.trainer.accelerator.autocast():
             batch = prepare_batch(self.model, row.sequences, row.masks, config)
-            if not batch.decision.use_tree:
-                return batch.decision.reason
+            decision = batch.decision
+            if not decision.use_tree:
+                return Decline(decision.reason, "min_saving" if decision.is_gated else None)
             if with_router_loss:  # which TRL takes over the places of its row
                 tree = replace(batch.tree, multiplicity=row.places_of_tokens(batch.tree))
                 batch = replace(batch, tree=tree)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, make_dataclass
-from typing import get_type_hints
 
 from trl import GRPOConfig, RLOOConfig
 
 from dta_plugin.config import TreeConfig
+from dta_plugin.errors import InvalidInputError
+from dta_plugin.option_types import types_of
 
 _overrides: dict[str, object] = {}
 
@@ -28,10 +29,12 @@ def tree_config(args: object) -> TreeConfig | None:
     if not (hasattr(args, "use_dta") and _overrides.get("use_dta", args.use_dta)):
         return None
     own = {f.name: getattr(args, f"dta_{f.name}", f.default) for f in fields(TreeConfig)}
-    return TreeConfig.from_options({name: _overrides.get(f"dta_{name}", value) for name, value in own.items()})
+    try:
+        return TreeConfig.from_options({name: _overrides.get(f"dta_{name}", value) for name, value in own.items()})
+    except InvalidInputError as error:
+        raise error.named(f"dta_{error.option}") from None
 
 
-_types = get_type_hints(TreeConfig)
 TreeArguments = make_dataclass(
     "TreeArguments",
     [
@@ -41,7 +44,11 @@ TreeArguments = make_dataclass(
             field(default=True, metadata={"help": "Compute the tokens that rollouts share once (dta-plugin)."}),
         ),
         *(
-            (f"dta_{f.name}", _types[f.name], field(default=f.default, metadata=dict(f.metadata)))
+            (
+                f"dta_{f.name}",
+                types_of(TreeConfig)[f.name],
+                field(default=f.default, metadata={"help": f.metadata["help"]}),
+            )
             for f in fields(TreeConfig)
         ),
     ],

@@ -17,7 +17,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import replace
 from importlib import metadata
 from typing import Any, cast
 
@@ -31,7 +31,7 @@ from dta_plugin.adapters.trl.protocols import TrainerLike
 from dta_plugin.adapters.trl.shared_prefixes import SharedPrefixesMixin, models_of, settings_obstacle
 from dta_plugin.config import TreeConfig
 from dta_plugin.models.introspection import causal_lm
-from dta_plugin.sharing.decoder_hooks import OPTIONS
+from dta_plugin.option_places import Place, Scope
 from dta_plugin.sharing.obstacles import model_obstacle
 from dta_plugin.training.notices import say
 
@@ -146,14 +146,14 @@ def _padding_reader(trainer: Trainer, foreign: str | None) -> str | None:
 
 
 def _applicable(trainer: Trainer, config: TreeConfig) -> TreeConfig:
-    """Those of the options that apply to model calls; one line about the others. What is not exact is not an error."""
-    applying = {*OPTIONS, "picture"}
-    given = [f.name for f in fields(TreeConfig) if getattr(config, f.name) != f.default]
-    other = [f"{name}={getattr(config, name)!r}" for name in given if name not in applying]
-    if other and trainer.accelerator.is_main_process:
-        say(
-            f"{', '.join(other)} say nothing about {type(trainer).__name__}: its model calls run as they come",
-            logging.WARNING,
-        )
-    applied: dict[str, Any] = {name: getattr(config, name) for name in applying}
-    return TreeConfig(**applied | {"on_unsupported": "dense"})
+    """Those of the options that apply to model calls; what is not exact is not an error.
+
+    Raises InvalidInputError for others in the trainer's own arguments. Those of the process may be for other trainers:
+    one line says what they do not do.
+    """
+    place = Place(f"in {type(trainer).__name__}", {Scope.CALL, Scope.TRAINING}, "its model calls run as they come")
+    if hasattr(trainer.args, "use_dta"):
+        place.check(config, prefix="dta_")
+    if (line := place.without_effect(config)) is not None and trainer.accelerator.is_main_process:
+        say(line, logging.WARNING)
+    return replace(place.applying(config), on_unsupported="dense")

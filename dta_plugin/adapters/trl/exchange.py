@@ -24,6 +24,7 @@ from dta_plugin.adapters.trl.micro_batch import MicroBatch, compared
 from dta_plugin.adapters.trl.protocols import GRPOLike
 from dta_plugin.adapters.trl.transfer import ImageShape, Moves, Shape, as_trl_has_it, moved, of_tensors
 from dta_plugin.balance.costs import TOKENS, SequenceCosts, loads
+from dta_plugin.decline import Decline
 from dta_plugin.training.placement.ranks import to_ranks
 from dta_plugin.tree.cost import ModelCost
 
@@ -59,7 +60,7 @@ def exchange(
     window: int,
     cost: ModelCost,
     prune: Callable[[list[Inputs]], list[Inputs]],
-) -> Exchanged | str:
+) -> Exchanged | Decline:
     """Move rows between ranks, or say why not; all ranks must call it, with as many micro-batches per `window`.
 
     prune: gives the rows as they will run, which is what they cost.
@@ -67,7 +68,7 @@ def exchange(
     offers = _gathered(_offer(trainer, buffer, cost, prune))
     obstacle = next((offer.obstacle for offer in offers if offer.obstacle), None) or _mismatch(offers)
     if obstacle is not None:
-        return obstacle
+        return Decline(obstacle)
     table = of_tensors(RowTable.from_batches(buffer))
     bounds = np.cumsum([0, *table.sizes])[::window].tolist()
     destination = np.empty((len(offers), len(table)), dtype=np.int64)

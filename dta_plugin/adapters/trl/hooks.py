@@ -27,7 +27,8 @@ from dta_plugin.adapters.trl.tokens import MicroStepInputs, check_selection, dra
 from dta_plugin.adapters.trl.upstream import check_trainer
 from dta_plugin.adapters.trl.window import window_size
 from dta_plugin.config import TreeConfig
-from dta_plugin.errors import InvalidInputError, UnsupportedError, not_exact
+from dta_plugin.decline import Decline, decline
+from dta_plugin.errors import InvalidInputError
 from dta_plugin.execution.calibration_store import tree_cost
 from dta_plugin.execution.recovery import remedy_named
 from dta_plugin.models.introspection import causal_lm
@@ -85,10 +86,8 @@ def _state(trainer: GRPOLike, config: TreeConfig) -> TreeState:
     """The trainer's; at its first use, the trainer is checked for what the plugin reads of it."""
     if TreeState.of(trainer) is None:
         check_trainer(trainer)
-        if config.on_unsupported == "error" and (
-            obstacle := tree_obstacle(trainer.model)
-        ):  # before anything is sampled
-            raise not_exact(obstacle)
+        if (obstacle := tree_obstacle(trainer.model)) is not None:
+            decline(obstacle, config.on_unsupported)  # an error comes before anything is sampled
         _name_remedies(trainer)
     return TreeState.for_trainer(trainer, config)
 
@@ -143,8 +142,8 @@ def _placed(trainer: GRPOLike, config: TreeConfig, state: TreeState, buffer: lis
 
     if config.balance_ranks == "always" and trainer.accelerator.num_processes > 1:
         found = exchange(trainer, buffer, size, cost, prune)
-        if isinstance(found, str):
-            state.notices.say_once(f"rows stay on the ranks that generated them because {found}")
+        if isinstance(found, Decline):
+            state.notices.say_once(f"rows stay on the ranks that generated them because {found.reason}")
         else:
             buffer, repeated = found.buffer, found.repeated
     buffer = prune(buffer)
@@ -222,8 +221,7 @@ def _run_fused_loss(trainer: GRPOLike, config: TreeConfig, state: TreeState) -> 
     reason = "this TRL version's Liger loss bypasses the log-prob hook; set use_liger_kernel=False or use trl>=1.14"
     if config.selection() is not None:
         raise InvalidInputError(f"token_selection={config.token_selection!r} cannot be followed: {reason}.")
-    if config.on_unsupported == "error":
-        raise UnsupportedError(f"Prefix-tree execution cannot run here: {reason}; or on_unsupported='dense'.")
+    decline(reason, config.on_unsupported)
     state.why_dense = reason
     state.notices.say_once(f"dense path: {reason}", level=logging.WARNING)
     if trainer.model.training:

@@ -24,7 +24,8 @@ from dta_plugin.adapters.trl.origin import replaced_scoring, unknown_loss
 from dta_plugin.adapters.trl.protocols import GRPOLike
 from dta_plugin.adapters.trl.state import TreeState
 from dta_plugin.adapters.trl.window import unwrapped
-from dta_plugin.errors import UnsupportedError, not_exact
+from dta_plugin.decline import Decline, decline
+from dta_plugin.errors import UnsupportedError
 from dta_plugin.execution.auto import run_tree
 from dta_plugin.execution.gate import saving_obstacle
 from dta_plugin.execution.prepared_batch import PreparedBatch, SequenceLogProbs, prepare_batch
@@ -60,8 +61,8 @@ def tree_log_probs(
     micro_batch = MicroBatch.from_padded(input_ids, attention_mask, logits_to_keep, has_weights, images)
     call = _Call(trainer, state, model, micro_batch, attention_mask, compute_entropy, compute_aux_loss)
 
-    def run_dense(decline: _Decline) -> tuple[torch.Tensor | None, ...]:
-        call.say_dense(decline)
+    def run_dense(why: Decline) -> tuple[torch.Tensor | None, ...]:
+        call.say_dense(why)
         kwargs = {"compute_entropy": compute_entropy, **inputs}
         if _returns_aux_loss(dense):
             kwargs["compute_aux_loss"] = compute_aux_loss
@@ -73,32 +74,20 @@ def tree_log_probs(
     obstacle = replaced_scoring(trainer) or noise_obstacle(trainer) or hook_obstacle(whole, unknown_loss(trainer))
     obstacle = obstacle or input_obstacle(causal_lm(trainer.model), inputs, input_ids, attention_mask)
     if obstacle is not None:
-        if state.config.on_unsupported == "error":
-            raise not_exact(obstacle)
-        return run_dense(_Decline(obstacle))
+        return run_dense(decline(obstacle, state.config.on_unsupported))
     if (notice := hook_notice(whole)) is not None:
         state.notices.say_once(notice, "hooks", logging.WARNING)
     values = call.waiting_values()
     if values is None:
         plan = call.planned()
-        if isinstance(plan, _Decline):
+        if isinstance(plan, Decline):
             return run_dense(plan)
         try:
             values = call.run(plan)
         except UnsupportedError as error:  # found only while running, such as a layer that bypasses the tree
-            if state.config.on_unsupported == "error":
-                raise
-            return run_dense(_Decline(str(error)))
+            return run_dense(decline(error, state.config.on_unsupported))
     returned = call.as_columns(*values)
     return returned if _returns_aux_loss(dense) else returned[:2]
-
-
-@dataclass(frozen=True, slots=True)
-class _Decline:
-    """Why the dense path runs. topic: what is said only once, the reason itself unless given."""
-
-    reason: str
-    topic: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,7 +120,7 @@ class _Call:
         waiting = self.state.windows.take(self.trainer, self.model, self.micro_batch)
         return None if waiting is None else (*waiting, None)
 
-    def planned(self) -> _Plan | _Decline:
+    def planned(self) -> _Plan | Decline:
         """What to run, alone or with the rest of the window, or why a tree cannot or does not pay."""
         state, micro_batches = self.state, [self.micro_batch]
         if torch.is_grad_enabled() and state.micro_steps:
@@ -143,11 +132,11 @@ class _Call:
                 longest = max(map(len, rows.sequences))
                 reason = saving_obstacle(self.model, longest, rows.most_scored, shapes, state.config)
                 if reason is not None:
-                    return _Decline(reason, "min_saving")
+                    return Decline(reason, "min_saving")
             batch = prepare_batch(self.model, rows.sequences, rows.scored, state.config, shapes, images=images)
         decision = batch.decision
         if not decision.use_tree:  # the gate's reason has a number, different in every batch
-            return _Decline(decision.reason, "min_saving" if decision.is_gated else None)
+            return Decline(decision.reason, "min_saving" if decision.is_gated else None)
         return _Plan(micro_batches, batch)
 
     def run(self, plan: _Plan) -> Returned:
@@ -175,12 +164,12 @@ class _Call:
             columns = self.state.with_mean_entropy(columns, self.micro_batch, self.attention_mask)
         return self.micro_batch.as_columns(logps), columns, aux_loss
 
-    def say_dense(self, decline: _Decline) -> None:
+    def say_dense(self, why: Decline) -> None:
         """The dense path runs: say why, and count it."""
-        self.state.why_dense = decline.reason
-        self.state.notices.say_once(f"dense path: {decline.reason}", decline.topic, logging.WARNING)
+        self.state.why_dense = why.reason
+        self.state.notices.say_once(f"dense path: {why.reason}", why.topic, logging.WARNING)
         if torch.is_grad_enabled():
-            self.state.log_dense(self.trainer, decline.reason, decline.topic)
+            self.state.log_dense(self.trainer, why.reason, why.topic)
             self.state.loads.runs_dense()
 
     def _run_tree(self, batch: PreparedBatch, model: torch.nn.Module) -> SequenceLogProbs:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from dta_plugin.adapters.verl_plugin.config import KEY, tree_config
+from dta_plugin.adapters.verl_plugin.config import KEY, fall_back, tree_config
 from dta_plugin.adapters.verl_plugin.groups import UnusableBatch, grouped_rows, uids_of
 from dta_plugin.adapters.verl_plugin.protocols import Trainer
 from dta_plugin.adapters.verl_plugin.run_checks import critic_obstacle
@@ -103,7 +103,7 @@ def _refuse(trainer: Trainer, config: TreeConfig, reason: UnusableBatch) -> None
     message = f"siblings cannot be kept together on one rank because of the batch: {reason}"
     if config.on_unsupported == "error":
         raise UnsupportedError(
-            f"{message}. With +{KEY}.on_unsupported=dense, or .regroup=never, ranks get the rows that verl deals out."
+            f"{message}. With {fall_back(KEY)}, or .regroup=never, ranks get the rows that verl deals out."
         ) from None
     _notices(trainer).say_once(f"{message}; ranks get the rows that verl deals out", "refused", logging.WARNING)
 

@@ -12,15 +12,25 @@ from omegaconf import DictConfig, OmegaConf
 
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError
+from dta_plugin.option_places import Place, Scope
 
 KEY = "actor_rollout_ref.rollout.custom.dta"
 DIFFUSION = f"{KEY}.diffusion"  # of diffusion LMs, which have no prefix trees: `adapters.verl_plugin.diffusion`
-# Fields of TreeConfig that verl has no use for, and what decides in their place.
-_ELSEWHERE = {
-    "merge_window": "ppo_max_token_len_per_gpu with use_dynamic_bsz=True decides how much runs as one tree",
-    "calibration": "min_saving goes by FLOPs here",
-    "balance_ranks": "the trainer deals rows out to all ranks by tree cost, which regroup=never switches off",
-}
+_PLACE = Place(
+    "with verl",
+    {Scope.CALL, Scope.BATCH, Scope.TRAINING, Scope.LOSS},
+    "verl decides",
+    {
+        "merge_window": "ppo_max_token_len_per_gpu with use_dynamic_bsz=True decides how much runs as one tree",
+        "calibration": "min_saving goes by FLOPs here",
+        "balance_ranks": "the trainer deals rows out to all ranks by tree cost, which regroup=never switches off",
+    },
+)
+
+
+def fall_back(key: str) -> str:
+    """How a command asks for verl's own path. key: where its options are."""
+    return f"+{key}.on_unsupported=dense"
 
 
 def dta_options(rollout: Any) -> dict[str, Any]:
@@ -81,11 +91,10 @@ def checked_options(options: Mapping[str, Any], key: str) -> TreeConfig | None:
     use_dta = given.pop("use_dta", True)
     if not isinstance(use_dta, bool):
         raise InvalidInputError(f"Got {key}.use_dta={use_dta!r}. Expected true or false.")
-    for name, instead in _ELSEWHERE.items():
-        if name in given:
-            raise InvalidInputError(f"Got {key}.{name}, which does nothing with verl: {instead}. Leave it out.")
     try:
         config = TreeConfig.from_options(given)
     except InvalidInputError as error:
-        raise InvalidInputError(f"In {key}: {error}") from None
+        named = error.named(f"{key}.{error.option}") if error.option else InvalidInputError(f"In {key}: {error}")
+        raise named from None
+    _PLACE.check(config, given, prefix=f"{key}.")
     return config if use_dta else None

@@ -62,7 +62,7 @@ class TreeCriticEngine(FSDPEngineWithValueHead):
             model_cost(causal_lm(module))
             self._dta_sharing = share_prefixes(module, TreeConfig(on_unsupported="dense"))
         except UnsupportedError as error:
-            self._dta_sharing.reason = str(error)
+            self._dta_sharing.reason = error.reason
         return super()._build_fsdp_module(module)
 
     def forward_backward_batch(

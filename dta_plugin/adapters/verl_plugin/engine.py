@@ -94,26 +94,12 @@ class TreeEngine(TreeEngineFrame, FSDPEngineWithLMHead):
         if run.config is None:
             return self._dense_step(run, micro_batch, loss_function, forward_only)
         micro_batch = micro_batch.to(get_device_id())
-        rows = JaggedRows.from_data(micro_batch, causal_lm(self.module))
-        per_sequence = rows.temperature if isinstance(rows.temperature, list) else None
-        batch = prepare_batch(
-            self.module,
-            rows.runs.sequences,
-            rows.runs.scored,
-            run.config,
-            temperatures=per_sequence,
-            device=rows.offsets.device,
-            images=rows.images,
-        )
-        call = TreeCall(self.module, batch, rows, run.config)
-        call.wants_entropy = bool(tu.get_non_tensor_data(micro_batch, "calculate_entropy", False))
-        call.has_scaler = getattr(self, "scaler", None) is not None
-        call.verifies = run.config.verifies(self._dta_calls)
         try:
+            call = self._tree_call(micro_batch, run.config)
             with self._calling(call):
                 result = super().forward_step(micro_batch, loss_function, forward_only)
-        except UnsupportedError as error:  # found only while running, such as a layer that bypasses the tree
-            take_own_path(str(error), run.config, self._dta_notices)
+        except UnsupportedError as error:  # of these rows, or found while running: a layer that bypasses the tree
+            take_own_path(error, run.config, self._dta_notices, self._dta_key)
             run.config = None
             return self._dense_step(run, micro_batch, loss_function, forward_only)
         self._dta_calls += 1
@@ -125,6 +111,27 @@ class TreeEngine(TreeEngineFrame, FSDPEngineWithLMHead):
         if run.is_update:
             self._dta_notices.say_report(call.report, run.config.picture)
         return result
+
+    def _tree_call(self, micro_batch: TensorDict, config: TreeConfig) -> TreeCall:
+        """What verl's step is to call. Raises UnsupportedError where these rows cannot be a tree."""
+        rows = JaggedRows.from_data(micro_batch, causal_lm(self.module))
+        batch = prepare_batch(
+            self.module,
+            rows.runs.sequences,
+            rows.runs.scored,
+            config,
+            temperatures=rows.temperature if isinstance(rows.temperature, list) else None,
+            device=rows.offsets.device,
+            images=rows.images,
+        )
+        decision = batch.decision
+        if not (decision.use_tree or decision.is_gated):  # the gate is passed by mini-batches
+            raise UnsupportedError(decision.reason)
+        call = TreeCall(self.module, batch, rows, config)
+        call.wants_entropy = bool(tu.get_non_tensor_data(micro_batch, "calculate_entropy", False))
+        call.has_scaler = getattr(self, "scaler", None) is not None
+        call.verifies = config.verifies(self._dta_calls)
+        return call
 
     def prepare_model_inputs(self, micro_batch: TensorDict) -> Any:
         if isinstance(self.module, TreeCall):
@@ -172,7 +179,7 @@ class TreeEngine(TreeEngineFrame, FSDPEngineWithLMHead):
         findings, plans = find(self, data, config, loss_function, forward_only)
         decision = decide(agreed(findings, self.get_data_parallel_group()))
         if decision.obstacle is not None:
-            take_own_path(decision.obstacle, config, self._dta_notices)
+            take_own_path(decision.obstacle, config, self._dta_notices, self._dta_key)
             return run
         if config.min_saving:
             saving = cost_on_all_ranks(self, data, decision.is_cut).saving

@@ -99,7 +99,7 @@ def find(
     except InvalidInputError as error:
         return Findings(str(error), None, None, len(data)), None
     except UnsupportedError as error:
-        return Findings(None, str(error), None, len(data)), None
+        return Findings(None, error.reason, None, len(data)), None
     obstacle, plans = position_obstacle(data, images), None
     if obstacle is None and may_regroup(data, config.regroup, loss_function, forward_only):
         sequences = rows.runs.sequences if images is None else images.identities()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from dta_plugin.adapters.verl_plugin.config import DIFFUSION, KEY, check_places, tree_config
+from dta_plugin.adapters.verl_plugin.config import DIFFUSION, KEY, check_places, fall_back, tree_config
 from dta_plugin.adapters.verl_plugin.reach import no_entry_point
-from dta_plugin.adapters.verl_plugin.sft import options_key
 from dta_plugin.config import TreeConfig
+from dta_plugin.decline import decline
 from dta_plugin.errors import InvalidInputError, UnsupportedError
 from dta_plugin.training.notices import Notices, say
 
@@ -40,7 +40,7 @@ def check_run(config: Any) -> None:
         if strategy not in (OF_POLICIES if diffusion is None else STRATEGIES):
             refuse_strategy(options, f"actor_rollout_ref.{role}.strategy={strategy}")
         elif options is not None:
-            check_chunks(options, strategy)
+            check_strategy(options, strategy)
 
 
 def has_tree_critic(config: Any) -> bool:
@@ -62,27 +62,33 @@ def critic_obstacle(config: Any) -> str | None:
 
 
 def refuse_strategy(
-    config: TreeConfig | None, found: str, settings: str = "actor_rollout_ref.actor.strategy, .ref.strategy"
+    config: TreeConfig | None,
+    found: str,
+    settings: str = "actor_rollout_ref.actor.strategy, .ref.strategy",
+    key: str = KEY,
 ) -> None:
     """Raise UnsupportedError, or say that verl's own path runs, where all tokens are trained on and options allow it.
 
-    config: None for a diffusion LM. settings: where the strategy is set.
+    config: None for a diffusion LM. settings: where the strategy is set. key: where the command has
+    the options.
     """
     expected = " or ".join(STRATEGIES if config is None else OF_POLICIES)
     reason = f"{found}. Expected {expected} on this machine's own kind of device ({settings})"
     if config is None:
         raise UnsupportedError(f"{DIFFUSION} is not available: {reason}.")
-    if config.on_unsupported == "error" or config.selection():
-        raise UnsupportedError(f"Prefix-tree execution is not available: {reason}.")
-    say(f"verl's own path: {reason}")
-
-
-def take_own_path(reason: str, config: TreeConfig, notices: Notices) -> None:
-    """Raise UnsupportedError, or say once that verl's own path runs a mini-batch, as `on_unsupported` has it."""
-    if config.on_unsupported == "error":
+    if config.selection():
         raise UnsupportedError(
-            f"Prefix-tree execution is not exact here: {reason}. Or set +{options_key()}.on_unsupported=dense."
+            f"Prefix-tree execution is not available: {reason}; or leave token_selection={config.token_selection} out."
         )
+    say(f"verl's own path: {decline(reason, config.on_unsupported, fall_back(key)).reason}")
+
+
+def take_own_path(found: str | UnsupportedError, config: TreeConfig, notices: Notices, key: str) -> None:
+    """Raise UnsupportedError, or say once that verl's own path runs a mini-batch, as `on_unsupported` has it.
+
+    key: where the command has the options.
+    """
+    reason = decline(found, config.on_unsupported, fall_back(key)).reason
     notices.say_once(f"verl's own path: {reason}", level=logging.WARNING)
 
 
@@ -94,12 +100,17 @@ def saves_enough(saving: float, config: TreeConfig, notices: Notices) -> bool:
     return saving >= config.min_saving
 
 
-def check_chunks(config: TreeConfig, strategy: str) -> None:
-    """Raises InvalidInputError where a strategy cannot run a micro-batch in chunks and is asked to."""
+def check_strategy(config: TreeConfig, strategy: str) -> None:
+    """Raises InvalidInputError where a strategy is asked for what it cannot do: chunks, or a check of log-probs."""
     is_asked = config.executor == "streamed" or config.max_tree_tokens_per_chunk
     if is_asked and strategy in ("fsdp", MEGATRON):
         raise InvalidInputError(
             f"Got executor=streamed or max_tree_tokens_per_chunk with strategy={strategy}, which cannot run a "
             "micro-batch in chunks. Expected actor_rollout_ref.actor.strategy=fsdp2 (and .ref.strategy); or bound "
             "memory with ppo_max_token_len_per_gpu, which counts tree tokens."
+        )
+    if config.on_nonfinite == "error" and strategy == MEGATRON:
+        raise InvalidInputError(
+            "Got on_nonfinite=error with strategy=megatron, where log-probs go to verl's loss as they are. Leave it "
+            "out."
         )

@@ -8,10 +8,11 @@ from typing import Any
 from tensordict import TensorDict
 from torch import distributed, nn
 
+from dta_plugin.adapters.verl_plugin.config import KEY
 from dta_plugin.adapters.verl_plugin.jagged import clear_weights
 from dta_plugin.adapters.verl_plugin.micro_batches import clear_plan
 from dta_plugin.adapters.verl_plugin.mini_batch import MiniBatchRun
-from dta_plugin.adapters.verl_plugin.run_checks import check_chunks
+from dta_plugin.adapters.verl_plugin.run_checks import check_strategy
 from dta_plugin.adapters.verl_plugin.tokens import OptimizerPasses, choose_tokens, selection_obstacle
 from dta_plugin.adapters.verl_plugin.weighted_loss import weighted
 from dta_plugin.config import TreeConfig
@@ -30,15 +31,19 @@ class TreeEngineFrame:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._dta_config: TreeConfig | None = TreeConfig()
+        self._dta_key = KEY
         self._dta_run: MiniBatchRun | None = None
         self._dta_passes = OptimizerPasses()
         self._dta_notices = Notices(speaks=distributed.get_rank() == 0)
 
-    def configure_early(self, config: TreeConfig | None) -> None:
-        """`configure` before there is a model; None: verl's own path. Raises InvalidInputError likewise."""
+    def configure_early(self, config: TreeConfig | None, key: str = KEY) -> None:
+        """`configure` before there is a model; None: verl's own path. Raises InvalidInputError likewise.
+
+        key: where the command has the options, for what refusals say.
+        """
         if config is not None:
-            check_chunks(config, self.engine_config.strategy)
-        self._dta_config = config
+            check_strategy(config, self.engine_config.strategy)
+        self._dta_config, self._dta_key = config, key
 
     def _mini_batch(
         self, stock: Callable[..., Any], data: TensorDict, config: TreeConfig, loss_function: Any, forward_only: bool

@@ -11,7 +11,7 @@ from dta_plugin.adapters.verl_plugin.config import tree_config
 from dta_plugin.adapters.verl_plugin.protocols import TreePolicyEngine, Worker
 from dta_plugin.adapters.verl_plugin.reach import unreached_separate_trainer
 from dta_plugin.adapters.verl_plugin.run_checks import refuse_strategy
-from dta_plugin.adapters.verl_plugin.sft import is_command, options_of_command
+from dta_plugin.adapters.verl_plugin.sft import KEY, is_command, options_of_command
 from dta_plugin.adapters.verl_plugin.upstream import check_worker
 from dta_plugin.training.notices import say
 
@@ -56,9 +56,9 @@ def passing_sft_options_on(init: Callable[..., None]) -> Callable[..., None]:
         options = options_of_command()
         init(worker, *args, **kwargs)
         if isinstance(worker.engine, TreePolicyEngine):
-            worker.engine.configure_early(options)
+            worker.engine.configure_early(options, KEY)
         elif options is not None and worker.config.model_type == "language_model" and is_command():
             found = f"strategy {worker.engine_config.strategy!r} runs in {type(worker.engine).__name__}"
-            refuse_strategy(options, found, "engine.strategy")
+            refuse_strategy(options, found, "engine.strategy", KEY)
 
     return wrapped

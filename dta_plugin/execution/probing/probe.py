@@ -163,12 +163,12 @@ def _executor_obstacle(comparison: Comparison, executor: str) -> str | None:
     try:
         found = comparison.difference(executor)
     except UnsupportedError as error:
-        return str(error)
+        return error.reason
     if found is None:
         return None
     name = type(comparison.base).__name__
     return (
         f"A tree of {name}, {executor}, differs from the model's own forward {found}. Expected "
-        "rounding errors only. Please report the model with the output of `dta doctor`; until then run without the "
-        "tree, as on_unsupported='dense' does (probe='off' would train on what differs)."
+        "rounding errors only (probe='off' would train on what differs); report the model with the output of "
+        "`dta doctor`, and run without the tree until then."
     )

@@ -49,7 +49,7 @@ def image_features(model: PreTrainedModel, units: Sequence[Unit], device: torch.
     if levels and not any(name in inspect.signature(text_model_of(model).forward).parameters for name in _LEVELS):
         raise UnsupportedError(
             f"The vision tower of {type(model).__name__} makes features for several layers, which its language model "
-            "does not take; use another family for images, or on_unsupported='dense'."
+            "does not take; use another family for images."
         )
     features = [_flat(values, units, model) for values in (first, *levels)]
     indicators = getattr(output, "visual_indicator_features", None)

@@ -58,7 +58,7 @@ def check_images(model: PreTrainedModel) -> None:
     """Raises UnsupportedError where images cannot come into a tree."""
     reason = images_obstacle(model)
     if reason is not None:
-        raise UnsupportedError(f"Images on prefix trees are not supported here: {reason}; or on_unsupported='dense'.")
+        raise UnsupportedError(f"{reason}.")
 
 
 def text_model_of(model: PreTrainedModel) -> PreTrainedModel:

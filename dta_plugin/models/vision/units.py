@@ -108,7 +108,7 @@ def stacked(units: Sequence[Unit]) -> dict[str, torch.Tensor]:
             shapes = sorted({tuple(value.shape[1:]) for value in values})
             raise UnsupportedError(
                 f"Images of different sizes come together, {name} of {shapes} each, and nothing tells the vision tower "
-                "of each what is filled up. Expected images of one size in a batch; or on_unsupported='dense'."
+                "of each what is filled up. Expected images of one size in a batch."
             )
         else:
             joined[name] = _filled(name, values)
@@ -128,7 +128,7 @@ def _check_names(model: PreTrainedModel, inputs: ImageInputs) -> None:
     if _ROW_COUNTS in inputs and inputs[_ROW_COUNTS].max() > 1:
         raise UnsupportedError(
             f"A row has {inputs[_ROW_COUNTS].max()} images ({_ROW_COUNTS}), which {type(model).__name__} sees "
-            "otherwise than each alone. Expected one image in a row; or on_unsupported='dense'."
+            "otherwise than each alone. Expected one image in a row."
         )
 
 

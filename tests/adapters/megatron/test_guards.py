@@ -147,6 +147,13 @@ def test_no_streaming(option: dict[str, Any], engine: Any) -> None:
         engine.configure(TreeConfig(**option))
 
 
+def test_no_check_of_log_probs(engine: Any) -> None:
+    with pytest.raises(InvalidInputError, match="on_nonfinite=error with strategy=megatron"):
+        engine.configure(TreeConfig(on_nonfinite="error"))
+    engine.configure(TreeConfig(on_nonfinite="pass"))  # what happens anyway
+    engine.configure(TreeConfig())
+
+
 def test_no_diffusion(engine: Any) -> None:
     with pytest.raises(UnsupportedError, match="strategy=megatron"):
         engine.configure(None, object())

@@ -181,7 +181,7 @@ def test_enable_refuses(model: str) -> None:
     assert "dta_plugin" not in Path(GRPOTrainer._prepare_inputs.__code__.co_filename).parts
 
 
-def test_parsers_offer_the_flag(tmp_path: Path) -> None:
+def test_parsers_offer_the_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The config class on the command line and in YAML."""
     common = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
     parser = TrlParser(TreeGRPOConfig)
@@ -193,8 +193,13 @@ def test_parsers_offer_the_flag(tmp_path: Path) -> None:
     (config,) = parser.parse_args_and_config([*common, "--config", str(recipe)])
     assert not config.use_dta and config.dta_max_tree_tokens_per_chunk == 4096
     recipe.write_text("dta_verify: off")
-    with pytest.raises(InvalidInputError, match=r"verify=False. Expected .* quote it"):
+    with pytest.raises(InvalidInputError, match=r"dta_verify=False. Expected .* quote it"):
         TrlParser(TreeGRPOConfig).parse_args_and_config([*common, "--config", str(recipe)])
+    with pytest.raises(InvalidInputError, match=r"dta_backend='cuda'\. Expected one of auto, cpu"):
+        TreeGRPOConfig(output_dir=str(tmp_path), dta_backend="cuda")
+    with pytest.raises(SystemExit):
+        parser.parse_args_and_config([*common, "--dta_backend", "cuda"])
+    assert "invalid choice: 'cuda' (choose from 'auto', 'cpu'" in capsys.readouterr().err
 
 
 def test_own_config_goes_before_enable(model: str, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_grpo_trainer, packing
 
+import dta_plugin
+from dta_plugin import TreeConfig
 from dta_plugin.adapters.trl.async_grpo import TreeAsyncGRPOConfig, TreeAsyncGRPOTrainer
 from dta_plugin.adapters.trl.folded_rows import FoldedRow
 from dta_plugin.errors import InvalidInputError, UnsupportedError
@@ -211,10 +213,25 @@ def test_where_no_tree_runs(models: dict[str, str], tmp_path: Path) -> None:
 
 
 def test_verified(models: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    trainer = build(models["gemma2"], tmp_path, samples(2), *TREE, dta_verify="first", dta_regroup="always")
+    trainer = build(models["gemma2"], tmp_path, samples(2), *TREE, dta_verify="first", dta_regroup="never")
     loss_of(trainer, batch_of(trainer))
     assert "call 0 verified against dense" in caplog.text
-    assert "regroup='always' does nothing in AsyncGRPO" in caplog.text
+
+
+def test_options_that_do_nothing(models: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An error in the trainer's own arguments and class; one line for those of a process."""
+    with pytest.raises(InvalidInputError, match=r"^dta_regroup='always' does nothing in AsyncGRPO: TRL's own planner"):
+        build(models["qwen3"], tmp_path, samples(2), *TREE, dta_regroup="always")
+    own = type("Own", (TreeAsyncGRPOTrainer,), {"tree_config": TreeConfig(merge_window="always")})
+    with pytest.raises(InvalidInputError, match=r"^merge_window='always' does nothing in AsyncGRPO"):
+        build(models["qwen3"], tmp_path, samples(2), own, AsyncGRPOConfig)
+    dta_plugin.enable(merge_window="always", prune="never")
+    try:
+        trainer = build(models["qwen3"], tmp_path, samples(2), AsyncGRPOTrainer, AsyncGRPOConfig)
+        loss_of(trainer, batch_of(trainer))
+    finally:
+        dta_plugin.disable()
+    assert "dta: merge_window='always' does nothing in AsyncGRPO" in caplog.text and "prune" not in caplog.text
 
 
 def test_a_loss_of_its_own_that_passes_by(

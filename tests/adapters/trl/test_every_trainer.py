@@ -32,6 +32,7 @@ from trl import DPOConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 import dta_plugin
 from dta_plugin.adapters.trl import every_trainer, idle
+from dta_plugin.errors import InvalidInputError
 from dta_plugin.sharing.padded import PaddedBatch
 from tests.adapters.trl.all_trainers import RECIPES, STEPS, build, texts, trainers_of_trl
 from tests.adapters.trl.support import TOLERANCE, Run, difference, enabled, moved, tokenizer
@@ -191,11 +192,12 @@ def test_a_setting_that_keeps_prefixes_apart(
 
 def test_options_that_say_nothing_here(model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="dta_plugin")
-    with enabled(prune="never", min_saving=0.9):
+    with enabled(prune="always", regroup="never", min_saving=0.9):
         trainer = build(SFTTrainer, model, tmp_path)
         trainer.train()
     assert len([line for line in caplog.messages if "batches are made of siblings" in line]) == 1
-    assert any("prune='never' say nothing about SFTTrainer" in line for line in caplog.messages)
+    assert any("prune='always' does nothing in SFTTrainer" in line for line in caplog.messages)
+    assert not any("regroup" in line for line in caplog.messages)  # which is what happens anyway
     assert any("use_dta did nothing" in line and "min_saving 90%" in line for line in caplog.messages)
 
 
@@ -287,3 +289,10 @@ def test_other_models_are_left_alone(kind: str, tmp_path: Path) -> None:
 )
 def test_batches_stay_where_the_loss_may_compare_their_rows(config: Any, stay: bool) -> None:
     assert every_trainer._reads_batches(SimpleNamespace(args=config)) == stay  # type: ignore[arg-type]
+
+
+def test_options_of_its_own_that_do_nothing(model: str, tmp_path: Path) -> None:
+    trainer = build(SFTTrainer, model, tmp_path)
+    vars(trainer.args).update(use_dta=True, dta_prune="always")
+    with enabled(), pytest.raises(InvalidInputError, match=r"^dta_prune='always' does nothing in SFTTrainer"):
+        trainer.train()

@@ -97,7 +97,7 @@ def test_options() -> None:
     ("options", "message"),
     [
         ({"exeutor": "packed"}, "Unknown option.* exeutor.*Expected among: .*executor"),
-        ({"executor": "fast"}, "executor='fast'. Expected one of auto, packed, streamed"),
+        ({"executor": "fast"}, r"dta\.executor='fast'. Expected one of auto, packed, streamed"),
         ({"use_dta": "no"}, "use_dta='no'. Expected true or false"),
         ("packed", "custom.dta='packed'"),
         ({"merge_window": "always"}, "does nothing with verl: ppo_max_token_len_per_gpu"),

@@ -17,6 +17,7 @@ from verl.utils import tensordict_utils as tu
 from dta_plugin.adapters.verl_plugin.engine import TreeEngine
 from dta_plugin.config import TreeConfig
 from dta_plugin.errors import InvalidInputError, UnsupportedError
+from dta_plugin.execution import prepared_batch
 from dta_plugin.models.introspection import causal_lm
 from dta_plugin.models.layers import attention_modules
 from tests.adapters.verl.support import Setup, Step, build, difference, log_probs, mini_batch, nested, train
@@ -90,7 +91,11 @@ def test_batches_raise(name: str, engine: TreeEngine) -> None:
     change(data)
     with pytest.raises(UnsupportedError, match=message) as error:
         log_probs(engine, data)
-    assert "custom.dta.on_unsupported=dense" in str(error.value)
+    assert str(error.value).endswith("; or +actor_rollout_ref.rollout.custom.dta.on_unsupported=dense.")
+    assert str(error.value).count("not exact here") == 1
+    engine.configure_early(TreeConfig(), "dta")  # of an SFT command
+    with pytest.raises(UnsupportedError, match=r"; or \+dta\.on_unsupported=dense\.$"):
+        log_probs(engine, data)
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -114,6 +119,18 @@ def test_verls_own_path_is_verls_own(folder: Path, caplog: pytest.LogCaptureFixt
     assert [step["dta"]["dta/dense_fallback"] for step in found] == [0, 1, 1, 0]
     assert found[1]["dta"]["dta/compression_ratio"] == 1
     assert caplog.text.count("verl's own path: calculate_sum_pi_squared") == 1
+
+
+def test_rows_that_cannot_be_a_tree(engine: TreeEngine, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found for a micro-batch: an error by the name that the command has, or verl's own path."""
+    stock = train(build(Setup(), folder, tree=False), [Step()])
+    monkeypatch.setattr(prepared_batch, "length_obstacle", lambda *_: "rows of 9 tokens are scaled; use shorter ones")
+    engine.configure(TreeConfig())
+    with pytest.raises(UnsupportedError, match=r"here: rows of 9 tokens .*custom\.dta\.on_unsupported=dense\.$"):
+        log_probs(engine, mini_batch(Step()))
+    found = train(build(Setup(), folder, tree=True), [Step(config=DENSE)])
+    assert difference(found[0], stock[0]) < 1e-5
+    assert found[0]["dta"]["dta/dense_fallback"] == 1
 
 
 def test_fallback_gives_the_attention_back(engine: TreeEngine) -> None:

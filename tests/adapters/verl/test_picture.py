@@ -60,7 +60,7 @@ def test_a_critic_leaves_the_file_to_the_actor(folder: Path, tmp_path: Path, cap
 
 def test_by_verls_setting() -> None:
     assert tree_config(_rollout("tree.svg")) == TreeConfig(picture="tree.svg")
-    with pytest.raises(InvalidInputError, match=rf"In {KEY}: picture='tree.png'. Expected a file that ends in .svg"):
+    with pytest.raises(InvalidInputError, match=rf"^{KEY}.picture='tree.png'. Expected a file that ends in .svg"):
         tree_config(_rollout("tree.png"))
 
 

@@ -137,7 +137,7 @@ def test_verls_trainers_have_the_method(module: str) -> None:
         (_config({}, actor="veomni"), UnsupportedError, "actor.strategy=veomni. Expected fsdp or fsdp2 or megatron"),
         (_config({}, ref="veomni"), UnsupportedError, "ref.strategy=veomni"),
         (_config({"executor": "streamed"}, actor="fsdp"), InvalidInputError, "strategy=fsdp2"),
-        (_config({"balance_ranks": "always"}), InvalidInputError, "balance_ranks, which does nothing with verl"),
+        (_config({"balance_ranks": "always"}), InvalidInputError, "balance_ranks='always' does nothing with verl"),
         (_config({"diffusion": {"no_such": 1}}), InvalidInputError, "no_such"),
     ],
 )

@@ -209,7 +209,7 @@ class TreeMegatronEngine(TreeEngineFrame, MegatronEngineWithLMHead):
         ranks = agreed(findings, distributed.group.WORLD)
         decision = decide(ranks)
         if decision.obstacle is not None:
-            take_own_path(decision.obstacle, config, self._dta_notices)
+            take_own_path(decision.obstacle, config, self._dta_notices, self._dta_key)
             return run
         if config.min_saving and self._dta_cost is not None:
             saving = cost_on_all_ranks(self._dta_cost, data, self.get_data_parallel_group()).saving
