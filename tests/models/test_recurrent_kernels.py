@@ -12,8 +12,9 @@ from packaging.version import Version
 import dta_plugin
 from dta_plugin import TreeConfig
 from dta_plugin.models import recurrent_functions
-from dta_plugin.recurrent import choice, reference
+from dta_plugin.recurrent import choice
 from dta_plugin.recurrent.fla import CONVOLUTION, GATED_DELTA_RULE, KDA
+from tests.recurrent import reference
 from tests.recurrent.kernels import Kernel, convolution
 from tests.support.oracle import dense, difference, result_of
 from tests.support.sweep import forest

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from dta_plugin.adapters.trl import exchange, hooks, scoring, shared_prefixes, window
+from dta_plugin.adapters.trl import exchange, hooks, merging, scoring, shared_prefixes
 from dta_plugin.errors import UnsupportedError
 from tests.adapters.trl.all_trainers import STEPS, words
 from tests.adapters.trl.support import TOLERANCE, Run, difference, enabled, moved, train, weight_difference
@@ -159,7 +159,7 @@ def test_gradients_of_micro_batches(
     assert weight_difference(stock, tree) <= TOLERANCE < 1e-3 < moved(stock)
     said = [line for line in caplog.messages if "micro-batches of a window stay" in line]
     assert len(said) == 1 and "regroup='always'" in said[0]
-    for module in (exchange, hooks, window):
+    for module in (exchange, hooks, merging):
         monkeypatch.setattr(module, "window_reader", lambda trainer: None)
     with enabled():
         assert weight_difference(stock, train_it()) > 50 * TOLERANCE
