@@ -17,6 +17,7 @@ from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 from verl.workers.config import FSDPCriticConfig
 from verl.workers.utils.losses import value_loss
 
+from dta_plugin.adapters.verl_plugin import critic
 from dta_plugin.adapters.verl_plugin.engine import TreeEngine
 from dta_plugin.config import TreeConfig
 from tests.adapters.verl.critics import build_critic, save_critic
@@ -81,6 +82,7 @@ def _of_critic(engine: Any) -> dict[str, float]:
 
 
 def test_critics(folder: Path) -> None:
+    critic.configure(TreeConfig())  # of this process, in which other tests leave their own
     model = save_critic(folder)
     found, expected = (_of_critic(build_critic(Setup(), model, tree)) for tree in (True, False))
     assert found["dta/dense_fallback"] == 0 and {"critic/vf_loss", "grad_norm", *OF_CRITICS} <= expected.keys()

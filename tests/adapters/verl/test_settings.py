@@ -104,11 +104,10 @@ def test_an_sft_engine_without_trees(monkeypatch: pytest.MonkeyPatch, caplog: py
     assert "verl's own path: strategy 'torchtitan'" in caplog.text
 
 
-def test_a_refusal_names_the_options_of_its_own_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    for command, key in (({}, KEY), ({"engine": {}}, sft.KEY)):
-        monkeypatch.setattr(sft, "_command", lambda command=command: OmegaConf.create(command))
-        with pytest.raises(UnsupportedError, match=rf"Or set \+{key}.on_unsupported=dense"):
-            take_own_path("so it is", TreeConfig(), Notices())
+def test_a_refusal_names_the_options_of_its_own_command() -> None:
+    for key in (KEY, sft.KEY):
+        with pytest.raises(UnsupportedError, match=rf"so it is; or \+{key}.on_unsupported=dense"):
+            take_own_path("so it is", TreeConfig(), Notices(), key)
 
 
 def test_an_sft_command_with_the_options_of_ppo(folder: Path, tmp_path: Path) -> None:
