@@ -114,7 +114,7 @@ def test_flag_off_is_stock_bit_for_bit(release: Site, patched: Site, stock: Resu
 def test_wrong_option_fails_before_any_model(patched: Site) -> None:
     command = (SCRIPT, *patched.options(), "--use_dta", "true", "--dta_verify", "often")
     done = patched.run("python", *command, "--result", patched.result("wrong"))
-    assert done.returncode != 0 and "InvalidInputError: verify='often'. Expected 'off', 'first'" in done.stderr
+    assert done.returncode != 0 and "InvalidInputError: dta_verify='often'. Expected 'off', 'first'" in done.stderr
     assert not Path(f"{patched.result('wrong')}.reached").exists()
 
 

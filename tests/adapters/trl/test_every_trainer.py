@@ -32,6 +32,7 @@ from trl import DPOConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 import dta_plugin
 from dta_plugin.adapters.trl import every_trainer, idle
+from dta_plugin.decline import Decline
 from dta_plugin.errors import InvalidInputError
 from dta_plugin.sharing.padded import PaddedBatch
 from tests.adapters.trl.all_trainers import RECIPES, STEPS, build, texts, trainers_of_trl
@@ -108,9 +109,9 @@ def test_every_trainer_has_a_recipe_and_a_line() -> None:
 def test_a_wrong_tree_is_noticed(names: list[str], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     merge = PaddedBatch.from_arguments
 
-    def losing_a_row(*call: Any) -> PaddedBatch | str:
+    def losing_a_row(*call: Any) -> PaddedBatch | Decline:
         batch = merge(*call)
-        if isinstance(batch, str):
+        if isinstance(batch, Decline):
             return batch
         return PaddedBatch(batch.tree, batch.index, [(0, 0), *batch.spans[1:]])
 

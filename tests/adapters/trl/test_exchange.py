@@ -57,7 +57,8 @@ def test_rows_of_ranks_must_fit(name: str) -> None:
 def test_obstacles(monkeypatch: pytest.MonkeyPatch) -> None:
     def obstacle(parallel: int = 1, batch: dict[str, Any] | None = None, **options: Any) -> str | None:
         accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(non_data_parallel_size=parallel))
-        return exchange._obstacle(SimpleNamespace(accelerator=accelerator, **options), [batch or {}])
+        hooks = {"model": torch.nn.Linear(1, 1), "callback_handler": SimpleNamespace(callbacks=[])}
+        return exchange._obstacle(SimpleNamespace(accelerator=accelerator, **hooks, **options), [batch or {}])
 
     assert obstacle() is obstacle(loss_type="luspo") is None
     assert "pixel_values without num_images" in str(obstacle(batch={"pixel_values": torch.ones(2)}))
