@@ -92,7 +92,7 @@ def _parse(value: str, where: str) -> Any:
         return json.loads(value)
     except json.JSONDecodeError as error:
         raise InvalidInputError(
-            f"{where} is not JSON: {error}. Expected {READ}, of JSON one value per line.{_python_hint(value)}"
+            f"{where} is not JSON: {error}. Expected {READ}; in JSONL, one JSON value per line.{_python_hint(value)}"
         ) from error
     except (ValueError, RecursionError) as error:
         raise _unusable(where, error) from error
