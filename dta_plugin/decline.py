@@ -18,9 +18,7 @@ class Decline:
     topic: str | None = None
 
 
-def decline(
-    found: str | UnsupportedError, on_unsupported: str, option: str = "on_unsupported='dense'", topic: str | None = None
-) -> Decline:
+def decline(found: str | UnsupportedError, on_unsupported: str, option: str = "on_unsupported='dense'") -> Decline:
     """What keeps a call from being a tree, as the reason of one that falls back.
 
     found: "what; remedy", without the option. on_unsupported: "error" or "dense". option: what falls back, as the
@@ -30,6 +28,6 @@ def decline(
     """
     reason = (found.reason if isinstance(found, UnsupportedError) else found).removesuffix(".")
     if on_unsupported != "error":
-        return Decline(reason, topic)
+        return Decline(reason)
     cause = found if isinstance(found, UnsupportedError) else None
     raise UnsupportedError(f"Prefix-tree execution is not exact here: {reason}; or {option}.", reason) from cause

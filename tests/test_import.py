@@ -32,6 +32,13 @@ def test_no_framework_is_imported(code: str) -> None:
     assert loaded_after(code) == []
 
 
+def test_what_watches_for_verl_loads_no_numpy() -> None:
+    """Every process that imports verl, with the plugin or without, runs it."""
+    code = "import dta_plugin.adapters.verl_plugin.trainers, sys; print('numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_inspecting_texts_loads_no_torch(tmp_path: Path) -> None:
     file = tmp_path / "texts.jsonl"
     file.write_text('{"prompt": "2+2=", "completion": "4"}\n{"prompt": "2+2=", "completion": "5"}\n')

@@ -8,6 +8,7 @@ on a machine that other processes use too.
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -106,6 +107,31 @@ def environment(device: torch.device) -> dict[str, Any]:
         },
         "commit": _commit(),
     }
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The options of a benchmark whose contenders take turns on a CPU."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, 2 rounds")
+    parser.add_argument("--rounds", type=int, default=5, help="after one that is not counted")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="the clock that the table shows")
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Its arguments, which torch's threads follow."""
+    args = parser.parse_args()
+    args.rounds = min(args.rounds, 2) if args.smoke else args.rounds
+    torch.set_num_threads(args.threads)
+    return args
+
+
+def header(benchmark: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What a result file of such a benchmark begins with."""
+    asked = {"smoke": args.smoke, "rounds": args.rounds, "clock": args.clock}
+    return {"benchmark": benchmark, **asked, **environment(torch.device("cpu"))}
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -22,14 +22,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from benchmarks.common.backward import gradient_error
-from benchmarks.common.harness import CLOCKS, environment, interleaved, median_ratio, table, write_json
+from benchmarks.common.harness import arguments, header, interleaved, median_ratio, parsed, table, write_json
 from benchmarks.common.models import MODEL_KEYS, twin
 from benchmarks.common.stock import prepare_for_trl, trl
 from benchmarks.common.updates import Outcome, Step, dense, tree
@@ -47,14 +46,9 @@ Image = dict[str, torch.Tensor]
 
 def main() -> None:
     args = _arguments()
-    torch.set_num_threads(args.threads)
     rows: list[dict[str, Any]] = []
     content: dict[str, Any] = {
-        "benchmark": "images",
-        "smoke": args.smoke,
-        "rounds": args.rounds,
-        "clock": args.clock,
-        **environment(torch.device("cpu")),
+        **header("images", args),
         "models": {},
         "rows": rows,
     }
@@ -78,16 +72,9 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="tiny models and images, 2 rounds")
+    parser = arguments(__doc__)
     parser.add_argument("--family", nargs="+", choices=tuple(models.FAMILIES), default=list(models.FAMILIES))
-    parser.add_argument("--rounds", type=int, default=5, help="after one that is not counted")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="the clock that the table shows")
-    parser.add_argument("--output", type=Path, help="JSON file for the results")
-    args = parser.parse_args()
-    args.rounds = min(args.rounds, 2) if args.smoke else args.rounds
-    return args
+    return parsed(parser)
 
 
 def with_image(model: PreTrainedModel, pixels: int, question: int, answer: int, group: int) -> tuple[Workload, Image]:

@@ -16,13 +16,11 @@ the time and an update s times as fast, 1 / (1 - u + u / s). With vLLM shares ar
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +29,7 @@ from transformers import PreTrainedModel, set_seed
 from transformers.trainer_callback import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.common.harness import CLOCKS, environment, interleaved, median_ratio, table, write_json
+from benchmarks.common.harness import CLOCKS, arguments, header, interleaved, median_ratio, parsed, table, write_json
 from benchmarks.common.models import MODEL_KEYS, qwen3, random_model, twin
 from benchmarks.common.words import text, tokenizer
 from benchmarks.whole_step.timing import Parts, Stopwatch
@@ -61,17 +59,12 @@ TINY = (Shape(32, 8, 4), Shape(16, 8, 4, updates=2))
 
 
 def main() -> None:
-    args = _arguments()
-    torch.set_num_threads(args.threads)
+    args = parsed(arguments(__doc__))
     config = qwen3(layers=2, hidden=64, vocab=128) if args.smoke else qwen3()
     model = random_model(config)
     rows: list[dict[str, Any]] = []
     content: dict[str, Any] = {
-        "benchmark": "whole_step",
-        "smoke": args.smoke,
-        "rounds": args.rounds,
-        "clock": args.clock,
-        **environment(torch.device("cpu")),
+        **header("whole_step", args),
         "model": {key: getattr(config, key) for key in MODEL_KEYS},
         "rows": rows,
     }
@@ -83,18 +76,6 @@ def main() -> None:
     print(f"\n{result_table(rows)}")
     if bad := [row["name"] for row in rows if not row["error"] <= TOLERANCE]:
         sys.exit(f"Stock and tree disagree by more than rounding explains on {'; '.join(bad)}.")
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="a tiny model and batches, 2 rounds")
-    parser.add_argument("--rounds", type=int, default=5, help="after one that is not counted")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="the clock that the table shows")
-    parser.add_argument("--output", type=Path, help="JSON file for the results")
-    args = parser.parse_args()
-    args.rounds = min(args.rounds, 2) if args.smoke else args.rounds
-    return args
 
 
 def _trainer(cls: type[GRPOTrainer], model: PreTrainedModel, shape: Shape, folder: str) -> GRPOTrainer:

@@ -10,9 +10,10 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dta_plugin.tree.picture import draw_svg
-from dta_plugin.tree.report import TreeReport
+if TYPE_CHECKING:
+    from dta_plugin.tree.report import TreeReport
 
 logger = logging.getLogger("dta_plugin")
 
@@ -62,6 +63,8 @@ class Notices:
 
 def _draw(report: TreeReport, file: Path) -> None:
     """Write the tree's picture, and say where it is, or why it is nowhere."""
+    from dta_plugin.tree.picture import draw_svg  # with numpy, which many a process of verl's has no other use for
+
     pruned = f" ({report.pruned_tokens:,} tokens pruned)" if report.pruned_tokens else ""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -69,11 +69,29 @@ def gradient_reader(trainer: GRPOLike) -> str | None:
 
 def _of_others(model: nn.Module, *kinds: str) -> Iterator[str]:
     """The hooks of these kinds that are of no known library, in words."""
-    for name, module in model.named_modules():
+    hooked = _hooked(model)
+    names = {module: name for name, module in model.named_modules()} if hooked else {}
+    for module in hooked:
         for kind in kinds:
             direction = "backward" if "backward" in kind else "forward"
             for origin in _foreign(getattr(module, kind)):
-                yield f"a {direction} hook of {origin} on {name or type(model).__name__}"
+                yield f"a {direction} hook of {origin} on {names[module] or type(model).__name__}"
+
+
+def _hooked(model: nn.Module) -> list[nn.Module]:
+    """The modules that have hooks. Each call of the model waits for it, and `named_modules` takes longer."""
+    seen: set[nn.Module] = set()
+    waiting: list[nn.Module | None] = [model]
+    found = []
+    while waiting:
+        module = waiting.pop()
+        if module is None or module in seen:
+            continue
+        seen.add(module)
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            found.append(module)
+        waiting += reversed([*module._modules.values()])
+    return found
 
 
 def _foreign(hooks: Mapping[int, Any] | None) -> Iterator[str]:

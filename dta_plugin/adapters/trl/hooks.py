@@ -70,9 +70,7 @@ def prepare_inputs(
         _say_what_stays(trainer, config, state)
         return inputs
     is_new = buffer is not before
-    runs_dense = tree_obstacle(trainer.model) or noise_obstacle(trainer) or _images_obstacle(trainer, buffer)
-    runs_dense = runs_dense or hook_obstacle(trainer.model, unknown_loss(trainer))
-    if is_new and runs_dense is None:  # else on what TRL made
+    if is_new and not _runs_dense(trainer, buffer):  # else on what TRL made
         buffer = trainer._buffered_inputs = _placed(trainer, config, state, buffer)
     slot = trainer._step % trainer.args.steps_per_generation
     if is_new or slot == 0 or not state.micro_steps:
@@ -80,6 +78,11 @@ def prepare_inputs(
     state.loads.hands_out(slot)
     state.log_selection(trainer, state.micro_steps[slot].metrics)
     return _for_our_hook(trainer, state.micro_steps[slot].inputs)
+
+
+def _runs_dense(trainer: GRPOLike, buffer: list[Inputs]) -> bool:
+    obstacle = tree_obstacle(trainer.model) or noise_obstacle(trainer) or _images_obstacle(trainer, buffer)
+    return (obstacle or hook_obstacle(trainer.model, unknown_loss(trainer))) is not None
 
 
 def _state(trainer: GRPOLike, config: TreeConfig) -> TreeState:

@@ -176,7 +176,7 @@ class TreeEngine(TreeEngineFrame, FSDPEngineWithLMHead):
 
     def _begin(self, data: TensorDict, config: TreeConfig, loss_function: Any, forward_only: bool) -> MiniBatchRun:
         run = self._tokens_chosen(data, config, loss_function, forward_only, self.module)
-        findings, plans = find(self, data, config, loss_function, forward_only)
+        findings, plans = find(self, data, config, loss_function, forward_only, self._dta_key)
         decision = decide(agreed(findings, self.get_data_parallel_group()))
         if decision.obstacle is not None:
             take_own_path(decision.obstacle, config, self._dta_notices, self._dta_key)

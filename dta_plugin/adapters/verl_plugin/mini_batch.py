@@ -86,10 +86,13 @@ class Decision:
 
 
 def find(
-    engine: Engine, data: TensorDict, config: TreeConfig, loss_function: Any, forward_only: bool
+    engine: Engine, data: TensorDict, config: TreeConfig, loss_function: Any, forward_only: bool, key: str
 ) -> tuple[Findings, BudgetPlanner | SizePlanner | None]:
-    """Look at a mini-batch whose tokens have been chosen; with what plans its micro-batches, if anything may."""
-    invalid = None if forward_only else selection_obstacle(data, loss_function, config)
+    """Look at a mini-batch whose tokens have been chosen; with what plans its micro-batches, if anything may.
+
+    key: where the command has the options.
+    """
+    invalid = None if forward_only else selection_obstacle(data, loss_function, config, key)
     obstacle = engine_obstacle(engine) or tree_obstacle(engine.module) or batch_obstacle(data)
     if invalid is not None or obstacle is not None:
         return Findings(invalid, obstacle, None, len(data)), None

@@ -14,7 +14,6 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from dta_plugin.adapters.verl_plugin import config
 from dta_plugin.adapters.verl_plugin.config import check_places, checked_options
 from dta_plugin.config import TreeConfig
 
@@ -30,11 +29,6 @@ def options_of_command() -> TreeConfig | None:
     check_places(command, KEY)
     found = command.get(KEY)
     return checked_options({} if found is None else OmegaConf.to_container(found, resolve=True), KEY)
-
-
-def options_key() -> str:
-    """Where the options of this process's command are, for messages that name one."""
-    return KEY if is_command() else config.KEY
 
 
 def command_has_options() -> bool:

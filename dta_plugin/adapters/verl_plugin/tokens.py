@@ -26,7 +26,6 @@ from dta_plugin.adapters.verl_plugin.losses import (
     ppo_config,
     update_traits,
 )
-from dta_plugin.adapters.verl_plugin.sft import options_key
 from dta_plugin.config import TreeConfig
 from dta_plugin.models.introspection import causal_lm
 from dta_plugin.training.losses import tokens_read
@@ -53,11 +52,13 @@ class OptimizerPasses:
         return scheduled * _MOST_PASSES + self._at[1]
 
 
-def selection_obstacle(data: TensorDict, loss_function: Any, config: TreeConfig) -> str | None:
-    """Why `token_selection` cannot be applied to an update, with the remedy, or None."""
+def selection_obstacle(data: TensorDict, loss_function: Any, config: TreeConfig, key: str) -> str | None:
+    """Why `token_selection` cannot be applied to an update, with the remedy, or None.
+
+    key: where the command has the options.
+    """
     if config.selection() is None:
         return None
-    key = options_key()
     given = f"Got {key}.token_selection={config.token_selection}"
     actor = ppo_config(loss_function)
     if actor is None:

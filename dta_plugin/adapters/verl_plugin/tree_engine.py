@@ -73,7 +73,7 @@ class TreeEngineFrame:
     ) -> MiniBatchRun:
         """A run that has not been decided on, with the tokens of an update. model: as `choose_tokens` has it."""
         run = MiniBatchRun(None, not forward_only)
-        if run.is_update and selection_obstacle(data, loss_function, config) is None:
+        if run.is_update and selection_obstacle(data, loss_function, config, self._dta_key) is None:
             step, rank = self._dta_passes.next(self._updates()), self.get_data_parallel_rank()
             run.drawn = choose_tokens(data, model, loss_function, config, step, rank)
         return run

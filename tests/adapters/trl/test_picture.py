@@ -15,8 +15,7 @@ from trl import DPOTrainer, GRPOConfig, GRPOTrainer, SFTTrainer, TrlParser
 from dta_plugin import TreeConfig
 from dta_plugin.adapters.trl import TreeDPOTrainer, TreeGRPOConfig, TreeGRPOTrainer
 from dta_plugin.errors import InvalidInputError
-from dta_plugin.training import notices
-from dta_plugin.tree import PrefixTree
+from dta_plugin.tree import PrefixTree, picture
 from dta_plugin.tree.picture import draw_svg
 from tests.adapters.trl.support import enabled, train
 from tests.adapters.trl.test_offline import run
@@ -70,7 +69,7 @@ def test_the_check_sees_another_tree(
 ) -> None:
     """Negative control."""
     file, another = tmp_path / "tree.svg", PrefixTree.from_sequences([[5, 6], [5, 7]])
-    monkeypatch.setattr(notices, "draw_svg", lambda tree, title: draw_svg(another, title))
+    monkeypatch.setattr(picture, "draw_svg", lambda tree, title: draw_svg(another, title))
     train(model, tmp_path, TreeGRPOTrainer, TreeGRPOConfig, dta_picture=str(file), max_steps=1)
     with pytest.raises(AssertionError):
         check(file, caplog)

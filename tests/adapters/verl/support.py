@@ -110,24 +110,30 @@ def turns(seed: int = 0) -> tuple[Sequences, list[int]]:
 SHAPES: dict[str, Any] = {"groups": groups, "turns": turns}
 
 
+# Of a tiny model whose attention matters.
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.15,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
 def save_model(folder: Path) -> Path:
     """A tiny random Qwen3 whose attention matters, and an adapter for it in `adapter`."""
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=256,
-        initializer_range=0.15,
+        **SIZES,
         tie_word_embeddings=False,
         architectures=["Qwen3ForCausalLM"],
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
     )
     model = Qwen3ForCausalLM(config)
     model.save_pretrained(folder)

@@ -14,7 +14,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.models.gpt_oss import modeling_gpt_oss
 
 from dta_plugin.config import TreeConfig
-from tests.adapters.verl.support import VOCABULARY, Setup, Step, build, difference, train
+from tests.adapters.verl.support import SIZES, Setup, Step, build, difference, train
 
 TOLERANCE = 1e-5
 SEE_EACH_OTHER = "packed rows of GptOssForCausalLM see each other"
@@ -27,23 +27,12 @@ def gpt_oss(rank: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny and random, sinks and biases too. It has no sdpa: attention is transformers' own, with masks."""
     torch.manual_seed(0)
     config = GptOssConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=256,
+        **SIZES,
         num_local_experts=4,
         num_experts_per_tok=2,
         sliding_window=8,
         layer_types=["sliding_attention", "full_attention"],
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-        initializer_range=0.15,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
     )
     model = GptOssForCausalLM(config)
     with torch.no_grad():

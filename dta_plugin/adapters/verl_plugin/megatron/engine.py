@@ -205,7 +205,9 @@ class TreeMegatronEngine(TreeEngineFrame, MegatronEngineWithLMHead):
 
     def _begin(self, data: TensorDict, config: TreeConfig, loss_function: Any, forward_only: bool) -> MiniBatchRun:
         run = self._tokens_chosen(data, config, loss_function, forward_only, None)
-        findings, plans = find(self._dta_obstacle, self._dta_cost, data, config, loss_function, forward_only)
+        findings, plans = find(
+            self._dta_obstacle, self._dta_cost, data, config, loss_function, forward_only, self._dta_key
+        )
         ranks = agreed(findings, distributed.group.WORLD)
         decision = decide(ranks)
         if decision.obstacle is not None:

@@ -28,12 +28,13 @@ def find(
     config: TreeConfig,
     loss_function: Any,
     forward_only: bool,
+    key: str,
 ) -> tuple[Findings, BudgetPlanner | SizePlanner | None]:
     """Look at a mini-batch whose tokens have been chosen; with what plans its micro-batches, if anything may.
 
-    obstacle: of the engine, without which it knows its cost.
+    obstacle: of the engine, without which it knows its cost. key: where the command has the options.
     """
-    invalid = None if forward_only else selection_obstacle(data, loss_function, config)
+    invalid = None if forward_only else selection_obstacle(data, loss_function, config, key)
     obstacle = obstacle or text_obstacle(data)
     if invalid is not None or obstacle is not None or cost is None:
         return Findings(invalid, obstacle, None, len(data)), None
